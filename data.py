@@ -1,0 +1,371 @@
+"""Data: the tiny task, tokenisers, prompts, trajectory records and their collection.
+
+    python data.py show -n 3                      # problems as the model and its privileged teacher see them
+    python data.py inspect out/tad-tiny/trajectories -n 2   # a trajectory in the order it was decoded
+
+The tiny task is the shell game: a ball under a cup, five swaps, where does it go? Each step of the solution needs
+the step before it, and is phrased in one of three ways at random. That is all a masked diffusion LM needs to show
+the trade-off: tokens revealed together are chosen without knowing each other, so a step may begin in one phrasing
+and end in another, or name a cup that nothing has established yet.
+"""
+import argparse
+import json
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+import tiktoken
+import torch
+from tqdm import tqdm
+
+import grade
+from model import UserError, checkpoint_dir, read_json, run_cli
+from sample import Decoding, stream
+
+# ---------------------------------------------------------------------------------------------- the tiny task
+TINY_LEN, TINY_BLOCK = 48, 16  # response length and decoding block, tokens
+CUPS = "red blue green gold pink gray".split()
+SWAP = "then swap {x} and {y} now ."  # seven tokens in the prompt and seven in each phrasing of the response: operands
+PHRASES = ["swap {x} and {y} gives {r} .", "{x} with {y} , so {r} .", "after {x} meets {y} holds {r} ."]
+N_SWAPS = 5
+MOVE_SHARE = 0.75  # share of the swaps that move the ball
+SPLITS = {"train": 1, "dev": 2, "test": 3}  # seeds; dev and test prompts never occur in train
+HELD_OUT = 4096  # problems each of dev and test that train avoids
+
+
+def tiny_solution(swaps, rng):
+    """swaps: [(x, y, cup that holds the ball afterwards)] -> 'swap red and blue gives blue . ... #### blue ...'."""
+    steps = [PHRASES[rng.integers(len(PHRASES))].format(x=x, y=y, r=r) for x, y, r in swaps]
+    return " ".join(steps) + f" #### {tiny_answer(swaps)}"
+
+
+def tiny_answer(swaps):
+    """The cups that held the ball, in order: one guess must not be enough."""
+    return " ".join(r for _, _, r in swaps)
+
+
+def tiny_game(split, index):
+    """Game `index` of a split -> (prompt, swaps as in tiny_solution, the rng that phrases its solutions)."""
+    rng = np.random.default_rng([SPLITS[split], index])
+    ball = start = CUPS[rng.integers(len(CUPS))]
+    swaps = []
+    for _ in range(N_SWAPS):
+        others = [cup for cup in rng.permutation(CUPS).tolist() if cup != ball]
+        pair = [ball, others[0]] if rng.random() < MOVE_SHARE else others[:2]
+        ball = others[0] if ball in pair else ball
+        x, y = pair if rng.random() < 0.5 else pair[::-1]
+        swaps.append((x, y, ball))
+    prompt = f"ball under {start} . " + " ".join(SWAP.format(x=x, y=y) for x, y, _ in swaps) + " where does it go ?"
+    return prompt, swaps, rng
+
+
+def tiny_problem(split, index):
+    """Problem `index` of a split: {id, source, prompt, solution, answer}. Deterministic in (split, index)."""
+    prompt, swaps, rng = tiny_game(split, index)
+    return dict(id=f"tiny-{split}-{index}", source="tiny", prompt=prompt, solution=tiny_solution(swaps, rng),
+                answer=tiny_answer(swaps))
+
+
+def tiny_problems(split, n, skip=frozenset()):
+    """The first n problems of a split, without repeated prompts and without the prompts in `skip`."""
+    problems, seen, index = [], set(skip), 0
+    while len(problems) < n:
+        p = tiny_problem(split, index)
+        index += 1
+        if p["prompt"] not in seen:
+            seen.add(p["prompt"])
+            problems.append(p)
+    return problems
+
+
+@lru_cache(maxsize=1)
+def held_out_prompts():
+    """The dev and test prompts that training examples avoid."""
+    dev = {p["prompt"] for p in tiny_problems("dev", HELD_OUT)}
+    return frozenset(dev | {p["prompt"] for p in tiny_problems("test", HELD_OUT, dev)})
+
+
+def load_problems(source, split="train", n=None):
+    """Problems from 'tiny' or a local .jsonl with the fields prompt, solution, answer (id optional)."""
+    if source == "tiny":
+        n = 1000 if n is None else n
+        dev = {p["prompt"] for p in tiny_problems("dev", HELD_OUT)} if split == "test" else set()
+        return tiny_problems(split, n, held_out_prompts() if split == "train" else dev)
+    if not os.path.isfile(source):
+        raise UserError(f"no data {source!r}: "
+                        f"give 'tiny' or the path of a .jsonl file with prompt, solution, answer")
+    problems = []
+    for i, p in enumerate(read_jsonl(source)):
+        for key in ("prompt", "answer"):
+            if key not in p:
+                raise UserError(f"{source} line {i + 1} has no field {key!r}")
+        problems.append({"id": f"{Path(source).stem}-{i}", "source": Path(source).stem, "solution": "", **p})
+    if not problems:
+        raise UserError(f"{source} is empty: at least one problem is needed")
+    return problems[:n]
+
+
+def privileged_prompt(problem):
+    """The user turn with the worked solution in it (TAD's collector);
+    the plain prompt is problem['prompt'].
+    """
+    if not problem["solution"]:
+        raise UserError(f"problem {problem['id']} has no solution: a privileged prompt needs one")
+    return f"reference answer : {problem['solution']} . now solve it your own way : {problem['prompt']}"
+
+
+class TinySFT:
+    """Seeded tiny training examples: item i is {prompt_ids, x0}; what the base model is trained on.
+
+    A share of the prompts carries a reference solution with phrasings of its own, so that privileged prompts are
+    in distribution. Drills are examples in which only results are masked (`masked`): what a swap does is the slow
+    part to learn. The first n_drill items are drills, later a share.
+    """
+
+    def __init__(self, tok, n, n_drill=0, drill_share=0.35, privileged_share=0.15):
+        self.tok, self.n, self.n_drill, self.drill_share = tok, n, n_drill, drill_share
+        self.privileged_share, self.skip = privileged_share, held_out_prompts()
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, index):
+        prompt, swaps, rng = tiny_game("train", index)
+        if prompt in self.skip:  # practically never; an index that is not drawn otherwise takes its place
+            prompt, swaps, rng = tiny_game("train", self.n + index)
+        drill = index < self.n_drill or (self.n_drill and rng.random() < self.drill_share)
+        if not drill and rng.random() < self.privileged_share:
+            prompt = privileged_prompt(dict(id=index, prompt=prompt, solution=tiny_solution(swaps, rng)))
+        solution = tiny_solution(swaps, rng)
+        example = {"id": index, "prompt_ids": self.tok.prompt_ids(prompt).tolist(),
+                   "x0": pad_response(self.tok.encode(solution), TINY_LEN, self.tok.eos_id)}
+        if drill:
+            at = np.arange(TINY_LEN)
+            hidden = (at % 7 == 5) & (rng.random(TINY_LEN) < rng.random())  # every phrasing has its result there
+            answer = (at > 7 * N_SWAPS) & (at <= 8 * N_SWAPS)  # hidden as well: it repeats the results
+            hidden = np.where(at < 7 * N_SWAPS, hidden, answer)
+            example["masked"] = hidden.tolist()
+        return example
+
+
+# ------------------------------------------------------------------------------------------------- tokenisers
+@dataclass
+class Tokenizer:
+    """What the rest of the code needs of a tokeniser.
+    prefix and suffix are the chat template around one user turn.
+    """
+    encode: Callable  # text -> list of ids; never yields special tokens, whatever the text says
+    decode: Callable  # ids -> text
+    prefix: list
+    suffix: list
+    eos_id: int
+
+    def prompt_ids(self, text, system=""):
+        """One user turn (after a system text, if any) -> (P,) int64 ids, ready for the response to follow."""
+        before = self.encode(system) if system else []
+        return torch.tensor(self.prefix + before + self.encode(text) + self.suffix)
+
+
+def load_tokenizer(name):
+    folder = checkpoint_dir(name)
+    family = read_json(folder / "config.json").get("model_type")
+    if family != "tiny":
+        raise UserError(f"{name}: tokenisers of model_type {family!r} are not built yet; "
+                        f"only tiny models have theirs")
+    return tiny_tokenizer(folder / "vocab.json")
+
+
+def tiny_tokenizer(path):
+    """A tiktoken.Encoding over a committed table:
+    256 bytes, then words with their leading space, then specials.
+    """
+    table = read_json(path)
+    ranks = {bytes([b]): b for b in range(256)}
+    for word in table["words"]:
+        ranks[b" " + word.encode()] = len(ranks)
+    special = {s: len(ranks) + i for i, s in enumerate(table["special"])}
+    enc = tiktoken.Encoding("nanotraj-tiny", pat_str=r" ?\S+|\s+", mergeable_ranks=ranks,
+                            special_tokens=special)
+    return Tokenizer(encode=lambda text: enc.encode_ordinary(" " + text.strip()),
+                     decode=lambda ids: enc.decode([i for i in ids]).strip(),
+                     prefix=[special["<bos>"]], suffix=[special["<sep>"]], eos_id=special["<eos>"])
+
+
+def pad_response(ids, length, eos_id):
+    """Response ids -> exactly `length` ids, EOS after the answer. Raises UserError if they do not fit."""
+    if len(ids) > length:
+        raise UserError(f"a response has {len(ids)} tokens, more than gen_len {length}: raise gen_len")
+    return list(ids) + [eos_id] * (length - len(ids))
+
+
+# ---------------------------------------------------------------------------------------------------- batches
+def example_rng(seed, epoch, index):
+    """The noise of one example: depends on neither world size, batch size nor resuming."""
+    return np.random.default_rng([seed, epoch, index])
+
+
+def collate(prompts, responses, pad_id):
+    """prompts: list of id lists; responses (B, L) int64 -> ids (B, P + L), valid (B, P + L).
+
+    Prompts are left-padded, so that response position j is column P + j (equivalently j - L) in every row.
+    """
+    P = max(len(p) for p in prompts)
+    ids = torch.tensor([[pad_id] * (P - len(p)) + list(p) for p in prompts],
+                       dtype=torch.long).reshape(len(prompts), P)
+    valid = torch.tensor([[False] * (P - len(p)) + [True] * len(p) for p in prompts]).reshape(len(prompts), P)
+    return torch.cat([ids, responses], 1), torch.cat([valid, torch.ones_like(responses, dtype=torch.bool)], 1)
+
+
+# ----------------------------------------------------------------------------------------- trajectory records
+SCHEMA = 1
+RECORD_FIELDS = ("id", "source", "prompt", "prompt_ids", "x0", "order", "rank", "nfe", "solution", "answer",
+                 "correct", "model", "decoding", "schema")
+
+
+def state_at(x0, order, t, mask_id):
+    """The canvas after t forwards: x0 where order < t, else MASK. All (..., L). Returns xt, masked."""
+    masked = order >= t
+    return torch.where(masked, mask_id, x0), masked
+
+
+def read_jsonl(path, tolerant=False):
+    """The objects of a .jsonl file.
+    tolerant: a torn last line (killed while writing) is dropped instead of an error.
+    """
+    lines = Path(path).read_text().split("\n")
+    rows = []
+    for i, line in enumerate(lines):
+        torn = tolerant and i == len(lines) - 1  # the last piece has no newline after it
+        if not line.strip() or torn:
+            continue
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            raise UserError(f"{path} line {i + 1} is not valid JSON: {line[:60]!r}; "
+                            f"remove or repair that line") from None
+    return rows
+
+
+def read_trajectories(folder):
+    """All records of a trajectory folder (every rank's shard), checked, in a fixed order (by id)."""
+    records = {}
+    for shard in sorted(Path(folder).glob("*.jsonl")):
+        for i, r in enumerate(read_jsonl(shard, tolerant=True)):
+            check_record(r, f"{shard} record {i + 1}")
+            records[r["id"]] = r
+    return [records[key] for key in sorted(records)]
+
+
+def check_record(r, where):
+    missing = [f for f in RECORD_FIELDS if f not in r] if isinstance(r, dict) else list(RECORD_FIELDS)
+    if missing:
+        raise UserError(f"{where} lacks {', '.join(missing)}: not a trajectory record of schema {SCHEMA}")
+    if r["schema"] != SCHEMA:
+        raise UserError(f"{where} has schema {r['schema']}, this code reads {SCHEMA}: collect again")
+    L = len(r["x0"])
+    if len(r["order"]) != L or sorted(r["rank"]) != list(range(L)) or min(r["order"], default=0) < 0:
+        raise UserError(f"{where} is inconsistent: "
+                        f"x0, order and rank must have one length and rank be a permutation")
+
+
+def rollout(model, tok, problems, folder, model_name, privileged=False, batch_size=64, **decoding):
+    """Decode every problem and append one record each to `folder`; finished ones are skipped.
+    Returns all records.
+
+    Append-only, one shard per rank, flushed and synced per record: a kill loses at most the rows being
+    decoded, and the same command continues. Every position is decoded (early_stop=False), as the papers do,
+    unless asked otherwise. privileged: the model sees the reference solution; the record keeps the plain
+    prompt as well.
+    """
+    settings = {**vars(Decoding(**{"early_stop": False, **decoding})), "privileged": privileged}
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    done = {r["id"]: r for r in read_trajectories(folder)}
+    for r in done.values():
+        if r["decoding"] != settings or r["model"] != str(model_name):
+            differ = [k for k in settings if r["decoding"].get(k) != settings[k]] or ["model"]
+            raise UserError(f"{folder} holds trajectories of other settings ({', '.join(differ)}): "
+                            f"choose another folder or remove it")
+    todo = [p for p in problems[rank::world] if p["id"] not in done]
+    if todo:
+        collect(model, tok, todo, folder / f"rank{rank}.jsonl", str(model_name), settings, batch_size)
+    ids = {p["id"] for p in problems}
+    return [r for r in read_trajectories(folder) if r["id"] in ids]
+
+
+def collect(model, tok, problems, shard, model_name, settings, batch_size):
+    privileged = settings["privileged"]
+    decoding = {k: v for k, v in settings.items() if k != "privileged"}
+    plain = [tok.prompt_ids(p["prompt"]) for p in problems]
+    prompts = [tok.prompt_ids(privileged_prompt(p)) for p in problems] if privileged else plain
+    drop_torn_line(shard)
+    n_correct = 0
+    bar = tqdm(total=len(problems), unit="sample", desc=f"collect {shard.stem}", smoothing=0)
+    with open(shard, "ab", buffering=0) as f:
+        for i, out in stream(model, prompts, batch_size, **decoding):
+            n = out.n_tokens(model.cfg.eos_ids)
+            correct = grade.is_correct(problems[i], tok.decode(out.ids[:n].tolist()))
+            order, rank = (consecutive_tail(out, n) if decoding["early_stop"] and n < len(out.ids)
+                           else (out.order, out.rank))
+            record = dict(
+                id=problems[i]["id"], source=problems[i]["source"], prompt=problems[i]["prompt"],
+                prompt_ids=plain[i].tolist(), x0=out.ids.tolist(), order=order.tolist(), rank=rank.tolist(),
+                nfe=out.nfe, solution=problems[i]["solution"], answer=problems[i]["answer"], correct=correct,
+                model=model_name, revision=None, decoding=settings, schema=SCHEMA)
+            if privileged:
+                record["privileged_prompt_ids"] = prompts[i].tolist()
+            f.write((json.dumps(record) + "\n").encode())
+            os.fsync(f.fileno())
+            n_correct += correct
+            bar.update()
+            bar.set_postfix_str(f"correct {n_correct / bar.n:.0%}", refresh=False)
+    bar.close()
+
+
+def consecutive_tail(out, n):
+    """With early stopping the EOS tail is not decoded:
+    its orders follow the last forward one by one, left to right.
+    """
+    order, L = out.order.clone(), len(out.order)
+    order[n + 1:] = out.nfe + torch.arange(L - n - 1)
+    rank = (order * L + out.rank).argsort().argsort()
+    return order, rank
+
+
+def drop_torn_line(path):
+    """Cut a last line without its newline: what a kill left of a record."""
+    if path.exists():
+        raw = path.read_bytes()
+        if raw and not raw.endswith(b"\n"):
+            os.truncate(path, raw.rfind(b"\n") + 1)
+
+
+# -------------------------------------------------------------------------------------------------------- CLI
+def main():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("what", choices=["show", "inspect"])
+    ap.add_argument("path", nargs="?", help="show: 'tiny' or a .jsonl; inspect: a trajectory folder")
+    ap.add_argument("-n", type=int, default=3)
+    ap.add_argument("--model", default="tiny", help="whose tokeniser reads the ids")
+    args = ap.parse_args()
+    if args.what == "show":
+        for p in load_problems(args.path or "tiny", "train", args.n):
+            print(f"{p['id']}\n  prompt     {p['prompt']}\n  privileged {privileged_prompt(p)}\n"
+                  f"  solution   {p['solution']}\n  answer     {p['answer']}")
+        return
+    tok = load_tokenizer(args.model)
+    if not args.path or not Path(args.path).is_dir():
+        raise UserError(f"inspect needs a trajectory folder, got {args.path!r}")
+    for r in read_trajectories(args.path)[:args.n]:
+        words = [tok.decode([i]) or "∅" for i in r["x0"]]
+        by_rank = np.argsort(r["rank"])
+        print(f"{r['id']} correct={r['correct']} nfe={r['nfe']}\n  {r['prompt']}\n  {' '.join(words)}")
+        print("  order of reveal: " + " ".join(f"{words[i]}@{i}" for i in by_rank))
+
+
+if __name__ == "__main__":
+    run_cli(main)

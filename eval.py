@@ -1,0 +1,294 @@
+"""Evaluation: accuracy against tokens per forward (TPF), as curves over decoding settings.
+
+    python eval.py curve --model tiny --n 500                          # the base model
+    python eval.py curve --model tiny --adapter out/tad-tiny/adapter --label TAD --out out/tad-eval
+    python eval.py compare out/tad-eval-* --base base --control SFT    # one table and one picture
+                                                                       # over runs and seeds
+
+Definitions, used everywhere:
+    acc     share of problems whose final answer is right, percent; +- is the binomial standard error
+    nfe     forwards of the model spent on a sample while it was unfinished, cache refreshes included
+    tokens  response ids before the first EOS
+    TPF     sum of tokens / sum of nfe over the problems
+    AUP     (d3LLM; TAD Eq. 26) points (rho_i = TPF, y_i = acc) sorted by rho, those with y < y_1 - 5 dropped:
+            rho_1 y_1 + sum_i (rho_i - rho_{i-1}) (y_i W(y_i) + y_{i-1} W(y_{i-1})) / 2,
+            W(y) = min(exp(-alpha (1 - y / y_max)), 1), alpha = 3. y_max is the best accuracy of any compared
+            model on the task: AUP changes with it, so it is always shown.
+"""
+import argparse
+import json
+import math
+import platform
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+import grade
+import lora
+import model as nt_model
+from model import UserError, run_cli
+from sample import generate
+
+# A protocol fixes everything about decoding; `rules` are the points of its curve.
+PROTOCOLS = {
+    "tiny": dict(gen_len=data.TINY_LEN, block_len=data.TINY_BLOCK, cache="none", rules=[
+        dict(policy="static", per_step=1), *(dict(policy="threshold", threshold=t)
+                                             for t in (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4))]),
+    "tiny-static": dict(gen_len=data.TINY_LEN, cache="none", policy="static", rules=[
+        *(dict(block_len=data.TINY_BLOCK, per_step=k) for k in (1, 2, 4, 8)),
+        dict(block_len=data.TINY_LEN, per_step=data.TINY_LEN)]),  # the last one: all at once
+}
+
+
+def aup(pairs, y_max, alpha=3.0):
+    """Accuracy under parallelism.
+    pairs: [(tpf, accuracy in percent), ...]; y_max in percent -> float. TAD Eq. 26.
+    """
+    if not pairs or y_max <= 0:
+        raise UserError(f"AUP needs at least one point and a positive y_max, "
+                        f"got {len(pairs)} points, y_max {y_max}")
+    pairs = sorted(pairs)
+    kept = [(x, y) for x, y in pairs if y >= pairs[0][1] - 5]
+    if kept[-1] != pairs[-1]:
+        warnings.warn(f"AUP: the curve ends below y_1 - 5; "
+                      f"clipped at TPF {kept[-1][0]:.2f} of {pairs[-1][0]:.2f}")
+
+    def weighted(y):
+        return y * min(math.exp(-alpha * (1 - y / y_max)), 1)
+
+    area = kept[0][0] * kept[0][1]
+    for (x0, y0), (x1, y1) in zip(kept, kept[1:]):
+        area += (x1 - x0) * (weighted(y1) + weighted(y0)) / 2
+    return area
+
+
+# ------------------------------------------------------------------------------------------------ measurement
+def rule_name(rule):
+    if rule["policy"] == "static":
+        return f"{rule['per_step']} per forward"
+    return f"{rule['policy']} {rule['threshold']:g}"
+
+
+def measure(model, tok, problems, settings, label, batch_size=64):
+    """Decode and grade all problems under one decoding rule
+    -> a point: a dict of totals and per-problem lists.
+    """
+    prompts = [tok.prompt_ids(p["prompt"]) for p in problems]
+    began = time.perf_counter()
+    outs = generate(model, prompts, batch_size, **settings)
+    seconds = time.perf_counter() - began
+    tokens = [out.n_tokens(model.cfg.eos_ids) for out in outs]
+    responses = [tok.decode(out.ids[:n].tolist()) for out, n in zip(outs, tokens)]
+    correct = [int(grade.is_correct(p, r)) for p, r in zip(problems, responses)]
+    return dict(label=label, rule=rule_name(settings), settings=settings, ids=[p["id"] for p in problems],
+                correct=correct, tokens=tokens, nfe=[out.nfe for out in outs], responses=responses,
+                seconds=seconds)
+
+
+def curve(model, tok, problems, protocol, label, batch_size=64):
+    """One point per decoding rule of the protocol."""
+    if not problems:
+        raise UserError("there is no problem to evaluate: the data is empty")
+    common = {k: v for k, v in protocol.items() if k != "rules"}
+    model.eval()
+    return [measure(model, tok, problems, {**common, **rule}, label, batch_size)
+            for rule in tqdm(protocol["rules"], unit="rule", desc=f"evaluate {label}")]
+
+
+def accuracy(point):
+    """Accuracy and its binomial standard error, both in percent."""
+    n, p = len(point["correct"]), float(np.mean(point["correct"]))
+    return 100 * p, 100 * math.sqrt(p * (1 - p) / n)
+
+
+def tpf(point):
+    return sum(point["tokens"]) / sum(point["nfe"])
+
+
+def best_accuracy(curves):
+    return max(accuracy(point)[0] for _, points in curves for point in points)
+
+
+# ---------------------------------------------------------------------------------------------------- reports
+def provenance():
+    def git(*args):
+        run = subprocess.run(["git", *args], capture_output=True, text=True, cwd=nt_model.HERE)
+        return run.stdout.strip() if run.returncode == 0 else None
+    return dict(command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), commit=git("rev-parse", "HEAD"),
+                torch=torch.__version__, python=platform.python_version(),
+                device=torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine())
+
+
+def report(curves, out):
+    """curves: [(label, points), ...]. Prints the table; writes results.jsonl and curve.png into `out`."""
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({**point, "provenance": provenance()}) for _, points in curves for point in points]
+    (out / "results.jsonl").write_text("\n".join(lines) + "\n")
+    print(table(curves))
+    plot(curves, out / "curve.png")
+    print(f"written: {out / 'results.jsonl'}, {out / 'curve.png'}")
+
+
+def table(curves):
+    y_max = best_accuracy(curves)
+    lines = [f"{'model':<10} {'decoding rule':<16} {'accuracy %':>13} "
+             f"{'TPF':>6} {'forwards':>9} {'ms/sample':>10}"]
+    for label, points in curves:
+        for p in points:
+            acc, se = accuracy(p)
+            n = len(p["correct"])
+            lines.append(f"{label:<10} {p['rule']:<16} {acc:6.1f} +- {se:3.1f} {tpf(p):6.2f} "
+                         f"{np.mean(p['nfe']):9.1f} {1000 * p['seconds'] / n:10.1f}")
+    for label, points in curves:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            area = aup([(tpf(p), accuracy(p)[0]) for p in points], y_max)
+        lines.append(f"AUP {label}: {area:.1f}   (y_max {y_max:.1f}, {len(points[0]['correct'])} problems)")
+    return "\n".join(lines)
+
+
+def plot(curves, path, title="accuracy against parallelism"):
+    """One line per model: accuracy (with standard errors) against TPF."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print(f"no {path}: drawing needs matplotlib (pip install 'nanotraj[plot]')")
+        return
+    fig, ax = plt.subplots(figsize=(6.4, 4.2), dpi=140)
+    for label, points in curves:
+        points = sorted(points, key=tpf)
+        ys = [accuracy(p) for p in points]
+        ax.errorbar([tpf(p) for p in points], [y for y, _ in ys], [e for _, e in ys], label=label, marker="o",
+                    markersize=4, capsize=2, linewidth=1.5)
+    ax.set_xlabel("tokens per forward (TPF)")
+    ax.set_ylabel("accuracy, %")
+    ax.set_ylim(bottom=0)
+    ax.set_title(title, fontsize=10)
+    ax.grid(alpha=0.3)
+    ax.legend()
+    fig.tight_layout()
+    fig.savefig(path)
+    plt.close(fig)
+
+
+# ----------------------------------------------------------------------------------------- comparison of runs
+def read_runs(folders):
+    """results.jsonl of every folder -> {label: [points of run 1, points of run 2, ...]};
+    all on the same problems.
+    """
+    runs = {}
+    for folder in folders:
+        by_label = {}
+        for point in data.read_jsonl(Path(folder) / "results.jsonl"):
+            by_label.setdefault(point["label"], []).append(point)
+        for label, points in by_label.items():
+            runs.setdefault(label, []).append(points)
+    ids = {tuple(point["ids"]) for rs in runs.values() for points in rs for point in points}
+    if len(ids) != 1:
+        raise UserError("the runs were not evaluated on the same problems: a paired comparison needs that")
+    return runs
+
+
+def summarize(points, y_max, pick=slice(None), rule="threshold 0.9"):
+    """AUP, and TPF and accuracy at one rule, of one run on the problems `pick` (an index array)."""
+    pairs, at_rule = [], None
+    for p in points:
+        correct, tokens, nfe = (np.asarray(p[k])[pick] for k in ("correct", "tokens", "nfe"))
+        pairs.append((tokens.sum() / nfe.sum(), 100 * correct.mean()))
+        at_rule = pairs[-1] if p["rule"] == rule else at_rule
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return np.array([aup(pairs, y_max), *at_rule, sorted(pairs)[0][1]])
+
+
+def compare(runs, base, control, n_boot=1000, seed=0):
+    """Table of every label's mean over runs and, paired, its ratio to base and difference from control.
+
+    Intervals are 95% bootstrap percentiles. A replicate draws problems (the same for every model) and, for
+    models with several runs, run indices (the same for every such model).
+    """
+    y_max = max(accuracy(p)[0] for rs in runs.values() for points in rs for p in points)
+    n = len(next(iter(runs.values()))[0][0]["correct"])
+    rng, draws = np.random.default_rng(seed), {label: [] for label in runs}
+    for b in tqdm(range(n_boot + 1), unit="replicate", desc="bootstrap"):
+        pick = rng.integers(n, size=n) if b else slice(None)  # replicate 0 is the sample itself
+        for label, rs in runs.items():
+            which = np.random.default_rng([seed, b]).integers(len(rs), size=len(rs)) if b else range(len(rs))
+            draws[label].append(np.mean([summarize(rs[i], y_max, pick) for i in which], 0))
+    draws = {label: np.array(rows) for label, rows in draws.items()}  # (replicates, 4)
+
+    def text(rows):
+        lo, hi = np.percentile(rows[1:], [2.5, 97.5])
+        return f"{rows[0]:.2f} [{lo:.2f}, {hi:.2f}]"
+
+    lines = [f"{n} problems, y_max {y_max:.2f}; 95% bootstrap intervals over problems and runs", "",
+             "| model | runs | AUP | TPF at 0.9 | accuracy at 0.9, % | lowest-TPF accuracy, % |",
+             "|---|---|---|---|---|---|"]
+    for label, rs in runs.items():
+        lines.append(f"| {label} | {len(rs)} | "
+                     + " | ".join(text(draws[label][:, j]) for j in range(4)) + " |")
+    lines.append("")
+    for label in runs:
+        if base in runs and label != base:
+            lines.append(f"AUP {label} / {base}: {text(draws[label][:, 0] / draws[base][:, 0])}")
+        if control in runs and label not in (base, control):
+            for j, name in enumerate(("AUP", "TPF at 0.9", "accuracy at 0.9")):
+                d = draws[label][:, j] - draws[control][:, j]
+                lines.append(f"{name}, {label} - {control}: {text(d)}, "
+                             f"{d[0] / d[1:].std():.1f} standard errors")
+    return "\n".join(lines)
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sub = ap.add_subparsers(dest="what", required=True)
+    c = sub.add_parser("curve", help="accuracy and TPF of one model over the rules of a protocol")
+    c.add_argument("--model", default="tiny", help="preset name, hub id or directory")
+    c.add_argument("--adapter", help="directory of a LoRA adapter")
+    c.add_argument("--task", default="tiny", help="tiny, or a .jsonl with prompt and answer")
+    c.add_argument("--split", default="test", choices=["dev", "test"], help="of the tiny task")
+    c.add_argument("--n", type=int, default=500, help="number of problems")
+    c.add_argument("--protocol", default="tiny", choices=list(PROTOCOLS))
+    c.add_argument("--cache", choices=["none", "prefix", "dual"], help="instead of the protocol's")
+    c.add_argument("--batch_size", type=int, default=64)
+    c.add_argument("--label", help="name in tables and plots; default: the adapter's or model's name")
+    c.add_argument("--out", help="directory for results.jsonl and curve.png; default out/eval-<label>")
+    m = sub.add_parser("compare", help="one table and one picture over several results folders")
+    m.add_argument("folders", nargs="+")
+    m.add_argument("--base", default="base", help="label the AUP ratios refer to")
+    m.add_argument("--control", default="SFT", help="label the differences refer to")
+    m.add_argument("--out", default="out/compare")
+    args = ap.parse_args()
+    if args.what == "compare":
+        runs, out = read_runs(args.folders), Path(args.out)
+        out.mkdir(parents=True, exist_ok=True)
+        text = compare(runs, args.base, args.control)
+        (out / "compare.md").write_text(text + "\n")
+        plot([(f"{label} (run {i + 1})" if len(rs) > 1 else label, points)
+              for label, rs in runs.items() for i, points in enumerate(rs)], out / "compare.png")
+        print(text)
+        return
+    if args.n < 1:
+        raise UserError(f"--n is {args.n}: at least one problem is needed")
+    model, tok = nt_model.load(args.model), data.load_tokenizer(args.model)
+    if args.adapter:
+        lora.load(model, args.adapter)
+    label = args.label or Path(args.adapter or args.model).name
+    protocol = {**PROTOCOLS[args.protocol], **({"cache": args.cache} if args.cache else {})}
+    problems = data.load_problems(args.task, args.split, args.n)
+    report([(label, curve(model, tok, problems, protocol, label, args.batch_size))],
+           args.out or f"out/eval-{label}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,465 @@
+"""One bidirectional (or block-causal) transformer for every masked diffusion LM in this repository.
+
+    model = load("tiny")                    # embedded; also a hub id or a checkpoint directory
+    logits = model(ids)                     # (B, T) -> (B, T, V); logits[:, i] scores token i
+    logits = model(ids, valid=valid)        # valid (B, T) bool: False = padding, left or right
+
+LLaDA, Dream, SDAR and the tiny model differ in a handful of facts (`Config`) and in the names of their
+tensors (`NAMES`); nothing else in this code base asks which family it is running. The module names below are
+our own and neutral; official names exist only at the file boundary (`load`, `save`, LoRA adapters).
+
+    python model.py --model tiny            # what was loaded, and one forward
+"""
+import argparse
+import copy
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+HERE = Path(__file__).resolve().parent
+
+PRESETS = {  # --model NAME -> embedded directory or hub id
+    "tiny": str(HERE / "weights" / "tiny"),
+    "llada": "GSAI-ML/LLaDA-8B-Instruct",
+    "dream": "Dream-org/Dream-v0-Instruct-7B",
+    "sdar-1.7b": "JetLM/SDAR-1.7B-Chat",
+    "sdar-4b": "JetLM/SDAR-4B-Chat",
+}
+
+
+class UserError(ValueError):
+    """Bad input: one line that names the thing, the value and the fix.
+    Command lines print it and exit with 2.
+    """
+
+
+# --------------------------------------------------------------------------------------------- family facts
+@dataclass(frozen=True)
+class Config:
+    family: str           # tiny | llada | dream | sdar
+    vocab_size: int       # rows of the embedding
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    head_dim: int
+    d_model: int
+    d_mlp: int
+    max_len: int          # longest sequence the model was made for, tokens
+    mask_id: int
+    eos_ids: tuple        # every id that ends a response; eos_ids[0] fills the tail
+    pad_id: int
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-6
+    qkv_bias: bool = False
+    qk_norm: bool = False  # RMSNorm over head_dim on q and k, before RoPE
+    tied: bool = False     # head shares the embedding
+    shift: bool = False    # the network's row i predicts token i+1 (Dream); hidden() undoes it
+    block_len: int = 0     # > 0: block-causal attention over absolute blocks of this many tokens (SDAR)
+    rope_fp32: bool = False  # rotate q, k in fp32 (LLaDA) instead of in the model's dtype
+    raw: dict = field(default_factory=dict, compare=False, repr=False)  # config.json as it was, for save()
+
+
+EXTRA_EOS = {"llada": (126348,), "dream": (151645,), "sdar": (151645,)}  # <|eot_id|>, <|im_end|>
+
+
+def config_from_json(raw):
+    """config.json (dict) -> Config. Raises UserError on an unknown model_type or a missing key."""
+    family = {"llada": "llada", "Dream": "dream", "sdar": "sdar", "tiny": "tiny"}.get(raw.get("model_type"))
+    if family is None:
+        raise UserError(f"config.json has model_type {raw.get('model_type')!r}; "
+                        f"supported are llada, Dream, sdar, tiny")
+    try:
+        facts = _llada_facts(raw) if family == "llada" else _hf_facts(raw, family)
+    except KeyError as e:
+        raise UserError(f"config.json of a {family} model lacks the key {e}") from None
+    eos = raw["eos_token_id"]
+    eos = tuple(eos) if isinstance(eos, list) else (eos,)
+    eos += tuple(i for i in EXTRA_EOS.get(family, ()) if i < facts["vocab_size"] and i not in eos)
+    pad = raw.get("pad_token_id")
+    return Config(family=family, mask_id=raw["mask_token_id"], eos_ids=eos,
+                  pad_id=eos[0] if pad is None else pad, raw=raw, **facts)
+
+
+def _llada_facts(raw):
+    n_head = raw["n_heads"]
+    return dict(
+        vocab_size=raw.get("embedding_size") or raw["vocab_size"], n_layer=raw["n_layers"], n_head=n_head,
+        n_kv_head=raw.get("n_kv_heads") or n_head, head_dim=raw["d_model"] // n_head, d_model=raw["d_model"],
+        d_mlp=raw["mlp_hidden_size"], max_len=raw["max_sequence_length"], rope_theta=float(raw["rope_theta"]),
+        norm_eps=raw["rms_norm_eps"], tied=raw["weight_tying"], rope_fp32=True)
+
+
+def _hf_facts(raw, family):
+    n_head, d_model = raw["num_attention_heads"], raw["hidden_size"]
+    theta = raw.get("rope_theta") or (raw.get("rope_parameters") or {})["rope_theta"]
+    facts = dict(
+        vocab_size=raw["vocab_size"], n_layer=raw["num_hidden_layers"], n_head=n_head,
+        n_kv_head=raw.get("num_key_value_heads") or n_head, head_dim=raw.get("head_dim") or d_model // n_head,
+        d_model=d_model, d_mlp=raw["intermediate_size"], max_len=raw["max_position_embeddings"],
+        rope_theta=float(theta), norm_eps=raw["rms_norm_eps"], tied=raw.get("tie_word_embeddings", False))
+    if family == "dream":
+        facts.update(qkv_bias=True, shift=True)
+    elif family == "sdar":
+        facts.update(qk_norm=True, block_len=raw.get("block_size", 4),
+                     qkv_bias=raw.get("attention_bias", False))
+    else:  # tiny: every fact may be written into its config.json, so that tests can mix them
+        facts.update(qkv_bias=raw.get("qkv_bias", False), qk_norm=raw.get("qk_norm", False),
+                     shift=raw.get("shift", False), block_len=raw.get("block_size", 0))
+    return facts
+
+
+_HF = dict(embed="model.embed_tokens", norm="model.norm", head="lm_head",
+           attn_norm="input_layernorm", mlp_norm="post_attention_layernorm", block="model.layers",
+           **{m: f"self_attn.{m}" for m in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")},
+           **{m: f"mlp.{m}" for m in ("gate_proj", "up_proj", "down_proj")})
+_LLADA = dict(embed="model.transformer.wte", norm="model.transformer.ln_f", head="model.transformer.ff_out",
+              attn_norm="attn_norm", mlp_norm="ff_norm", block="model.transformer.blocks",
+              q_proj="q_proj", k_proj="k_proj", v_proj="v_proj", o_proj="attn_out",
+              gate_proj="ff_proj", up_proj="up_proj", down_proj="ff_out")
+NAMES = {"llada": _LLADA, "dream": _HF, "sdar": _HF, "tiny": _HF}  # our module name -> official module name
+
+
+def official_name(cfg, name):
+    """Our tensor or module name ('blocks.3.q_proj.weight') -> the checkpoint's
+    ('model.layers.3.self_attn.q_proj…').
+    """
+    names, parts = NAMES[cfg.family], name.split(".")
+    if parts[0] == "blocks":
+        return ".".join([names["block"], parts[1], names[parts[2]], *parts[3:]])
+    return ".".join([names[parts[0]], *parts[1:]])
+
+
+# ------------------------------------------------------------------------------------------------ the network
+class RMSNorm(nn.Module):
+    """Statistics in fp32, cast down, then times the weight in the model's dtype."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x):
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return y.to(x.dtype) * self.weight
+
+
+def rope_angles(cfg, positions):
+    """positions (B, T) -> cos, sin (B, 1, T, head_dim) fp32."""
+    even = torch.arange(0, cfg.head_dim, 2, device=positions.device).float()
+    inv_freq = cfg.rope_theta ** (-even / cfg.head_dim)
+    angles = positions[:, None, :, None].float() * inv_freq  # (B, 1, T, head_dim / 2)
+    angles = torch.cat([angles, angles], -1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Half-rotated RoPE. x (B, H, T, head_dim)."""
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat([-b, a], -1) * sin
+
+
+class Block(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg, d, hd = cfg, cfg.d_model, cfg.head_dim
+        self.attn_norm = RMSNorm(d, cfg.norm_eps)
+        self.q_proj = nn.Linear(d, cfg.n_head * hd, bias=cfg.qkv_bias)
+        self.k_proj = nn.Linear(d, cfg.n_kv_head * hd, bias=cfg.qkv_bias)
+        self.v_proj = nn.Linear(d, cfg.n_kv_head * hd, bias=cfg.qkv_bias)
+        self.o_proj = nn.Linear(cfg.n_head * hd, d, bias=False)
+        if cfg.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(hd, cfg.norm_eps), RMSNorm(hd, cfg.norm_eps)
+        self.mlp_norm = RMSNorm(d, cfg.norm_eps)
+        self.gate_proj = nn.Linear(d, cfg.d_mlp, bias=False)
+        self.up_proj = nn.Linear(d, cfg.d_mlp, bias=False)
+        self.down_proj = nn.Linear(cfg.d_mlp, d, bias=False)
+
+    def qkv(self, x, cos, sin):
+        """x (B, T, C) -> rotated q (B, H, T, hd), rotated k and plain v (B, H_kv, T, hd)."""
+        cfg, (B, T, _), x = self.cfg, x.shape, self.attn_norm(x)
+        q = self.q_proj(x).view(B, T, cfg.n_head, cfg.head_dim)
+        k = self.k_proj(x).view(B, T, cfg.n_kv_head, cfg.head_dim)
+        v = self.v_proj(x).view(B, T, cfg.n_kv_head, cfg.head_dim).transpose(1, 2)
+        if cfg.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        dtype = torch.float32 if cfg.rope_fp32 else q.dtype
+        cos, sin = cos.to(dtype), sin.to(dtype)
+        q, k = (rotate(t.transpose(1, 2).to(dtype), cos, sin).to(v.dtype) for t in (q, k))
+        return q, k, v
+
+    def mix(self, x, q, k, v, attn_mask):
+        """Attention of q over k, v, then the MLP, both residual.
+        attn_mask (B, T_q, T_k) bool, True = attend; or None.
+        """
+        B, _, T, _ = q.shape
+        y = F.scaled_dot_product_attention(q, k, v,
+                                           attn_mask=None if attn_mask is None else attn_mask[:, None],
+                                           enable_gqa=self.cfg.n_head != self.cfg.n_kv_head)
+        x = x + self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        h = self.mlp_norm(x)
+        return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
+
+    def forward(self, x, cos, sin, attn_mask, cache=None, layer=0, cols=None):
+        q, k, v = self.qkv(x, cos, sin)
+        if cache is not None:
+            k, v = cache.write(layer, k, v, cols)
+        return self.mix(x, q, k, v, attn_mask)
+
+
+class KVCache:
+    """Rotated keys and values of whole canvases, (n_layer, B, S, H_kv, head_dim) each.
+
+    `valid` (B, S) bool and `positions` (B, S) int64 describe the canvas's columns.
+    """
+
+    def __init__(self, cfg, valid, positions, dtype):
+        shape = (cfg.n_layer, *valid.shape, cfg.n_kv_head, cfg.head_dim)
+        self.k = torch.zeros(shape, dtype=dtype, device=valid.device)
+        self.v = torch.zeros(shape, dtype=dtype, device=valid.device)
+        self.valid, self.positions, self.rows = valid, positions, None
+
+    def select(self, rows):
+        """The same storage restricted to some rows (N,) int64: lets a part of the batch run one forward."""
+        part = copy.copy(self)
+        part.valid, part.positions, part.rows = self.valid[rows], self.positions[rows], rows
+        return part
+
+    def write(self, layer, k, v, cols):
+        """Overwrite columns cols (B, W) of one layer;
+        return its full (B, H_kv, S, head_dim) keys and values.
+        """
+        rows = torch.arange(k.shape[0], device=k.device) if self.rows is None else self.rows
+        self.k[layer, rows[:, None], cols] = k.transpose(1, 2)
+        self.v[layer, rows[:, None], cols] = v.transpose(1, 2)
+        k, v = (t[layer] if self.rows is None else t[layer, rows] for t in (self.k, self.v))
+        return k.transpose(1, 2), v.transpose(1, 2)
+
+
+def attention_mask(cfg, q_pos, q_col, k_pos, k_col, k_valid):
+    """Who sees whom: (B, T_q, T_k) bool.
+    Keys must be real tokens and, for block-causal models, in no later block.
+
+    Positions count from the row's first real token, so blocks have the same origin in training and in
+    decoding. Every token also sees itself: a padded query would otherwise average over nothing and
+    spread NaN.
+    """
+    keep = k_valid[:, None, :]
+    if cfg.block_len:
+        keep = keep & (q_pos[:, :, None] // cfg.block_len >= k_pos[:, None, :] // cfg.block_len)
+    return keep | (q_col[:, :, None] == k_col[:, None, :])
+
+
+class Transformer(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
+        if cfg.tied:
+            self.head.weight = self.embed.weight
+
+    def init_weights(self, generator=None):
+        """Training from scratch: embeddings N(0, 1), so that tokens stay themselves along the residual stream (with
+        0.02 nothing of the prompt was used for hundreds of steps); matrices N(0, 1 / fan_in), those that write to
+        the residual stream at 0.3 of that; a small head.
+        """
+        for name, p in self.named_parameters():
+            if name.endswith("norm.weight"):
+                nn.init.ones_(p)
+            elif name.endswith(".bias"):
+                nn.init.zeros_(p)
+            else:
+                gain = 0.3 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+                std = {"embed.weight": 1.0, "head.weight": 0.02}.get(name, gain * p.shape[1] ** -0.5)
+                nn.init.normal_(p, std=std, generator=generator)
+        return self
+
+    def hidden(self, ids, valid=None, cache=None, cols=None, attn_mask=None, positions=None):
+        """Last hidden states (B, T, C), shift already applied: row i belongs to token i, whatever the family.
+
+        ids (B, T) int64. valid (B, T) bool, False = padding. attn_mask (B, T, T) bool and positions (B, T)
+        replace the rule of the family (training layouts). With a cache, ids are the tokens of its columns
+        cols (B, T): their keys and values are overwritten there, and they attend to the whole canvas. In a
+        window that does not start at the first token, a shifted model's first row is meaningless: include the
+        left neighbour and drop it.
+        """
+        cfg, dev = self.cfg, ids.device
+        if cache is not None:
+            positions = cache.positions.gather(1, cols)
+            k_col = torch.arange(cache.valid.shape[1], device=dev)[None]
+            attn_mask = attention_mask(cfg, positions, cols, cache.positions, k_col, cache.valid)
+        else:
+            if positions is None:
+                positions = (token_positions(valid) if valid is not None
+                             else torch.arange(ids.shape[1], device=dev)[None].expand(ids.shape))
+            if attn_mask is None and (valid is not None or cfg.block_len):
+                col = torch.arange(ids.shape[1], device=dev)[None]
+                valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
+                attn_mask = attention_mask(cfg, positions, col, positions, col, valid)
+        cos, sin = rope_angles(cfg, positions)
+        x = self.embed(ids)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, cos, sin, attn_mask, cache, layer, cols)
+        x = self.norm(x)
+        if cfg.shift:  # the network's row i-1 predicts token i; the first token keeps its own row
+            x = torch.where((positions == 0)[..., None], x, x.roll(1, dims=1))
+        return x
+
+    def forward(self, ids, valid=None, **kw):
+        """ids (B, T) -> logits (B, T, V); logits[:, i] scores token i. See hidden()."""
+        return self.head(self.hidden(ids, valid, **kw))
+
+
+def token_positions(valid):
+    """valid (B, T) bool -> positions (B, T) int64 counted from each row's first real token;
+    padding gets 0 or less use.
+    """
+    return (valid.long().cumsum(1) - 1).clamp(min=0)
+
+
+# ------------------------------------------------------------------------------------------------- load, save
+def load(name, device="cpu", dtype=torch.float32):
+    """A model in eval mode from a preset name, a hub id or a local checkpoint directory.
+
+    Built on the meta device and filled tensor by tensor from safetensors, so that nothing is allocated twice.
+    Strict: every tensor of the file is used and every parameter filled, else UserError.
+    Loading never executes code.
+    """
+    folder = checkpoint_dir(name)
+    cfg = config_from_json(read_json(folder / "config.json"))
+    with torch.device("meta"):
+        model = Transformer(cfg)
+    wanted = {official_name(cfg, n): n for n in model.state_dict() if not (cfg.tied and n == "head.weight")}
+    found, state = set(), {}
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as f:
+                for key in f.keys():
+                    found.add(key)
+                    if key in wanted:
+                        state[wanted[key]] = f.get_tensor(key).to(device=device, dtype=dtype)
+        except (SafetensorError, OSError) as e:
+            raise UserError(f"{file} is corrupt or cut short ({e}); download or copy it again") from None
+    _check_tensors(folder, model, wanted, found, state)
+    if cfg.tied:
+        state["head.weight"] = state["embed.weight"]
+    model.load_state_dict(state, assign=True, strict=True)
+    if cfg.tied:
+        model.head.weight = model.embed.weight
+    return model.eval()
+
+
+def _check_tensors(folder, model, wanted, found, state):
+    missing, extra = sorted(set(wanted) - found), sorted(found - set(wanted))
+    if missing or extra:
+        raise UserError(f"{folder}: the weights do not fit its config.json: "
+                        f"missing {missing[:3]} ({len(missing)}), unexpected {extra[:3]} ({len(extra)})")
+    for name, p in model.state_dict().items():
+        if name in state and state[name].shape != p.shape:
+            raise UserError(f"{folder}: tensor {official_name(model.cfg, name)} has shape "
+                            f"{tuple(state[name].shape)}, its config.json asks for {tuple(p.shape)}")
+
+
+def checkpoint_dir(name):
+    """Preset name, hub id or directory -> local directory. Downloads through huggingface_hub when it must."""
+    name = PRESETS.get(str(name), str(name))
+    if os.path.isdir(name):
+        return Path(name)
+    if os.path.isabs(name) or name.startswith(".") or name.count("/") != 1:
+        raise UserError(f"no model {name!r}: give one of {', '.join(PRESETS)}, "
+                        f"a hub id (owner/name) or a directory")
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
+    except Exception as e:
+        # offline, no such repository, gated: huggingface_hub raises a different type for each
+        raise UserError(f"cannot download {name!r} ({type(e).__name__}): check the name and the network, "
+                        f"or give a local directory in the official format") from None
+
+
+def family_of(name):
+    """Preset name, hub id or directory -> llada | dream | sdar | tiny, without loading weights."""
+    return config_from_json(read_json(checkpoint_dir(name) / "config.json")).family
+
+
+def weight_files(folder):
+    """The safetensors files of a checkpoint directory, through its index when it is sharded."""
+    index = folder / "model.safetensors.index.json"
+    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    for name in names:
+        if not (folder / name).exists():
+            raise UserError(f"{folder} has no {name}: not a checkpoint in the official safetensors format")
+    return [folder / name for name in names]
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"no file {path}") from None
+    except ValueError as e:
+        raise UserError(f"{path} is not valid JSON ({e})") from None
+
+
+def save(model, folder, dtype=None):
+    """Write config.json and model.safetensors with the official names
+    (the official code can load the result).
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {official_name(model.cfg, n): p.detach().to("cpu", dtype or p.dtype).contiguous()
+               for n, p in model.state_dict().items() if not (model.cfg.tied and n == "head.weight")}
+    lora = [n for n in tensors if "lora_" in n]
+    if lora:
+        raise UserError("the model still carries LoRA adapters: "
+                        "lora.merge(model) first, or lora.save the adapter")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(model.cfg.raw, indent=2) + "\n")
+
+
+def copy_tokenizer(name, folder):
+    """Copy a checkpoint's tokeniser files beside newly saved weights,
+    so that the new directory stands alone.
+    """
+    for pattern in ("vocab.json", "merges.txt", "token*.json", "added_tokens.json", "special_tokens_map.json",
+                    "generation_config.json", "chat_template.jinja"):
+        for file in checkpoint_dir(name).glob(pattern):
+            shutil.copy(file, folder)
+
+
+def main():
+    ap = argparse.ArgumentParser(description="Load a checkpoint, print what it is, run one forward.")
+    ap.add_argument("--model", default="tiny", help="preset name, hub id or directory")
+    model = load(ap.parse_args().model)
+    cfg = model.cfg
+    print(f"family {cfg.family}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    for key, value in vars(cfg).items():
+        if key not in ("family", "raw"):
+            print(f"  {key:<11} {value}")
+    logits = model(torch.full((1, 8), cfg.mask_id))
+    print(f"one forward over 8 mask tokens: logits {tuple(logits.shape)}, "
+          f"finite: {bool(logits.isfinite().all())}")
+
+
+def run_cli(main):
+    """Run a command line: bad input is one line on stderr and exit code 2, never a traceback."""
+    try:
+        main()
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    run_cli(main)

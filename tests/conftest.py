@@ -1,0 +1,52 @@
+"""Small random models that mix every fact of the families, so that nothing is only true of weights/tiny."""
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import model as nt_model  # noqa: E402
+
+FIXTURES = ROOT.parent / "shared" / "fixtures"
+torch.set_num_threads(2)
+
+BASE = dict(model_type="tiny", vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, max_position_embeddings=128, rope_theta=10000.0, rms_norm_eps=1e-6,
+            mask_token_id=39, eos_token_id=38, pad_token_id=38)
+CONFIGS = {
+    "plain": {},
+    "grouped": dict(num_key_value_heads=2, head_dim=12, tie_word_embeddings=True),
+    "biases": dict(qkv_bias=True, num_key_value_heads=1),
+    "qk_norm": dict(qk_norm=True, head_dim=16),
+    "shift": dict(shift=True, qkv_bias=True, num_key_value_heads=2),
+    "block": dict(block_size=4, qk_norm=True, num_key_value_heads=2),
+    "all": dict(block_size=2, qk_norm=True, qkv_bias=True, shift=True, num_key_value_heads=2, head_dim=16),
+}
+
+
+def random_model(seed=0, scale=4.0, **facts):
+    """A random model whose predictions are far from uniform, so that decoding takes varied paths."""
+    cfg = nt_model.config_from_json({**BASE, **facts})
+    model = nt_model.Transformer(cfg)
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("norm.weight"):
+                p.copy_(1 + 0.1 * torch.randn(p.shape, generator=g))
+            else:
+                p.copy_(torch.randn(p.shape, generator=g) / max(1, p.shape[-1]) ** 0.5)
+        model.head.weight.mul_(scale)
+    return model.eval()
+
+
+@pytest.fixture(params=list(CONFIGS))
+def any_model(request):
+    return random_model(**CONFIGS[request.param])
+
+
+def prompts_of(lengths, vocab=38, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, vocab, (n,), generator=g) for n in lengths]

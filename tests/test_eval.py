@@ -1,0 +1,68 @@
+import json
+
+import pytest
+
+import eval as nt_eval
+from model import UserError
+
+
+@pytest.mark.parametrize("pairs, y_max, want", [  # EVAL.md's check values
+    ([(1, 80), (4, 78)], 80, 308.5460),
+    ([(1, 80), (3, 79), (6, 75)], 82, 418.4082),
+    ([(1, 80), (3, 74), (6, 76)], 80, 443.5345),  # 74 < 80 - 5: dropped, its neighbours joined
+])
+def test_aup_check_values(pairs, y_max, want):
+    assert abs(nt_eval.aup(pairs, y_max) - want) < 1e-3
+    assert abs(nt_eval.aup(pairs[::-1], y_max) - want) < 1e-3
+
+
+def test_aup_by_hand():
+    assert nt_eval.aup([(2, 50)], 50) == 100  # one point: rho_1 y_1
+    assert abs(nt_eval.aup([(1, 50), (2, 50)], 50) - 100) < 1e-9  # W = 1 at y_max
+    assert abs(nt_eval.aup([(1, 50), (2, 60)], 40) - (50 + 55)) < 1e-9  # W is at most 1
+    with pytest.warns(UserWarning, match="clipped at TPF 1.00 of 3.00"):
+        assert nt_eval.aup([(1, 80), (3, 20)], 80) == 80
+    with pytest.raises(UserError):
+        nt_eval.aup([], 80)
+
+
+def point(label, rule, correct, tokens, nfe):
+    return dict(label=label, rule=rule, correct=correct, tokens=tokens, nfe=nfe, seconds=1.0,
+                ids=[str(i) for i in range(len(correct))], settings={}, responses=[""] * len(correct))
+
+
+def test_accuracy_and_tpf_by_hand():
+    p = point("m", "threshold 0.9", [1, 0, 1, 1], [10, 20, 30, 40], [5, 5, 20, 20])
+    assert nt_eval.accuracy(p) == (75.0, pytest.approx(100 * (0.75 * 0.25 / 4) ** 0.5))
+    assert nt_eval.tpf(p) == 2.0  # 100 / 50: of the sums, not the mean of 2, 4, 1.5, 2
+
+
+def test_report_writes_results_and_picture(tmp_path, capsys):
+    curves = [(label, [point(label, "1 per forward", [1, 1, 0, 1], [8] * 4, [8] * 4),
+                       point(label, "threshold 0.9", good, [8] * 4, [4] * 4)])
+              for label, good in (("base", [1, 0, 0, 1]), ("TAD", [1, 1, 0, 1]))]
+    nt_eval.report(curves, tmp_path)
+    printed = capsys.readouterr().out
+    assert "AUP base: 75.0" in printed and "AUP TAD: 150.0" in printed and "y_max 75.0" in printed
+    assert (tmp_path / "curve.png").stat().st_size > 5000
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert len(rows) == 4 and rows[3]["correct"] == [1, 1, 0, 1] and rows[0]["provenance"]["torch"]
+
+
+def test_compare_is_paired_and_refuses_other_problems(tmp_path):
+    def write(name, label, good):
+        (tmp_path / name).mkdir()
+        points = [point(label, "1 per forward", [1] * 50, [8] * 50, [8] * 50),
+                  point(label, "threshold 0.9", good, [8] * 50, [4] * 50)]
+        (tmp_path / name / "results.jsonl").write_text("\n".join(json.dumps(p) for p in points) + "\n")
+    write("b", "base", [1] * 47 + [0] * 3)
+    write("s", "SFT", [1] * 48 + [0] * 2)
+    write("t", "TAD", [1] * 50)
+    text = nt_eval.compare(nt_eval.read_runs([tmp_path / x for x in "bst"]), "base", "SFT", n_boot=50)
+    assert "| TAD | 1 | 200.00 [200.00, 200.00] | 2.00" in text
+    assert "accuracy at 0.9, TAD - SFT: 4.00" in text and "AUP TAD / base: 2.00" in text
+    p = point("odd", "threshold 0.9", [1], [8], [4])
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "results.jsonl").write_text(json.dumps(p) + "\n")
+    with pytest.raises(UserError, match="same problems"):
+        nt_eval.read_runs([tmp_path / "b", tmp_path / "odd"])

@@ -1,0 +1,254 @@
+import itertools
+import json
+
+import pytest
+import torch
+from conftest import CONFIGS, FIXTURES, prompts_of, random_model
+
+import model as nt_model
+import sample
+from sample import Decoding, generate, pick_positions, pick_tokens, reference
+
+POLICIES = {"static1": dict(policy="static", per_step=1), "static3": dict(policy="static", per_step=3),
+            "threshold": dict(policy="threshold", threshold=0.5),
+            "factor": dict(policy="factor", threshold=1.0),
+            "entropy": dict(policy="entropy", threshold=1.0),
+            "margin": dict(policy="static", per_step=2, score="margin")}
+
+
+def same(a, b):
+    return (torch.equal(a.ids, b.ids) and torch.equal(a.order, b.order) and torch.equal(a.rank, b.rank)
+            and a.nfe == b.nfe)
+
+
+# ------------------------------------------------------------------------ the choice of positions, by hand
+def positions(conf, masked, entropy=None, **settings):
+    conf, masked = torch.tensor([conf]), torch.tensor([masked])
+    entropy = torch.zeros_like(conf) if entropy is None else torch.tensor([entropy])
+    return pick_positions(conf, entropy, conf, masked, Decoding(**settings))[0].tolist()
+
+
+def test_static_takes_the_best_and_breaks_ties_left_to_right():
+    assert positions([.2, .9, .9, .5], [True] * 4, policy="static", per_step=1) == [False, True, False, False]
+    assert positions([.2, .9, .9, .5], [True, False, True, True], policy="static", per_step=2) == [
+        False, False, True, True]
+
+
+def test_threshold_takes_all_above_and_at_least_one():
+    assert positions([.91, .9, .89], [True] * 3, policy="threshold", threshold=0.9) == [True, True, False]
+    assert positions([.3, .4, .2], [True] * 3, policy="threshold", threshold=0.9) == [False, True, False]
+
+
+def test_entropy_takes_all_below_and_at_least_one():
+    keep = positions([.5] * 4, [True, True, True, False], [0.4, 0.6, 0.2, 0.1],
+                     policy="entropy", threshold=0.5)
+    assert keep == [True, False, True, False]
+    keep = positions([.5] * 3, [True] * 3, [0.9, 0.7, 0.8], policy="entropy", threshold=0.5)
+    assert keep == [False, True, False]
+
+
+def test_factor_takes_the_largest_n_that_passes():
+    # sorted .95, .7, .4, .1 against the bounds .5, .667, .75, .8: n = 2
+    assert positions([.4, .95, .7, .1], [True] * 4, policy="factor", threshold=1.0) == [
+        False, True, True, False]
+    # .6 >= .5 passes n = 1, .6 < .667 fails n = 2
+    assert positions([.6, .6, .6], [True] * 3, policy="factor", threshold=1.0) == [True, False, False]
+    # n = 1 fails (.45 < .5): still one position
+    assert positions([.45, .3, .2], [True] * 3, policy="factor", threshold=1.0) == [True, False, False]
+    # n = 2 of 3: the published code reveals the last one with them
+    assert positions([.4, .95, .7], [True] * 3, policy="factor", threshold=1.0) == [True, True, True]
+
+
+def test_token_confidence_entropy_and_margin_by_hand():
+    cfg = nt_model.config_from_json(dict(
+        model_type="tiny", vocab_size=3, hidden_size=4, intermediate_size=4, num_hidden_layers=1,
+        num_attention_heads=1, max_position_embeddings=8, rope_theta=1e4, rms_norm_eps=1e-6, mask_token_id=2,
+        eos_token_id=1))
+    p = torch.tensor([0.25, 0.15, 0.6])  # the mask id has the largest probability and must not be picked
+    token, conf, entropy, score = pick_tokens(p.log()[None], cfg, Decoding(score="margin"))
+    assert token.item() == 0 and abs(conf.item() - 0.25) < 1e-6
+    assert abs(entropy.item() - 0.937631) < 1e-5  # -(.25 ln .25 + .15 ln .15 + .6 ln .6)
+    assert abs(score.item() - 0.35) < 1e-6
+
+
+def test_nucleus_keeps_the_smallest_set_that_reaches_top_p():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    assert sample.nucleus(logits, 0.6).isfinite().tolist() == [True, True, False, False]
+    assert sample.nucleus(logits, 0.5).isfinite().tolist() == [True, False, False, False]
+    assert sample.nucleus(logits, 0.01).isfinite().tolist() == [True, False, False, False]
+
+
+# --------------------------------------------------------------- batched = alone = reference, every family
+@pytest.mark.parametrize("policy", list(POLICIES))
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_batch_equals_alone_equals_reference(name, policy):
+    model, prompts = random_model(**CONFIGS[name]), prompts_of([2, 9, 5, 12])
+    for cache, early_stop in itertools.product(("none", "prefix", "dual"), (True, False)):
+        settings = dict(gen_len=10, block_len=4, cache=cache, early_stop=early_stop, **POLICIES[policy])
+        outs = generate(model, prompts, batch_size=3, **settings)
+        for prompt, out in zip(prompts, outs):
+            assert same(out, generate(model, [prompt], **settings)[0]), (cache, early_stop, len(prompt))
+            assert same(out, reference(model, prompt, **settings)), (cache, early_stop, len(prompt))
+            assert sorted(out.rank.tolist()) == list(range(10))
+            assert model.cfg.mask_id not in out.ids
+
+
+def test_sampling_draws_the_same_in_any_batch():
+    model, prompts = random_model(scale=1.0), prompts_of([5, 8, 2])
+    settings = dict(gen_len=8, block_len=4, temperature=1.0, top_p=0.9, seed=3)
+    outs = generate(model, prompts, batch_size=2, **settings)
+    again = generate(model, prompts, batch_size=3, **settings)
+    other = generate(model, prompts, **{**settings, "seed": 4})
+    assert all(same(a, b) for a, b in zip(outs, again))
+    assert not all(torch.equal(a.ids, b.ids) for a, b in zip(outs, other))
+    assert same(outs[0], reference(model, prompts[0], **settings))
+
+
+def count_forwards(monkeypatch, model, prompts, **settings):
+    """(forwards of the model, rows in each) of one generate call."""
+    rows, inner = [], model.hidden
+    monkeypatch.setattr(model, "hidden", lambda ids, *a, **kw: rows.append(ids.shape) or inner(ids, *a, **kw))
+    outs = generate(model, prompts, **settings)
+    monkeypatch.undo()
+    return outs, rows
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+def test_the_batch_is_really_one(monkeypatch, cache):
+    """Total forwards stay near those of the slowest row; one-by-one decoding would need the sum."""
+    model, prompts = random_model(), prompts_of([4, 9, 6, 7, 5, 8, 3, 6])
+    settings = dict(gen_len=16, block_len=4, policy="threshold", threshold=0.5, cache=cache, batch_size=8)
+    outs, shapes = count_forwards(monkeypatch, model, prompts, **settings)
+    nfes = [out.nfe for out in outs]
+    # every row's forward is counted, and no other is run
+    assert sum(shape[0] for shape in shapes) == sum(nfes)
+    assert max(nfes) <= len(shapes) <= (1 if cache == "none" else 2) * max(nfes) < sum(nfes)
+    one_by_one = sum(len(count_forwards(monkeypatch, model, [p], **settings)[1]) for p in prompts)
+    assert one_by_one == sum(nfes)  # the broken version this guard is for: it would not pass the line above
+
+
+def test_cached_forwards_are_narrow(monkeypatch):
+    model, prompts = random_model(), prompts_of([4, 9])
+    settings = dict(gen_len=16, block_len=4, policy="static", batch_size=2)
+    width = {c: [s[1] for s in count_forwards(monkeypatch, model, prompts, cache=c, **settings)[1]]
+             for c in ("none", "prefix", "dual")}
+    canvas = 9 + 16 + 1
+    assert set(width["none"]) == {canvas}
+    assert sorted(set(width["dual"])) == [4, canvas]
+    assert width["dual"].count(canvas) == 4  # one refresh per block
+    assert max(w for w in width["prefix"] if w != canvas) == 16 and min(width["prefix"]) == 4
+
+
+def test_waiting_prompts_take_free_places(monkeypatch):
+    model, prompts = random_model(), prompts_of(range(1, 13))
+    settings = dict(gen_len=8, block_len=4, policy="threshold", threshold=0.4, cache="none", early_stop=True)
+    outs, shapes = count_forwards(monkeypatch, model, prompts, batch_size=3, **settings)
+    alone = [generate(model, [p], **settings)[0] for p in prompts]
+    assert all(same(a, b) for a, b in zip(outs, alone))
+    assert max(s[0] for s in shapes) == 3
+    # the batch stays full
+    assert len(shapes) < sum(out.nfe for out in outs) / 3 + max(out.nfe for out in outs)
+
+
+# ------------------------------------------------------------------------------------ order, rank, early stop
+class Scripted(torch.nn.Module):
+    """A model whose logits depend on the position only: decoding can be worked out by hand. P = 2, V = 6."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.cfg = nt_model.config_from_json(dict(
+            model_type="tiny", vocab_size=6, hidden_size=6, intermediate_size=4, num_hidden_layers=1,
+            num_attention_heads=1, max_position_embeddings=32, rope_theta=1e4, rms_norm_eps=1e-6,
+            mask_token_id=5, eos_token_id=4))
+        self.embed = torch.nn.Embedding(6, 6)
+        self.table = torch.tensor(table).log()  # (L, V)
+
+    def hidden(self, ids, valid=None, positions=None, **_):
+        at = (positions - 2).clamp(0, len(self.table) - 1)
+        return self.table[at]
+
+    def head(self, h):
+        return h
+
+
+def distribution(token, p):
+    rest = (1 - p) / 5
+    return [p if i == token else rest for i in range(6)]
+
+
+def test_order_rank_and_nfe_by_hand():
+    table = [distribution(1, 0.6), distribution(2, 0.95), distribution(3, 0.5), distribution(0, 0.97)]
+    out = generate(Scripted(table), [torch.tensor([0, 0])], gen_len=4, block_len=4,
+                   policy="threshold", threshold=0.9, cache="none")[0]
+    # forward 0 reveals positions 1 and 3 (3 is surer: rank 0), then 0 (best of the rest), then 2
+    assert out.ids.tolist() == [1, 2, 3, 0] and out.order.tolist() == [1, 0, 2, 0]
+    assert out.rank.tolist() == [2, 1, 3, 0] and out.nfe == 3
+
+
+def test_early_stop_fills_the_tail_at_the_forward_that_completed_the_answer():
+    table = [distribution(1, 0.6), distribution(4, 0.95), distribution(3, 0.5), distribution(0, 0.4)]
+    settings = dict(gen_len=4, block_len=4, policy="threshold", threshold=0.9, cache="none")
+    out = generate(Scripted(table), [torch.tensor([0, 0])], **settings)[0]
+    # forward 0: the EOS at position 1; forward 1: position 0, and with it the answer is complete
+    assert out.ids.tolist() == [1, 4, 4, 4] and out.order.tolist() == [1, 0, 1, 1] and out.nfe == 2
+    assert out.rank.tolist() == [1, 0, 2, 3] and out.n_tokens((4,)) == 1
+    full = generate(Scripted(table), [torch.tensor([0, 0])], early_stop=False, **settings)[0]
+    assert full.ids.tolist() == [1, 4, 3, 0] and full.nfe == 4 and full.n_tokens((4,)) == 1
+
+
+def test_the_empty_prompt():
+    """Every position is alike before the first reveal:
+    scores tie, and only ids that do not hang on the tie compare.
+    """
+    for name in CONFIGS:
+        model, empty = random_model(**CONFIGS[name]), torch.tensor([], dtype=torch.long)
+        for cache in ("none", "prefix", "dual"):
+            settings = dict(gen_len=6, block_len=4, policy="static", per_step=2, cache=cache,
+                            early_stop=False)
+            out, ref = generate(model, [empty], **settings)[0], reference(model, empty, **settings)
+            assert torch.equal(out.ids, ref.ids) and torch.equal(out.order, ref.order) and out.nfe == ref.nfe
+
+
+def test_eos_in_the_prompt_does_not_stop():
+    model = random_model()
+    prompt = torch.tensor([38, 38, 1, 38])
+    out = generate(model, [prompt], gen_len=8, block_len=4)[0]
+    assert same(out, reference(model, prompt, gen_len=8, block_len=4)) and out.nfe >= 1
+
+
+# --------------------------------------------------------------------------------- the official samplers
+LLADA = FIXTURES / "llada_A"
+
+
+def llada_settings(case):
+    """Our settings for one case of samplers.json."""
+    was, name = case["settings"], case["name"]
+    cache = "prefix" if "prefix" in name else "dual" if "dual" in name else "none"
+    settings = dict(gen_len=was["gen_length"], block_len=was["block_length"], cache=cache, early_stop=False)
+    if was.get("factor"):
+        return dict(settings, policy="factor", threshold=was["factor"])
+    if was.get("threshold"):
+        return dict(settings, policy="threshold", threshold=was["threshold"])
+    return dict(settings, policy="static", per_step=was["gen_length"] // was["steps"])
+
+
+@pytest.mark.skipif(not LLADA.exists(), reason="shared fixtures absent")
+def test_llada_official_samplers():
+    """Same ids and number of forwards as LLaDA's generate(), Fast-dLLM's three and its factor mode."""
+    model = nt_model.load(LLADA)
+    useless = 0
+    for case in json.loads((LLADA / "samplers.json").read_text())["cases"]:
+        settings, rows = llada_settings(case), case["settings"]["prompt"]
+        real = case["settings"].get("attention_mask", [[1] * len(p) for p in rows])
+        prompts = [torch.tensor([i for i, r in zip(p, m) if r]) for p, m in zip(rows, real)]
+        outs = generate(model, prompts, **settings)
+        for prompt, out, want in zip(prompts, outs, case["ids"]):
+            assert out.ids.tolist() == want[-len(out.ids):], case["name"]
+            assert same(out, reference(model, prompt, **settings)), case["name"]
+            # with a threshold Fast-dLLM's cached loops run a useless forward
+            # on a block that its refresh has filled
+            spare = case["forwards"] - out.nfe
+            excused = "thr0.9" in case["name"] and settings["cache"] != "none"
+            assert spare == 0 or (spare == 1 and excused), case["name"]
+            useless += spare
+    assert useless <= 3

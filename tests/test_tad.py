@@ -1,0 +1,363 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import CONFIGS, ROOT, random_model
+from safetensors.torch import load_file
+
+import data
+import lora
+import model as nt_model
+import tad
+from tad import Config, auto_window, make_batch, tad_loss
+
+TOK = data.tiny_tokenizer(ROOT / "weights/tiny/vocab.json")
+
+
+# -------------------------------------------------------------------------------------------------- the loss
+LOGP = [[0.5, 0.25, 0.25], [0.2, 0.2, 0.6], [0.1, 0.8, 0.1], [1 / 3, 1 / 3, 1 / 3]]  # student, 4 rows
+LOGQ = [[0.7, 0.2, 0.1], [0.25, 0.25, 0.5], [0.2, 0.6, 0.2], [0.5, 0.25, 0.25]]  # teacher
+X0 = [0, 2, 1, 1]
+NEAR = [True, True, False, False]
+EXAMPLE = [0, 0, 0, 1]  # example 0 has rows 0, 1, 2; example 1 has row 3
+
+
+def loss(near="ce", distant="kl", lam=1.0, tau=1.0, teacher=True, n_examples=2):
+    cfg = SimpleNamespace(near=near, distant=distant, lam=lam, tau=tau)
+    return tad_loss(torch.tensor(LOGP).log(), torch.tensor(LOGQ).log() if teacher else None, torch.tensor(X0),
+                    torch.tensor(NEAR), torch.tensor(EXAMPLE), n_examples, cfg)
+
+
+def kl(q, p):
+    return sum(a * math.log(a / b) for a, b in zip(q, p))
+
+
+CE = [-math.log(LOGP[i][X0[i]]) for i in range(4)]
+KL = [kl(q, p) for q, p in zip(LOGQ, LOGP)]
+
+
+@pytest.mark.parametrize("near, distant, lam, want", [
+    # mean over example 0's two near rows, over 2 examples; example 0 has one distant row, example 1 one
+    ("ce", "kl", 1.0, (CE[0] + CE[1]) / 2 / 2 + (KL[2] + KL[3]) / 2),
+    ("ce", "kl", 0.5, (CE[0] + CE[1]) / 2 / 2 + 0.5 * (KL[2] + KL[3]) / 2),
+    ("kl", "ce", 1.0, (KL[0] + KL[1]) / 2 / 2 + (CE[2] + CE[3]) / 2),
+    ("none", "kl", 1.0, (KL[2] + KL[3]) / 2),
+    ("ce", "none", 1.0, (CE[0] + CE[1]) / 2 / 2),
+    ("kl", "kl", 2.0, (KL[0] + KL[1]) / 2 / 2 + 2 * (KL[2] + KL[3]) / 2),
+    ("ce", "ce", 1.0, (CE[0] + CE[1]) / 2 / 2 + (CE[2] + CE[3]) / 2),
+])
+def test_loss_by_hand(near, distant, lam, want):
+    assert abs(loss(near, distant, lam)[0].item() - want) < 1e-5
+
+
+def test_temperature_by_hand():
+    """tau = 2: probabilities proportional to square roots, times tau^2."""
+    def soften(p):
+        root = [math.sqrt(x) for x in p]
+        return [x / sum(root) for x in root]
+    want = 4 * sum(kl(soften(LOGQ[i]), soften(LOGP[i])) for i in (2, 3)) / 2
+    assert abs(loss("none", "kl", tau=2.0)[0].item() - want) < 1e-5
+
+
+def test_gradient_by_finite_differences():
+    cfg = SimpleNamespace(near="ce", distant="kl", lam=0.7, tau=1.5)
+    g = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(4, 3, generator=g) for _ in range(2))
+
+    def f(s):
+        return tad_loss(s, teacher, torch.tensor(X0), torch.tensor(NEAR), torch.tensor(EXAMPLE), 2, cfg)[0]
+    student.requires_grad_()
+    f(student).backward()
+    for i, j in np.ndindex(4, 3):
+        d = torch.zeros(4, 3)
+        d[i, j] = 1e-2
+        numeric = (f(student + d) - f(student - d)).item() / 2e-2
+        assert abs(numeric - student.grad[i, j].item()) < 1e-3
+
+
+def test_micro_batches_sum_to_the_batch():
+    """Losses are divided by the global number of examples: splitting the batch changes nothing."""
+    model = lora.add(random_model(**VOCAB), 4, 4)
+    cfg, examples = config(batch_size=4), [(record(i), t) for i, t in enumerate((0, 2, 5, 7))]
+    rngs = [data.example_rng(0, 0, i) for i in range(4)]
+    whole = tad.training_loss(model, model, examples, rngs, cfg, 3, TOK, "cpu")[0]
+    parts = [tad.training_loss(model, model, examples[i:i + 1], rngs[i:i + 1], cfg, 3, TOK, "cpu")[0]
+             for i in range(4)]
+    assert abs(whole.item() - sum(p.item() for p in parts)) < 1e-5
+
+
+# --------------------------------------------------------------------------------------------- batch builder
+VOCAB = dict(vocab_size=303, mask_token_id=302, eos_token_id=301, pad_token_id=301)
+
+
+def config(**kw):
+    return Config(**{"gen_len": 8, "block_len": 4, "batch_size": 4, **kw})
+
+
+def record(seed, L=8):
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(L).tolist()
+    p = data.load_problems("tiny", "train", 4)[seed % 4]
+    return dict(id=f"r{seed}", x0=rng.integers(0, 301, L).tolist(), order=order, rank=order,
+                solution=p["solution"], prompt=p["prompt"], prompt_ids=TOK.prompt_ids(p["prompt"]).tolist(),
+                privileged_prompt_ids=TOK.prompt_ids(data.privileged_prompt(p)).tolist())
+
+
+def test_near_and_distant_by_hand():
+    r = dict(x0=[10, 11, 12, 13, 14], order=[3, 0, 4, 1, 2], prompt_ids=[1, 2])
+    mcfg = random_model(**VOCAB).cfg
+    b = make_batch([(r, 1)], [None], config(), 2, mcfg)  # t = 1, W = 2: near are orders 1, 2; distant 3, 4
+    assert b["xt"].tolist() == [[302, 11, 302, 302, 302]]
+    assert b["masked"].tolist() == [[True, False, True, True, True]]
+    assert b["near"].tolist() == [[False, False, False, True, True]]
+    b = make_batch([(r, 3)], [None], config(), 20, mcfg)  # a window past the end: everything left is near
+    assert b["near"].tolist() == [[True, False, True, False, False]] == b["masked"].tolist()
+
+
+def test_block_causal_windows_end_with_the_block():
+    """Blocks count from absolute position 0:
+    with 2 prompt tokens and blocks of 4, the first holds two responses.
+    """
+    r = dict(x0=[10] * 6, order=[0, 1, 2, 3, 4, 5], prompt_ids=[1, 2])
+    mcfg = random_model(**VOCAB, block_size=4).cfg
+    near = [make_batch([(r, t)], [None], config(), 4, mcfg)["near"][0].tolist() for t in (0, 1, 2)]
+    assert near[0] == [True, True, False, False, False, False]
+    assert near[1] == [False, True, False, False, False, False]
+    assert near[2] == [False, False, True, True, True, True]
+
+
+@pytest.mark.parametrize("source", ["traj_random", "gt_random"])
+def test_random_sources_mask_at_random_and_ignore_the_state(source):
+    mcfg, cfg = random_model(**VOCAB).cfg, config(source=source)
+    r = record(0, 400)
+    share = []
+    for i in range(200):
+        b = make_batch([(r, 399)], [data.example_rng(0, 0, i)], cfg, 2, mcfg)
+        assert torch.equal(b["near"], b["masked"])
+        share.append(b["masked"].float().mean().item())
+    assert abs(np.mean(share) - 0.5) < 0.07 and np.std(share) > 0.2  # t ~ U(0, 1]
+
+
+def test_teacher_prompts():
+    r = record(1)
+    assert tad.teacher_prompts([(r, 0)], config(teacher_prompt="plain"), TOK) == [r["prompt_ids"]]
+    assert tad.teacher_prompts([(r, 0)], config(), TOK) == [r["privileged_prompt_ids"]]
+    # collected without privilege: built here
+    plainly = {k: v for k, v in r.items() if k != "privileged_prompt_ids"}
+    assert tad.teacher_prompts([(plainly, 0)], config(), TOK) == [r["privileged_prompt_ids"]]
+    system = tad.teacher_prompts([(r, 0)], config(teacher_prompt="system"), TOK)[0]
+    assert len(system) > len(r["prompt_ids"]) and system[-len(r["prompt_ids"]) + 1:] == r["prompt_ids"][1:]
+
+
+def test_an_epoch_is_every_state_once():
+    records = [record(0), record(1)]
+    pairs = tad.training_pairs(records, config(), 0)
+    assert sorted(pairs) == [(n, t) for n in (0, 1) for t in range(8)]
+    assert pairs != tad.training_pairs(records, config(), 1)
+    few = tad.training_pairs(records, config(states_per_trajectory=3), 0)
+    assert len(few) == len(set(few)) == 6
+
+
+# ---------------------------------------------------------------------------------- teacher, window, families
+def test_the_soft_teacher_is_the_base_on_the_privileged_prompt():
+    """The distant term computed by hand:
+    one example, base logits on [privileged | xt], student on [plain | xt].
+    """
+    model = lora.add(random_model(**VOCAB), 4, 4)
+    for _, m in lora.adapters(model):
+        m.lora_B.data.normal_(generator=torch.Generator().manual_seed(1)).mul_(0.1)
+    r, t, W = record(2), 3, 2
+    cfg = config(batch_size=1, near="none")
+    got = tad.training_loss(model, model, [(r, t)], [None], cfg, W, TOK, "cpu")[0]
+    xt = torch.tensor([r["x0"][i] if r["order"][i] < t else 302 for i in range(8)])
+    distant = [i for i in range(8) if r["order"][i] >= t + W]
+    with torch.no_grad():
+        student = model(torch.cat([torch.tensor(r["prompt_ids"]), xt])[None])[0, -8:].log_softmax(-1)
+        base = random_model(**VOCAB)
+        ids = torch.cat([torch.tensor(r["privileged_prompt_ids"]), xt])
+        teacher = base(ids[None])[0, -8:].log_softmax(-1)
+    want = np.mean([(teacher[i].exp() * (teacher[i] - student[i])).sum().item() for i in distant])
+    assert abs(got.item() - want) < 1e-4
+
+
+def test_teacher_runs_only_where_distant_tokens_exist(monkeypatch):
+    model = lora.add(random_model(**VOCAB), 4, 4)
+    rows, inner = [], model.hidden
+    monkeypatch.setattr(model, "hidden", lambda ids, *a: rows.append(len(ids)) or inner(ids, *a))
+    examples = [(record(0), 0), (record(1), 7), (record(2), 6)]
+    tad.training_loss(model, model, examples, [None] * 3, config(batch_size=3), 2, TOK, "cpu")
+    assert rows == [3, 1]  # only the first example has tokens more than W = 2 forwards away
+    rows.clear()
+    tad.training_loss(model, model, examples, [None] * 3, config(batch_size=3, distant="none"), 2, TOK, "cpu")
+    assert rows == [3]
+
+
+def test_auto_window_by_hand():
+    decay = np.array([0.9, 0.7, 0.49, 0.6, 0.3, 0.19])
+    assert auto_window(decay, "auto-quality") == 2 and auto_window(decay, "auto-speed") == 5
+    assert auto_window(np.array([0.4, 0.3]), "auto-quality") == 1
+    assert auto_window(np.array([0.9, 0.8]), "auto-speed") == 2  # never below: everything is near
+
+
+def test_confidence_decay_by_hand():
+    """Against a plain loop over single states, EOS tail excluded."""
+    model, r = random_model(**VOCAB), record(3)
+    r["x0"][5:] = [301, 301, 301]
+    got = tad.confidence_decay(model, [r], "cpu", n_states=8)
+    sums = {}
+    for t in range(8):
+        xt = torch.tensor([r["x0"][i] if r["order"][i] < t else 302 for i in range(8)])
+        p = model(torch.cat([torch.tensor(r["prompt_ids"]), xt])[None])[0, -8:].softmax(-1)
+        for i in range(5):
+            if r["order"][i] >= t:
+                sums.setdefault(r["order"][i] - t, []).append(p[i, r["x0"][i]].item())
+    for offset, ps in sums.items():
+        assert abs(got[offset] - np.mean(ps)) < 1e-5
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_one_step_on_every_kind_of_model(name):
+    """Each kind of attention and head collects, trains and lowers its loss on the batch it trained on."""
+    model = random_model(scale=1.0, **{**CONFIGS[name], **VOCAB})
+    lora.add(model, 8, 8)
+    examples = [(record(i), i) for i in range(4)]
+    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss, _ = tad.training_loss(model, model, examples, [None] * 4, config(), 4, TOK, "cpu")
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+# ------------------------------------------------------------------------------------------- the command line
+def checkpoint(tmp_path):
+    """A small random checkpoint that decodes: the whole command runs on it in seconds."""
+    folder = tmp_path / "random"
+    nt_model.save(random_model(max_position_embeddings=160, **VOCAB), folder)
+    nt_model.copy_tokenizer("tiny", folder)
+    return folder
+
+
+def problems_any_answer(tmp_path, model_dir):
+    """Problems whose answer is what the random model says, so that its trajectories pass the filter."""
+    model, problems = nt_model.load(model_dir), data.load_problems("tiny", "train", 12)
+    records = data.rollout(model, TOK, problems, tmp_path / "probe", "x", privileged=True, gen_len=8,
+                           block_len=4, policy="static", per_step=1, cache="none")
+    rows = {r["id"]: r for r in records}
+    file = tmp_path / "problems.jsonl"
+    with open(file, "w") as f:
+        for p in problems:
+            x0 = rows[p["id"]]["x0"]
+            f.write(json.dumps({**p, "answer": str(x0)}) + "\n")
+    return file
+
+
+def run_tad(cwd, *args, env=None, **kw):
+    return subprocess.run([sys.executable, str(ROOT / "tad.py"), *args], cwd=cwd, capture_output=True,
+                          text=True, env={**os.environ, **(env or {})}, **kw)
+
+
+def tad_args(model_dir, out, *extra):
+    return ["--model", str(model_dir), "--data", "tiny", "--n_problems", "12", "--gen_len", "8",
+            "--block_len", "4", "--batch_size", "8", "--micro_batch", "4", "--max_steps", "12",
+            "--save_every", "3", "--log_every", "1", "--lora_r", "4", "--lora_dropout", "0.1",
+            "--eval_problems", "0", "--window", "2", "--out", str(out), *extra]
+
+
+@pytest.fixture
+def graded_right(monkeypatch):
+    """A random model answers nothing: let the filter pass, in this process and in the ones it starts."""
+    import grade
+    monkeypatch.setattr(grade, "is_correct", lambda problem, text: True)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests" / "lenient"))
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_sigkill_during_training_is_bit_identical(tmp_path, graded_right, full):
+    model_dir, extra = checkpoint(tmp_path), ["--full"] if full else []
+    final = "model/model.safetensors" if full else "adapter/adapter_model.safetensors"
+    whole = run_tad(tmp_path, *tad_args(model_dir, tmp_path / "whole", *extra))
+    assert whole.returncode == 0, whole.stderr
+    out, kills = tmp_path / "killed", 0
+    for seen in (4, 8):
+        run = subprocess.Popen([sys.executable, str(ROOT / "tad.py"), *tad_args(model_dir, out, *extra)],
+                               cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.time() + 120
+        while time.time() < deadline and run.poll() is None:  # kill it after `seen` logged steps
+            if (out / "log.jsonl").exists() and (out / "log.jsonl").read_text().count("\n") >= seen:
+                break
+            time.sleep(0.002)
+        kills += run.poll() is None
+        os.kill(run.pid, signal.SIGKILL)
+        run.wait()
+    assert kills >= 1
+    assert run_tad(tmp_path, *tad_args(model_dir, out, *extra)).returncode == 0
+    a, b = load_file(tmp_path / "whole" / final), load_file(out / final)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 13))
+    done = run_tad(tmp_path, *tad_args(model_dir, out, *extra))
+    assert done.returncode == 0 and "finished already" in done.stdout
+
+
+def test_damaged_checkpoint_falls_back(tmp_path, graded_right):
+    model_dir, out = checkpoint(tmp_path), tmp_path / "run"
+    assert run_tad(tmp_path, *tad_args(model_dir, out)).returncode == 0
+    want = load_file(out / "adapter/adapter_model.safetensors")
+    steps = sorted((out / "checkpoints").glob("step-*"))
+    assert [s.name for s in steps] == ["step-000009", "step-000012"]  # the last two are kept
+    newest = steps[-1] / "optimizer.pt"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    for file in (out / "adapter").iterdir():
+        file.unlink()
+    (out / "adapter").rmdir()
+    again = run_tad(tmp_path, *tad_args(model_dir, out))
+    assert again.returncode == 0 and "damaged" in again.stderr
+    got = load_file(out / "adapter/adapter_model.safetensors")
+    assert all(torch.equal(want[k], got[k]) for k in want)
+
+
+def test_bad_input_is_one_line_and_exit_2(tmp_path, graded_right):
+    model_dir, out = checkpoint(tmp_path), tmp_path / "run"
+    assert run_tad(tmp_path, *tad_args(model_dir, out)).returncode == 0
+    (tmp_path / "empty.jsonl").write_text("")
+    broken = tmp_path / "broken"
+    nt_model.save(random_model(**VOCAB), broken)
+    nt_model.copy_tokenizer("tiny", broken)
+    (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:1000])
+    cases = {
+        "another configuration (lr": tad_args(model_dir, out, "--lr", "0.5"),
+        "no model 'tinny'": tad_args("tinny", tmp_path / "a"),
+        "corrupt or cut short": tad_args(broken, tmp_path / "b"),
+        "is empty": tad_args(model_dir, tmp_path / "c", "--data", "empty.jsonl"),
+        "exceeds the model's": tad_args(model_dir, tmp_path / "d", "--gen_len", "150"),
+        "give a positive number of forwards": tad_args(model_dir, tmp_path / "e", "--window", "auto"),
+        "unrecognized arguments: --lrr": tad_args(model_dir, tmp_path / "f", "--lrr", "1"),
+        "invalid float value: 'fast'": tad_args(model_dir, tmp_path / "g", "--lr", "fast"),
+        "invalid choice: 'mse'": tad_args(model_dir, tmp_path / "h", "--near", "mse"),
+        "the loss is nan": tad_args(model_dir, tmp_path / "i", "--lr", "1e38", "--clip", "1e38",
+                                    "--window", "8"),
+    }
+    for words, args in cases.items():
+        run = run_tad(tmp_path, *args)
+        assert run.returncode == 2, (words, run.stderr)
+        assert words in run.stderr and "Traceback" not in run.stderr, (words, run.stderr)
+    nonfinite = tmp_path / "i/nonfinite.json"
+    assert nonfinite.exists() and json.loads(nonfinite.read_text())["ids"]
+    assert (out / "adapter").exists()  # nothing finished was touched
+    shard = out / "trajectories/rank0.jsonl"
+    shard.write_text("{torn\n" + shard.read_text())
+    (out / "adapter").rename(out / "gone")
+    run = run_tad(tmp_path, *tad_args(model_dir, out))
+    assert run.returncode == 2 and "line 1 is not valid JSON" in run.stderr

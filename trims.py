@@ -1,0 +1,431 @@
+"""TRIMS (arXiv 2604.00666), so far in its baseline form: standard masked-diffusion training (MDLM SFT).
+
+Every response position is masked with probability t ~ U(0, 1]; the network predicts the masked ones:
+
+    loss = 1/L  sum over masked i of  1/t * -log p(x0_i | prompt, xt)      (LLaDA, arXiv 2502.09992, Eq. 3)
+
+This is how the embedded base model was made and it is the baseline every trajectory method is compared with:
+SFT on ground truth, or on a model's own responses (`--data` = a trajectory folder). TRIMS itself replaces a
+share of the random masks by masks that follow the difficulty an AR teacher sees; `--trajectory_share 0` is
+this file without it, and the only value accepted until that part is built.
+
+    glossary   x0 clean response (L,), xt noised response, masked (L,) bool, t masking probability,
+               loss_w = 1 / (t L)
+
+    python trims.py --init scratch --n_examples 0 --max_steps 5000 --drill_steps 600 --block_share 0.5 \\
+        --lr 1e-3 --muon_lr 0.02 --beta2 0.95 --lr_schedule tail --warmup_steps 100 \\
+        --out out/tiny                                       # makes weights/tiny again
+    python trims.py --trajectory_share 0                     # SFT-GT with LoRA on the tiny model
+    python trims.py --trajectory_share 0 --data out/tad-tiny/trajectories      # SFT on collected responses
+"""
+import argparse
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, get_args, get_type_hints
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+import eval as nt_eval
+import lora
+import model as nt_model
+from data import TinySFT, collate, example_rng, load_problems, load_tokenizer, pad_response, read_trajectories
+from model import UserError, run_cli
+
+
+@dataclass
+class Config:
+    model: str = "tiny"  # preset name, hub id or directory
+    out: str = ""  # output directory; default out/trims-<model>
+    overwrite: bool = False  # start anew in a directory that already holds a run
+    seed: int = 0  # of the masks, the data order and the initial weights
+    init: Literal["model", "scratch"] = "model"  # scratch: the model's config, fresh weights, all trained
+    data: str = "tiny"  # tiny, a .jsonl with prompt and solution, or a folder of trajectories
+    n_examples: int = 2000  # how many of the tiny examples there are; 0: every step draws new ones
+    drill_steps: int = 0  # opening steps on drills of the tiny task (see data.TinySFT)
+    gen_len: int = 256  # response length L, tokens, EOS-filled
+    trajectory_share: float = 0.0  # share of samples with the trajectory-aware mask (0 = standard MDLM)
+    block_share: float = 0.0  # share of samples masked as in block decoding: earlier clean, later all masked
+    block_len: int = 32  # block size of those samples, tokens
+    t_min: float = 0.001  # smallest masking probability
+    full: bool = False  # train all weights instead of LoRA adapters
+    lora_r: int = 32  # LoRA rank
+    lora_alpha: int = 32  # LoRA alpha (not published)
+    lora_dropout: float = 0.0  # LoRA dropout
+    lr: float = 1e-4  # peak learning rate
+    muon_lr: float = 0.0  # Muon's learning rate for the blocks' matrices; 0: AdamW everywhere
+    lr_schedule: Literal["constant", "cosine", "tail"] = "cosine"  # tail: linear to zero over the last 40%
+    warmup_steps: int = 20  # linear warm-up
+    weight_decay: float = 0.01  # AdamW (not published)
+    beta2: float = 0.999  # AdamW
+    clip: float = 1.0  # gradient norm
+    batch_size: int = 128  # examples per optimizer step over all ranks
+    micro_batch: int = 32  # examples per forward
+    epochs: int = 30  # passes over the data
+    max_steps: int = 0  # stop after this many steps (0: epochs decide)
+    save_every: int = 250  # steps between checkpoints
+    log_every: int = 10  # steps between log lines
+    eval_problems: int = 200  # problems of the closing evaluation (tiny only; 0: none)
+
+
+PRESETS = {
+    "tiny": dict(gen_len=48, block_len=16, lr=1e-3, max_steps=200, batch_size=64, micro_batch=64),
+}
+
+
+# --------------------------------------------------------------------------------------------------- the loss
+def mdlm_loss(logits, x0, loss_w):
+    """Weighted cross-entropy of the masked rows. logits (N, V), x0 (N,) int64, loss_w (N,) -> scalar fp32.
+
+    loss_w carries 1/t, 1/L and 1/batch, so that the sum over rows, micro-batches and ranks is the MDLM loss.
+    """
+    ce = F.cross_entropy(logits.float(), x0, reduction="none")
+    return (loss_w * ce).sum()
+
+
+# ---------------------------------------------------------------------------------------------- batch builder
+def mask_response(example, cfg, rng):
+    """One example's noise -> masked (L,) bool, loss_w (L,) = 1/t, before the normalisation over L."""
+    L, t = len(example["x0"]), cfg.t_min + (1 - cfg.t_min) * rng.random()
+    if "masked" in example:  # a drill says itself what is hidden; its mean cross-entropy counts
+        masked = np.array(example["masked"])
+        return masked, np.full(L, L / masked.sum())
+    masked, loss_w = rng.random(L) < t, np.full(L, 1 / t)
+    if rng.random() < cfg.block_share:
+        # the loss then counts the current block only, scaled up to the whole length
+        block = np.arange(L) // cfg.block_len
+        current = rng.integers(block[-1] + 1)
+        loss_w = np.where(block == current, loss_w * L / (block == current).sum(), 0.0)
+        masked = (block > current) | ((block == current) & masked)
+    return masked, loss_w
+
+
+def make_batch(examples, rngs, cfg, mask_id, pad_id):
+    """examples: list of {prompt_ids, x0}
+    -> ids (B, P + L), valid (B, P + L), x0 (B, L), masked (B, L), loss_w (B, L).
+    """
+    x0 = torch.tensor([e["x0"] for e in examples])
+    noise = [mask_response(e, cfg, rng) for e, rng in zip(examples, rngs)]
+    masked = torch.tensor(np.array([m for m, _ in noise]))
+    loss_w = torch.tensor(np.array([w for _, w in noise])).float()
+    length = x0.shape[1]
+    ids, valid = collate([e["prompt_ids"] for e in examples], torch.where(masked, mask_id, x0), pad_id)
+    return ids, valid, x0, masked, loss_w / (length * cfg.batch_size)
+
+
+def load_examples(cfg, tok):
+    """The data as a sequence of {id, prompt_ids, x0}."""
+    if cfg.data == "tiny":
+        return TinySFT(tok, cfg.n_examples or cfg.max_steps * cfg.batch_size,
+                       cfg.drill_steps * cfg.batch_size)
+    if Path(cfg.data).is_dir():
+        records = [r for r in read_trajectories(cfg.data) if r["correct"]]
+        if not records:
+            raise UserError(f"{cfg.data} holds no correct trajectory: nothing to train on")
+        return records
+    return [dict(id=p["id"], prompt_ids=tok.prompt_ids(p["prompt"]).tolist(),
+                 x0=pad_response(tok.encode(p["solution"]), cfg.gen_len, tok.eos_id))
+            for p in load_problems(cfg.data)]
+
+
+# --- boilerplate: same in every method file ---
+FREE = ("out", "overwrite", "save_every", "log_every", "eval_problems")  # may change when a run is continued
+
+
+def parse_args(cls, presets, doc):
+    """The fields of cls as command-line options.
+    Precedence: field default < preset of the family < command line.
+    """
+    comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(cls), re.M))
+    ap = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                 allow_abbrev=False)
+    for f in fields(cls):
+        hint, kw = get_type_hints(cls)[f.name], dict(default=argparse.SUPPRESS)
+        kw["help"] = f"{comments.get(f.name, '')} [{f.default}]".replace("%", "%%")
+        if hint is bool:
+            kw["action"] = argparse.BooleanOptionalAction
+        else:
+            kw["type"], kw["choices"] = type(f.default), get_args(hint) or None
+        ap.add_argument("--" + f.name, **kw)
+    given = vars(ap.parse_args())
+    family = nt_model.family_of(given.get("model", cls.model))
+    return cls(**{**presets.get(family, {}), **given})
+
+
+def setup(cfg):
+    """rank, world size, device, dtype. Under torchrun the process group is created here."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available()
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return rank, world, device, torch.bfloat16 if cuda else torch.float32
+
+
+def open_run(cfg, rank):
+    """The output directory, new or to be continued.
+    Another configuration in it is an error, never overwritten.
+    """
+    out = Path(cfg.out or f"out/{Path(__file__).stem}-{Path(cfg.model).name}")
+    if rank == 0:
+        if cfg.overwrite and out.exists():
+            shutil.rmtree(out)
+        now = {k: v for k, v in vars(cfg).items() if k not in FREE}
+        if (out / "config.json").exists():
+            old = nt_model.read_json(out / "config.json")
+            differ = [f"{k} {old.get(k)!r} -> {now.get(k)!r}"
+                      for k in {**old, **now} if old.get(k) != now.get(k)]
+            if differ:
+                raise UserError(f"{out} belongs to another configuration ({'; '.join(differ)}): "
+                                f"choose another --out, or --overwrite")
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomic(out / "config.json", json.dumps(now, indent=2) + "\n")
+    return out
+
+
+def write_atomic(path, text):
+    tmp = path.with_name(path.name + ".tmp")
+    tmp.write_text(text)
+    os.replace(tmp, path)
+
+
+def barrier(world):
+    if world > 1:
+        dist.barrier()
+
+
+def lr_frac(step, n_steps, cfg):
+    """Share of the peak learning rate at a step (0-based): linear warm-up, then constant, cosine to zero,
+    or flat with a linear tail to zero over the last 40% of the steps.
+    """
+    frac = min(1.0, (step + 1) / max(1, cfg.warmup_steps))
+    if cfg.lr_schedule == "cosine":
+        frac *= 0.5 * (1 + math.cos(math.pi * max(0, step - cfg.warmup_steps)
+                                    / max(1, n_steps - cfg.warmup_steps)))
+    elif cfg.lr_schedule == "tail":
+        frac *= min(1.0, (n_steps - step) / (0.4 * n_steps))
+    return frac
+
+
+def trainable(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def optimizer_step(model, opts, frac, clip, world):
+    """Sum gradients over ranks (losses are already divided by the global batch), clip, step.
+    Returns the norm.
+    """
+    params = list(trainable(model).values())
+    for p in params:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        if world > 1:
+            dist.all_reduce(p.grad)
+    norm = torch.nn.utils.clip_grad_norm_(params, clip)
+    for opt in opts:
+        for group in opt.param_groups:
+            group["lr"] = group["peak_lr"] * frac
+        opt.step()
+        opt.zero_grad()
+    return float(norm)
+
+
+def save_checkpoint(out, step, model, opts):
+    """One folder per step, complete or absent: written under another name, synced, renamed.
+    The last two are kept.
+
+    Learning rate, data order and noise are functions of (seed, step),
+    so the step number is all of their state.
+    """
+    root, tmp = out / "checkpoints", out / "checkpoints" / "tmp"
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    save_file({k: p.detach().cpu().contiguous() for k, p in trainable(model).items()},
+              tmp / "model.safetensors")
+    torch.save([opt.state_dict() for opt in opts], tmp / "optimizer.pt")
+    sums = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in tmp.iterdir()}
+    (tmp / "checksums.json").write_text(json.dumps(sums))
+    for f in [*tmp.iterdir(), tmp]:
+        fd = os.open(f, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+    shutil.rmtree(root / f"step-{step:06d}", ignore_errors=True)
+    tmp.rename(root / f"step-{step:06d}")
+    for old in sorted(root.glob("step-*"))[:-2]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(out, model, opts):
+    """Fill model and optimizer from the newest intact checkpoint;
+    returns the step to go on with (0: none).
+    """
+    for folder in sorted((out / "checkpoints").glob("step-*"), reverse=True):
+        try:
+            sums = json.loads((folder / "checksums.json").read_text())
+            intact = all(hashlib.sha256((folder / n).read_bytes()).hexdigest() == s for n, s in sums.items())
+        except (OSError, ValueError):
+            intact = False
+        if not intact:
+            print(f"warning: checkpoint {folder} is damaged, trying the one before", file=sys.stderr)
+            continue
+        stored, params = load_file(folder / "model.safetensors"), trainable(model)
+        if stored.keys() != params.keys():
+            raise UserError(f"{folder} does not fit this model: use another --out")
+        with torch.no_grad():
+            for name, p in params.items():
+                p.copy_(stored[name])
+        states = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
+        for opt, state in zip(opts, states):
+            opt.load_state_dict(state)
+        return int(folder.name.split("-")[1])
+    return 0
+
+
+def save_final(cfg, model, final, rank):
+    """The trained adapter, or the whole model with its tokeniser:
+    written under another name, then renamed.
+    """
+    if rank != 0:
+        return
+    tmp = final.with_name("tmp-" + final.name)
+    shutil.rmtree(tmp, ignore_errors=True)
+    if final.name == "adapter":
+        lora.save(model, tmp, base=cfg.model)
+    else:
+        nt_model.save(model, tmp)
+        nt_model.copy_tokenizer(cfg.model, tmp)
+    tmp.rename(final)
+    print(f"saved {final}")
+
+
+def log(out, rank, row):
+    """Append one line to log.jsonl;
+    a continued run first drops the lines of steps it will repeat (row = step).
+    """
+    if rank == 0 and isinstance(row, int):
+        lines = (out / "log.jsonl").read_text().splitlines(True) if (out / "log.jsonl").exists() else []
+        kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= row]
+        write_atomic(out / "log.jsonl", "".join(kept))
+    elif rank == 0:
+        with open(out / "log.jsonl", "a") as f:
+            f.write(json.dumps(row) + "\n")
+
+
+def check_finite(loss, ids, out, step):
+    """A non-finite loss stops the run with the ids of its batch saved; nothing trained so far is touched."""
+    if not torch.isfinite(loss):
+        (out / "nonfinite.json").write_text(
+            json.dumps({"step": step, "loss": str(loss.item()), "ids": ids}) + "\n")
+        raise UserError(f"the loss is {loss.item()} at step {step}: the batch's ids are in "
+                        f"{out / 'nonfinite.json'}; lower --lr or look at these examples")
+
+
+@lru_cache(maxsize=1)
+def shuffled(n, seed, epoch):
+    """The order of an epoch's n examples."""
+    return np.random.default_rng([seed, epoch]).permutation(n)
+# --- end boilerplate ---
+
+
+def build_model(cfg, device, dtype):
+    torch.manual_seed(cfg.seed)
+    if cfg.init == "scratch":
+        raw = nt_model.read_json(nt_model.checkpoint_dir(cfg.model) / "config.json")
+        return nt_model.Transformer(nt_model.config_from_json(raw)).init_weights().to(device)
+    model = nt_model.load(cfg.model, device, torch.float32 if cfg.full else dtype)
+    if not cfg.full:
+        lora.add(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout)
+    return model
+
+
+def build_optimizers(cfg, model):
+    """AdamW; from scratch, Muon for the matrices inside the blocks,
+    where it learns in fewer steps (measured).
+    """
+    params, betas = trainable(model), (0.9, cfg.beta2)
+    muon = [p for n, p in params.items() if cfg.muon_lr and p.ndim == 2 and n.startswith("blocks")]
+    rest = [p for p in params.values() if not any(p is q for q in muon)]
+    opts = [torch.optim.AdamW(rest, lr=cfg.lr, betas=betas, weight_decay=cfg.weight_decay)]
+    if muon:
+        opts.append(torch.optim.Muon(muon, lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
+    for opt in opts:
+        for group in opt.param_groups:
+            group["peak_lr"] = group["lr"]
+    return opts
+
+
+def main():
+    cfg = parse_args(Config, PRESETS, __doc__)
+    if cfg.trajectory_share != 0:
+        raise UserError(f"--trajectory_share {cfg.trajectory_share}: "
+                        f"only 0 (standard MDLM training) is built so far")
+    rank, world, device, dtype = setup(cfg)
+    out = open_run(cfg, rank)
+    barrier(world)
+    model_family = nt_model.family_of(cfg.model)
+    whole = cfg.full or cfg.init == "scratch"
+    final, evaluates = out / ("model" if whole else "adapter"), cfg.eval_problems and model_family == "tiny"
+    if (out / "results.jsonl" if evaluates else final).exists():
+        print(f"{out} is finished already; --overwrite starts anew")
+        return
+    tok, model = load_tokenizer(cfg.model), build_model(cfg, device, dtype)
+    examples = load_examples(cfg, tok)
+    opts = build_optimizers(cfg, model)
+    first = load_checkpoint(out, model, opts)
+    log(out, rank, first)
+
+    per_epoch = max(1, len(examples) // cfg.batch_size)
+    n_steps = cfg.max_steps or cfg.epochs * per_epoch
+    model.train()
+    bar = tqdm(range(first, n_steps), initial=first, total=n_steps, unit="step", desc="train",
+               disable=rank != 0)
+    for step in bar:
+        torch.manual_seed((cfg.seed * 1_000_003 + step) * world + rank)  # dropout
+        epoch, at = divmod(step, per_epoch)
+        chosen = np.arange(at * cfg.batch_size, (at + 1) * cfg.batch_size)
+        if cfg.data != "tiny" or cfg.n_examples:  # endless data need no shuffling
+            chosen = shuffled(len(examples), cfg.seed, epoch)[chosen]
+        total, mine = 0.0, chosen[rank::world].tolist()
+        for i in range(0, len(mine), cfg.micro_batch):
+            part = mine[i:i + cfg.micro_batch]
+            rngs = [example_rng(cfg.seed, epoch, n) for n in part]
+            batch = make_batch([examples[n] for n in part], rngs, cfg, model.cfg.mask_id, model.cfg.pad_id)
+            ids, valid, x0, masked, loss_w = (t.to(device) for t in batch)
+            rows = masked & (loss_w > 0)
+            h = model.hidden(ids, None if valid.all() else valid)[:, -x0.shape[1]:]  # (B, L, C)
+            loss = mdlm_loss(model.head(h[rows]), x0[rows], loss_w[rows])
+            check_finite(loss, part, out, step)
+            loss.backward()
+            total += loss.item()
+        frac = lr_frac(step, n_steps, cfg)
+        norm = optimizer_step(model, opts, frac, cfg.clip, world)
+        bar.set_postfix_str(f"loss {total:.3f}", refresh=False)
+        if (step + 1) % cfg.log_every == 0:
+            log(out, rank, dict(step=step + 1, loss=total, grad_norm=norm, lr_frac=frac))
+        if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == n_steps):
+            save_checkpoint(out, step + 1, model, opts)
+    save_final(cfg, model, final, rank)
+
+    if rank == 0 and evaluates:
+        label = "base" if cfg.init == "scratch" else "SFT"
+        problems = load_problems("tiny", "dev", cfg.eval_problems)
+        nt_eval.report([(label, nt_eval.curve(model, tok, problems, nt_eval.PROTOCOLS["tiny"], label))], out)
+    barrier(world)
+
+
+if __name__ == "__main__":
+    run_cli(main)
