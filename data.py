@@ -3,10 +3,10 @@
     python data.py show -n 3                      # problems as the model and its privileged teacher see them
     python data.py inspect out/tad-tiny/trajectories -n 2   # a trajectory in the order it was decoded
 
-The tiny task is the shell game: a ball under a cup, five swaps, where does it go? Each step of the solution needs
-the step before it, and is phrased in one of three ways at random. That is all a masked diffusion LM needs to show
-the trade-off: tokens revealed together are chosen without knowing each other, so a step may begin in one phrasing
-and end in another, or name a cup that nothing has established yet.
+The tiny task is the shell game: a ball under a cup, eight swaps, where does it go? Each step of the solution
+needs the step before it, and is phrased in one of three ways at random. That is all a masked diffusion LM
+needs to show the trade-off: tokens revealed together are chosen without knowing each other, so a step may
+begin in one phrasing and end in another, or name a cup that nothing has established yet.
 """
 import argparse
 import json
@@ -28,17 +28,20 @@ from sample import Decoding, stream
 # ---------------------------------------------------------------------------------------------- the tiny task
 TINY_LEN, TINY_BLOCK = 48, 16  # response length and decoding block, tokens
 CUPS = "red blue green gold pink gray".split()
-SWAP = "then swap {x} and {y} now ."  # seven tokens in the prompt and seven in each phrasing of the response: operands
-PHRASES = ["swap {x} and {y} gives {r} .", "{x} with {y} , so {r} .", "after {x} meets {y} holds {r} ."]
-N_SWAPS = 5
+SWAP = "swap {x} {y} ."  # four tokens in the prompt and four in the response, so that they line up
+PHRASES = ["now under {r} .", "then in {r} .", "ball at {r} ."]
+STEP, RESULT = 4, 2  # tokens of a step, and where in it the result stands
+N_SWAPS = 8
 MOVE_SHARE = 0.75  # share of the swaps that move the ball
 SPLITS = {"train": 1, "dev": 2, "test": 3}  # seeds; dev and test prompts never occur in train
 HELD_OUT = 4096  # problems each of dev and test that train avoids
 
 
 def tiny_solution(swaps, rng):
-    """swaps: [(x, y, cup that holds the ball afterwards)] -> 'swap red and blue gives blue . ... #### blue ...'."""
-    steps = [PHRASES[rng.integers(len(PHRASES))].format(x=x, y=y, r=r) for x, y, r in swaps]
+    """swaps: [(x, y, cup that then holds the ball)] -> 'now under blue . ball at gold . ... #### blue gold
+    ...'.
+    """
+    steps = [PHRASES[rng.integers(len(PHRASES))].format(r=r) for _, _, r in swaps]
     return " ".join(steps) + f" #### {tiny_answer(swaps)}"
 
 
@@ -58,7 +61,8 @@ def tiny_game(split, index):
         ball = others[0] if ball in pair else ball
         x, y = pair if rng.random() < 0.5 else pair[::-1]
         swaps.append((x, y, ball))
-    prompt = f"ball under {start} . " + " ".join(SWAP.format(x=x, y=y) for x, y, _ in swaps) + " where does it go ?"
+    told = " ".join(SWAP.format(x=x, y=y) for x, y, _ in swaps)
+    prompt = f"ball under {start} . {told} where does it go ?"
     return prompt, swaps, rng
 
 
@@ -120,9 +124,9 @@ def privileged_prompt(problem):
 class TinySFT:
     """Seeded tiny training examples: item i is {prompt_ids, x0}; what the base model is trained on.
 
-    A share of the prompts carries a reference solution with phrasings of its own, so that privileged prompts are
-    in distribution. Drills are examples in which only results are masked (`masked`): what a swap does is the slow
-    part to learn. The first n_drill items are drills, later a share.
+    A share of the prompts carries a reference solution with phrasings of its own, so that privileged prompts
+    are in distribution. Drills are examples in which only results are masked (`masked`): what a swap does is
+    the slow part to learn. The first n_drill items are drills, later a share.
     """
 
     def __init__(self, tok, n, n_drill=0, drill_share=0.35, privileged_share=0.15):
@@ -144,9 +148,9 @@ class TinySFT:
                    "x0": pad_response(self.tok.encode(solution), TINY_LEN, self.tok.eos_id)}
         if drill:
             at = np.arange(TINY_LEN)
-            hidden = (at % 7 == 5) & (rng.random(TINY_LEN) < rng.random())  # every phrasing has its result there
-            answer = (at > 7 * N_SWAPS) & (at <= 8 * N_SWAPS)  # hidden as well: it repeats the results
-            hidden = np.where(at < 7 * N_SWAPS, hidden, answer)
+            hidden = (at % STEP == RESULT) & (rng.random(TINY_LEN) < rng.random())
+            answer = (at > STEP * N_SWAPS) & (at <= (STEP + 1) * N_SWAPS)  # it repeats the results
+            hidden = np.where(at < STEP * N_SWAPS, hidden, answer)
             example["masked"] = hidden.tolist()
         return example
 

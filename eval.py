@@ -72,7 +72,7 @@ def aup(pairs, y_max, alpha=3.0):
 # ------------------------------------------------------------------------------------------------ measurement
 def rule_name(rule):
     if rule["policy"] == "static":
-        return f"{rule['per_step']} per forward"
+        return f"{rule.get('per_step', 1)} per forward"
     return f"{rule['policy']} {rule['threshold']:g}"
 
 
@@ -244,8 +244,9 @@ def compare(runs, base, control, n_boot=1000, seed=0):
         if control in runs and label not in (base, control):
             for j, name in enumerate(("AUP", "TPF at 0.9", "accuracy at 0.9")):
                 d = draws[label][:, j] - draws[control][:, j]
-                lines.append(f"{name}, {label} - {control}: {text(d)}, "
-                             f"{d[0] / d[1:].std():.1f} standard errors")
+                spread = d[1:].std()
+                lines.append(f"{name}, {label} - {control}: {text(d)}"
+                             + (f", {d[0] / spread:.1f} standard errors" if spread else ""))
     return "\n".join(lines)
 
 

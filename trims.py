@@ -12,9 +12,8 @@ this file without it, and the only value accepted until that part is built.
     glossary   x0 clean response (L,), xt noised response, masked (L,) bool, t masking probability,
                loss_w = 1 / (t L)
 
-    python trims.py --init scratch --n_examples 0 --max_steps 5000 --drill_steps 600 --block_share 0.5 \\
-        --lr 1e-3 --muon_lr 0.02 --beta2 0.95 --lr_schedule tail --warmup_steps 100 \\
-        --out out/tiny                                       # makes weights/tiny again
+    python trims.py --init scratch --n_examples 0 --max_steps 1300 --drill_steps 100 --block_share 0.5 \\
+        --lr 1e-3 --muon_lr 0.02 --beta2 0.95 --lr_schedule tail --warmup_steps 50  # = weights/tiny
     python trims.py --trajectory_share 0                     # SFT-GT with LoRA on the tiny model
     python trims.py --trajectory_share 0 --data out/tad-tiny/trajectories      # SFT on collected responses
 """

@@ -95,7 +95,7 @@ def test_micro_batches_sum_to_the_batch():
 
 
 # --------------------------------------------------------------------------------------------- batch builder
-VOCAB = dict(vocab_size=303, mask_token_id=302, eos_token_id=301, pad_token_id=301)
+VOCAB = dict(vocab_size=298, mask_token_id=297, eos_token_id=296, pad_token_id=296)
 
 
 def config(**kw):
@@ -106,7 +106,7 @@ def record(seed, L=8):
     rng = np.random.default_rng(seed)
     order = rng.permutation(L).tolist()
     p = data.load_problems("tiny", "train", 4)[seed % 4]
-    return dict(id=f"r{seed}", x0=rng.integers(0, 301, L).tolist(), order=order, rank=order,
+    return dict(id=f"r{seed}", x0=rng.integers(0, 296, L).tolist(), order=order, rank=order,
                 solution=p["solution"], prompt=p["prompt"], prompt_ids=TOK.prompt_ids(p["prompt"]).tolist(),
                 privileged_prompt_ids=TOK.prompt_ids(data.privileged_prompt(p)).tolist())
 
@@ -115,7 +115,7 @@ def test_near_and_distant_by_hand():
     r = dict(x0=[10, 11, 12, 13, 14], order=[3, 0, 4, 1, 2], prompt_ids=[1, 2])
     mcfg = random_model(**VOCAB).cfg
     b = make_batch([(r, 1)], [None], config(), 2, mcfg)  # t = 1, W = 2: near are orders 1, 2; distant 3, 4
-    assert b["xt"].tolist() == [[302, 11, 302, 302, 302]]
+    assert b["xt"].tolist() == [[297, 11, 297, 297, 297]]
     assert b["masked"].tolist() == [[True, False, True, True, True]]
     assert b["near"].tolist() == [[False, False, False, True, True]]
     b = make_batch([(r, 3)], [None], config(), 20, mcfg)  # a window past the end: everything left is near
@@ -177,7 +177,7 @@ def test_the_soft_teacher_is_the_base_on_the_privileged_prompt():
     r, t, W = record(2), 3, 2
     cfg = config(batch_size=1, near="none")
     got = tad.training_loss(model, model, [(r, t)], [None], cfg, W, TOK, "cpu")[0]
-    xt = torch.tensor([r["x0"][i] if r["order"][i] < t else 302 for i in range(8)])
+    xt = torch.tensor([r["x0"][i] if r["order"][i] < t else 297 for i in range(8)])
     distant = [i for i in range(8) if r["order"][i] >= t + W]
     with torch.no_grad():
         student = model(torch.cat([torch.tensor(r["prompt_ids"]), xt])[None])[0, -8:].log_softmax(-1)
@@ -210,11 +210,11 @@ def test_auto_window_by_hand():
 def test_confidence_decay_by_hand():
     """Against a plain loop over single states, EOS tail excluded."""
     model, r = random_model(**VOCAB), record(3)
-    r["x0"][5:] = [301, 301, 301]
+    r["x0"][5:] = [296, 296, 296]
     got = tad.confidence_decay(model, [r], "cpu", n_states=8)
     sums = {}
     for t in range(8):
-        xt = torch.tensor([r["x0"][i] if r["order"][i] < t else 302 for i in range(8)])
+        xt = torch.tensor([r["x0"][i] if r["order"][i] < t else 297 for i in range(8)])
         p = model(torch.cat([torch.tensor(r["prompt_ids"]), xt])[None])[0, -8:].softmax(-1)
         for i in range(5):
             if r["order"][i] >= t:

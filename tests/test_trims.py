@@ -23,7 +23,7 @@ def test_loss_by_hand():
 
 
 def test_mdlm_masks_have_the_right_rate_and_weight():
-    shares, weights = [], []
+    shares = []
     for i in range(500):
         masked, w = mask_response({"x0": [0] * 64}, CFG, data.example_rng(0, 0, i))
         t = 1 / w[0]

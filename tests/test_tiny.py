@@ -1,0 +1,110 @@
+"""The embedded model, and the commands a newcomer runs."""
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import data
+import eval as nt_eval
+import lora
+import model as nt_model
+from sample import generate, reference, show
+
+TINY = nt_model.load("tiny")
+TOK = data.load_tokenizer("tiny")
+SETTINGS = dict(gen_len=data.TINY_LEN, block_len=data.TINY_BLOCK)
+
+
+def run(tmp_path, script, *args):
+    return subprocess.run([sys.executable, str(ROOT / script), *args], cwd=tmp_path, capture_output=True,
+                          text=True)
+
+
+def test_embedded_model_solves_the_task_token_by_token_only():
+    problems = data.load_problems("tiny", "dev", 96)
+    by_token = nt_eval.measure(TINY, TOK, problems, dict(SETTINGS, policy="static", cache="none"), "tiny")
+    all_at_once = dict(gen_len=48, block_len=48, policy="static", per_step=48, cache="none")
+    at_once = nt_eval.measure(TINY, TOK, problems, all_at_once, "tiny")
+    four = nt_eval.measure(TINY, TOK, problems, dict(SETTINGS, policy="static", per_step=4, cache="none"), "tiny")
+    assert nt_eval.accuracy(by_token)[0] > 90 and nt_eval.accuracy(at_once)[0] < 60
+    assert nt_eval.accuracy(four)[0] < 75 and nt_eval.tpf(four) < 4
+    assert set(at_once["nfe"]) == {1}
+
+
+@pytest.mark.parametrize("policy", [dict(policy="static"), dict(policy="threshold", threshold=0.9)])
+def test_embedded_model_decodes_as_the_reference(policy):
+    prompts = [TOK.prompt_ids(p["prompt"]) for p in data.load_problems("tiny", "dev", 4)]
+    for cache in ("none", "prefix", "dual"):
+        outs = generate(TINY, prompts, cache=cache, **SETTINGS, **policy)
+        for prompt, out in zip(prompts, outs):
+            ref = reference(TINY, prompt, cache=cache, **SETTINGS, **policy)
+            assert out.ids.tolist() == ref.ids.tolist() and out.order.tolist() == ref.order.tolist()
+            assert out.nfe == ref.nfe
+
+
+def test_size_of_the_weights():
+    assert sum(f.stat().st_size for f in (ROOT / "weights/tiny").iterdir()) < 4e6
+
+
+def test_show_draws_every_forward(monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    out = generate(TINY, [TOK.prompt_ids(data.load_problems("tiny", "dev", 1)[0]["prompt"])], **SETTINGS)[0]
+    words = [TOK.decode([i]).strip() or "∅" for i in out.ids.tolist()]
+    lines = show(out, words).split("\n")
+    assert len(lines) == out.nfe and "·" in lines[0] and "·" not in lines[-1]
+    for t, line in enumerate(lines):  # new tokens are in capitals, known ones plain, masked ones dots
+        drawn = line.split(" | ")[1].split(" ")
+        assert [w.startswith("·") for w in drawn] == [o > t for o in out.order.tolist()]
+    monkeypatch.delenv("NO_COLOR")
+    assert "\033[" in show(out, words, "step")
+
+
+def test_sample_command(tmp_path):
+    ok = run(tmp_path, "sample.py", "--prompt", data.load_problems("tiny", "dev", 1)[0]["prompt"], "--show")
+    assert ok.returncode == 0 and "tokens per forward" in ok.stdout and "####" in ok.stdout
+    for args, words in ((["--prompt", "ball " * 300], "exceeds the model's"),
+                        (["--model", "tinny"], "no model"),
+                        (["--policy", "greedy"], "invalid choice"), (["--gen_len", "0"], "at least 1"),
+                        (["--adapter", "nowhere"], "no file")):
+        bad = run(tmp_path, "sample.py", *args)
+        assert bad.returncode == 2 and words in bad.stderr and "Traceback" not in bad.stderr, bad.stderr
+
+
+def test_the_whole_story_in_small(tmp_path):
+    """tad.py end to end on the embedded model with few problems; then its adapter decodes, merges and
+    compares.
+    """
+    few = ["--n_problems", "24", "--max_steps", "4", "--eval_problems", "8"]
+    story = run(tmp_path, "tad.py", *few, "--out", "run")
+    assert story.returncode == 0, story.stderr
+    for word in ("trajectories are correct", "W = ", "AUP base", "AUP TAD", "threshold 0.9"):
+        assert word in story.stdout
+    for file in ("curve.png", "window.png", "results.jsonl", "config.json", "log.jsonl",
+                 "adapter/adapter_model.safetensors", "trajectories/rank0.jsonl"):
+        assert (tmp_path / "run" / file).stat().st_size > 0
+    config = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
+    assert len(config["target_modules"]) == 7
+    merged = run(tmp_path, "lora.py", "merge", "--adapter", "run/adapter", "--to", "merged")
+    assert merged.returncode == 0, merged.stderr
+    a = lora.load(nt_model.load("tiny"), tmp_path / "run/adapter")
+    b = nt_model.load(tmp_path / "merged")
+    prompts = [TOK.prompt_ids(p["prompt"]) for p in data.load_problems("tiny", "dev", 3)]
+    for x, y in zip(generate(a, prompts, **SETTINGS), generate(b, prompts, **SETTINGS)):
+        assert x.ids.tolist() == y.ids.tolist()
+    curve = run(tmp_path, "eval.py", "curve", "--model", "merged", "--n", "4", "--label", "merged")
+    assert curve.returncode == 0 and "AUP merged" in curve.stdout, curve.stderr
+
+
+def test_trims_baseline_in_small(tmp_path):
+    few = ["--max_steps", "3", "--batch_size", "8", "--eval_problems", "0", "--out", "base"]
+    made = run(tmp_path, "trims.py", "--init", "scratch", "--n_examples", "0", "--drill_steps", "1",
+               "--muon_lr", "0.02", "--block_share", "0.5", *few)
+    assert made.returncode == 0, made.stderr
+    assert nt_model.load(tmp_path / "base/model").cfg == TINY.cfg
+    tuned = run(tmp_path, "trims.py", "--model", "base/model", "--max_steps", "2", "--batch_size", "8",
+                "--n_examples", "16", "--eval_problems", "0", "--out", "sft")
+    assert tuned.returncode == 0 and (tmp_path / "sft/adapter/adapter_config.json").exists(), tuned.stderr
+    refused = run(tmp_path, "trims.py", "--trajectory_share", "0.5", "--out", "x")
+    assert refused.returncode == 2 and "only 0" in refused.stderr
