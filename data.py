@@ -27,6 +27,7 @@ from sample import Decoding, stream
 
 # ---------------------------------------------------------------------------------------------- the tiny task
 TINY_LEN, TINY_BLOCK = 48, 16  # response length and decoding block, tokens
+TINY_DECODING = dict(gen_len=TINY_LEN, block_len=TINY_BLOCK, cache="none")  # stale caches cost accuracy here
 CUPS = "red blue green gold pink gray".split()
 SWAP = "swap {x} {y} ."  # four tokens in the prompt and four in the response, so that they line up
 PHRASES = ["now under {r} .", "then in {r} .", "ball at {r} ."]

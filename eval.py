@@ -38,7 +38,7 @@ from sample import generate
 
 # A protocol fixes everything about decoding; `rules` are the points of its curve.
 PROTOCOLS = {
-    "tiny": dict(gen_len=data.TINY_LEN, block_len=data.TINY_BLOCK, cache="none", rules=[
+    "tiny": dict(**data.TINY_DECODING, rules=[
         dict(policy="static", per_step=1), *(dict(policy="threshold", threshold=t)
                                              for t in (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4))]),
     "tiny-static": dict(gen_len=data.TINY_LEN, cache="none", policy="static", rules=[

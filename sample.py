@@ -31,7 +31,7 @@ from typing import Literal, get_args, get_type_hints
 import torch
 from tqdm import tqdm
 
-from model import KVCache, UserError, attention_mask, load, rope_angles, run_cli
+from model import KVCache, UserError, attention_mask, family_of, load, rope_angles, run_cli
 
 
 @dataclass(frozen=True)
@@ -429,28 +429,27 @@ def show(out, tokens, by="confidence"):
 def main():
     import data
     import lora
-    ap = argparse.ArgumentParser(description="Decode one prompt.",
-                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    ap.add_argument("--model", default="tiny", help="preset name, hub id or directory")
+    ap = argparse.ArgumentParser(description="Decode one prompt.")
+    ap.add_argument("--model", default="tiny", help="preset name, hub id or directory [tiny]")
     ap.add_argument("--adapter", help="directory of a trained LoRA adapter to decode with")
     ap.add_argument("--prompt", help="user turn; default: a problem of the tiny task's test split")
     ap.add_argument("--show", nargs="?", const="confidence", choices=["confidence", "step"],
                     help="draw every forward, coloured by confidence or by reveal step")
     for f in fields(Decoding):
-        choices, kind = get_args(get_type_hints(Decoding)[f.name]) or None, type(f.default)
-        if kind is bool:
-            ap.add_argument("--" + f.name, action=argparse.BooleanOptionalAction, default=f.default)
+        kw = dict(default=argparse.SUPPRESS, help=f"[{f.default}]")
+        if isinstance(f.default, bool):
+            ap.add_argument("--" + f.name, action=argparse.BooleanOptionalAction, **kw)
         else:
-            ap.add_argument("--" + f.name, type=kind, choices=choices, default=f.default)
+            choices = get_args(get_type_hints(Decoding)[f.name]) or None
+            ap.add_argument("--" + f.name, type=type(f.default), choices=choices, **kw)
     args = ap.parse_args()
-    if args.model == "tiny":  # what the tiny model was made for, unless the command line says otherwise
-        args.gen_len, args.block_len = (new if now == old else now for now, old, new in (
-            (args.gen_len, 256, data.TINY_LEN), (args.block_len, 32, data.TINY_BLOCK)))
+    family_defaults = data.TINY_DECODING if family_of(args.model) == "tiny" else {}
+    given = {f.name: getattr(args, f.name) for f in fields(Decoding) if hasattr(args, f.name)}
+    settings = {**family_defaults, **given}
     model, tok = load(args.model), data.load_tokenizer(args.model)
     if args.adapter:
         lora.load(model, args.adapter)
     prompt = args.prompt or data.load_problems("tiny", "test", 1)[0]["prompt"]
-    settings = {f.name: getattr(args, f.name) for f in fields(Decoding)}
     out = generate(model, [tok.prompt_ids(prompt)], **settings)[0]
     n = out.n_tokens(model.cfg.eos_ids)
     print(f"prompt   {prompt}")

@@ -97,8 +97,8 @@ class Config:
 
 
 PRESETS = {
-    # tiny: results can be guessed, confidence never decays below 0.5 and the auto rule never fires; of 6 and 10
-    # forwards, 10 was better on dev problems
+    # tiny: results can be guessed, so confidence never decays below 0.5 and the auto rule never fires; W = 10
+    # was better than 6 on dev problems
     "tiny": dict(gen_len=48, block_len=16, n_problems=400, window="10", lora_r=32, lora_alpha=32,
                  lora_dropout=0.0, lr=1e-3, lr_schedule="tail", warmup_steps=10, batch_size=64,
                  micro_batch=64, max_steps=300, save_every=50, eval_problems=150),
@@ -259,7 +259,7 @@ def plot_decay(decay, window, path):
 
 
 def choose_window(cfg, model, records, out, rank, device):
-    """W: the number given, or by the rule. The untrained student's decay is measured and drawn in any case."""
+    """W: the number given, or by the rule. The untrained student's decay is measured and drawn anyway."""
     fixed = cfg.window.isdigit() and int(cfg.window) > 0
     if not fixed and cfg.window not in ("auto-quality", "auto-speed"):
         raise UserError(f"--window {cfg.window!r}: give a positive number of forwards, "

@@ -27,7 +27,8 @@ def test_embedded_model_solves_the_task_token_by_token_only():
     by_token = nt_eval.measure(TINY, TOK, problems, dict(SETTINGS, policy="static", cache="none"), "tiny")
     all_at_once = dict(gen_len=48, block_len=48, policy="static", per_step=48, cache="none")
     at_once = nt_eval.measure(TINY, TOK, problems, all_at_once, "tiny")
-    four = nt_eval.measure(TINY, TOK, problems, dict(SETTINGS, policy="static", per_step=4, cache="none"), "tiny")
+    by_four = dict(SETTINGS, policy="static", per_step=4, cache="none")
+    four = nt_eval.measure(TINY, TOK, problems, by_four, "tiny")
     assert nt_eval.accuracy(by_token)[0] > 90 and nt_eval.accuracy(at_once)[0] < 60
     assert nt_eval.accuracy(four)[0] < 75 and nt_eval.tpf(four) < 4
     assert set(at_once["nfe"]) == {1}
