@@ -561,7 +561,7 @@ def main():
         frac = lr_frac(step, n_steps, cfg)
         norm = optimizer_step(model, opts, frac, cfg.clip, world)
         bar.set_postfix_str(f"loss {total['loss']:.3f}", refresh=False)
-        if (step + 1) % cfg.log_every == 0:
+        if (step + 1) % cfg.log_every == 0 or step + 1 == n_steps:
             log(out, rank, dict(step=step + 1, **total, grad_norm=norm, lr_frac=frac))
         if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == n_steps):
             save_checkpoint(out, step + 1, model, opts)
