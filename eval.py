@@ -261,9 +261,11 @@ def main():
     c.add_argument("--n", type=int, default=500, help="number of problems")
     c.add_argument("--protocol", default="tiny", choices=list(PROTOCOLS))
     c.add_argument("--cache", choices=["none", "prefix", "dual"], help="instead of the protocol's")
+    c.add_argument("--gen_len", type=int, help="response length, instead of the protocol's")
+    c.add_argument("--block_len", type=int, help="block size, instead of the protocol's")
     c.add_argument("--batch_size", type=int, default=64)
-    c.add_argument("--label", help="name in tables and plots; default: the adapter's or model's name")
-    c.add_argument("--out", help="directory for results.jsonl and curve.png; default out/eval-<label>")
+    c.add_argument("--label", help="name in tables and plots; default: base, or the run's directory")
+    c.add_argument("--out", help="directory of results.jsonl and curve.png [out/eval-<label>-<split>-<n>]")
     m = sub.add_parser("compare", help="one table and one picture over several results folders")
     m.add_argument("folders", nargs="+")
     m.add_argument("--base", default="base", help="label the AUP ratios refer to")
@@ -272,6 +274,8 @@ def main():
     args = ap.parse_args()
     if args.what == "compare":
         runs, out = read_runs(args.folders), Path(args.out)
+        if args.base not in runs:
+            raise UserError(f"no run is labelled {args.base!r} (--base): there are {', '.join(runs)}")
         out.mkdir(parents=True, exist_ok=True)
         text = compare(runs, args.base, args.control)
         (out / "compare.md").write_text(text + "\n")
@@ -279,16 +283,20 @@ def main():
               for label, rs in runs.items() for i, points in enumerate(rs)], out / "compare.png")
         print(text)
         return
+    trained = Path(args.adapter or args.model).resolve()  # out/RUN/adapter or out/RUN/model
+    label = args.label or (trained.parent.name if trained.is_dir() else "base")
+    out = Path(args.out or f"out/eval-{label}-{args.split}-{args.n}")
+    if (out / "results.jsonl").exists():
+        raise UserError(f"{out} holds results already: choose another --out or remove it")
     if args.n < 1:
         raise UserError(f"--n is {args.n}: at least one problem is needed")
     model, tok = nt_model.load(args.model), data.load_tokenizer(args.model)
     if args.adapter:
         lora.load(model, args.adapter)
-    label = args.label or Path(args.adapter or args.model).name
-    protocol = {**PROTOCOLS[args.protocol], **({"cache": args.cache} if args.cache else {})}
+    own = {k: getattr(args, k) for k in ("cache", "gen_len", "block_len") if getattr(args, k)}
+    protocol = {**PROTOCOLS[args.protocol], **own}
     problems = data.load_problems(args.task, args.split, args.n)
-    report([(label, curve(model, tok, problems, protocol, label, args.batch_size))],
-           args.out or f"out/eval-{label}")
+    report([(label, curve(model, tok, problems, protocol, label, args.batch_size))], out)
 
 
 if __name__ == "__main__":

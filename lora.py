@@ -78,7 +78,7 @@ def add(model, r, alpha, dropout=0.0, targets=ALL):
     for block in model.blocks:
         for name in targets:
             setattr(block, name, LoRALinear(getattr(block, name), r, alpha, dropout))
-    return model
+    return model.train(model.training)  # new layers follow the model: no dropout in eval mode
 
 
 @contextmanager

@@ -62,7 +62,7 @@ class Config:
     seed: int = 0  # of the states drawn, the data order and the adapters
     # --- trajectories
     data: str = "tiny"  # tiny, or a .jsonl with prompt, solution and answer
-    n_problems: int = 0  # problems to collect on (0: all; tiny: 1000)
+    n_problems: int = 0  # problems to collect on (0: all; tiny: 400)
     source: Literal["full", "no_privilege", "traj_random", "gt_random"] = "full"  # Table 4: what to train on
     gen_len: int = 256  # response length L, tokens
     block_len: int = 32  # decoding block, tokens
@@ -99,7 +99,7 @@ class Config:
 PRESETS = {
     # tiny: results can be guessed, so confidence never decays below 0.5 and the auto rule never fires; W = 10
     # was better than 6 on dev problems
-    "tiny": dict(gen_len=48, block_len=16, n_problems=400, window="10", lora_r=32, lora_alpha=32,
+    "tiny": dict(gen_len=48, block_len=16, window="10", lora_r=32, lora_alpha=32,
                  lora_dropout=0.0, lr=1e-3, lr_schedule="tail", warmup_steps=10, batch_size=64,
                  micro_batch=64, max_steps=300, save_every=50, eval_problems=150),
     "llada": dict(window="20", collect_temperature=0.7),
@@ -161,7 +161,7 @@ def make_batch(examples, rngs, cfg, window, model_cfg):
 
 def teacher_prompts(examples, cfg, tok):
     """The prompt the soft teacher sees, per example: lists of ids."""
-    if cfg.teacher_prompt == "plain":
+    if cfg.teacher_prompt == "plain" or cfg.source == "no_privilege":  # the prompt of the collection
         return [r["prompt_ids"] for r, _ in examples]
     if cfg.teacher_prompt == "privileged":
         return [r.get("privileged_prompt_ids") or tok.prompt_ids(privileged_prompt(r)).tolist()
@@ -223,7 +223,8 @@ def confidence_decay(model, records, device, n_records=64, n_states=8):
         np.add.at(total, offset, p)
         np.add.at(count, offset, 1)
     seen = np.flatnonzero(count)
-    return total[:seen[-1] + 1] / np.maximum(count[:seen[-1] + 1], 1)
+    with np.errstate(invalid="ignore"):
+        return total[:seen[-1] + 1] / count[:seen[-1] + 1]  # NaN where no token is that far away
 
 
 def auto_window(decay, mode):
@@ -268,7 +269,7 @@ def choose_window(cfg, model, records, out, rank, device):
     window = int(cfg.window) if fixed else auto_window(decay, cfg.window)
     if rank == 0:
         print(f"confidence by forwards ahead: {' '.join(f'{p:.2f}' for p in decay[:16])} ...  W = {window}")
-        kept = dict(window=window, decay=decay.round(4).tolist())
+        kept = dict(window=window, decay=[None if np.isnan(p) else round(float(p), 4) for p in decay])
         write_atomic(out / "window.json", json.dumps(kept) + "\n")
         plot_decay(decay, window, out / "window.png")
     return window
@@ -316,7 +317,7 @@ def open_run(cfg, rank):
     """
     out = Path(cfg.out or f"out/{Path(__file__).stem}-{Path(cfg.model).name}")
     if rank == 0:
-        if cfg.overwrite and out.exists():
+        if cfg.overwrite and (out / "config.json").exists():
             shutil.rmtree(out)
         now = {k: v for k, v in vars(cfg).items() if k not in FREE}
         if (out / "config.json").exists():
@@ -441,6 +442,7 @@ def save_final(cfg, model, final, rank):
     else:
         nt_model.save(model, tmp)
         nt_model.copy_tokenizer(cfg.model, tmp)
+    shutil.rmtree(final, ignore_errors=True)  # saved before, and killed during the closing evaluation
     tmp.rename(final)
     print(f"saved {final}")
 
@@ -476,7 +478,8 @@ def shuffled(n, seed, epoch):
 
 def collect(cfg, model, tok, out, world):
     """The run's trajectories: collected now as far as they are missing, wrong answers dropped."""
-    problems = load_problems(cfg.data, "train", cfg.n_problems or None)
+    n_problems = cfg.n_problems or (400 if cfg.data == "tiny" else None)
+    problems = load_problems(cfg.data, "train", n_problems)
     rollout(model, tok, problems, out / "trajectories", cfg.model, cfg.source != "no_privilege",
             cfg.collect_batch, gen_len=cfg.gen_len, block_len=cfg.block_len, policy="static", per_step=1,
             cache=cfg.collect_cache, temperature=cfg.collect_temperature, seed=cfg.seed)
@@ -535,7 +538,10 @@ def main():
     log(out, rank, first)
 
     # 3. training
-    per_epoch = max(1, len(training_pairs(records, cfg, 0)) // cfg.batch_size)
+    n_pairs = len(training_pairs(records, cfg, 0))
+    if n_pairs < cfg.batch_size:
+        raise UserError(f"--batch_size {cfg.batch_size} exceeds the data ({n_pairs} states): lower it")
+    per_epoch = n_pairs // cfg.batch_size
     n_steps = cfg.max_steps or cfg.epochs * per_epoch
     model.train()
     epoch = None
@@ -547,7 +553,7 @@ def main():
             epoch = step // per_epoch
             pairs = training_pairs(records, cfg, epoch)
         at = step % per_epoch * cfg.batch_size
-        mine = range(at, min(at + cfg.batch_size, len(pairs)))[rank::world]
+        mine = range(at, at + cfg.batch_size)[rank::world]
         total = {}
         for i in range(0, len(mine), cfg.micro_batch):
             part = mine[i:i + cfg.micro_batch]
@@ -574,7 +580,9 @@ def main():
             base = nt_eval.curve(teacher, tok, problems, protocol, "base")
         nt_eval.report([("base", base), ("TAD", nt_eval.curve(model, tok, problems, protocol, "TAD"))], out)
     elif rank == 0:
-        print(f"evaluate: python eval.py curve --model {cfg.model} --adapter {final} --task problems.jsonl")
+        which = f"--model {final}" if cfg.full else f"--model {cfg.model} --adapter {final}"
+        print(f"evaluate: python eval.py curve {which} --task problems.jsonl --gen_len {cfg.gen_len} "
+              f"--block_len {cfg.block_len}")
     barrier(world)
 
 

@@ -182,7 +182,7 @@ def open_run(cfg, rank):
     """
     out = Path(cfg.out or f"out/{Path(__file__).stem}-{Path(cfg.model).name}")
     if rank == 0:
-        if cfg.overwrite and out.exists():
+        if cfg.overwrite and (out / "config.json").exists():
             shutil.rmtree(out)
         now = {k: v for k, v in vars(cfg).items() if k not in FREE}
         if (out / "config.json").exists():
@@ -307,6 +307,7 @@ def save_final(cfg, model, final, rank):
     else:
         nt_model.save(model, tmp)
         nt_model.copy_tokenizer(cfg.model, tmp)
+    shutil.rmtree(final, ignore_errors=True)  # saved before, and killed during the closing evaluation
     tmp.rename(final)
     print(f"saved {final}")
 
@@ -387,7 +388,9 @@ def main():
     first = load_checkpoint(out, model, opts)
     log(out, rank, first)
 
-    per_epoch = max(1, len(examples) // cfg.batch_size)
+    if len(examples) < cfg.batch_size:
+        raise UserError(f"--batch_size {cfg.batch_size} exceeds the data ({len(examples)} examples)")
+    per_epoch = len(examples) // cfg.batch_size
     n_steps = cfg.max_steps or cfg.epochs * per_epoch
     model.train()
     bar = tqdm(range(first, n_steps), initial=first, total=n_steps, unit="step", desc="train",

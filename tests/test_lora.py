@@ -47,6 +47,12 @@ def test_one_layer_by_hand():
     assert layer.merged().weight.tolist() == [[3, 4], [7, 8]]
 
 
+def test_dropout_is_off_in_a_model_that_evaluates(tmp_path):
+    lora.save(lora.add(random_model(), 4, 4, dropout=0.5), tmp_path)
+    loaded = lora.load(random_model(), tmp_path)
+    assert not any(m.training for _, m in lora.adapters(loaded))
+
+
 def test_only_adapters_train_and_start_at_zero():
     model = random_model()
     base = model(IDS)

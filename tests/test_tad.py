@@ -151,6 +151,7 @@ def test_teacher_prompts():
     assert tad.teacher_prompts([(r, 0)], config(teacher_prompt="plain"), TOK) == [r["prompt_ids"]]
     assert tad.teacher_prompts([(r, 0)], config(), TOK) == [r["privileged_prompt_ids"]]
     # collected without privilege: built here
+    assert tad.teacher_prompts([(r, 0)], config(source="no_privilege"), TOK) == [r["prompt_ids"]]
     plainly = {k: v for k, v in r.items() if k != "privileged_prompt_ids"}
     assert tad.teacher_prompts([(plainly, 0)], config(), TOK) == [r["privileged_prompt_ids"]]
     system = tad.teacher_prompts([(r, 0)], config(teacher_prompt="system"), TOK)[0]
@@ -204,6 +205,7 @@ def test_auto_window_by_hand():
     decay = np.array([0.9, 0.7, 0.49, 0.6, 0.3, 0.19])
     assert auto_window(decay, "auto-quality") == 2 and auto_window(decay, "auto-speed") == 5
     assert auto_window(np.array([0.4, 0.3]), "auto-quality") == 1
+    assert auto_window(np.array([0.9, np.nan, 0.6, 0.4]), "auto-quality") == 3  # unseen offsets do not count
     assert auto_window(np.array([0.9, 0.8]), "auto-speed") == 2  # never below: everything is near
 
 
@@ -309,6 +311,8 @@ def test_sigkill_during_training_is_bit_identical(tmp_path, graded_right, full):
     assert steps == list(range(1, 13))
     done = run_tad(tmp_path, *tad_args(model_dir, out, *extra))
     assert done.returncode == 0 and "finished already" in done.stdout
+    again = run_tad(tmp_path, *tad_args(model_dir, out, *extra), "--eval_problems", "2")
+    assert again.returncode == 0, again.stderr  # saved before; only the closing evaluation is left
 
 
 def test_damaged_checkpoint_falls_back(tmp_path, graded_right):
