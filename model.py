@@ -270,9 +270,11 @@ class Transformer(nn.Module):
             self.head.weight = self.embed.weight
 
     def init_weights(self, generator=None):
-        """Training from scratch: embeddings N(0, 1), so that tokens stay themselves along the residual stream
-        (with 0.02 nothing of the prompt was used for hundreds of steps); matrices N(0, 1 / fan_in), those
-        that write to the residual stream at 0.3 of that; a small head.
+        """Training from scratch: embeddings N(0, 1), so that tokens stay themselves along the residual
+        stream; matrices N(0, 1 / fan_in), those that write to the residual stream at 0.3 of that; a small head.
+
+        Chosen over GPT-2's 0.02 after one run of each, whose learning rates differed too: after 300 steps
+        of 32 only this one wrote well-formed responses.
         """
         for name, p in self.named_parameters():
             if name.endswith("norm.weight"):
