@@ -271,7 +271,7 @@ class Transformer(nn.Module):
 
     def init_weights(self, generator=None):
         """Training from scratch: embeddings N(0, 1), so that tokens stay themselves along the residual
-        stream; matrices N(0, 1 / fan_in), those that write to the residual stream at 0.3 of that; a small head.
+        stream; matrices N(0, 1 / fan_in), those that write to it at 0.3 of that; a small head.
 
         Chosen over GPT-2's 0.02 after one run of each, whose learning rates differed too: after 300 steps
         of 32 only this one wrote well-formed responses.
