@@ -11,6 +11,8 @@ begin in one phrasing and end in another, or name a cup that nothing has establi
 import argparse
 import json
 import os
+import re
+import unicodedata
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 import grade
-from model import UserError, checkpoint_dir, read_json, run_cli
+from model import CHAT, Chat, UserError, checkpoint_dir, config_from_json, read_json, run_cli
 from sample import Decoding, stream
 
 # ---------------------------------------------------------------------------------------------- the tiny task
@@ -32,8 +34,8 @@ CUPS = "red blue green gold pink gray".split()
 SWAP = "swap {x} {y} ."  # four tokens in the prompt and four in the response, so that they line up
 PHRASES = ["now under {r} .", "then in {r} .", "ball at {r} ."]
 STEP, RESULT = 4, 2  # tokens of a step, and where in it the result stands
-N_SWAPS = 8
-MOVE_SHARE = 0.75  # share of the swaps that move the ball
+N_SWAPS = 9
+MOVE_SHARE = 0.65  # share of the swaps that move the ball
 SPLITS = {"train": 1, "dev": 2, "test": 3}  # seeds; dev and test prompts never occur in train
 HELD_OUT = 4096  # problems each of dev and test that train avoids
 
@@ -113,13 +115,24 @@ def load_problems(source, split="train", n=None):
     return problems[:n]
 
 
+# what the published collector says around a problem (TAD): math, and code where a problem has tests
+REFERENCE = dict(
+    math="Question: {q}\nReference Answer: {a}\nAfter understanding the reference answer, please try to "
+         "solve this problem using your own approach below and output a detailed solution process:",
+    code="{q}\nReference Answer: {a}\nAfter understanding the reference solution, please try to solve this "
+         "problem using your own approach below and just OUTPUT YOUR SOLUTION CODE, DON'T EXPLAIN IT:",
+    tiny="reference answer : {a} . now solve it your own way : {q}")
+
+
 def privileged_prompt(problem):
     """The user turn with the worked solution in it (TAD's collector);
     the plain prompt is problem['prompt'].
     """
     if not problem["solution"]:
         raise UserError(f"problem {problem['id']} has no solution: a privileged prompt needs one")
-    return f"reference answer : {problem['solution']} . now solve it your own way : {problem['prompt']}"
+    kind = "tiny" if problem["source"] == "tiny" else "code" if problem.get("tests") else "math"
+    filled = {"{q}": problem["prompt"], "{a}": problem["solution"]}
+    return "".join(filled.get(piece, piece) for piece in re.split(r"(\{[qa]\})", REFERENCE[kind]))
 
 
 class TinySFT:
@@ -143,10 +156,11 @@ class TinySFT:
             prompt, swaps, rng = tiny_game("train", self.n + index)
         drill = index < self.n_drill or (self.n_drill and rng.random() < self.drill_share)
         if not drill and rng.random() < self.privileged_share:
-            prompt = privileged_prompt(dict(id=index, prompt=prompt, solution=tiny_solution(swaps, rng)))
+            prompt = privileged_prompt(dict(
+                id=index, source="tiny", prompt=prompt, solution=tiny_solution(swaps, rng)))
         solution = tiny_solution(swaps, rng)
         example = {"id": index, "prompt_ids": self.tok.prompt_ids(prompt).tolist(),
-                   "x0": pad_response(self.tok.encode(solution), TINY_LEN, self.tok.eos_id)}
+                   "x0": pad_response(self.tok.response_ids(solution), TINY_LEN, self.tok.eos_id)}
         if drill:
             at = np.arange(TINY_LEN)
             hidden = (at % STEP == RESULT) & (rng.random(TINY_LEN) < rng.random())
@@ -159,44 +173,129 @@ class TinySFT:
 # ------------------------------------------------------------------------------------------------- tokenisers
 @dataclass
 class Tokenizer:
-    """What the rest of the code needs of a tokeniser.
-    prefix and suffix are the chat template around one user turn.
-    """
-    encode: Callable  # text -> list of ids; never yields special tokens, whatever the text says
-    decode: Callable  # ids -> text
-    prefix: list
-    suffix: list
-    eos_id: int
+    """What the rest of the code needs of a tokeniser, the same for every family."""
+    encode: Callable  # text -> list of ids; never a special token, whatever the text says
+    decode: Callable  # ids -> text; special tokens are written out
+    special: dict     # special token -> id
+    chat: Chat        # the family's template
+    eos_id: int       # fills the tail of a response
+    n_vocab: int      # one more than the largest id
 
     def prompt_ids(self, text, system=""):
-        """One user turn (after a system text, if any) -> (P,) int64 ids, ready for the response to follow."""
-        before = self.encode(system) if system else []
-        return torch.tensor(self.prefix + before + self.encode(text) + self.suffix)
+        """One user turn (after a system turn, if any) -> (P,) int64 ids, ready for the answer to follow."""
+        return torch.tensor([i for piece, special in chat_pieces(self.chat, text, system)
+                             for i in ([self.special[piece]] if special else self.encode(piece))])
+
+    def response_ids(self, text):
+        """A finished answer -> list of ids, the end of its turn included."""
+        return self.encode(text) + [self.special[self.chat.end]]
 
 
-def load_tokenizer(name):
-    folder = checkpoint_dir(name)
-    family = read_json(folder / "config.json").get("model_type")
-    if family != "tiny":
-        raise UserError(f"{name}: tokenisers of model_type {family!r} are not built yet; "
-                        f"only tiny models have theirs")
-    return tiny_tokenizer(folder / "vocab.json")
+SPECIAL = re.compile(r"(<[|\w]+>)")
 
 
-def tiny_tokenizer(path):
+def chat_pieces(chat, text, system=""):
+    """One user turn in a family's template -> [(piece, is it a special token)].
+
+    The template is split before the text is put in, so that text cannot smuggle in special tokens. Joined,
+    the pieces are what the family's own Jinja template renders.
+    """
+    system = system or chat.system
+    turns = [("system", system)] * bool(system) + [("user", text)]
+    filled = [(chat.bos, "", ""), *((chat.turn, role, said) for role, said in turns), (chat.answer, "", "")]
+    return [(piece, True) if SPECIAL.fullmatch(piece)
+            else (piece.replace("{role}", role).replace("{text}", said.strip() if chat.trim else said), False)
+            for template, role, said in filled for piece in SPECIAL.split(template) if piece]
+
+
+def load_tokenizer(name, revision=None):
+    """The tokeniser of a checkpoint (preset name, hub id or directory). No remote code is ever run.
+
+    Raises UserError if its files are absent or do not fit the model's embedding.
+    """
+    folder = checkpoint_dir(name, revision)
+    cfg = config_from_json(read_json(folder / "config.json"))
+    build = {"tiny": tiny_encoding, "llada": llada_encoding}.get(cfg.family, qwen_encoding)
+    encode, decode, special, n_vocab = build(folder)
+    chat = CHAT[cfg.family]
+    needed = SPECIAL.findall(chat.bos + chat.turn + chat.answer + chat.end)
+    lacking = sorted({token for token in needed if token not in special})
+    if lacking:
+        raise UserError(f"{folder}: the tokeniser has no {', '.join(lacking)}, "
+                        f"which the chat template of a {cfg.family} model needs")
+    if n_vocab > cfg.vocab_size:
+        raise UserError(f"{folder}: the tokeniser has ids up to {n_vocab - 1}, "
+                        f"the model's embedding only {cfg.vocab_size} rows: they belong to different models")
+    return Tokenizer(encode, decode, special, chat, cfg.eos_ids[0], n_vocab)
+
+
+def tiny_encoding(folder):
     """A tiktoken.Encoding over a committed table:
     256 bytes, then words with their leading space, then specials.
     """
-    table = read_json(path)
+    table = read_json(folder / "vocab.json")
     ranks = {bytes([b]): b for b in range(256)}
     for word in table["words"]:
         ranks[b" " + word.encode()] = len(ranks)
     special = {s: len(ranks) + i for i, s in enumerate(table["special"])}
     enc = tiktoken.Encoding("nanotraj-tiny", pat_str=r" ?\S+|\s+", mergeable_ranks=ranks,
                             special_tokens=special)
-    return Tokenizer(encode=lambda text: enc.encode_ordinary(" " + text.strip()),
-                     decode=lambda ids: enc.decode([i for i in ids]).strip(),
-                     prefix=[special["<bos>"]], suffix=[special["<sep>"]], eos_id=special["<eos>"])
+    return (lambda text: enc.encode_ordinary(" " + text.strip()), lambda ids: enc.decode(list(ids)).strip(),
+            special, enc.n_vocab)
+
+
+QWEN_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+              r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def qwen_encoding(folder):
+    """Dream, SDAR and Qwen3: one byte-level BPE whose ids are in merge order, which is what tiktoken needs.
+    Text is NFC-normalised first, as theirs is.
+    """
+    if (folder / "vocab.json").exists():
+        vocab, added = read_json(folder / "vocab.json"), {}
+    elif (folder / "tokenizer.json").exists():
+        table = read_json(folder / "tokenizer.json")
+        vocab, added = table["model"]["vocab"], {t["content"]: t["id"] for t in table["added_tokens"]}
+    else:
+        raise UserError(f"{folder} has no tokeniser: neither vocab.json nor tokenizer.json")
+    config = folder / "tokenizer_config.json"
+    declared = read_json(config).get("added_tokens_decoder", {}) if config.exists() else {}
+    added.update({token["content"]: int(i) for i, token in declared.items()})
+    if (folder / "added_tokens.json").exists() and not added:
+        added = read_json(folder / "added_tokens.json")
+    byte_of = printable_bytes()
+    ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items()}
+    enc = tiktoken.Encoding("qwen", pat_str=QWEN_WORDS, mergeable_ranks=ranks, special_tokens=added)
+
+    def decode(ids):  # the embedding has more rows than the tokeniser has tokens
+        known = [i for i in ids if i < enc.n_vocab]
+        return enc.decode(known) + "\N{REPLACEMENT CHARACTER}" * (len(ids) - len(known))
+
+    return (lambda text: enc.encode_ordinary(unicodedata.normalize("NFC", text))), decode, added, enc.n_vocab
+
+
+def printable_bytes():
+    """GPT-2's table, which byte-level vocabularies are written in: printable character -> byte."""
+    own = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [b for b in range(256) if b not in own]
+    return {**{chr(b): b for b in own}, **{chr(256 + n): b for n, b in enumerate(rest)}}
+
+
+def llada_encoding(folder):
+    """LLaDA's tokenizer.json, through the `tokenizers` library."""
+    from tokenizers import Tokenizer as Table
+    if not (folder / "tokenizer.json").exists():
+        raise UserError(f"{folder} has no tokeniser: no tokenizer.json")
+    try:
+        table = Table.from_file(str(folder / "tokenizer.json"))
+    except Exception as e:  # the library raises bare Exceptions
+        raise UserError(f"{folder / 'tokenizer.json'} is not a tokeniser ({e})") from None
+    table.encode_special_tokens = True  # special tokens in a text are text
+    special = {t.content: i for i, t in table.get_added_tokens_decoder().items()}
+    vocab = table.get_vocab(with_added_tokens=True)
+    return (lambda text: table.encode(text, add_special_tokens=False).ids,
+            lambda ids: table.decode(list(ids), skip_special_tokens=False), special, max(vocab.values()) + 1)
 
 
 def pad_response(ids, length, eos_id):
@@ -320,7 +419,7 @@ def collect(model, tok, problems, shard, model_name, settings, batch_size):
                 id=problems[i]["id"], source=problems[i]["source"], prompt=problems[i]["prompt"],
                 prompt_ids=plain[i].tolist(), x0=out.ids.tolist(), order=order.tolist(), rank=rank.tolist(),
                 nfe=out.nfe, solution=problems[i]["solution"], answer=problems[i]["answer"], correct=correct,
-                model=model_name, revision=None, decoding=settings, schema=SCHEMA)
+                model=model_name, revision=model.revision, decoding=settings, schema=SCHEMA)
             if privileged:
                 record["privileged_prompt_ids"] = prompts[i].tolist()
             f.write((json.dumps(record) + "\n").encode())

@@ -255,6 +255,7 @@ def main():
     sub = ap.add_subparsers(dest="what", required=True)
     c = sub.add_parser("curve", help="accuracy and TPF of one model over the rules of a protocol")
     c.add_argument("--model", default="tiny", help="preset name, hub id or directory")
+    c.add_argument("--revision", help="commit, branch or tag of a hub id")
     c.add_argument("--adapter", help="directory of a LoRA adapter")
     c.add_argument("--task", default="tiny", help="tiny, or a .jsonl with prompt and answer")
     c.add_argument("--split", default="test", choices=["dev", "test"], help="of the tiny task")
@@ -290,7 +291,8 @@ def main():
         raise UserError(f"{out} holds results already: choose another --out or remove it")
     if args.n < 1:
         raise UserError(f"--n is {args.n}: at least one problem is needed")
-    model, tok = nt_model.load(args.model), data.load_tokenizer(args.model)
+    model = nt_model.load(args.model, revision=args.revision)
+    tok = data.load_tokenizer(args.model, args.revision)
     if args.adapter:
         lora.load(model, args.adapter)
     own = {k: getattr(args, k) for k in ("cache", "gen_len", "block_len") if getattr(args, k)}

@@ -13,6 +13,7 @@
 import argparse
 import json
 import math
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import model as nt_model
-from model import UserError, official_name, read_json
+from model import NAMES, UserError, official_name, read_json
 
 # in our names, every family
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -114,8 +115,9 @@ def state_dict(model):
 
 def save(model, folder, base=""):
     """Write adapter_config.json and adapter_model.safetensors in PEFT's layout.
-    base: name of the base model.
+    base: name of the base model; the presets of hub models are written as their hub ids.
     """
+    base = nt_model.PRESETS.get(base, base) if base != "tiny" else base
     pairs = adapters(model)
     if not pairs:
         raise UserError("the model carries no LoRA adapters: nothing to save")
@@ -123,10 +125,13 @@ def save(model, folder, base=""):
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in state_dict(model).items()}, folder / "adapter_model.safetensors",
               metadata={"format": "pt"})
-    targets = sorted({official_name(model.cfg, name).rpartition(".")[2] for name, _ in pairs})
+    # a pattern, not a list: PEFT matches a list by suffix, and LLaDA's head is called ff_out as down_proj is
+    names = NAMES[model.cfg.family]
+    kinds = sorted({names[name.rpartition(".")[2]] for name, _ in pairs})
+    targets = rf"{re.escape(names['block'])}\.\d+\.({'|'.join(map(re.escape, kinds))})"
     config = dict(peft_type="LORA", task_type="CAUSAL_LM", r=layer.r, lora_alpha=layer.alpha,
                   target_modules=targets, bias="none", lora_dropout=layer.dropout,
-                  base_model_name_or_path=base, inference_mode=True)
+                  base_model_name_or_path=base, revision=model.revision, inference_mode=True)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -139,13 +144,16 @@ def load(model, folder):
         tensors = load_file(file)
     except (SafetensorError, OSError) as e:
         raise UserError(f"{file} is missing, corrupt or cut short ({e})") from None
-    ours = {official_name(model.cfg, f"blocks.0.{t}").rpartition(".")[2]: t for t in ALL}
-    unknown = sorted(set(config["target_modules"]) - set(ours))
-    if unknown:
-        raise UserError(f"{folder}: the adapter targets {unknown}, "
-                        f"which a {model.cfg.family} model does not have")
-    add(model, config["r"], config["lora_alpha"], config["lora_dropout"],
-        [ours[t] for t in config["target_modules"]])
+    odd = [k for k in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
+           if config.get(k)]
+    if odd:
+        raise UserError(f"{folder}: the adapter uses {', '.join(odd)}: only plain LoRA is built")
+    first = {t: f"base_model.model.{official_name(model.cfg, f'blocks.0.{t}')}.lora_A.weight" for t in ALL}
+    targets = [t for t in ALL if first[t] in tensors]
+    if not targets:
+        raise UserError(f"{folder}: the adapter does not fit the model: "
+                        f"it has no tensor for a matrix of a {model.cfg.family} block")
+    add(model, config["r"], config["lora_alpha"], config["lora_dropout"], targets)
     wanted = state_dict(model)
     wrong = sorted(k for k in wanted.keys() | tensors.keys()
                    if k not in tensors or k not in wanted or wanted[k].shape != tensors[k].shape)
@@ -165,11 +173,12 @@ def main():
     ap.add_argument("what", choices=["merge"])
     ap.add_argument("--model", default="tiny", help="preset name, hub id or directory of the base model")
     ap.add_argument("--adapter", required=True, help="adapter directory")
+    ap.add_argument("--revision", help="commit, branch or tag of a hub id")
     ap.add_argument("--to", required=True, help="directory to write (fp32, official names)")
     args = ap.parse_args()
-    model = merge(load(nt_model.load(args.model), args.adapter))
+    model = merge(load(nt_model.load(args.model, revision=args.revision), args.adapter))
     nt_model.save(model, args.to)
-    nt_model.copy_tokenizer(args.model, args.to)
+    nt_model.copy_tokenizer(args.model, args.to, args.revision)
     print(f"merged model written to {args.to}")
 
 

@@ -8,7 +8,7 @@ LLaDA, Dream, SDAR and the tiny model differ in a handful of facts (`Config`) an
 tensors (`NAMES`); nothing else in this code base asks which family it is running. The module names below are
 our own and neutral; official names exist only at the file boundary (`load`, `save`, LoRA adapters).
 
-    python model.py --model tiny            # what was loaded, and one forward
+    python model.py --model DIR             # what was loaded, and one forward
 """
 import argparse
 import copy
@@ -71,6 +71,28 @@ class Config:
 EXTRA_EOS = {"llada": (126348,), "dream": (151645,), "sdar": (151645,)}  # <|eot_id|>, <|im_end|>
 
 
+@dataclass(frozen=True)
+class Chat:
+    """A chat template without code: what stands around the turns. <...> are special tokens."""
+    bos: str
+    turn: str         # one finished turn, of {role} and {text}
+    answer: str       # opens the answer
+    end: str          # what the model writes when its answer is finished
+    system: str = ""  # system text where none is given; "" = no system turn
+    trim: bool = False  # white space around a text is dropped
+
+
+_IM = dict(bos="", turn="<|im_start|>{role}\n{text}<|im_end|>\n", answer="<|im_start|>assistant\n",
+           end="<|im_end|>")
+CHAT = {
+    "llada": Chat("<|startoftext|>", "<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>",
+                  "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>", trim=True),
+    "dream": Chat(**_IM, system="You are a helpful assistant."),
+    "sdar": Chat(**_IM),
+    "tiny": Chat("<bos>", "{text}", "<sep>", "<eos>"),
+}
+
+
 def config_from_json(raw):
     """config.json (dict) -> Config. Raises UserError on an unknown model_type or a missing key."""
     family = {"llada": "llada", "Dream": "dream", "sdar": "sdar", "tiny": "tiny"}.get(raw.get("model_type"))
@@ -79,14 +101,30 @@ def config_from_json(raw):
                         f"supported are llada, Dream, sdar, tiny")
     try:
         facts = _llada_facts(raw) if family == "llada" else _hf_facts(raw, family)
+        eos, mask_id = raw["eos_token_id"], raw["mask_token_id"]
     except KeyError as e:
         raise UserError(f"config.json of a {family} model lacks the key {e}") from None
-    eos = raw["eos_token_id"]
     eos = tuple(eos) if isinstance(eos, list) else (eos,)
     eos += tuple(i for i in EXTRA_EOS.get(family, ()) if i < facts["vocab_size"] and i not in eos)
     pad = raw.get("pad_token_id")
-    return Config(family=family, mask_id=raw["mask_token_id"], eos_ids=eos,
-                  pad_id=eos[0] if pad is None else pad, raw=raw, **facts)
+    cfg = Config(family=family, mask_id=mask_id, eos_ids=eos, pad_id=eos[0] if pad is None else pad,
+                 raw=raw, **facts)
+    _check_config(cfg)
+    return cfg
+
+
+def _check_config(cfg):
+    """Refuse what would load and then be silently wrong."""
+    for name, ids in (("mask_token_id", [cfg.mask_id]), ("eos_token_id", cfg.eos_ids),
+                      ("pad_token_id", [cfg.pad_id])):
+        if not all(isinstance(i, int) and 0 <= i < cfg.vocab_size for i in ids):
+            raise UserError(f"config.json has {name} {cfg.raw.get(name)!r}, "
+                            f"outside its vocabulary of {cfg.vocab_size}")
+    rope = cfg.raw.get("rope_scaling") or cfg.raw.get("rope_parameters") or {}
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise UserError(f"config.json asks for scaled RoPE ({rope}): only the default RoPE is built")
+    if cfg.raw.get("use_sliding_window"):
+        raise UserError("config.json asks for sliding-window attention (use_sliding_window): it is not built")
 
 
 def _llada_facts(raw):
@@ -258,7 +296,41 @@ def attention_mask(cfg, q_pos, q_col, k_pos, k_col, k_valid):
     return keep | (q_col[:, :, None] == k_col[:, None, :])
 
 
+def block_diffusion_layout(cfg, prompts, xt, x0):
+    """Training layout of block-causal models: [prompt blocks | noisy response | clean response], so that one
+    forward scores every noisy block behind clean earlier ones (SDAR; T3D).
+
+    prompts: list of id lists; xt, x0 (B, L) -> the arguments of hidden(): ids, positions (B, T),
+    attn_mask (B, T, T) bool; and cols (B, L), where the noisy response stands. Blocks count from the first
+    prompt token, as in decoding: a last, partial prompt block stands in both halves, and is never noised.
+    """
+    if cfg.shift or not cfg.block_len:
+        raise UserError("this layout is for block-causal models without a shift (SDAR)")
+    K, (B, L) = cfg.block_len, xt.shape
+    starts = [len(p) - len(p) % K for p in prompts]  # first token of the block in which the response begins
+    T = max(s + 2 * (len(p) - s + L) for s, p in zip(starts, prompts))
+    ids, positions = torch.full((B, T), cfg.pad_id), torch.zeros(B, T, dtype=torch.long)
+    noisy, valid = torch.zeros(B, T, dtype=torch.bool), torch.zeros(B, T, dtype=torch.bool)
+    cols = torch.empty(B, L, dtype=torch.long)
+    for row, (s, p) in enumerate(zip(starts, prompts)):
+        p, half = torch.tensor(p, dtype=torch.long), len(p) - s + L
+        n = s + 2 * half
+        ids[row, :n] = torch.cat([p[:s], p[s:], xt[row].cpu(), p[s:], x0[row].cpu()])
+        positions[row, :n] = torch.cat([torch.arange(s + half), torch.arange(s, s + half)])
+        noisy[row, s:s + half], valid[row, :n] = True, True
+        cols[row] = torch.arange(len(p), len(p) + L)
+    block = positions // K
+    q, k = block[:, :, None], block[:, None, :]
+    sees = torch.where(noisy[:, None, :], noisy[:, :, None] & (q == k),  # noisy keys: their own block only
+                       torch.where(noisy[:, :, None], q > k, q >= k))    # clean keys: earlier blocks
+    col = torch.arange(T)
+    attn_mask = sees & valid[:, None, :] | (col[:, None] == col)
+    return dict(ids=ids, positions=positions, attn_mask=attn_mask), cols
+
+
 class Transformer(nn.Module):
+    revision = None  # the hub commit that load() took the weights from
+
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -330,15 +402,39 @@ def token_positions(valid):
     return (valid.long().cumsum(1) - 1).clamp(min=0)
 
 
+# ------------------------------------------------------------------------------------------- the AR teacher
+def load_teacher(name, device="cpu", dtype=torch.float32, revision=None):
+    """Any `transformers` causal LM, frozen: TRIMS's teacher. Remote code is never run."""
+    from transformers import AutoModelForCausalLM
+    folder = checkpoint_dir(name, revision)
+    try:
+        teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    except (ValueError, OSError, RuntimeError) as e:
+        line = str(e).strip().split("\n")[0]
+        raise UserError(f"{name} is not a causal LM that transformers loads: {line}") from None
+    return teacher.to(device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def token_nll(teacher, ids, valid=None):
+    """-log p(ids[:, t] | ids[:, :t]) under a causal LM, in nats: (B, T) fp32. 0 for padding and for the first
+    token, which nothing predicts. ids (B, T) int64; valid (B, T) bool, False = padding on either side.
+    """
+    valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
+    logits = teacher(ids, attention_mask=valid.long(), position_ids=token_positions(valid)).logits
+    nll = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
+    return F.pad(nll.masked_fill(~(valid[:, 1:] & valid[:, :-1]), 0), (1, 0))
+
+
 # ------------------------------------------------------------------------------------------------- load, save
-def load(name, device="cpu", dtype=torch.float32):
+def load(name, device="cpu", dtype=torch.float32, revision=None):
     """A model in eval mode from a preset name, a hub id or a local checkpoint directory.
 
     Built on the meta device and filled tensor by tensor from safetensors, so that nothing is allocated twice.
     Strict: every tensor of the file is used and every parameter filled, else UserError.
-    Loading never executes code.
+    Loading never executes code. revision: commit, branch or tag of a hub id.
     """
-    folder = checkpoint_dir(name)
+    folder = checkpoint_dir(name, revision)
     cfg = config_from_json(read_json(folder / "config.json"))
     with torch.device("meta"):
         model = Transformer(cfg)
@@ -359,6 +455,7 @@ def load(name, device="cpu", dtype=torch.float32):
     model.load_state_dict(state, assign=True, strict=True)
     if cfg.tied:
         model.head.weight = model.embed.weight
+    model.revision = folder.name if folder.parent.name == "snapshots" else None
     return model.eval()
 
 
@@ -373,26 +470,34 @@ def _check_tensors(folder, model, wanted, found, state):
                             f"{tuple(state[name].shape)}, its config.json asks for {tuple(p.shape)}")
 
 
-def checkpoint_dir(name):
-    """Preset name, hub id or directory -> local directory. Downloads through huggingface_hub when it must."""
+def checkpoint_dir(name, revision=None):
+    """Preset name, hub id or directory -> local directory. Downloads through huggingface_hub when it must;
+    its cache and HF_HUB_OFFLINE are honoured.
+    """
     name = PRESETS.get(str(name), str(name))
     if os.path.isdir(name):
+        if revision:
+            raise UserError(f"--revision {revision}: {name} is a local directory; a revision pins a hub id")
         return Path(name)
     if os.path.isabs(name) or name.startswith(".") or name.count("/") != 1:
         raise UserError(f"no model {name!r}: give one of {', '.join(PRESETS)}, "
                         f"a hub id (owner/name) or a directory")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
+        return Path(snapshot_download(name, revision=revision or None,
+                                      allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
     except Exception as e:
         # offline, no such repository, gated: huggingface_hub raises a different type for each
-        raise UserError(f"cannot download {name!r} ({type(e).__name__}): check the name and the network, "
-                        f"or give a local directory in the official format") from None
+        if constants.HF_HUB_OFFLINE:
+            raise UserError(f"{name!r} is not in the local hub cache and HF_HUB_OFFLINE is set: unset it, "
+                            f"download the model first, or give a local directory") from None
+        raise UserError(f"cannot download {name!r} ({type(e).__name__}): check the name, the revision and "
+                        f"the network, or give a local directory in the official format") from None
 
 
-def family_of(name):
+def family_of(name, revision=None):
     """Preset name, hub id or directory -> llada | dream | sdar | tiny, without loading weights."""
-    return config_from_json(read_json(checkpoint_dir(name) / "config.json")).family
+    return config_from_json(read_json(checkpoint_dir(name, revision) / "config.json")).family
 
 
 def weight_files(folder):
@@ -426,24 +531,29 @@ def save(model, folder, dtype=None):
     if lora:
         raise UserError("the model still carries LoRA adapters: "
                         "lora.merge(model) first, or lora.save the adapter")
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    # never write into a file that this process may have mapped: a loaded model reads its tensors from there
+    save_file(tensors, folder / "model.safetensors.tmp", metadata={"format": "pt"})
+    os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(model.cfg.raw, indent=2) + "\n")
 
 
-def copy_tokenizer(name, folder):
+def copy_tokenizer(name, folder, revision=None):
     """Copy a checkpoint's tokeniser files beside newly saved weights,
     so that the new directory stands alone.
     """
     for pattern in ("vocab.json", "merges.txt", "token*.json", "added_tokens.json", "special_tokens_map.json",
                     "generation_config.json", "chat_template.jinja"):
-        for file in checkpoint_dir(name).glob(pattern):
-            shutil.copy(file, folder)
+        for file in checkpoint_dir(name, revision).glob(pattern):
+            if file.parent.resolve() != Path(folder).resolve():
+                shutil.copyfile(file, Path(folder) / file.name)
 
 
 def main():
     ap = argparse.ArgumentParser(description="Load a checkpoint, print what it is, run one forward.")
     ap.add_argument("--model", default="tiny", help="preset name, hub id or directory")
-    model = load(ap.parse_args().model)
+    ap.add_argument("--revision", help="commit, branch or tag of a hub id")
+    args = ap.parse_args()
+    model = load(args.model, revision=args.revision)
     cfg = model.cfg
     print(f"family {cfg.family}: {sum(p.numel() for p in model.parameters()):,} parameters")
     for key, value in vars(cfg).items():

@@ -431,6 +431,7 @@ def main():
     import lora
     ap = argparse.ArgumentParser(description="Decode one prompt.")
     ap.add_argument("--model", default="tiny", help="preset name, hub id or directory [tiny]")
+    ap.add_argument("--revision", help="commit, branch or tag of a hub id")
     ap.add_argument("--adapter", help="directory of a trained LoRA adapter to decode with")
     ap.add_argument("--prompt", help="user turn; default: a problem of the tiny task's test split")
     ap.add_argument("--show", nargs="?", const="confidence", choices=["confidence", "step"],
@@ -443,10 +444,12 @@ def main():
             choices = get_args(get_type_hints(Decoding)[f.name]) or None
             ap.add_argument("--" + f.name, type=type(f.default), choices=choices, **kw)
     args = ap.parse_args()
-    family_defaults = data.TINY_DECODING if family_of(args.model) == "tiny" else {}
+    family = family_of(args.model, args.revision)
+    family_defaults = {"tiny": data.TINY_DECODING, "sdar": dict(block_len=4, cache="none")}.get(family, {})
     given = {f.name: getattr(args, f.name) for f in fields(Decoding) if hasattr(args, f.name)}
     settings = {**family_defaults, **given}
-    model, tok = load(args.model), data.load_tokenizer(args.model)
+    model = load(args.model, revision=args.revision)
+    tok = data.load_tokenizer(args.model, args.revision)
     if args.adapter:
         lora.load(model, args.adapter)
     prompt = args.prompt or data.load_problems("tiny", "test", 1)[0]["prompt"]

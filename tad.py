@@ -57,6 +57,7 @@ from model import UserError, run_cli
 @dataclass
 class Config:
     model: str = "tiny"  # preset name, hub id or directory
+    revision: str = ""  # commit, branch or tag of a hub id
     out: str = ""  # output directory; default out/tad-<model>
     overwrite: bool = False  # start anew in a directory that already holds a run
     seed: int = 0  # of the states drawn, the data order and the adapters
@@ -104,6 +105,7 @@ PRESETS = {
                  micro_batch=64, max_steps=300, save_every=50, eval_problems=150),
     "llada": dict(window="20", collect_temperature=0.7),
     "dream": dict(collect_temperature=0.2),
+    "sdar": dict(block_len=4),  # its own block; TAD was not published for SDAR
 }
 
 
@@ -295,7 +297,7 @@ def parse_args(cls, presets, doc):
             kw["type"], kw["choices"] = type(f.default), get_args(hint) or None
         ap.add_argument("--" + f.name, **kw)
     given = vars(ap.parse_args())
-    family = nt_model.family_of(given.get("model", cls.model))
+    family = nt_model.family_of(given.get("model", cls.model), given.get("revision"))
     return cls(**{**presets.get(family, {}), **given})
 
 
@@ -441,7 +443,7 @@ def save_final(cfg, model, final, rank):
         lora.save(model, tmp, base=cfg.model)
     else:
         nt_model.save(model, tmp)
-        nt_model.copy_tokenizer(cfg.model, tmp)
+        nt_model.copy_tokenizer(cfg.model, tmp, cfg.revision)
     shutil.rmtree(final, ignore_errors=True)  # saved before, and killed during the closing evaluation
     tmp.rename(final)
     print(f"saved {final}")
@@ -491,7 +493,7 @@ def collect(cfg, model, tok, out, world):
                         f"nothing to train on; check --data")
     if cfg.source == "gt_random":  # Table 4's first row: ground-truth text instead of the model's own
         solution = {p["id"]: p["solution"] for p in problems}
-        kept = [{**r, "x0": pad_response(tok.encode(solution[r["id"]]), cfg.gen_len, tok.eos_id)}
+        kept = [{**r, "x0": pad_response(tok.response_ids(solution[r["id"]]), cfg.gen_len, tok.eos_id)}
                 for r in kept]
     return kept
 
@@ -519,8 +521,8 @@ def main():
     if (out / "results.jsonl" if evaluates else final).exists():
         print(f"{out} is finished already; --overwrite starts anew")
         return
-    model = nt_model.load(cfg.model, device, torch.float32 if cfg.full else dtype)
-    tok = load_tokenizer(cfg.model)
+    model = nt_model.load(cfg.model, device, torch.float32 if cfg.full else dtype, cfg.revision)
+    tok = load_tokenizer(cfg.model, cfg.revision)
 
     # 1. trajectories of the base model with privileged information, and the window
     records = collect(cfg, model, tok, out, world)
@@ -529,7 +531,7 @@ def main():
     # 2. student and soft teacher: the same weights with LoRA off, or a frozen copy under --full
     torch.manual_seed(cfg.seed)
     if cfg.full:
-        teacher = nt_model.load(cfg.model, device, dtype).requires_grad_(False)
+        teacher = nt_model.load(cfg.model, device, dtype, cfg.revision).requires_grad_(False)
     else:
         teacher = lora.add(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout)
     opts = [torch.optim.AdamW(trainable(model).values(), lr=cfg.lr, weight_decay=cfg.weight_decay)]

@@ -42,12 +42,13 @@ import eval as nt_eval
 import lora
 import model as nt_model
 from data import TinySFT, collate, example_rng, load_problems, load_tokenizer, pad_response, read_trajectories
-from model import UserError, run_cli
+from model import UserError, block_diffusion_layout, run_cli
 
 
 @dataclass
 class Config:
     model: str = "tiny"  # preset name, hub id or directory
+    revision: str = ""  # commit, branch or tag of a hub id
     out: str = ""  # output directory; default out/trims-<model>
     overwrite: bool = False  # start anew in a directory that already holds a run
     seed: int = 0  # of the masks, the data order and the initial weights
@@ -82,6 +83,7 @@ class Config:
 
 PRESETS = {
     "tiny": dict(gen_len=48, block_len=16, lr=1e-3, max_steps=200, batch_size=64, micro_batch=64),
+    "sdar": dict(block_len=4),
 }
 
 
@@ -112,17 +114,23 @@ def mask_response(example, cfg, rng):
     return masked, loss_w
 
 
-def make_batch(examples, rngs, cfg, mask_id, pad_id):
-    """examples: list of {prompt_ids, x0}
-    -> ids (B, P + L), valid (B, P + L), x0 (B, L), masked (B, L), loss_w (B, L).
+def make_batch(examples, rngs, cfg, model_cfg):
+    """examples: list of {prompt_ids, x0} -> inputs of model.hidden() (a dict), cols (B, L) int64 of the noisy
+    response in them, x0 (B, L), masked (B, L), loss_w (B, L).
     """
     x0 = torch.tensor([e["x0"] for e in examples])
     noise = [mask_response(e, cfg, rng) for e, rng in zip(examples, rngs)]
     masked = torch.tensor(np.array([m for m, _ in noise]))
     loss_w = torch.tensor(np.array([w for _, w in noise])).float()
-    length = x0.shape[1]
-    ids, valid = collate([e["prompt_ids"] for e in examples], torch.where(masked, mask_id, x0), pad_id)
-    return ids, valid, x0, masked, loss_w / (length * cfg.batch_size)
+    (B, L), prompts = x0.shape, [e["prompt_ids"] for e in examples]
+    xt = torch.where(masked, model_cfg.mask_id, x0)
+    if model_cfg.block_len:  # SDAR: every noisy block stands behind clean ones
+        inputs, cols = block_diffusion_layout(model_cfg, prompts, xt, x0)
+    else:
+        ids, valid = collate(prompts, xt, model_cfg.pad_id)
+        inputs = dict(ids=ids, valid=None if valid.all() else valid)
+        cols = torch.arange(ids.shape[1] - L, ids.shape[1]).expand(B, L)
+    return inputs, cols, x0, masked, loss_w / (L * cfg.batch_size)
 
 
 def load_examples(cfg, tok):
@@ -136,7 +144,7 @@ def load_examples(cfg, tok):
             raise UserError(f"{cfg.data} holds no correct trajectory: nothing to train on")
         return records
     return [dict(id=p["id"], prompt_ids=tok.prompt_ids(p["prompt"]).tolist(),
-                 x0=pad_response(tok.encode(p["solution"]), cfg.gen_len, tok.eos_id))
+                 x0=pad_response(tok.response_ids(p["solution"]), cfg.gen_len, tok.eos_id))
             for p in load_problems(cfg.data)]
 
 
@@ -160,7 +168,7 @@ def parse_args(cls, presets, doc):
             kw["type"], kw["choices"] = type(f.default), get_args(hint) or None
         ap.add_argument("--" + f.name, **kw)
     given = vars(ap.parse_args())
-    family = nt_model.family_of(given.get("model", cls.model))
+    family = nt_model.family_of(given.get("model", cls.model), given.get("revision"))
     return cls(**{**presets.get(family, {}), **given})
 
 
@@ -306,7 +314,7 @@ def save_final(cfg, model, final, rank):
         lora.save(model, tmp, base=cfg.model)
     else:
         nt_model.save(model, tmp)
-        nt_model.copy_tokenizer(cfg.model, tmp)
+        nt_model.copy_tokenizer(cfg.model, tmp, cfg.revision)
     shutil.rmtree(final, ignore_errors=True)  # saved before, and killed during the closing evaluation
     tmp.rename(final)
     print(f"saved {final}")
@@ -344,9 +352,9 @@ def shuffled(n, seed, epoch):
 def build_model(cfg, device, dtype):
     torch.manual_seed(cfg.seed)
     if cfg.init == "scratch":
-        raw = nt_model.read_json(nt_model.checkpoint_dir(cfg.model) / "config.json")
+        raw = nt_model.read_json(nt_model.checkpoint_dir(cfg.model, cfg.revision) / "config.json")
         return nt_model.Transformer(nt_model.config_from_json(raw)).init_weights().to(device)
-    model = nt_model.load(cfg.model, device, torch.float32 if cfg.full else dtype)
+    model = nt_model.load(cfg.model, device, torch.float32 if cfg.full else dtype, cfg.revision)
     if not cfg.full:
         lora.add(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout)
     return model
@@ -376,13 +384,13 @@ def main():
     rank, world, device, dtype = setup(cfg)
     out = open_run(cfg, rank)
     barrier(world)
-    model_family = nt_model.family_of(cfg.model)
+    model_family = nt_model.family_of(cfg.model, cfg.revision)
     whole = cfg.full or cfg.init == "scratch"
     final, evaluates = out / ("model" if whole else "adapter"), cfg.eval_problems and model_family == "tiny"
     if (out / "results.jsonl" if evaluates else final).exists():
         print(f"{out} is finished already; --overwrite starts anew")
         return
-    tok, model = load_tokenizer(cfg.model), build_model(cfg, device, dtype)
+    tok, model = load_tokenizer(cfg.model, cfg.revision), build_model(cfg, device, dtype)
     examples = load_examples(cfg, tok)
     opts = build_optimizers(cfg, model)
     first = load_checkpoint(out, model, opts)
@@ -405,11 +413,12 @@ def main():
         for i in range(0, len(mine), cfg.micro_batch):
             part = mine[i:i + cfg.micro_batch]
             rngs = [example_rng(cfg.seed, epoch, n) for n in part]
-            batch = make_batch([examples[n] for n in part], rngs, cfg, model.cfg.mask_id, model.cfg.pad_id)
-            ids, valid, x0, masked, loss_w = (t.to(device) for t in batch)
-            rows = masked & (loss_w > 0)
-            h = model.hidden(ids, None if valid.all() else valid)[:, -x0.shape[1]:]  # (B, L, C)
-            loss = mdlm_loss(model.head(h[rows]), x0[rows], loss_w[rows])
+            inputs, *batch = make_batch([examples[n] for n in part], rngs, cfg, model.cfg)
+            cols, x0, masked, loss_w = (t.to(device) for t in batch)
+            h = model.hidden(**{k: None if t is None else t.to(device) for k, t in inputs.items()})
+            row, j = (masked & (loss_w > 0)).nonzero(as_tuple=True)
+            logits = model.head(h[row, cols[row, j]])  # (N, V)
+            loss = mdlm_loss(logits, x0[row, j], loss_w[row, j])
             check_finite(loss, part, out, step)
             loss.backward()
             total += loss.item()

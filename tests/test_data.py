@@ -15,7 +15,7 @@ import grade
 from model import UserError
 from sample import Output
 
-TOK = data.tiny_tokenizer(ROOT / "weights/tiny/vocab.json")
+TOK = data.load_tokenizer("tiny")
 
 
 # ---------------------------------------------------------------------------------------------- the tiny task

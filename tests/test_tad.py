@@ -19,7 +19,7 @@ import model as nt_model
 import tad
 from tad import Config, auto_window, make_batch, tad_loss
 
-TOK = data.tiny_tokenizer(ROOT / "weights/tiny/vocab.json")
+TOK = data.load_tokenizer("tiny")
 
 
 # -------------------------------------------------------------------------------------------------- the loss
@@ -106,7 +106,7 @@ def record(seed, L=8):
     rng = np.random.default_rng(seed)
     order = rng.permutation(L).tolist()
     p = data.load_problems("tiny", "train", 4)[seed % 4]
-    return dict(id=f"r{seed}", x0=rng.integers(0, 296, L).tolist(), order=order, rank=order,
+    return dict(id=f"r{seed}", source="tiny", x0=rng.integers(0, 296, L).tolist(), order=order, rank=order,
                 solution=p["solution"], prompt=p["prompt"], prompt_ids=TOK.prompt_ids(p["prompt"]).tolist(),
                 privileged_prompt_ids=TOK.prompt_ids(data.privileged_prompt(p)).tolist())
 

@@ -29,8 +29,8 @@ def test_embedded_model_solves_the_task_token_by_token_only():
     at_once = nt_eval.measure(TINY, TOK, problems, all_at_once, "tiny")
     by_four = dict(SETTINGS, policy="static", per_step=4, cache="none")
     four = nt_eval.measure(TINY, TOK, problems, by_four, "tiny")
-    assert nt_eval.accuracy(by_token)[0] > 90 and nt_eval.accuracy(at_once)[0] < 60
-    assert nt_eval.accuracy(four)[0] < 75 and nt_eval.tpf(four) < 4
+    assert nt_eval.accuracy(by_token)[0] > 95 and nt_eval.accuracy(at_once)[0] < 30
+    assert nt_eval.accuracy(four)[0] < 50 and nt_eval.tpf(four) < 4
     assert set(at_once["nfe"]) == {1}
 
 
@@ -86,7 +86,7 @@ def test_the_whole_story_in_small(tmp_path):
                  "adapter/adapter_model.safetensors", "trajectories/rank0.jsonl"):
         assert (tmp_path / "run" / file).stat().st_size > 0
     config = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
-    assert len(config["target_modules"]) == 7
+    assert config["target_modules"].count("_proj") == 7
     merged = run(tmp_path, "lora.py", "merge", "--adapter", "run/adapter", "--to", "merged")
     assert merged.returncode == 0, merged.stderr
     a = lora.load(nt_model.load("tiny"), tmp_path / "run/adapter")

@@ -51,10 +51,25 @@ def test_batch_layout():
     examples = [{"prompt_ids": [1, 2, 3], "x0": [4, 5, 6, 7]}, {"prompt_ids": [1], "x0": [8, 9, 9, 9],
                                                                  "masked": [True, False, False, True]}]
     rngs = [data.example_rng(0, 0, i) for i in range(2)]
-    ids, valid, x0, masked, w = make_batch(examples, rngs, CFG, 99, 0)
+    facts = SimpleNamespace(mask_id=99, pad_id=0, block_len=0)
+    inputs, cols, x0, masked, w = make_batch(examples, rngs, CFG, facts)
+    ids, valid = inputs["ids"], inputs["valid"]
+    assert cols.tolist() == [[3, 4, 5, 6]] * 2
     assert x0.tolist() == [[4, 5, 6, 7], [8, 9, 9, 9]] and valid.tolist()[1][:3] == [False, False, True]
     assert ids[1].tolist() == [0, 0, 1, 99, 9, 9, 99] and masked[1].tolist() == [True, False, False, True]
     assert w[1].tolist() == [0.25] * 4  # a drill: mean over its two masked tokens, over a batch of two
+
+
+def test_block_causal_models_train_behind_clean_blocks():
+    """Block of 2, prompt of 3: [p0 p1 | p2 x | x x | x (noisy) | p2 x | x x | x (clean)]."""
+    facts, cfg = random_model(block_size=2).cfg, SimpleNamespace(**{**vars(CFG), "batch_size": 1})
+    example = {"prompt_ids": [1, 2, 3], "x0": [4, 5, 6, 7], "masked": [True, False, True, False]}
+    inputs, cols, *_ = make_batch([example], [data.example_rng(0, 0, 0)], cfg, facts)
+    assert inputs["ids"].tolist() == [[1, 2, 3, 39, 5, 39, 7, 3, 4, 5, 6, 7]]
+    assert inputs["positions"].tolist() == [[0, 1, 2, 3, 4, 5, 6, 2, 3, 4, 5, 6]]
+    assert cols.tolist() == [[3, 4, 5, 6]]
+    sees = [inputs["attn_mask"][0, q].nonzero()[:, 0].tolist() for q in (1, 3, 5, 8)]
+    assert sees == [[0, 1], [0, 1, 2, 3], [0, 1, 4, 5, 7, 8], [0, 1, 7, 8]]
 
 
 def test_expected_loss_is_an_upper_bound_for_a_uniform_model():
@@ -62,7 +77,8 @@ def test_expected_loss_is_an_upper_bound_for_a_uniform_model():
     total = []
     for i in range(300):
         _, _, x0, masked, w = make_batch([{"prompt_ids": [1], "x0": [2] * 64}] * 2,
-                                         [data.example_rng(0, i, j) for j in range(2)], CFG, 9, 0)
+                                         [data.example_rng(0, i, j) for j in range(2)], CFG,
+                                         SimpleNamespace(mask_id=9, pad_id=0, block_len=0))
         total.append(mdlm_loss(torch.zeros(int(masked.sum()), 10), x0[masked], w[masked]).item())
     assert abs(np.mean(total) - math.log(10)) < 0.1
 

@@ -1,4 +1,6 @@
-"""On PYTHONPATH of a test's child process: every answer counts as right, so that random models have trajectories."""
+"""On PYTHONPATH of a test's child process: every answer counts as right, so that random models have
+trajectories.
+"""
 import sys
 from pathlib import Path
 

@@ -1,0 +1,72 @@
+"""Small random checkpoints in the official formats, tokenisers included."""
+import json
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import data
+import model as nt_model
+
+SPECIALS = {"llada": ["<|startoftext|>", "<|endoftext|>", "<|start_header_id|>", "<|end_header_id|>",
+                      "<|eot_id|>", "<|mdm_mask|>"],
+            "dream": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"],
+            "sdar": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|MASK|>"]}
+VOCAB = 272  # 256 bytes, specials, and rows that no token uses, as in the real checkpoints
+
+
+def raw_config(family, **changes):
+    """config.json of a small model with the family's own keys."""
+    at = {token: 256 + i for i, token in enumerate(SPECIALS[family])}
+    mask = at[SPECIALS[family][-1]]
+    if family == "llada":
+        raw = dict(model_type="llada", d_model=32, n_heads=4, n_kv_heads=4, n_layers=2, mlp_hidden_size=48,
+                   rms_norm_eps=1e-5, embedding_size=VOCAB, vocab_size=VOCAB, max_sequence_length=512,
+                   rope_theta=5e5, weight_tying=False, mask_token_id=mask, pad_token_id=at["<|endoftext|>"],
+                   eos_token_id=[at["<|endoftext|>"], at["<|eot_id|>"]])
+    else:
+        raw = dict(model_type={"dream": "Dream", "sdar": "sdar"}[family], vocab_size=VOCAB, hidden_size=32,
+                   intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                   max_position_embeddings=512, rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=False,
+                   mask_token_id=mask, pad_token_id=at["<|endoftext|>"],
+                   eos_token_id=[at["<|endoftext|>"], at["<|im_end|>"]])
+        if family == "sdar":
+            raw.update(head_dim=16, block_size=4)
+    return {**raw, **changes}
+
+
+def write_tokenizer(folder, family):
+    """256 bytes and the family's special tokens, in the family's own files."""
+    at = {token: 256 + i for i, token in enumerate(SPECIALS[family])}
+    vocab = {c: b for c, b in data.printable_bytes().items()}
+    if family == "llada":
+        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+        table = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+        table.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        table.decoder = decoders.ByteLevel()
+        table.add_special_tokens([AddedToken(token, normalized=False) for token in at])
+        table.save(str(folder / "tokenizer.json"))
+    else:
+        (folder / "vocab.json").write_text(json.dumps(vocab))
+        (folder / "added_tokens.json").write_text(json.dumps(at))
+
+
+def official_checkpoint(folder, family, seed=0, tokenizer=True, **changes):
+    """Write a random checkpoint of a family: config.json, two shards with their index, tokeniser files."""
+    cfg = nt_model.config_from_json(raw_config(family, **changes))
+    model = nt_model.Transformer(cfg).init_weights(torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("bias"):
+                p.normal_(generator=torch.Generator().manual_seed(seed))
+    nt_model.save(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    parts = {"model-1.safetensors": names[:9], "model-2.safetensors": names[9:]}  # a layer lies in both
+    for file, keys in parts.items():
+        save_file({k: tensors[k] for k in keys}, folder / file, metadata={"format": "pt"})
+    index = {"weight_map": {k: file for file, keys in parts.items() for k in keys}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    if tokenizer:
+        write_tokenizer(folder, family)
+    return folder
