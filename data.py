@@ -125,8 +125,8 @@ REFERENCE = dict(
 
 
 def privileged_prompt(problem):
-    """The user turn with the worked solution in it (TAD's collector);
-    the plain prompt is problem['prompt'].
+    """The user turn with the worked solution in it (TAD's collector).
+    The plain one is problem['prompt'] as it is: a .jsonl gives the whole user turn.
     """
     if not problem["solution"]:
         raise UserError(f"problem {problem['id']} has no solution: a privileged prompt needs one")
@@ -188,7 +188,7 @@ class Tokenizer:
 
     def response_ids(self, text):
         """A finished answer -> list of ids, the end of its turn included."""
-        return self.encode(text) + [self.special[self.chat.end]]
+        return self.encode(text.strip() if self.chat.trim else text) + [self.special[self.chat.end]]
 
 
 SPECIAL = re.compile(r"(<[|\w]+>)")
@@ -213,7 +213,7 @@ def load_tokenizer(name, revision=None):
 
     Raises UserError if its files are absent or do not fit the model's embedding.
     """
-    folder = checkpoint_dir(name, revision)
+    folder = checkpoint_dir(name, revision, weights=False)
     cfg = config_from_json(read_json(folder / "config.json"))
     build = {"tiny": tiny_encoding, "llada": llada_encoding}.get(cfg.family, qwen_encoding)
     encode, decode, special, n_vocab = build(folder)
@@ -256,7 +256,10 @@ def qwen_encoding(folder):
         vocab, added = read_json(folder / "vocab.json"), {}
     elif (folder / "tokenizer.json").exists():
         table = read_json(folder / "tokenizer.json")
-        vocab, added = table["model"]["vocab"], {t["content"]: t["id"] for t in table["added_tokens"]}
+        try:
+            vocab, added = table["model"]["vocab"], {t["content"]: t["id"] for t in table["added_tokens"]}
+        except (KeyError, TypeError):
+            raise UserError(f"{folder / 'tokenizer.json'} holds no BPE vocabulary") from None
     else:
         raise UserError(f"{folder} has no tokeniser: neither vocab.json nor tokenizer.json")
     config = folder / "tokenizer_config.json"
@@ -265,12 +268,19 @@ def qwen_encoding(folder):
     if (folder / "added_tokens.json").exists() and not added:
         added = read_json(folder / "added_tokens.json")
     byte_of = printable_bytes()
-    ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items()}
+    try:
+        ranks = {bytes(byte_of[c] for c in token): int(i) for token, i in vocab.items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        ranks = {}
+    known = {*ranks.values(), *added.values()}
+    if len(known) < len(ranks) + len(set(added.values())) or any(bytes([b]) not in ranks for b in range(256)):
+        raise UserError(f"{folder}: the vocabulary is not a byte-level BPE with one id per token")
     enc = tiktoken.Encoding("qwen", pat_str=QWEN_WORDS, mergeable_ranks=ranks, special_tokens=added)
+    unknown = "\N{REPLACEMENT CHARACTER}".encode()  # the embedding has more rows than there are tokens
 
-    def decode(ids):  # the embedding has more rows than the tokeniser has tokens
-        known = [i for i in ids if i < enc.n_vocab]
-        return enc.decode(known) + "\N{REPLACEMENT CHARACTER}" * (len(ids) - len(known))
+    def decode(ids):
+        parts = [enc.decode_single_token_bytes(i) if i in known else unknown for i in ids]
+        return b"".join(parts).decode(errors="replace")
 
     return (lambda text: enc.encode_ordinary(unicodedata.normalize("NFC", text))), decode, added, enc.n_vocab
 
@@ -455,13 +465,14 @@ def main():
     ap.add_argument("path", nargs="?", help="show: 'tiny' or a .jsonl; inspect: a trajectory folder")
     ap.add_argument("-n", type=int, default=3)
     ap.add_argument("--model", default="tiny", help="whose tokeniser reads the ids")
+    ap.add_argument("--revision", help="commit, branch or tag of a hub id")
     args = ap.parse_args()
     if args.what == "show":
         for p in load_problems(args.path or "tiny", "train", args.n):
             print(f"{p['id']}\n  prompt     {p['prompt']}\n  privileged {privileged_prompt(p)}\n"
                   f"  solution   {p['solution']}\n  answer     {p['answer']}")
         return
-    tok = load_tokenizer(args.model)
+    tok = load_tokenizer(args.model, args.revision)
     if not args.path or not Path(args.path).is_dir():
         raise UserError(f"inspect needs a trajectory folder, got {args.path!r}")
     for r in read_trajectories(args.path)[:args.n]:

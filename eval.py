@@ -291,7 +291,7 @@ def main():
         raise UserError(f"{out} holds results already: choose another --out or remove it")
     if args.n < 1:
         raise UserError(f"--n is {args.n}: at least one problem is needed")
-    model = nt_model.load(args.model, revision=args.revision)
+    model = nt_model.load(args.model, *nt_model.default_device(), args.revision)
     tok = data.load_tokenizer(args.model, args.revision)
     if args.adapter:
         lora.load(model, args.adapter)

@@ -145,9 +145,12 @@ def load(model, folder):
     except (SafetensorError, OSError) as e:
         raise UserError(f"{file} is missing, corrupt or cut short ({e})") from None
     odd = [k for k in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
-           if config.get(k)]
+           if config.get(k)] + ["bias"] * (config.get("bias", "none") != "none")
     if odd:
         raise UserError(f"{folder}: the adapter uses {', '.join(odd)}: only plain LoRA is built")
+    lacking = [k for k in ("r", "lora_alpha", "lora_dropout") if k not in config]
+    if lacking:
+        raise UserError(f"{folder}: adapter_config.json lacks {', '.join(lacking)}")
     first = {t: f"base_model.model.{official_name(model.cfg, f'blocks.0.{t}')}.lora_A.weight" for t in ALL}
     targets = [t for t in ALL if first[t] in tensors]
     if not targets:

@@ -95,6 +95,8 @@ CHAT = {
 
 def config_from_json(raw):
     """config.json (dict) -> Config. Raises UserError on an unknown model_type or a missing key."""
+    if not isinstance(raw, dict):
+        raise UserError(f"config.json holds a {type(raw).__name__}, not an object")
     family = {"llada": "llada", "Dream": "dream", "sdar": "sdar", "tiny": "tiny"}.get(raw.get("model_type"))
     if family is None:
         raise UserError(f"config.json has model_type {raw.get('model_type')!r}; "
@@ -104,6 +106,8 @@ def config_from_json(raw):
         eos, mask_id = raw["eos_token_id"], raw["mask_token_id"]
     except KeyError as e:
         raise UserError(f"config.json of a {family} model lacks the key {e}") from None
+    except (TypeError, ValueError, ZeroDivisionError) as e:
+        raise UserError(f"config.json of a {family} model holds a value of the wrong type ({e})") from None
     eos = tuple(eos) if isinstance(eos, list) else (eos,)
     eos += tuple(i for i in EXTRA_EOS.get(family, ()) if i < facts["vocab_size"] and i not in eos)
     pad = raw.get("pad_token_id")
@@ -114,7 +118,11 @@ def config_from_json(raw):
 
 
 def _check_config(cfg):
-    """Refuse what would load and then be silently wrong."""
+    """Refuse what would fail later without a clear word, or load and then be silently wrong."""
+    for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "head_dim", "d_model", "d_mlp", "max_len"):
+        value = getattr(cfg, name)
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"config.json: {name} is {value!r}, not a positive whole number")
     for name, ids in (("mask_token_id", [cfg.mask_id]), ("eos_token_id", cfg.eos_ids),
                       ("pad_token_id", [cfg.pad_id])):
         if not all(isinstance(i, int) and 0 <= i < cfg.vocab_size for i in ids):
@@ -315,7 +323,7 @@ def block_diffusion_layout(cfg, prompts, xt, x0):
     for row, (s, p) in enumerate(zip(starts, prompts)):
         p, half = torch.tensor(p, dtype=torch.long), len(p) - s + L
         n = s + 2 * half
-        ids[row, :n] = torch.cat([p[:s], p[s:], xt[row].cpu(), p[s:], x0[row].cpu()])
+        ids[row, :n] = torch.cat([p, xt[row].cpu(), p[s:], x0[row].cpu()])
         positions[row, :n] = torch.cat([torch.arange(s + half), torch.arange(s, s + half)])
         noisy[row, s:s + half], valid[row, :n] = True, True
         cols[row] = torch.arange(len(p), len(p) + L)
@@ -404,14 +412,18 @@ def token_positions(valid):
 
 # ------------------------------------------------------------------------------------------- the AR teacher
 def load_teacher(name, device="cpu", dtype=torch.float32, revision=None):
-    """Any `transformers` causal LM, frozen: TRIMS's teacher. Remote code is never run."""
+    """Any `transformers` causal LM, frozen: TRIMS's teacher. Strict; remote code is never run."""
     from transformers import AutoModelForCausalLM
     folder = checkpoint_dir(name, revision)
     try:
-        teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
-    except (ValueError, OSError, RuntimeError) as e:
+        teacher, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True)
+    except (ValueError, OSError, RuntimeError, SafetensorError) as e:
         line = str(e).strip().split("\n")[0]
         raise UserError(f"{name} is not a causal LM that transformers loads: {line}") from None
+    absent = sorted(info["missing_keys"]) + [key[0] for key in info["mismatched_keys"]]
+    if absent:  # transformers only warns, and fills them with random numbers
+        raise UserError(f"{name}: tensors are missing or of another shape: {absent[:3]} ({len(absent)})")
     return teacher.to(device).eval().requires_grad_(False)
 
 
@@ -444,6 +456,8 @@ def load(name, device="cpu", dtype=torch.float32, revision=None):
         try:
             with safe_open(file, framework="pt") as f:
                 for key in f.keys():
+                    if key in found:
+                        raise UserError(f"{folder}: tensor {key} stands in two files")
                     found.add(key)
                     if key in wanted:
                         state[wanted[key]] = f.get_tensor(key).to(device=device, dtype=dtype)
@@ -470,9 +484,9 @@ def _check_tensors(folder, model, wanted, found, state):
                             f"{tuple(state[name].shape)}, its config.json asks for {tuple(p.shape)}")
 
 
-def checkpoint_dir(name, revision=None):
-    """Preset name, hub id or directory -> local directory. Downloads through huggingface_hub when it must;
-    its cache and HF_HUB_OFFLINE are honoured.
+def checkpoint_dir(name, revision=None, weights=True):
+    """Preset name, hub id or directory -> local directory. Downloads through huggingface_hub when it must
+    (weights=False: only the small files); its cache and HF_HUB_OFFLINE are honoured.
     """
     name = PRESETS.get(str(name), str(name))
     if os.path.isdir(name):
@@ -485,7 +499,8 @@ def checkpoint_dir(name, revision=None):
     from huggingface_hub import constants, snapshot_download
     try:
         return Path(snapshot_download(name, revision=revision or None,
-                                      allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
+                                      allow_patterns=["*.json", "*.txt", "*.jinja"]
+                                      + ["*.safetensors"] * weights))
     except Exception as e:
         # offline, no such repository, gated: huggingface_hub raises a different type for each
         if constants.HF_HUB_OFFLINE:
@@ -495,15 +510,25 @@ def checkpoint_dir(name, revision=None):
                         f"the network, or give a local directory in the official format") from None
 
 
+def default_device():
+    """Where the command lines load a model for use: bf16 on a GPU, fp32 on a CPU."""
+    return ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+
+
 def family_of(name, revision=None):
     """Preset name, hub id or directory -> llada | dream | sdar | tiny, without loading weights."""
-    return config_from_json(read_json(checkpoint_dir(name, revision) / "config.json")).family
+    return config_from_json(read_json(checkpoint_dir(name, revision, weights=False) / "config.json")).family
 
 
 def weight_files(folder):
     """The safetensors files of a checkpoint directory, through its index when it is sharded."""
     index = folder / "model.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    names = ["model.safetensors"]
+    if index.exists():
+        table = read_json(index)
+        if not isinstance(table, dict) or not isinstance(table.get("weight_map"), dict):
+            raise UserError(f"{index} has no weight_map: not an index of safetensors files")
+        names = sorted(set(table["weight_map"].values()))
     for name in names:
         if not (folder / name).exists():
             raise UserError(f"{folder} has no {name}: not a checkpoint in the official safetensors format")
@@ -543,7 +568,7 @@ def copy_tokenizer(name, folder, revision=None):
     """
     for pattern in ("vocab.json", "merges.txt", "token*.json", "added_tokens.json", "special_tokens_map.json",
                     "generation_config.json", "chat_template.jinja"):
-        for file in checkpoint_dir(name, revision).glob(pattern):
+        for file in checkpoint_dir(name, revision, weights=False).glob(pattern):
             if file.parent.resolve() != Path(folder).resolve():
                 shutil.copyfile(file, Path(folder) / file.name)
 
@@ -553,13 +578,14 @@ def main():
     ap.add_argument("--model", default="tiny", help="preset name, hub id or directory")
     ap.add_argument("--revision", help="commit, branch or tag of a hub id")
     args = ap.parse_args()
-    model = load(args.model, revision=args.revision)
+    model = load(args.model, *default_device(), args.revision)
     cfg = model.cfg
     print(f"family {cfg.family}: {sum(p.numel() for p in model.parameters()):,} parameters")
     for key, value in vars(cfg).items():
         if key not in ("family", "raw"):
             print(f"  {key:<11} {value}")
-    logits = model(torch.full((1, 8), cfg.mask_id))
+    with torch.no_grad():
+        logits = model(torch.full((1, 8), cfg.mask_id, device=model.embed.weight.device))
     print(f"one forward over 8 mask tokens: logits {tuple(logits.shape)}, "
           f"finite: {bool(logits.isfinite().all())}")
 

@@ -31,7 +31,8 @@ from typing import Literal, get_args, get_type_hints
 import torch
 from tqdm import tqdm
 
-from model import KVCache, UserError, attention_mask, family_of, load, rope_angles, run_cli
+from model import (KVCache, UserError, attention_mask, default_device, family_of, load, rope_angles,
+                   run_cli)
 
 
 @dataclass(frozen=True)
@@ -448,7 +449,7 @@ def main():
     family_defaults = {"tiny": data.TINY_DECODING, "sdar": dict(block_len=4, cache="none")}.get(family, {})
     given = {f.name: getattr(args, f.name) for f in fields(Decoding) if hasattr(args, f.name)}
     settings = {**family_defaults, **given}
-    model = load(args.model, revision=args.revision)
+    model = load(args.model, *default_device(), args.revision)
     tok = data.load_tokenizer(args.model, args.revision)
     if args.adapter:
         lora.load(model, args.adapter)

@@ -109,6 +109,9 @@ PRESETS = {
 }
 
 
+RANDOM = ("traj_random", "gt_random")  # sources whose states are random masks
+
+
 # --------------------------------------------------------------------------------------------------- the loss
 def tad_loss(student, teacher, x0, near, example, n_examples, cfg):
     """The TAD objective over the masked rows of a batch -> scalar fp32, dict of its parts.
@@ -147,14 +150,14 @@ def make_batch(examples, rngs, cfg, window, model_cfg):
     x0 = torch.tensor([r["x0"] for r, _ in examples])
     order = torch.tensor([r["order"] for r, _ in examples])
     t = torch.tensor([t for _, t in examples])[:, None]
-    if cfg.source in ("traj_random", "gt_random"):
+    if cfg.source in RANDOM:
         u = np.array([1 - rng.random() for rng in rngs])[:, None]
         masked = torch.tensor(np.array([rng.random(x0.shape[1]) for rng in rngs]) < u)
         xt, near = torch.where(masked, model_cfg.mask_id, x0), masked
     else:
         xt, masked = state_at(x0, order, t, model_cfg.mask_id)
         near = masked & (order < t + window)  # Eq. 10; the rest of `masked` is Eq. 11
-    if model_cfg.block_len:  # SDAR: a window ends with the block that is being decoded
+    if model_cfg.block_len and cfg.source not in RANDOM:  # SDAR: a window ends with the block being decoded
         start = torch.tensor([len(r["prompt_ids"]) for r, _ in examples])[:, None]
         block = (start + torch.arange(x0.shape[1])) // model_cfg.block_len
         near = near & (block == torch.where(masked, block, block.max()).amin(1, keepdim=True))
@@ -172,8 +175,15 @@ def teacher_prompts(examples, cfg, tok):
             for r, _ in examples]
 
 
-def forward_rows(model, prompts, xt, rows, device):
-    """Logits (N, V) of the chosen response positions; rows (B, L) bool."""
+def forward_rows(model, prompts, xt, rows, device, x0=None):
+    """Logits (N, V) of the chosen response positions; rows (B, L) bool.
+    x0 (B, L): a block-causal model then sees clean blocks before every noisy one.
+    """
+    if x0 is not None:
+        inputs, cols = nt_model.block_diffusion_layout(model.cfg, prompts, xt, x0)
+        row, j = rows.nonzero(as_tuple=True)
+        h = model.hidden(**{k: t.to(device) for k, t in inputs.items()})
+        return model.head(h[row.to(device), cols[row, j].to(device)])
     ids, valid = collate(prompts, xt, model.cfg.pad_id)
     h = model.hidden(ids.to(device), None if valid.all() else valid.to(device))[:, -xt.shape[1]:]
     return model.head(h[rows.to(device)])
@@ -185,7 +195,9 @@ def training_loss(model, teacher, examples, rngs, cfg, window, tok, device):
     """
     b = make_batch(examples, rngs, cfg, window, model.cfg)
     masked, near = b["masked"], b["near"]
-    student = forward_rows(model, b["plain"], b["xt"], masked, device)
+    # a random mask leaves no state of decoding behind, so SDAR needs its training layout for it
+    layout = bool(model.cfg.block_len) and cfg.source in RANDOM
+    student = forward_rows(model, b["plain"], b["xt"], masked, device, b["x0"] if layout else None)
     soft = masked & ((near if cfg.near == "kl" else False) | (~near if cfg.distant == "kl" else False))
     soft_logits = None
     if soft.any():  # only the examples that have such rows
@@ -194,7 +206,7 @@ def training_loss(model, teacher, examples, rngs, cfg, window, tok, device):
         with torch.no_grad(), lora.off(model) if teacher is model else nullcontext():
             was_training = teacher.training
             rows = forward_rows(teacher.eval(), teacher_prompts(chosen, cfg, tok), b["xt"][need],
-                                soft[need], device)
+                                soft[need], device, b["x0"][need] if layout else None)
             teacher.train(was_training)
         soft_logits = student.detach().float().clone()  # rows without a soft term: KL 0
         soft_logits[soft[masked].to(device)] = rows.float()
@@ -582,7 +594,8 @@ def main():
             base = nt_eval.curve(teacher, tok, problems, protocol, "base")
         nt_eval.report([("base", base), ("TAD", nt_eval.curve(model, tok, problems, protocol, "TAD"))], out)
     elif rank == 0:
-        which = f"--model {final}" if cfg.full else f"--model {cfg.model} --adapter {final}"
+        base = f"--model {cfg.model}" + (f" --revision {cfg.revision}" if cfg.revision else "")
+        which = f"--model {final}" if cfg.full else f"{base} --adapter {final}"
         print(f"evaluate: python eval.py curve {which} --task problems.jsonl --gen_len {cfg.gen_len} "
               f"--block_len {cfg.block_len}")
     barrier(world)

@@ -98,8 +98,10 @@ def mdlm_loss(logits, x0, loss_w):
 
 
 # ---------------------------------------------------------------------------------------------- batch builder
-def mask_response(example, cfg, rng):
-    """One example's noise -> masked (L,) bool, loss_w (L,) = 1/t, before the normalisation over L."""
+def mask_response(example, cfg, rng, origin=0):
+    """One example's noise -> masked (L,) bool, loss_w (L,) = 1/t, before the normalisation over L.
+    origin: how many tokens of the first block are prompt (block-causal models count from the prompt's start).
+    """
     L, t = len(example["x0"]), cfg.t_min + (1 - cfg.t_min) * rng.random()
     if "masked" in example:  # a drill says itself what is hidden; its mean cross-entropy counts
         masked = np.array(example["masked"])
@@ -107,7 +109,7 @@ def mask_response(example, cfg, rng):
     masked, loss_w = rng.random(L) < t, np.full(L, 1 / t)
     if rng.random() < cfg.block_share:
         # the loss then counts the current block only, scaled up to the whole length
-        block = np.arange(L) // cfg.block_len
+        block = (origin + np.arange(L)) // cfg.block_len
         current = rng.integers(block[-1] + 1)
         loss_w = np.where(block == current, loss_w * L / (block == current).sum(), 0.0)
         masked = (block > current) | ((block == current) & masked)
@@ -119,7 +121,8 @@ def make_batch(examples, rngs, cfg, model_cfg):
     response in them, x0 (B, L), masked (B, L), loss_w (B, L).
     """
     x0 = torch.tensor([e["x0"] for e in examples])
-    noise = [mask_response(e, cfg, rng) for e, rng in zip(examples, rngs)]
+    origins = [len(e["prompt_ids"]) % cfg.block_len if model_cfg.block_len else 0 for e in examples]
+    noise = [mask_response(e, cfg, rng, o) for e, rng, o in zip(examples, rngs, origins)]
     masked = torch.tensor(np.array([m for m, _ in noise]))
     loss_w = torch.tensor(np.array([w for _, w in noise])).float()
     (B, L), prompts = x0.shape, [e["prompt_ids"] for e in examples]

@@ -50,7 +50,7 @@ def write_tokenizer(folder, family):
         (folder / "added_tokens.json").write_text(json.dumps(at))
 
 
-def official_checkpoint(folder, family, seed=0, tokenizer=True, **changes):
+def official_checkpoint(folder, family, seed=0, tokenizer=True, dtype=torch.float32, **changes):
     """Write a random checkpoint of a family: config.json, two shards with their index, tokeniser files."""
     cfg = nt_model.config_from_json(raw_config(family, **changes))
     model = nt_model.Transformer(cfg).init_weights(torch.Generator().manual_seed(seed))
@@ -58,7 +58,7 @@ def official_checkpoint(folder, family, seed=0, tokenizer=True, **changes):
         for name, p in model.named_parameters():
             if name.endswith("bias"):
                 p.normal_(generator=torch.Generator().manual_seed(seed))
-    nt_model.save(model, folder)
+    nt_model.save(model, folder, dtype)
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = sorted(tensors)

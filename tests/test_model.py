@@ -80,14 +80,13 @@ def test_equals_transformers(tmp_path, kv, tied, head_dim):
     cases.append((Qwen3ForCausalLM(Qwen3Config(**common, head_dim=head_dim)),
                   {**hf, "model_type": "sdar", "head_dim": head_dim, "block_size": 4},
                   blocks[:, None] >= blocks[None]))
-    to_llada = {v: k for k, v in nt_model._HF.items()}
     for reference, raw, mask in cases:
         for p in reference.parameters():  # biases and norms too
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
         raw.pop("attn_implementation", None)
         state = {k: v for k, v in reference.state_dict().items() if not (tied and k == "lm_head.weight")}
         if raw["model_type"] == "llada":
-            state = {llada_name(k, to_llada): v for k, v in state.items()}
+            state = {llada_name(k): v for k, v in state.items()}
         folder = tmp_path / raw["model_type"]
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(raw))
@@ -99,13 +98,19 @@ def test_equals_transformers(tmp_path, kv, tied, head_dim):
         assert close(nt_model.load(folder)(ids), want), raw["model_type"]
 
 
-def llada_name(hf_name, ours):
-    """Hugging Face tensor name -> LLaDA's, through our own names."""
-    stem, _, kind = hf_name.rpartition(".")
+LLADA_NAMES = {  # Llama's -> LLaDA's, spelled out
+    "model.embed_tokens": "wte", "model.norm": "ln_f", "lm_head": "ff_out", "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ff_norm", "self_attn.q_proj": "q_proj", "self_attn.k_proj": "k_proj",
+    "self_attn.v_proj": "v_proj", "self_attn.o_proj": "attn_out", "mlp.gate_proj": "ff_proj",
+    "mlp.up_proj": "up_proj", "mlp.down_proj": "ff_out"}
+
+
+def llada_name(llama_name):
+    stem, _, kind = llama_name.rpartition(".")
     if stem.startswith("model.layers."):
         _, _, layer, rest = stem.split(".", 3)
-        return f"{nt_model._LLADA['block']}.{layer}.{nt_model._LLADA[ours[rest]]}.{kind}"
-    return f"{nt_model._LLADA[ours[stem]]}.{kind}"
+        return f"model.transformer.blocks.{layer}.{LLADA_NAMES[rest]}.{kind}"
+    return f"model.transformer.{LLADA_NAMES[stem]}.{kind}"
 
 
 @pytest.mark.skipif(not FIXTURES.exists(), reason="shared fixtures absent")
@@ -154,6 +159,12 @@ def test_sharded_checkpoint(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     ids = torch.randint(0, 40, (1, 9))
     assert torch.equal(nt_model.load(tmp_path)(ids), model(ids))
+    save_file({k: tensors[k] for k in names[6:]}, tmp_path / "model-2.safetensors")
+    with pytest.raises(UserError, match="stands in two files"):
+        nt_model.load(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(UserError, match="no weight_map"):
+        nt_model.load(tmp_path)
 
 
 def broken(tmp_path, change=None, config=None):
