@@ -41,6 +41,8 @@ PROTOCOLS = {
     "tiny": dict(**data.TINY_DECODING, rules=[
         dict(policy="static", per_step=1), *(dict(policy="threshold", threshold=t)
                                              for t in (0.97, 0.95, 0.93, 0.9, 0.8, 0.7, 0.5))]),
+    "tiny-thresholds": dict(**data.TINY_DECODING, rules=[  # without the slow token-by-token point
+        dict(policy="threshold", threshold=t) for t in (0.97, 0.95, 0.93, 0.9, 0.8)]),
     "tiny-static": dict(gen_len=data.TINY_LEN, cache="none", policy="static", rules=[
         *(dict(block_len=data.TINY_BLOCK, per_step=k) for k in (1, 2, 4, 8)),
         dict(block_len=data.TINY_LEN, per_step=data.TINY_LEN)]),  # the last one: all at once

@@ -7,17 +7,23 @@ everything runs on.
 A response of L tokens starts as L masks and is filled block by block. Every forward scores the masked
 positions of the current block and the policy decides which of them to reveal:
 
-    static      the `per_step` best                           (LLaDA's sampler; 1 = token by token)
+    static      the `per_step` best, or the block in `steps` forwards   (LLaDA's sampler; 1 = token by token)
     threshold   the best, and all with confidence >= threshold (Fast-dLLM)
     factor      the n best, n the largest with c_n >= 1 - factor / (n + 1)  (Fast-dLLM)
     entropy     all with entropy < threshold nats, else the lowest          (d3LLM, TAD)
+    dream       no blocks: `steps` forwards, each the share 1 - s/t of the masks (Dream's sampler)
 
-The caches are Fast-dLLM's. The first forward of a block runs over the whole canvas and refreshes all keys and
-values (it counts as a forward, and it also reveals). The following forwards recompute
+The caches are Fast-dLLM's, dInfer's (vicinity) and SDAR's (exact). The first forward of a block runs over the
+whole canvas and refreshes all keys and values (it counts as a forward, and it also reveals). The following
+forwards recompute
 
     none        the whole canvas: exact, the oracle
     prefix      from the block's start to the end of the canvas; everything before is stale
     dual        the block only; everything before and after is stale
+    vicinity    the block and `vicinity` tokens on either side
+    exact       (block-causal models) the block only: nothing before depends on it. A finished block's keys
+                are committed by the next block's first forward, which also runs over that block; `commits`
+                counts the forwards that a decoder without this fusion spends on top of nfe
 
 `order` is the index of the forward that revealed a position, `rank` breaks ties by predictive entropy (lowest
 first), `nfe` counts the forwards spent on a row, refreshes included.
@@ -39,11 +45,15 @@ from model import (KVCache, UserError, attention_mask, default_device, family_of
 class Decoding:
     gen_len: int = 256      # response length L, tokens
     block_len: int = 32     # block size K, tokens
-    policy: Literal["static", "threshold", "factor", "entropy"] = "threshold"  # what a forward reveals
+    # what a forward reveals
+    policy: Literal["static", "threshold", "factor", "entropy", "dream"] = "threshold"
     threshold: float = 0.9  # confidence (threshold), f (factor) or nats (entropy)
     per_step: int = 1       # positions per forward of the static policy
-    cache: Literal["none", "prefix", "dual"] = "dual"  # what a forward recomputes
-    score: Literal["confidence", "entropy", "margin"] = "confidence"  # how the static policy ranks positions
+    steps: int = 0          # static: forwards per block, instead of per_step; dream: in all (0: gen_len)
+    eps: float = 1e-3       # dream: the last time
+    cache: Literal["none", "prefix", "dual", "vicinity", "exact"] = "dual"  # what a forward recomputes
+    vicinity: int = 16      # tokens on either side of the block that the vicinity cache recomputes
+    score: Literal["confidence", "entropy", "margin"] = "confidence"  # how static and dream rank positions
     temperature: float = 0.0  # of the token choice; 0 = greedy. Confidence is always taken at temperature 1
     top_p: float = 1.0      # nucleus of the token choice
     seed: int = 0           # of the token choice; prompt i draws from its own stream (seed, i)
@@ -53,9 +63,11 @@ class Decoding:
         for name, hint in get_type_hints(Decoding).items():
             if get_args(hint) and getattr(self, name) not in get_args(hint):
                 raise UserError(f"{name} {getattr(self, name)!r}: choose one of {', '.join(get_args(hint))}")
-        for name in ("gen_len", "block_len", "per_step"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        for name, least in (("gen_len", 1), ("block_len", 1), ("per_step", 1), ("steps", 0), ("vicinity", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least {least}")
+        if self.policy == "dream":  # one block
+            object.__setattr__(self, "block_len", self.gen_len)
 
 
 @dataclass
@@ -65,6 +77,7 @@ class Output:
     rank: torch.Tensor   # (L,) int64, a permutation: order with ties broken by entropy
     conf: torch.Tensor   # (L,) fp32, probability of the token when it was revealed (1 for a filled EOS tail)
     nfe: int             # forwards spent on this row
+    commits: int = 0     # exact cache: the prefill and commits that were fused into them
 
     def n_tokens(self, eos_ids):
         """Tokens before the first EOS: what TPF and tok/s count."""
@@ -105,17 +118,31 @@ def nucleus(logits, top_p):
     return logits.masked_fill(outside.gather(-1, index.argsort(-1)), -torch.inf)
 
 
-def pick_positions(conf, entropy, score, masked, s):
-    """Which masked positions to reveal: (B, K) bool.
-    At least one per row that has any; ties go left to right.
+def quota(s, n_masked, n_block, i):
+    """How many positions the static and dream policies reveal in forward i of a block: (B,) int64.
+    n_masked: masks in the block now; n_block: when it began. All (B,) int64.
+    """
+    if s.policy == "dream":  # in fp32, as the published code rounds
+        steps = s.steps or s.gen_len
+        t = torch.linspace(1, s.eps, steps + 1, device=i.device)
+        i = i.clamp(max=steps - 1)
+        return torch.where(i == steps - 1, n_masked, (n_masked * (1 - t[i + 1] / t[i])).long())
+    if s.steps:  # LLaDA: equal shares, the first forwards take the remainder
+        return n_block // s.steps + (i < n_block % s.steps)
+    return torch.full_like(n_masked, s.per_step)
+
+
+def pick_positions(conf, entropy, score, masked, s, n=None):
+    """Which masked positions to reveal: (B, K) bool. n (B,): the quota of static and dream [per_step].
+    Other policies reveal at least one per row that has any; ties go left to right.
     """
     if s.policy == "entropy":
         score = -entropy
     elif s.policy in ("threshold", "factor"):
         score = conf
     place = score.masked_fill(~masked, -torch.inf).argsort(dim=-1, descending=True, stable=True).argsort(-1)
-    if s.policy == "static":
-        keep = place < s.per_step
+    if s.policy in ("static", "dream"):
+        keep = place < (s.per_step if n is None else n[:, None])
     elif s.policy == "threshold":
         keep = (conf >= s.threshold) | (place == 0)
     elif s.policy == "entropy":
@@ -143,20 +170,24 @@ def reference(model, prompt, **settings):
     order, rank, conf_at = torch.zeros(total).long(), torch.zeros(total).long(), torch.ones(total)
     gen, nfe, stop = row_generator(s.seed, 0), 0, False
     first = P - P % s.block_len if cfg.block_len else P  # block-causal blocks count from absolute position 0
+    commits = int(s.cache == "exact" and first > 0)
     for lo in range(first, total, s.block_len):
-        hi, refreshed = min(lo + s.block_len, total), None
+        hi, refreshed, began = min(lo + s.block_len, total), None, nfe
+        n_block = masked[lo:hi].sum()
+        commits += int(s.cache == "exact" and not stop)
         while masked[lo:hi].any() and not stop:
-            left = 1 if cfg.shift and lo > 0 else 0  # a shifted model needs the left neighbour's hidden state
-            if s.cache == "none" or refreshed is None:
+            if s.cache in ("none", "exact") or refreshed is None:
                 refreshed = x.clone()
                 h = model.hidden(x[None])[0, lo:hi]
             else:
-                end = hi if s.cache == "dual" else total
+                left = min(lo, reach(s, cfg))
+                end = {"dual": hi, "prefix": total, "vicinity": min(hi + s.vicinity, total)}[s.cache]
                 h = stale_hidden(model, refreshed, x, lo - left, end)[left:][: hi - lo]
             noise = (torch.rand(s.block_len, cfg.vocab_size, generator=gen)[: hi - lo]
                      if s.temperature > 0 else None)
             token, conf, entropy, score = pick_tokens(model.head(h), cfg, s, noise)
-            reveal = pick_positions(conf[None], entropy[None], score[None], masked[None, lo:hi], s)[0]
+            n = quota(s, masked[lo:hi].sum()[None], n_block[None], torch.tensor([nfe - began]))
+            reveal = pick_positions(conf[None], entropy[None], score[None], masked[None, lo:hi], s, n)[0]
             n_known = int((~masked[P:]).sum())
             by_entropy = sorted(reveal.nonzero()[:, 0].tolist(), key=lambda i: (float(entropy[i]), i))
             for n, i in enumerate(by_entropy):
@@ -165,7 +196,14 @@ def reference(model, prompt, **settings):
             nfe += 1
             stop = s.early_stop and fill_after_eos(x[P:], masked[P:], order[P:], rank[P:],
                                                    cfg.eos_ids, nfe - 1)
-    return Output(x[P:], order[P:], rank[P:], conf_at[P:], nfe)
+    return Output(x[P:], order[P:], rank[P:], conf_at[P:], nfe, commits)
+
+
+def reach(s, cfg):
+    """How many columns left of the block a window takes along: the vicinity, and the left neighbour whose
+    hidden state a shifted model needs.
+    """
+    return max(s.vicinity if s.cache == "vicinity" else 0, 1 if cfg.shift else 0)
 
 
 def fill_after_eos(ids, masked, order, rank, eos_ids, now):
@@ -241,6 +279,9 @@ def stream(model, prompts, batch_size=32, progress=False, **settings):
 
 
 def check_prompts(cfg, prompts, s):
+    if s.cache == "exact" and not cfg.block_len:
+        raise UserError(f"cache 'exact' is for block-causal models (SDAR): a {cfg.family} model attends to "
+                        f"later blocks; choose none, prefix, dual or vicinity")
     if cfg.block_len and s.block_len % cfg.block_len:
         raise UserError(f"block_len {s.block_len} must be a multiple of the model's own block "
                         f"of {cfg.block_len}")
@@ -268,7 +309,7 @@ class Batch:
     def __init__(self, model, prompts, s, n_rows):
         self.model, self.cfg, self.prompts, self.s = model, model.cfg, prompts, s
         self.dev, self.L = model.embed.weight.device, s.gen_len
-        self.left = 1 if self.cfg.shift else 0  # windows of a shifted model carry their left neighbour
+        self.left = reach(s, self.cfg)
         self.P = max(len(p) for p in prompts) + self.left
         shape, dev = (n_rows, self.P + self.L + 1), self.dev
         self.canvas = torch.full(shape, self.cfg.pad_id, device=dev)
@@ -279,7 +320,9 @@ class Batch:
         self.conf = torch.ones(shape, device=dev)
         self.start = torch.zeros(n_rows, dtype=torch.long, device=dev)  # first column of the row's block
         self.nfe = torch.zeros(n_rows, dtype=torch.long, device=dev)
-        # keys and values refreshed in this block?
+        # forwards in this block so far, its masks when it began, and how many blocks were entered
+        self.tries, self.n_block, self.blocks = (torch.zeros_like(self.start) for _ in range(3))
+        # keys and values outside the window are as the cache wants them
         self.fresh = torch.zeros(n_rows, dtype=torch.bool, device=dev)
         self.owner, self.gens, self.forwards = [None] * n_rows, [None] * n_rows, 0
         self.eos = torch.tensor(self.cfg.eos_ids, device=dev)
@@ -305,6 +348,7 @@ class Batch:
         # block-causal blocks count from the row's first real token, so the first one may hold prompt tokens
         self.start[row] = P - (len(prompt) % self.s.block_len if self.cfg.block_len else 0)
         self.fresh[row], self.gens[row] = False, row_generator(self.s.seed, index)
+        self.tries[row] = self.blocks[row] = 0
 
     def finished(self):
         """Rows with nothing left to reveal (empty rows too)."""
@@ -313,31 +357,37 @@ class Batch:
     def output(self, row):
         span = slice(self.P, self.P + self.L)
         parts = (t[row, span].cpu().clone() for t in (self.canvas, self.order, self.rank, self.conf))
-        return Output(*parts, int(self.nfe[row]))
+        prompt = self.prompts[self.owner[row]]
+        commits = int(self.blocks[row]) + (len(prompt) >= self.s.block_len) if self.s.cache == "exact" else 0
+        return Output(*parts, int(self.nfe[row]), commits)
 
     def step(self):
-        """One forward for every live row:
-        over the whole canvas where keys must be refreshed, else over a window.
+        """One forward for every live row: over the whole canvas where keys must be refreshed, else over a
+        window; under the exact cache, over the last block and the new one where a block begins.
         """
-        live = self.masked.any(1)
-        refresh = live & ~self.fresh if self.cache is not None else live
-        for full, group in ((True, refresh), (False, live & ~refresh)):
-            rows = group.nonzero()[:, 0]
+        live, began = self.masked.any(1), self.tries == 0
+        if self.s.cache == "exact":
+            groups = dict(full=~self.fresh, commit=self.fresh & began, window=self.fresh & ~began)
+        else:
+            stale = ~self.fresh if self.cache is not None else torch.ones_like(live)
+            groups = dict(full=stale, window=~stale)
+        for kind, group in groups.items():
+            rows = (group & live).nonzero()[:, 0]
             if len(rows):
-                self.reveal(rows, self.hidden(rows, full))
+                self.reveal(rows, self.hidden(rows, kind))
                 self.forwards += 1
 
-    def window(self, rows, width):
-        """Columns (N, width) from each row's block start;
+    def window(self, rows, width, left=0):
+        """Columns (N, left + width): from `left` before each row's block start;
         whatever runs past the end lands on the scratch column.
         """
-        cols = self.start[rows, None] + torch.arange(width, device=self.dev)
+        cols = self.start[rows, None] + torch.arange(-left, width, device=self.dev)
         return cols.clamp(max=self.canvas.shape[1] - 1)
 
-    def hidden(self, rows, full):
+    def hidden(self, rows, kind):
         """Hidden states (N, K, C) of the rows' blocks."""
-        K, canvas = self.s.block_len, self.canvas[rows]
-        if full:
+        K, canvas, cache = self.s.block_len, self.canvas[rows], self.s.cache
+        if kind == "full":
             if self.cache is None:
                 h = self.model.hidden(canvas, valid=self.valid[rows], positions=self.positions[rows])
             else:
@@ -346,12 +396,12 @@ class Batch:
                 self.fresh[rows] = True
             block = self.window(rows, K)
             return h.gather(1, block[..., None].expand(-1, -1, h.shape[-1]))
-        width = K if self.s.cache == "dual" else max(K, self.P + self.L - int(self.start[rows].min()))
-        cols = self.window(rows, width)
-        if self.left:
-            cols = torch.cat([self.start[rows, None] - 1, cols], 1)
+        left = self.left + (K if kind == "commit" else 0)
+        width = {"prefix": max(K, self.P + self.L - int(self.start[rows].min())),
+                 "vicinity": K + self.s.vicinity}.get(cache, K)
+        cols = self.window(rows, width, left)
         h = self.model.hidden(canvas.gather(1, cols), cache=self.cache.select(rows), cols=cols)
-        return h[:, self.left:self.left + K]
+        return h[:, left:left + K]
 
     def noise(self, rows):
         if self.s.temperature == 0:
@@ -364,7 +414,11 @@ class Batch:
         cols = self.window(rows, self.s.block_len)
         masked = self.masked[rows[:, None], cols]
         token, conf, entropy, score = pick_tokens(self.model.head(h), self.cfg, self.s, self.noise(rows))
-        reveal = pick_positions(conf, entropy, score, masked, self.s)
+        began = self.tries[rows] == 0
+        self.n_block[rows] = torch.where(began, masked.sum(1), self.n_block[rows])
+        self.blocks[rows] += began
+        n = quota(self.s, masked.sum(1), self.n_block[rows], self.tries[rows])
+        reveal = pick_positions(conf, entropy, score, masked, self.s, n)
         span = slice(self.P, self.P + self.L)
         n_known = self.L - self.masked[rows, span].sum(1)
         # 0, 1, ... within a forward
@@ -377,6 +431,7 @@ class Batch:
         if self.s.early_stop:
             self.stop_at_eos(rows)
         self.nfe[rows] += 1
+        self.tries[rows] += 1
         self.advance(rows)
 
     def stop_at_eos(self, rows):
@@ -400,7 +455,9 @@ class Batch:
         """Rows whose block is full move on; their keys and values are refreshed by the next forward."""
         full = ~self.masked[rows[:, None], self.window(rows, self.s.block_len)].any(1)
         self.start[rows] += full * self.s.block_len
-        self.fresh[rows] &= ~full
+        self.tries[rows] *= ~full
+        if self.s.cache != "exact":
+            self.fresh[rows] &= ~full
 
 
 # --------------------------------------------------------------------------------------------------- terminal
@@ -446,7 +503,7 @@ def main():
             ap.add_argument("--" + f.name, type=type(f.default), choices=choices, **kw)
     args = ap.parse_args()
     family = family_of(args.model, args.revision)
-    family_defaults = {"tiny": data.TINY_DECODING, "sdar": dict(block_len=4, cache="none")}.get(family, {})
+    family_defaults = {"tiny": data.TINY_DECODING, "sdar": dict(block_len=4, cache="exact")}.get(family, {})
     given = {f.name: getattr(args, f.name) for f in fields(Decoding) if hasattr(args, f.name)}
     settings = {**family_defaults, **given}
     model = load(args.model, *default_device(), args.revision)

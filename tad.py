@@ -67,7 +67,7 @@ class Config:
     source: Literal["full", "no_privilege", "traj_random", "gt_random"] = "full"  # Table 4: what to train on
     gen_len: int = 256  # response length L, tokens
     block_len: int = 32  # decoding block, tokens
-    collect_cache: Literal["none", "prefix", "dual"] = "none"  # cache of the collecting decoder
+    collect_cache: Literal["none", "prefix", "dual", "vicinity", "exact"] = "none"  # of the collector
     collect_temperature: float = 0.0  # (code) LLaDA 0.7 for math, 0 for code; Dream 0.2
     collect_batch: int = 64  # problems decoded at once per rank
     # --- loss
@@ -105,7 +105,7 @@ PRESETS = {
                  micro_batch=64, max_steps=150, save_every=50, eval_problems=150),
     "llada": dict(window="20", collect_temperature=0.7),
     "dream": dict(collect_temperature=0.2),
-    "sdar": dict(block_len=4),  # its own block; TAD was not published for SDAR
+    "sdar": dict(block_len=4, collect_cache="exact"),  # its own block; TAD was not published for SDAR
 }
 
 

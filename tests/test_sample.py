@@ -7,6 +7,7 @@ from conftest import CONFIGS, FIXTURES, prompts_of, random_model
 
 import model as nt_model
 import sample
+from model import UserError
 from sample import Decoding, generate, pick_positions, pick_tokens, reference
 
 POLICIES = {"static1": dict(policy="static", per_step=1), "static3": dict(policy="static", per_step=3),
@@ -91,6 +92,59 @@ def test_batch_equals_alone_equals_reference(name, policy):
             assert same(out, reference(model, prompt, **settings)), (cache, early_stop, len(prompt))
             assert sorted(out.rank.tolist()) == list(range(10))
             assert model.cfg.mask_id not in out.ids
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_more_caches_and_schedules(name):
+    """The vicinity and exact caches, quotas that do not divide the block, Dream's schedule."""
+    model, prompts = random_model(**CONFIGS[name]), prompts_of([2, 9, 5])
+    quick, quota = dict(policy="threshold", threshold=0.5), dict(policy="static", steps=3)
+    cases = [dict(cache="vicinity", vicinity=3, **quick), dict(cache="vicinity", vicinity=30, **quota),
+             dict(cache="dual", **quota)]
+    if model.cfg.block_len:
+        cases += [dict(cache="exact", **quick), dict(cache="exact", **quota)]
+    else:
+        cases += [dict(cache="none", policy="dream", steps=4, score="entropy"),
+                  dict(cache="dual", policy="dream", steps=13)]
+    for case, early_stop in itertools.product(cases, (True, False)):
+        settings = dict(gen_len=10, block_len=4, early_stop=early_stop, **case)
+        outs = generate(model, prompts, batch_size=2, **settings)
+        for prompt, out in zip(prompts, outs):
+            ref = reference(model, prompt, **settings)
+            assert same(out, ref) and out.commits == ref.commits, (case, early_stop, len(prompt))
+            if case["cache"] == "exact":  # nothing is approximate about it
+                assert same(out, generate(model, [prompt], **{**settings, "cache": "none"})[0])
+    with pytest.raises(UserError, match="block-causal"):
+        generate(random_model(), prompts, cache="exact")
+
+
+def test_quotas_by_hand():
+    """LLaDA: 10 masks in 4 forwards are 3 + 3 + 2 + 2. Dream: 16 masks, 4 steps, t = 1, .75025, .5005,
+    .25075: int(16 * .24975) = 3, int(13 * .33289) = 4, int(9 * .49900) = 4, and the rest.
+    """
+    def run(n_block, **settings):
+        s, left, took = Decoding(**settings), n_block, []
+        while left:
+            n = int(sample.quota(s, *(torch.tensor([v]) for v in (left, n_block, len(took))))[0])
+            took.append(n)
+            left -= n
+        return took
+    assert run(10, policy="static", steps=4) == [3, 3, 2, 2]
+    assert run(10, policy="static", per_step=5) == [5, 5]
+    assert run(16, policy="dream", steps=4, gen_len=16) == [3, 4, 4, 5]
+    assert run(16, policy="dream", gen_len=16)[0] == 0  # int(16 * 0.0624375) = int(0.999)
+
+
+def test_exact_cache_runs_over_one_or_two_blocks(monkeypatch):
+    model, prompts = random_model(block_size=4), prompts_of([8, 5])
+    settings = dict(gen_len=16, block_len=4, policy="static", early_stop=False, cache="exact", batch_size=2)
+    outs, shapes = count_forwards(monkeypatch, model, prompts, **settings)
+    widths = [w for n, w in shapes for _ in range(n)]
+    canvas = 8 + 16 + 1
+    assert sorted(set(widths)) == [4, 8, canvas] and widths.count(canvas) == 2  # once per prompt
+    # forwards of a decoder that commits separately: a prefill, 16 reveals and one commit for each block
+    assert [out.nfe + out.commits for out in outs] == [1 + 16 + 4, 1 + 16 + 5]
+    assert widths.count(8) == 3 + 4 and sum(n for n, _ in shapes) == 32
 
 
 def test_sampling_draws_the_same_in_any_batch():
@@ -252,3 +306,46 @@ def test_llada_official_samplers():
             assert spare == 0 or (spare == 1 and excused), case["name"]
             useless += spare
     assert useless <= 3
+
+
+@pytest.mark.skipif(not FIXTURES.exists(), reason="shared fixtures absent")
+def test_dreams_official_sampler():
+    """diffusion_generate(): same ids and forwards for entropy, maskgit_plus, topk_margin; batches too."""
+    model, n = nt_model.load(FIXTURES / "dream_A"), 0
+    score = dict(entropy="entropy", maskgit_plus="confidence", topk_margin="margin")
+    for case in json.loads((FIXTURES / "dream_A/samplers.json").read_text())["cases"]:
+        was, rows = case["settings"], case["settings"]["prompt"]
+        if not case["name"].startswith("official"):
+            continue
+        real = was.get("attention_mask", [[1] * len(p) for p in rows])
+        prompts = [torch.tensor([i for i, r in zip(p, m) if r]) for p, m in zip(rows, real)]
+        settings = dict(gen_len=16, policy="dream", steps=was["steps"], eps=was["eps"], cache="none",
+                        score=score[was["alg"]], early_stop=False)
+        for prompt, out, want in zip(prompts, generate(model, prompts, **settings), case["ids"]):
+            assert out.ids.tolist() == want[-16:] and out.nfe == case["forwards"], case["name"]
+            assert same(out, reference(model, prompt, **settings))
+            n += 1
+    assert n == 13
+
+
+@pytest.mark.skipif(not FIXTURES.exists(), reason="shared fixtures absent")
+def test_sdars_official_sampler():
+    """block_diffusion_generate(), static and dynamic: same ids; its prefill and commits are fused here."""
+    model, n = nt_model.load(FIXTURES / "sdar_A"), 0
+    for case in json.loads((FIXTURES / "sdar_A/samplers.json").read_text())["cases"]:
+        was = case["settings"]
+        if "sequential" in case["name"]:
+            continue
+        rule = (dict(policy="threshold", threshold=was["confidence_threshold"]) if "dynamic" in case["name"]
+                else dict(policy="static", steps=was["denoising_steps"]))
+        prompt = torch.tensor(was["prompt"]).reshape(-1)
+        want = torch.tensor(case["ids"]).reshape(-1)
+        settings = dict(gen_len=len(want) - len(prompt), block_len=was["block_length"], early_stop=False,
+                        **rule)
+        for cache in ("exact", "none"):
+            out = generate(model, [prompt], cache=cache, **settings)[0]
+            assert out.ids.tolist() == want[len(prompt):].tolist(), case["name"]
+            assert same(out, reference(model, prompt, cache=cache, **settings))
+            assert cache == "none" or out.nfe + out.commits == case["forwards"], case["name"]
+            n += 1
+    assert n == 16
