@@ -2,7 +2,8 @@
 everything runs on.
 
     outs = generate(model, prompts, gen_len=48, block_len=16, policy="threshold", threshold=0.9, cache="dual")
-    python sample.py --model tiny --prompt "..." --show
+    python sample.py --model tiny --prompt "..." --show           # or --picture order.png
+    python sample.py --model tiny --prompts questions.jsonl       # or --interactive
 
 A response of L tokens starts as L masks and is filled block by block. Every forward scores the masked
 positions of the current block and the policy decides which of them to reveal:
@@ -12,6 +13,9 @@ positions of the current block and the policy decides which of them to reveal:
     factor      the n best, n the largest with c_n >= 1 - factor / (n + 1)  (Fast-dLLM)
     entropy     all with entropy < threshold nats, else the lowest          (d3LLM, TAD)
     dream       no blocks: `steps` forwards, each the share 1 - s/t of the masks (Dream's sampler)
+    multiblock  several blocks at once, each by entropy < threshold (D2F, d3LLM, TAD): a block joins when the
+                last one is `block_add` revealed, and gets at least one token per forward when it is the first
+                unfinished one whose predecessor is `decoded` revealed
 
 The caches are Fast-dLLM's, dInfer's (vicinity) and SDAR's (exact). The first forward of a block runs over the
 whole canvas and refreshes all keys and values (it counts as a forward, and it also reveals). The following
@@ -29,12 +33,15 @@ forwards recompute
 first), `nfe` counts the forwards spent on a row, refreshes included.
 """
 import argparse
+import json
 import os
 from collections import deque
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal, get_args, get_type_hints
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import (KVCache, UserError, attention_mask, default_device, family_of, load, rope_angles,
@@ -46,11 +53,15 @@ class Decoding:
     gen_len: int = 256      # response length L, tokens
     block_len: int = 32     # block size K, tokens
     # what a forward reveals
-    policy: Literal["static", "threshold", "factor", "entropy", "dream"] = "threshold"
-    threshold: float = 0.9  # confidence (threshold), f (factor) or nats (entropy)
+    policy: Literal["static", "threshold", "factor", "entropy", "dream", "multiblock"] = "threshold"
+    threshold: float = 0.9  # confidence (threshold), f (factor) or nats (entropy, multiblock)
     per_step: int = 1       # positions per forward of the static policy
     steps: int = 0          # static: forwards per block, instead of per_step; dream: in all (0: gen_len)
     eps: float = 1e-3       # dream: the last time
+    block_add: float = 0.1  # multiblock: revealed share of the last block at which the next one joins
+    decoded: float = 0.95   # multiblock: revealed share of its predecessor at which a block must progress
+    cache_delay: int = 0    # multiblock, prefix cache: forwards between a block's end and its being cached
+    refresh: int = 0        # multiblock, prefix cache: forwards between refreshes (0: when a block is cached)
     cache: Literal["none", "prefix", "dual", "vicinity", "exact"] = "dual"  # what a forward recomputes
     vicinity: int = 16      # tokens on either side of the block that the vicinity cache recomputes
     score: Literal["confidence", "entropy", "margin"] = "confidence"  # how static and dream rank positions
@@ -68,6 +79,13 @@ class Decoding:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least {least}")
         if self.policy == "dream":  # one block
             object.__setattr__(self, "block_len", self.gen_len)
+        if self.policy == "multiblock" and self.cache not in ("none", "prefix"):
+            raise UserError(f"cache {self.cache!r} with policy multiblock: choose none or prefix")
+
+    @property
+    def width(self):
+        """Positions that a forward may reveal, from the start of the first unfinished block."""
+        return self.gen_len if self.policy == "multiblock" else self.block_len
 
 
 @dataclass
@@ -155,6 +173,40 @@ def pick_positions(conf, entropy, score, masked, s, n=None):
     return keep & masked
 
 
+def blocks_left(masked, s):
+    """masked (B, L) bool -> masks left per block (B, n_blocks) fp32, and the blocks' sizes."""
+    block = torch.arange(s.gen_len, device=masked.device) // s.block_len
+    member = F.one_hot(block).float()  # (L, n_blocks)
+    return masked.float() @ member, member.sum(0)
+
+
+def join_block(masked, n_blocks, s):
+    """Multiblock: how many blocks take part in this forward, (B,) int64: at most one more than before."""
+    left, size = blocks_left(masked, s)
+    last = (n_blocks - 1)[:, None]
+    revealed = 1 - (left / size).gather(1, last)[:, 0]
+    return (n_blocks + (revealed >= min(s.block_add, 1.0))).clamp(max=left.shape[1])
+
+
+def pick_multiblock(entropy, masked, block, masked_all, n_blocks, s):
+    """Which positions of a window the multiblock policy reveals: (B, W) bool.
+    entropy, masked (B, W); block (B, W) int64, the block a position is in; masked_all (B, L); n_blocks (B,).
+    """
+    left, size = blocks_left(masked_all, s)
+    revealed = 1 - left / size
+    open_ = masked & (block < n_blocks[:, None])
+    reveal = open_ & (entropy < s.threshold)
+    lowest = entropy.masked_fill(~open_, torch.inf).argmin(1, keepdim=True)
+    none = open_.any(1) & ~reveal.any(1)
+    reveal = reveal.scatter(1, lowest, reveal.gather(1, lowest) | none[:, None])
+    must = F.pad(revealed[:, :-1] >= s.decoded, (1, 0), value=True) & (left > 0)
+    must &= torch.arange(left.shape[1], device=left.device) < n_blocks[:, None]
+    mine = open_ & (block == must.int().argmax(1)[:, None]) & must.any(1)[:, None]
+    lowest = entropy.masked_fill(~mine, torch.inf).argmin(1, keepdim=True)
+    stuck = mine.any(1) & ~(reveal & mine).any(1)
+    return reveal.scatter(1, lowest, reveal.gather(1, lowest) | stuck[:, None])
+
+
 # ---------------------------------------------------------------------------------------------- the reference
 @torch.no_grad()
 def reference(model, prompt, **settings):
@@ -164,6 +216,8 @@ def reference(model, prompt, **settings):
     The staleness of a cache is reproduced by running the canvas of the last refresh beside the present one.
     """
     s, cfg, P = Decoding(**settings), model.cfg, len(prompt)
+    if s.policy == "multiblock":
+        return reference_multiblock(model, prompt, s)
     L, total = s.gen_len, P + s.gen_len
     x = torch.cat([prompt, torch.full((L,), cfg.mask_id)])
     masked = torch.arange(total) >= P
@@ -196,7 +250,49 @@ def reference(model, prompt, **settings):
             nfe += 1
             stop = s.early_stop and fill_after_eos(x[P:], masked[P:], order[P:], rank[P:],
                                                    cfg.eos_ids, nfe - 1)
-    return Output(x[P:], order[P:], rank[P:], conf_at[P:], nfe, commits)
+    return check_finite(Output(x[P:], order[P:], rank[P:], conf_at[P:], nfe, commits), 0)
+
+
+def reference_multiblock(model, prompt, s):
+    """The multiblock policy for one prompt. With the prefix cache the forward recomputes everything from the
+    first block that is not cached; a block is cached, with a refresh, `cache_delay` forwards after its end.
+    """
+    cfg, P, L = model.cfg, len(prompt), s.gen_len
+    x = torch.cat([prompt, torch.full((L,), cfg.mask_id)])
+    masked, block = torch.ones(L, dtype=torch.bool), torch.arange(L) // s.block_len
+    order, rank, conf_at = torch.zeros(L).long(), torch.zeros(L).long(), torch.ones(L)
+    gen, nfe, stop, n_blocks = row_generator(s.seed, 0), 0, False, torch.ones(1).long()
+    finished_at, cached, refreshed, age = {}, 0, None, 0
+    while masked.any() and not stop:
+        if nfe:
+            n_blocks = join_block(masked[None], n_blocks, s)
+        before = cached
+        while cached in finished_at and nfe - finished_at[cached] > s.cache_delay:
+            cached += 1
+        start = P + min(cached * s.block_len, L)
+        if s.cache == "none" or refreshed is None or cached > before or (s.refresh and age >= s.refresh):
+            refreshed, age = x.clone(), 0
+            h = model.hidden(x[None])[0, start:]
+        else:
+            left = min(start, reach(s, cfg))
+            h = stale_hidden(model, refreshed, x, start - left, P + L)[left:]
+        age += 1
+        noise = torch.rand(L, cfg.vocab_size, generator=gen)[: len(h)] if s.temperature > 0 else None
+        token, conf, entropy, _ = pick_tokens(model.head(h), cfg, s, noise)
+        at = start - P
+        reveal = pick_multiblock(entropy[None], masked[None, at:], block[None, at:], masked[None], n_blocks,
+                                 s)[0]
+        n_known = int((~masked).sum())
+        by_entropy = sorted(reveal.nonzero()[:, 0].tolist(), key=lambda i: (float(entropy[i]), i))
+        for n, i in enumerate(by_entropy):
+            x[start + i], conf_at[at + i], masked[at + i] = token[i], conf[i], False
+            order[at + i], rank[at + i] = nfe, n_known + n
+        for b in range(int(block[-1]) + 1):
+            if not masked[block == b].any():
+                finished_at.setdefault(b, nfe)
+        nfe += 1
+        stop = s.early_stop and fill_after_eos(x[P:], masked, order, rank, cfg.eos_ids, nfe - 1)
+    return check_finite(Output(x[P:], order, rank, conf_at, nfe), 0)
 
 
 def reach(s, cfg):
@@ -267,6 +363,7 @@ def stream(model, prompts, batch_size=32, progress=False, **settings):
         for row in batch.finished():
             if batch.owner[row] is not None:
                 out = batch.output(row)
+                check_finite(out, batch.owner[row])
                 n_tokens, n_forwards = n_tokens + out.n_tokens(model.cfg.eos_ids), n_forwards + out.nfe
                 bar.update()
                 bar.set_postfix_str(f"TPF {n_tokens / max(1, n_forwards):.2f}", refresh=False)
@@ -282,6 +379,9 @@ def check_prompts(cfg, prompts, s):
     if s.cache == "exact" and not cfg.block_len:
         raise UserError(f"cache 'exact' is for block-causal models (SDAR): a {cfg.family} model attends to "
                         f"later blocks; choose none, prefix, dual or vicinity")
+    if cfg.block_len and s.policy == "multiblock":
+        raise UserError(f"policy multiblock is for bidirectional models: earlier blocks of a {cfg.family} "
+                        f"model do not see later ones; choose threshold or static")
     if cfg.block_len and s.block_len % cfg.block_len:
         raise UserError(f"block_len {s.block_len} must be a multiple of the model's own block "
                         f"of {cfg.block_len}")
@@ -296,9 +396,19 @@ def check_prompts(cfg, prompts, s):
             raise UserError(f"prompt {i} holds token ids outside 0..{cfg.vocab_size - 1}: wrong tokeniser?")
 
 
+def check_finite(out, index):
+    if not out.conf.isfinite().all():
+        raise UserError(f"the model's logits for prompt {index} are not finite: its weights hold NaN or inf, "
+                        f"or overflow in this dtype")
+    return out
+
+
 def row_generator(seed, index):
     """The random stream of prompt `index`: the same alone and in any batch."""
     return torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
+
+
+NEVER = 2**40  # a forward that never comes
 
 
 class Batch:
@@ -324,6 +434,9 @@ class Batch:
         self.tries, self.n_block, self.blocks = (torch.zeros_like(self.start) for _ in range(3))
         # keys and values outside the window are as the cache wants them
         self.fresh = torch.zeros(n_rows, dtype=torch.bool, device=dev)
+        # multiblock: the forward at which each block was finished; forwards since the last refresh
+        self.finished_at = torch.full((n_rows, -(-self.L // s.block_len)), NEVER, device=dev)
+        self.age = torch.zeros_like(self.start)
         self.owner, self.gens, self.forwards = [None] * n_rows, [None] * n_rows, 0
         self.eos = torch.tensor(self.cfg.eos_ids, device=dev)
         self.cache = None
@@ -348,7 +461,8 @@ class Batch:
         # block-causal blocks count from the row's first real token, so the first one may hold prompt tokens
         self.start[row] = P - (len(prompt) % self.s.block_len if self.cfg.block_len else 0)
         self.fresh[row], self.gens[row] = False, row_generator(self.s.seed, index)
-        self.tries[row] = self.blocks[row] = 0
+        self.tries[row] = self.blocks[row] = self.age[row] = 0
+        self.finished_at[row] = NEVER
 
     def finished(self):
         """Rows with nothing left to reveal (empty rows too)."""
@@ -386,14 +500,14 @@ class Batch:
 
     def hidden(self, rows, kind):
         """Hidden states (N, K, C) of the rows' blocks."""
-        K, canvas, cache = self.s.block_len, self.canvas[rows], self.s.cache
+        K, canvas, cache = self.s.width, self.canvas[rows], self.s.cache
         if kind == "full":
             if self.cache is None:
                 h = self.model.hidden(canvas, valid=self.valid[rows], positions=self.positions[rows])
             else:
                 cols = torch.arange(canvas.shape[1], device=self.dev).expand(canvas.shape)
                 h = self.model.hidden(canvas, cache=self.cache.select(rows), cols=cols)
-                self.fresh[rows] = True
+                self.fresh[rows], self.age[rows] = True, 0
             block = self.window(rows, K)
             return h.gather(1, block[..., None].expand(-1, -1, h.shape[-1]))
         left = self.left + (K if kind == "commit" else 0)
@@ -406,20 +520,16 @@ class Batch:
     def noise(self, rows):
         if self.s.temperature == 0:
             return None
-        shape = (self.s.block_len, self.cfg.vocab_size)
+        shape = (self.s.width, self.cfg.vocab_size)
         return torch.stack([torch.rand(shape, generator=self.gens[r]) for r in rows.tolist()]).to(self.dev)
 
     def reveal(self, rows, h):
         """Score the rows' blocks, write the chosen tokens, then stop or advance rows that are done."""
-        cols = self.window(rows, self.s.block_len)
+        cols = self.window(rows, self.s.width)
         masked = self.masked[rows[:, None], cols]
         token, conf, entropy, score = pick_tokens(self.model.head(h), self.cfg, self.s, self.noise(rows))
-        began = self.tries[rows] == 0
-        self.n_block[rows] = torch.where(began, masked.sum(1), self.n_block[rows])
-        self.blocks[rows] += began
-        n = quota(self.s, masked.sum(1), self.n_block[rows], self.tries[rows])
-        reveal = pick_positions(conf, entropy, score, masked, self.s, n)
         span = slice(self.P, self.P + self.L)
+        reveal = self.choose(rows, cols, masked, conf, entropy, score)
         n_known = self.L - self.masked[rows, span].sum(1)
         # 0, 1, ... within a forward
         tie = entropy.masked_fill(~reveal, torch.inf).argsort(dim=1, stable=True).argsort(1)
@@ -432,7 +542,21 @@ class Batch:
             self.stop_at_eos(rows)
         self.nfe[rows] += 1
         self.tries[rows] += 1
-        self.advance(rows)
+        self.age[rows] += 1
+        self.advance_multiblock(rows) if self.s.policy == "multiblock" else self.advance(rows)
+
+    def choose(self, rows, cols, masked, conf, entropy, score):
+        """The policy: which positions (N, W) of the windows to reveal."""
+        began, everything = self.tries[rows] == 0, self.masked[rows, self.P:self.P + self.L]
+        if self.s.policy == "multiblock":  # here `blocks` counts the blocks that take part
+            joined = join_block(everything, self.blocks[rows].clamp(min=1), self.s)
+            self.blocks[rows] = torch.where(began, 1, joined)
+            block = (cols - self.P) // self.s.block_len
+            return pick_multiblock(entropy, masked, block, everything, self.blocks[rows], self.s)
+        self.n_block[rows] = torch.where(began, masked.sum(1), self.n_block[rows])
+        self.blocks[rows] += began
+        n = quota(self.s, masked.sum(1), self.n_block[rows], self.tries[rows])
+        return pick_positions(conf, entropy, score, masked, self.s, n)
 
     def stop_at_eos(self, rows):
         """Everything before the first EOS revealed:
@@ -459,6 +583,21 @@ class Batch:
         if self.s.cache != "exact":
             self.fresh[rows] &= ~full
 
+    def advance_multiblock(self, rows):
+        """The window starts behind the leading blocks that were finished `cache_delay` forwards ago; their
+        keys and values are refreshed when it moves.
+        """
+        s, nfe = self.s, self.nfe[rows]
+        left, _ = blocks_left(self.masked[rows, self.P:self.P + self.L], s)
+        done, at = left == 0, self.finished_at[rows]
+        self.finished_at[rows] = torch.where(done & (at == NEVER), (nfe - 1)[:, None], at)
+        cached = (nfe[:, None] - self.finished_at[rows] > s.cache_delay).long().cumprod(1).sum(1)
+        start = self.P + (cached * s.block_len).clamp(max=self.L)
+        self.fresh[rows] &= start == self.start[rows]
+        if s.refresh:
+            self.fresh[rows] &= self.age[rows] < s.refresh
+        self.start[rows] = start
+
 
 # --------------------------------------------------------------------------------------------------- terminal
 def show(out, tokens, by="confidence"):
@@ -484,16 +623,113 @@ def show(out, tokens, by="confidence"):
     return "\n".join(lines)
 
 
+def picture(out, path, title=""):
+    """Reveal order as PNG: positions across, forwards down; a token is coloured by its confidence from the
+    forward that revealed it on, masks stay white.
+    """
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise UserError("drawing needs matplotlib: pip install 'nanotraj[plot]'") from None
+    L = len(out.ids)
+    known = out.order[None] <= torch.arange(out.nfe)[:, None]  # (nfe, L)
+    grid = torch.where(known, out.conf.expand(out.nfe, L), torch.nan)
+    fig, ax = plt.subplots(figsize=(min(12, 2 + L / 12), min(9, 1.5 + out.nfe / 10)), dpi=140)
+    shown = ax.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+    new = [(int(t), i) for i, t in enumerate(out.order)]
+    ax.scatter([i for _, i in new], [t for t, _ in new], s=6, c="tab:red", marker="s", label="revealed here")
+    ax.set_xlabel("response position")
+    ax.set_ylabel("forward")
+    ax.set_title(title or f"{L} positions in {out.nfe} forwards", fontsize=10)
+    ax.legend(loc="upper right", fontsize=7)
+    fig.colorbar(shown, label="confidence when revealed")
+    fig.tight_layout()
+    fig.savefig(path)
+    plt.close(fig)
+
+
+# --------------------------------------------------------------------------------------------------- commands
+def decode_one(model, tok, args, settings):
+    """--prompt: one prompt, shown and drawn as asked."""
+    import data
+    prompt = args.prompt or data.load_problems("tiny", "test", 1)[0]["prompt"]
+    out = generate(model, [tok.prompt_ids(prompt)], **settings)[0]
+    n = out.n_tokens(model.cfg.eos_ids)
+    print(f"prompt   {prompt}")
+    if args.show:
+        words = [tok.decode([i]).strip() or "∅" for i in out.ids.tolist()]
+        print(show(out, words, args.show))
+    print(f"response {tok.decode(out.ids[:n].tolist())}")
+    print(f"{n} tokens in {out.nfe} forwards: {n / out.nfe:.2f} tokens per forward")
+    if args.picture:
+        picture(out, args.picture)
+        print(f"written: {args.picture}")
+
+
+def decode_file(model, tok, args, settings):
+    """--prompts: a .jsonl (field prompt, id optional) or a text file with one prompt per line. One line per
+    finished prompt is appended to --to; the same command continues an interrupted run.
+    """
+    import data
+    source, to = Path(args.prompts), Path(args.to or Path(args.prompts).with_suffix(".responses.jsonl"))
+    if not source.is_file():
+        raise UserError(f"no file {source}: --prompts takes a .jsonl or a text file")
+    rows = (data.read_jsonl(source) if source.suffix == ".jsonl"
+            else [dict(prompt=line) for line in source.read_text().splitlines() if line.strip()])
+    if not rows or not all(isinstance(r, dict) and isinstance(r.get("prompt"), str) for r in rows):
+        raise UserError(f"{source}: every line needs a prompt, and there must be one")
+    rows = [{"id": f"{source.stem}-{i}", **r} for i, r in enumerate(rows)]
+    data.drop_torn_line(to)
+    done = data.read_jsonl(to) if to.exists() else []
+    if any(r.get("decoding") != settings for r in done):
+        raise UserError(f"{to} holds responses of other settings: choose another --to or remove it")
+    finished = {r["id"] for r in done}
+    todo = [r for r in rows if r["id"] not in finished]
+    with open(to, "a") as f:
+        prompts = [tok.prompt_ids(r["prompt"]) for r in todo]
+        for i, out in stream(model, prompts, args.batch_size, progress=True, **settings):
+            n = out.n_tokens(model.cfg.eos_ids)
+            f.write(json.dumps(dict(todo[i], response=tok.decode(out.ids[:n].tolist()), tokens=n, nfe=out.nfe,
+                                    decoding=settings)) + "\n")
+            f.flush()
+    print(f"{len(todo)} responses written to {to}" + (f", {len(done)} were there" if done else ""))
+
+
+def interactive(model, tok, settings):
+    """--interactive: a prompt per line; an empty line or end of file ends."""
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return
+        if not line:
+            return
+        try:
+            out = generate(model, [tok.prompt_ids(line)], **settings)[0]
+        except UserError as e:  # a prompt too long: the next one may fit
+            print(f"error: {e}")
+            continue
+        n = out.n_tokens(model.cfg.eos_ids)
+        print(f"{tok.decode(out.ids[:n].tolist())}\n[{n} tokens in {out.nfe} forwards]")
+
+
 def main():
     import data
     import lora
-    ap = argparse.ArgumentParser(description="Decode one prompt.")
+    ap = argparse.ArgumentParser(description="Decode one prompt, a file of prompts, or what you type.")
     ap.add_argument("--model", default="tiny", help="preset name, hub id or directory [tiny]")
     ap.add_argument("--revision", help="commit, branch or tag of a hub id")
     ap.add_argument("--adapter", help="directory of a trained LoRA adapter to decode with")
     ap.add_argument("--prompt", help="user turn; default: a problem of the tiny task's test split")
     ap.add_argument("--show", nargs="?", const="confidence", choices=["confidence", "step"],
                     help="draw every forward, coloured by confidence or by reveal step")
+    ap.add_argument("--picture", help="PNG of the reveal order to write")
+    ap.add_argument("--prompts", help="file of prompts: .jsonl, or text with one per line")
+    ap.add_argument("--to", help="responses of --prompts [FILE.responses.jsonl]")
+    ap.add_argument("--batch_size", type=int, default=32, help="prompts decoded at once [32]")
+    ap.add_argument("--interactive", action="store_true", help="read prompts from the terminal")
     for f in fields(Decoding):
         kw = dict(default=argparse.SUPPRESS, help=f"[{f.default}]")
         if isinstance(f.default, bool):
@@ -505,20 +741,19 @@ def main():
     family = family_of(args.model, args.revision)
     family_defaults = {"tiny": data.TINY_DECODING, "sdar": dict(block_len=4, cache="exact")}.get(family, {})
     given = {f.name: getattr(args, f.name) for f in fields(Decoding) if hasattr(args, f.name)}
-    settings = {**family_defaults, **given}
+    settings = vars(Decoding(**{**family_defaults, **given}))
+    if args.batch_size < 1:
+        raise UserError(f"--batch_size is {args.batch_size}: it must be at least 1")
     model = load(args.model, *default_device(), args.revision)
     tok = data.load_tokenizer(args.model, args.revision)
     if args.adapter:
         lora.load(model, args.adapter)
-    prompt = args.prompt or data.load_problems("tiny", "test", 1)[0]["prompt"]
-    out = generate(model, [tok.prompt_ids(prompt)], **settings)[0]
-    n = out.n_tokens(model.cfg.eos_ids)
-    print(f"prompt   {prompt}")
-    if args.show:
-        words = [tok.decode([i]).strip() or "∅" for i in out.ids.tolist()]
-        print(show(out, words, args.show))
-    print(f"response {tok.decode(out.ids[:n].tolist())}")
-    print(f"{n} tokens in {out.nfe} forwards: {n / out.nfe:.2f} tokens per forward")
+    if args.interactive:
+        interactive(model, tok, settings)
+    elif args.prompts:
+        decode_file(model, tok, args, settings)
+    else:
+        decode_one(model, tok, args, settings)
 
 
 if __name__ == "__main__":

@@ -118,6 +118,45 @@ def test_more_caches_and_schedules(name):
         generate(random_model(), prompts, cache="exact")
 
 
+@pytest.mark.parametrize("name", ["plain", "shift", "grouped"])
+def test_multiblock(name):
+    model, prompts = random_model(**CONFIGS[name]), prompts_of([2, 9, 5])
+    for more in (dict(threshold=1.0), dict(threshold=0.3, block_add=0.5, decoded=0.5),
+                 dict(threshold=1.5, block_add=0.0), dict(threshold=1.0, block_add=1.0, decoded=1.0)):
+        reuse = dict(cache="prefix"), dict(cache="prefix", cache_delay=2, refresh=2)
+        for cached, early_stop in itertools.product((dict(cache="none"), *reuse), (True, False)):
+            settings = dict(gen_len=14, block_len=4, policy="multiblock", early_stop=early_stop,
+                            **more)
+            settings.update(cached)
+            outs = generate(model, prompts, batch_size=2, **settings)
+            for prompt, out in zip(prompts, outs):
+                assert same(out, reference(model, prompt, **settings)), (more, cached, early_stop, len(prompt))
+            if more.get("block_add") == 1.0 and cached["cache"] == "none":  # one block after the other
+                alone = {**settings, "policy": "entropy"}
+                assert all(same(out, generate(model, [p], **alone)[0]) for p, out in zip(prompts, outs))
+    with pytest.raises(UserError, match="bidirectional"):
+        generate(random_model(block_size=4), prompts, policy="multiblock", block_len=4, cache="none")
+    with pytest.raises(UserError, match="none or prefix"):
+        generate(model, prompts, policy="multiblock", cache="dual")
+
+
+def test_multiblock_by_hand():
+    """Three blocks of 2. Who joins: block 2 when half of block 1 is revealed. Who must progress: block 1."""
+    s = Decoding(gen_len=6, block_len=2, policy="multiblock", threshold=0.5, block_add=0.5, decoded=1.0,
+                 cache="none")
+    masked = torch.tensor([[False, True, True, True, True, True]])
+    assert sample.join_block(masked, torch.tensor([1]), s).tolist() == [2]
+    assert sample.join_block(masked, torch.tensor([2]), s).tolist() == [2]
+    block = torch.tensor([[0, 0, 1, 1, 2, 2]])
+
+    def pick(*entropy):
+        picked = sample.pick_multiblock(torch.tensor([entropy]), masked, block, masked, torch.tensor([2]), s)
+        return picked[0].nonzero()[:, 0].tolist()
+    assert pick(.1, .4, .9, .3, .1, .1) == [1, 3]  # below the threshold, in the blocks that take part
+    assert pick(.1, .8, .9, .3, .1, .1) == [1, 3]  # block 0 must progress although block 1 does
+    assert pick(.1, .8, .6, .9, .1, .1) == [1, 2]  # nobody below it: the lowest of all, and block 0's own
+
+
 def test_quotas_by_hand():
     """LLaDA: 10 masks in 4 forwards are 3 + 3 + 2 + 2. Dream: 16 masks, 4 steps, t = 1, .75025, .5005,
     .25075: int(16 * .24975) = 3, int(13 * .33289) = 4, int(9 * .49900) = 4, and the rest.
@@ -261,6 +300,16 @@ def test_the_empty_prompt():
                             early_stop=False)
             out, ref = generate(model, [empty], **settings)[0], reference(model, empty, **settings)
             assert torch.equal(out.ids, ref.ids) and torch.equal(out.order, ref.order) and out.nfe == ref.nfe
+
+
+def test_logits_that_are_not_finite_are_an_error_that_names_the_prompt():
+    model = random_model()
+    model.head.weight.data[5] = torch.nan
+    for policy in ("static", "threshold", "multiblock"):
+        with pytest.raises(UserError, match="prompt 0 are not finite"):
+            generate(model, prompts_of([3]), gen_len=8, block_len=4, policy=policy, cache="none")
+    with pytest.raises(UserError, match="not finite"):
+        reference(model, prompts_of([3])[0], gen_len=8, block_len=4)
 
 
 def test_eos_in_the_prompt_does_not_stop():

@@ -10,6 +10,7 @@ import data
 import eval as nt_eval
 import lora
 import model as nt_model
+import sample
 from sample import generate, reference, show
 
 TINY = nt_model.load("tiny")
@@ -71,6 +72,38 @@ def test_sample_command(tmp_path):
                         (["--adapter", "nowhere"], "no file")):
         bad = run(tmp_path, "sample.py", *args)
         assert bad.returncode == 2 and words in bad.stderr and "Traceback" not in bad.stderr, bad.stderr
+
+
+def test_prompts_from_a_file_continue_where_they_stopped(tmp_path):
+    problems = data.load_problems("tiny", "dev", 5)
+    lines = [json.dumps(dict(id=p["id"], prompt=p["prompt"])) for p in problems]
+    (tmp_path / "q.jsonl").write_text("\n".join(lines) + "\n")
+    args = ["--prompts", "q.jsonl", "--to", "a.jsonl", "--policy", "static", "--batch_size", "2"]
+    first = run(tmp_path, "sample.py", *args)
+    assert first.returncode == 0 and "5 responses written" in first.stdout, first.stderr
+    full = {r["id"]: r for r in map(json.loads, (tmp_path / "a.jsonl").read_text().splitlines())}
+    assert all(full[p["id"]]["response"].endswith(p["answer"]) for p in problems)
+    kept = (tmp_path / "a.jsonl").read_text().splitlines(True)
+    (tmp_path / "a.jsonl").write_text("".join(kept[:2]) + kept[2][:30])  # killed while writing the third
+    again = run(tmp_path, "sample.py", *args)
+    assert "3 responses written to a.jsonl, 2 were there" in again.stdout, again.stderr
+    assert {r["id"]: r for r in map(json.loads, (tmp_path / "a.jsonl").read_text().splitlines())} == full
+    for bad, words in ((["--prompts", "none.txt"], "no file"), ([*args, "--gen_len", "40"], "other settings"),
+                       (["--prompts", "q.jsonl", "--batch_size", "0"], "at least 1")):
+        refused = run(tmp_path, "sample.py", *bad)
+        assert refused.returncode == 2 and words in refused.stderr, refused.stderr
+
+
+def test_interactive_and_picture(tmp_path, monkeypatch, capsys):
+    prompts = [p["prompt"] for p in data.load_problems("tiny", "dev", 2)]
+    answers = iter([prompts[0], "ball " * 300, prompts[1], ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(answers))
+    sample.interactive(TINY, TOK, dict(SETTINGS, cache="none"))
+    said = capsys.readouterr().out
+    assert said.count("####") == 2 and said.count("tokens in") == 2 and "exceeds the model's" in said
+    out = generate(TINY, [TOK.prompt_ids(prompts[0])], **SETTINGS)[0]
+    sample.picture(out, tmp_path / "order.png")
+    assert (tmp_path / "order.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_the_whole_story_in_small(tmp_path):
