@@ -2,6 +2,7 @@
 
     python eval.py curve --model tiny --n 500                          # the base model
     python eval.py curve --model tiny --adapter out/tad-tiny/adapter --label TAD --out out/tad-eval
+    python eval.py caches --n 200                                      # what the caches cost
     python eval.py compare out/tad-eval-* --base base --control SFT    # one table and one picture
                                                                        # over runs and seeds
 
@@ -183,6 +184,27 @@ def plot(curves, path, title="accuracy against parallelism"):
     plt.close(fig)
 
 
+def compare_caches(model, tok, problems, rule, batch_size=64):
+    """How approximate each cache is: a table of accuracy, forwards, the share of problems with an unchanged
+    response, and order agreement (the share of positions revealed by the same forward), against cache none.
+    """
+    caches = ["none", "prefix", "dual", "vicinity"] + ["exact"] * bool(model.cfg.block_len)
+    prompts, outs = [tok.prompt_ids(p["prompt"]) for p in problems], {}
+    lines = ["| cache | accuracy, % | forwards | TPF | same response, % | order agreement, % |",
+             "|---|---|---|---|---|---|"]
+    for cache in caches:
+        outs[cache] = generate(model, prompts, batch_size, progress=True, **{**rule, "cache": cache})
+        n = [out.n_tokens(model.cfg.eos_ids) for out in outs[cache]]
+        right = np.mean([grade.is_correct(p, tok.decode(out.ids[:k].tolist()))
+                         for p, out, k in zip(problems, outs[cache], n)])
+        pairs, nfe = list(zip(outs[cache], outs["none"])), sum(out.nfe for out in outs[cache])
+        same = np.mean([torch.equal(a.ids, b.ids) for a, b in pairs])
+        order = np.mean([(a.order == b.order).float().mean().item() for a, b in pairs])
+        lines.append(f"| {cache} | {100 * right:.1f} | {nfe / len(n):.1f} | {sum(n) / nfe:.2f} "
+                     f"| {100 * same:.1f} | {100 * order:.1f} |")
+    return "\n".join(lines)
+
+
 # ----------------------------------------------------------------------------------------- comparison of runs
 def read_runs(folders):
     """results.jsonl of every folder -> {label: [points of run 1, points of run 2, ...]};
@@ -256,19 +278,22 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sub = ap.add_subparsers(dest="what", required=True)
     c = sub.add_parser("curve", help="accuracy and TPF of one model over the rules of a protocol")
-    c.add_argument("--model", default="tiny", help="preset name, hub id or directory")
-    c.add_argument("--revision", help="commit, branch or tag of a hub id")
-    c.add_argument("--adapter", help="directory of a LoRA adapter")
-    c.add_argument("--task", default="tiny", help="tiny, or a .jsonl with prompt and answer")
-    c.add_argument("--split", default="test", choices=["dev", "test"], help="of the tiny task")
-    c.add_argument("--n", type=int, default=500, help="number of problems")
     c.add_argument("--protocol", default="tiny", choices=list(PROTOCOLS))
     c.add_argument("--cache", choices=["none", "prefix", "dual"], help="instead of the protocol's")
-    c.add_argument("--gen_len", type=int, help="response length, instead of the protocol's")
-    c.add_argument("--block_len", type=int, help="block size, instead of the protocol's")
-    c.add_argument("--batch_size", type=int, default=64)
     c.add_argument("--label", help="name in tables and plots; default: base, or the run's directory")
     c.add_argument("--out", help="directory of results.jsonl and curve.png [out/eval-<label>-<split>-<n>]")
+    k = sub.add_parser("caches", help="what each cache costs against cache none, at one threshold")
+    k.add_argument("--threshold", type=float, default=0.9, help="confidence; above 1: one token per forward")
+    for p in (c, k):
+        p.add_argument("--model", default="tiny", help="preset name, hub id or directory")
+        p.add_argument("--revision", help="commit, branch or tag of a hub id")
+        p.add_argument("--adapter", help="directory of a LoRA adapter")
+        p.add_argument("--task", default="tiny", help="tiny, or a .jsonl with prompt and answer")
+        p.add_argument("--split", default="test", choices=["dev", "test"], help="of the tiny task")
+        p.add_argument("--n", type=int, default=500, help="number of problems")
+        p.add_argument("--gen_len", type=int, help="response length, instead of the protocol's")
+        p.add_argument("--block_len", type=int, help="block size, instead of the protocol's")
+        p.add_argument("--batch_size", type=int, default=64)
     m = sub.add_parser("compare", help="one table and one picture over several results folders")
     m.add_argument("folders", nargs="+")
     m.add_argument("--base", default="base", help="label the AUP ratios refer to")
@@ -286,20 +311,25 @@ def main():
               for label, rs in runs.items() for i, points in enumerate(rs)], out / "compare.png")
         print(text)
         return
-    trained = Path(args.adapter or args.model).resolve()  # out/RUN/adapter or out/RUN/model
-    label = args.label or (trained.parent.name if trained.is_dir() else "base")
-    out = Path(args.out or f"out/eval-{label}-{args.split}-{args.n}")
-    if (out / "results.jsonl").exists():
-        raise UserError(f"{out} holds results already: choose another --out or remove it")
     if args.n < 1:
         raise UserError(f"--n is {args.n}: at least one problem is needed")
+    own = {k: getattr(args, k) for k in ("cache", "gen_len", "block_len") if getattr(args, k, None)}
+    if args.what == "curve":
+        trained = Path(args.adapter or args.model).resolve()  # out/RUN/adapter or out/RUN/model
+        label = args.label or (trained.parent.name if trained.is_dir() else "base")
+        out = Path(args.out or f"out/eval-{label}-{args.split}-{args.n}")
+        if (out / "results.jsonl").exists():
+            raise UserError(f"{out} holds results already: choose another --out or remove it")
     model = nt_model.load(args.model, *nt_model.default_device(), args.revision)
     tok = data.load_tokenizer(args.model, args.revision)
     if args.adapter:
         lora.load(model, args.adapter)
-    own = {k: getattr(args, k) for k in ("cache", "gen_len", "block_len") if getattr(args, k)}
-    protocol = {**PROTOCOLS[args.protocol], **own}
     problems = data.load_problems(args.task, args.split, args.n)
+    if args.what == "caches":
+        rule = dict(data.TINY_DECODING, policy="threshold", threshold=args.threshold, **own)
+        print(compare_caches(model, tok, problems, rule, args.batch_size))
+        return
+    protocol = {**PROTOCOLS[args.protocol], **own}
     report([(label, curve(model, tok, problems, protocol, label, args.batch_size))], out)
 
 

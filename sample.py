@@ -67,6 +67,7 @@ class Decoding:
     score: Literal["confidence", "entropy", "margin"] = "confidence"  # how static and dream rank positions
     temperature: float = 0.0  # of the token choice; 0 = greedy. Confidence is always taken at temperature 1
     top_p: float = 1.0      # nucleus of the token choice
+    top_k: int = 0          # the token choice is among the k best (0: all)
     seed: int = 0           # of the token choice; prompt i draws from its own stream (seed, i)
     early_stop: bool = True  # end a row once everything before its first EOS is revealed
 
@@ -74,7 +75,8 @@ class Decoding:
         for name, hint in get_type_hints(Decoding).items():
             if get_args(hint) and getattr(self, name) not in get_args(hint):
                 raise UserError(f"{name} {getattr(self, name)!r}: choose one of {', '.join(get_args(hint))}")
-        for name, least in (("gen_len", 1), ("block_len", 1), ("per_step", 1), ("steps", 0), ("vicinity", 0)):
+        for name, least in (("gen_len", 1), ("block_len", 1), ("per_step", 1), ("steps", 0), ("vicinity", 0),
+                            ("top_k", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least {least}")
         if self.policy == "dream":  # one block
@@ -115,7 +117,11 @@ def pick_tokens(logits, cfg, s, noise=None):
     choice = logits.clone()
     choice[..., cfg.mask_id] = -torch.inf
     if s.temperature > 0:
-        choice = nucleus(choice / s.temperature, s.top_p) - (-noise.log()).log()
+        choice = nucleus(choice / s.temperature, s.top_p)
+        if 0 < s.top_k < choice.shape[-1]:
+            kth = choice.topk(s.top_k, -1).values[..., -1:]
+            choice = choice.masked_fill(choice < kth, -torch.inf)
+        choice = choice - (-noise.log()).log()
     token = choice.argmax(-1)
     conf = logp.gather(-1, token[..., None])[..., 0].exp()
     if s.score == "margin":

@@ -1,7 +1,9 @@
 import json
 
 import pytest
+from conftest import CONFIGS, random_model
 
+import data
 import eval as nt_eval
 from model import UserError
 
@@ -66,3 +68,26 @@ def test_compare_is_paired_and_refuses_other_problems(tmp_path):
     (tmp_path / "odd" / "results.jsonl").write_text(json.dumps(p) + "\n")
     with pytest.raises(UserError, match="same problems"):
         nt_eval.read_runs([tmp_path / "b", tmp_path / "odd"])
+
+
+def test_caches_against_the_uncached_decoder():
+    """Caches change a bidirectional model's decoding, unless its rows do not see each other; a block-causal
+    model decoded in its own blocks is changed by none.
+    """
+    vocabulary = dict(vocab_size=298, mask_token_id=297, eos_token_id=296, pad_token_id=296)
+    tok, problems = data.load_tokenizer("tiny"), data.load_problems("tiny", "dev", 4)
+    rule = dict(gen_len=12, block_len=4, policy="threshold", threshold=0.5)
+
+    def agreement(model):
+        rows = [line.strip(" |").split(" | ") for line in
+                nt_eval.compare_caches(model, tok, problems, rule, 2).split("\n")[2:]]
+        return {row[0]: row[4:] for row in rows}
+    same = ["100.0", "100.0"]
+    model = random_model(**vocabulary)
+    plain = agreement(model)
+    assert list(plain) == ["none", "prefix", "dual", "vicinity"] and plain["none"] == same != plain["dual"]
+    for block in model.blocks:
+        block.o_proj.weight.data.zero_()
+    assert set(map(tuple, agreement(model).values())) == {tuple(same)}
+    causal = agreement(random_model(**CONFIGS["block"], **vocabulary))
+    assert len(causal) == 5 and set(map(tuple, causal.values())) == {tuple(same)}
