@@ -205,6 +205,57 @@ def compare_caches(model, tok, problems, rule, batch_size=64):
     return "\n".join(lines)
 
 
+# ---------------------------------------------------------------------------------- TDS (TABOM Eq. 10 and 11)
+@torch.no_grad()
+def tds(model, record):
+    """Variance of predictive entropies along a record's own trajectory: (T,) fp32 numpy, nats^2.
+
+    Step t: population variance over the still masked positions before the first EOS of the finished response;
+    NaN where fewer than two are masked.
+    """
+    x0, order = torch.tensor(record["x0"]), torch.tensor(record["order"])
+    is_eos = torch.isin(x0, torch.tensor(model.cfg.eos_ids))
+    n = int(is_eos.int().argmax()) if is_eos.any() else len(x0)
+    xt, masked = data.state_at(x0[None], order[None], torch.arange(int(order.max()) + 1)[:, None],
+                               model.cfg.mask_id)
+    ids, valid = data.collate([record["prompt_ids"]] * len(xt), xt, model.cfg.pad_id)
+    dev = model.embed.weight.device
+    logp = model(ids.to(dev), valid.to(dev))[:, -len(x0):][:, :n].float().log_softmax(-1)
+    entropy = -(logp.exp() * logp).sum(-1).cpu()
+    return np.array([float(h[m].var(unbiased=False)) if m.sum() >= 2 else np.nan
+                     for h, m in zip(entropy, masked[:, :n])], dtype=np.float32)
+
+
+def report_tds(models, records, out):
+    """Mean TDS of each (label, model) on the same trajectories: printed, and drawn per step as tds.png."""
+    curves = {}
+    for label, model in models:
+        model.eval()
+        rows = [tds(model, r) for r in tqdm(records, unit="trajectory", desc=f"TDS {label}")]
+        grid = np.full((len(rows), max(map(len, rows))), np.nan)
+        for i, row in enumerate(rows):
+            grid[i, :len(row)] = row
+        print(f"TDS {label}: {np.nanmean(grid):.4f} nats^2, mean over the steps of {len(rows)} trajectories")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the last steps of all trajectories have fewer than two masks
+            curves[label] = np.nanmean(grid, 0)
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return
+    fig, ax = plt.subplots(figsize=(6.4, 3.6), dpi=140)
+    for label, values in curves.items():
+        ax.plot(values, label=label)
+    ax.set_xlabel("forward")
+    ax.set_ylabel("variance of predictive entropy, nats$^2$")
+    ax.legend()
+    fig.tight_layout()
+    fig.savefig(Path(out) / "tds.png")
+    plt.close(fig)
+
+
 # ----------------------------------------------------------------------------------------- comparison of runs
 def read_runs(folders):
     """results.jsonl of every folder -> {label: [points of run 1, points of run 2, ...]};

@@ -1,0 +1,498 @@
+"""TABOM: Trajectory-Aware Boltzmann Modeling (arXiv 2605.11854).
+
+The idea: decoding goes from easy to hard, standard training treats all tokens alike. So train on the
+model's own trajectories: (1) mask a state the way decoding left it, and reconstruct the W tokens that were
+revealed next; (2) rank them: a token that was revealed earlier must have the lower predictive entropy, by a
+margin. The pairwise ranking is the tractable form of matching a Boltzmann distribution over revealed sets.
+
+    glossary (paper -> code)
+    tau           record["x0"], record["rank"] (L,): one index per position, ties within a forward by entropy
+    U_t           the positions of xt that are not masked: rank below that of the segment's first
+    Delta         segment (B, W) int64: the next W positions in the order they were revealed; -1 = none left
+    h(r)  Eq. 5   entropy (B, W): predictive entropy in nats, at U_t or at r's own step (--entropy_at)
+    gamma, lambda cfg.gamma, cfg.lam
+    L_recon       mean over Delta of -log p(x0 | U_t)     L_rank  Eq. 8: mean of the hinges over the pairs
+    L             Eq. 9: L_recon + lambda L_rank
+
+What differs from the published code, and why: token ids and their order are stored together (stored text is
+not re-tokenised); all pairs of a segment are ranked at once instead of in a W x W loop; a segment shorter
+than W is normalised by its own counts; entropies can be taken at each token's own step, as Eq. 5 has it.
+
+    python tabom.py                                              # tiny model on a laptop CPU
+    python tabom.py --model dream --data problems.jsonl          # one GPU
+    torchrun --nproc_per_node=8 tabom.py --model llada --data problems.jsonl
+"""
+import argparse
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, get_args, get_type_hints
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+import eval as nt_eval
+import lora
+import model as nt_model
+from data import collate, example_rng, load_problems, load_tokenizer, read_trajectories, rollout
+from model import UserError, run_cli
+
+
+@dataclass
+class Config:
+    model: str = "tiny"  # preset name, hub id or directory
+    revision: str = ""  # commit, branch or tag of a hub id
+    out: str = ""  # output directory; default out/tabom-<model>
+    overwrite: bool = False  # start anew in a directory that already holds a run
+    seed: int = 0  # of the segments drawn, the data order and the adapters
+    # --- trajectories
+    data: str = "tiny"  # tiny, or a .jsonl with prompt and answer
+    n_problems: int = 0  # problems to collect on (0: all; tiny: 400)
+    gen_len: int = 256  # response length L, tokens
+    block_len: int = 32  # decoding block, tokens
+    collect_score: Literal["confidence", "entropy"] = "confidence"  # what the decoder ranks positions by
+    collect_cache: Literal["none", "prefix", "dual", "vicinity", "exact"] = "none"  # of the collector
+    collect_temperature: float = 0.0  # of the collector
+    collect_batch: int = 64  # problems decoded at once per rank
+    # --- loss
+    window: int = 32  # W: tokens of a segment (0: everything that is left, Table 5's global segment)
+    segment: Literal["window", "two_steps"] = "window"  # two_steps: between two random states (dInfer)
+    lam: float = 1.0  # lambda of Eq. 9 (0: trajectory masking only)
+    gamma: float = 0.2  # margin of the ranking, nats
+    entropy_at: Literal["segment", "own_step"] = "segment"  # own_step: Eq. 5 exactly, one forward per token
+    eos_in_window: bool = False  # may the EOS tail of a response be in a segment
+    # --- training
+    full: bool = False  # train all weights instead of LoRA adapters
+    lora_r: int = 16  # LoRA rank
+    lora_alpha: int = 16  # LoRA alpha
+    lora_dropout: float = 0.0  # LoRA dropout
+    lora_targets: str = "q_proj,v_proj"  # matrices that carry adapters, or all
+    lr: float = 2e-5  # peak learning rate
+    lr_schedule: Literal["constant", "cosine", "tail"] = "cosine"  # tail: linear to zero over the last 40%
+    warmup_steps: int = 50  # linear warm-up
+    weight_decay: float = 0.01  # AdamW
+    clip: float = 1.0  # gradient norm
+    batch_size: int = 32  # trajectories per optimizer step over all ranks
+    micro_batch: int = 4  # trajectories per forward
+    epochs: int = 5  # passes over the trajectories, each with a new segment
+    max_steps: int = 0  # stop after this many steps (0: epochs decide)
+    save_every: int = 100  # steps between checkpoints
+    log_every: int = 10  # steps between log lines
+    eval_problems: int = 300  # problems of the closing evaluation (tiny only; 0: none)
+
+
+PRESETS = {
+    "tiny": dict(gen_len=48, block_len=16, window=16, lora_r=32, lora_alpha=32, lora_targets="all", lr=1e-3,
+                 lr_schedule="tail", warmup_steps=10, batch_size=64, micro_batch=64, max_steps=150,
+                 save_every=50, eval_problems=150),
+    "llada": dict(gamma=0.2),  # math; code: --gamma 0.3
+    "dream": dict(collect_score="entropy", gamma=0.1, lr=1e-4),  # math; code: --lam 2
+    "sdar": dict(block_len=4, collect_cache="exact"),  # not in the paper
+}
+
+
+# --------------------------------------------------------------------------------------------------- the loss
+def tabom_loss(logits, entropy, x0, in_segment, n_examples, cfg):
+    """The TABOM objective over segments in the order they were revealed -> scalar fp32, dict of its parts.
+
+    logits (N, V): rows of the positions in a segment, row by row, at U_t; x0 (N,) int64; in_segment (B, W)
+    bool, N of them True; entropy (B, W) fp32 in nats, anything where in_segment is False. Means over a
+    segment's tokens and over its pairs, then over the n_examples of the global batch.
+    """
+    ce = torch.zeros_like(entropy).masked_scatter(in_segment, F.cross_entropy(logits.float(), x0,
+                                                                              reduction="none"))
+    recon = (ce.sum(1) / in_segment.sum(1).clamp(min=1)).sum() / n_examples
+    earlier = torch.ones(entropy.shape[1], entropy.shape[1], dtype=torch.bool, device=entropy.device).triu(1)
+    pair = in_segment[:, :, None] & in_segment[:, None, :] & earlier  # (B, W, W): r was revealed before s
+    hinge = (entropy[:, :, None] - entropy[:, None, :] + cfg.gamma).clamp(min=0)  # h(r) - h(s) + gamma
+    rank = ((hinge * pair).sum((1, 2)) / pair.sum((1, 2)).clamp(min=1)).sum() / n_examples  # Eq. 8
+    return recon + cfg.lam * rank, dict(recon=recon.item(), rank=rank.item())  # Eq. 9
+
+
+def entropy_of(logits):
+    """Predictive entropy in nats: logits (N, V) -> (N,) fp32."""
+    logp = F.log_softmax(logits.float(), -1)
+    return -(logp.exp() * logp).sum(-1)
+
+
+# ---------------------------------------------------------------------------------------------- batch builder
+def draw_segment(record, cfg, model_cfg, rng):
+    """The positions of one segment in the order they were revealed: list of ints, at least one.
+
+    The first is drawn uniformly among those that leave a whole window. The EOS tail is left out unless
+    cfg.eos_in_window. On block-causal models a segment keeps to the block of its first position.
+    """
+    ends = [i for i, token in enumerate(record["x0"]) if token in model_cfg.eos_ids]
+    n_content = len(record["x0"]) if cfg.eos_in_window or not ends else ends[0] + 1
+    order = sorted(range(n_content), key=lambda i: record["rank"][i])
+    n = len(order)
+    if cfg.segment == "two_steps":
+        first, last = sorted(rng.choice(n + 1, 2, replace=False).tolist())
+        chosen = order[first:last]
+    else:
+        window = cfg.window or n
+        first = int(rng.integers(max(0, n - window) + 1)) if cfg.window else int(rng.integers(n))
+        chosen = order[first:first + window]
+    if model_cfg.block_len:
+        block = [(len(record["prompt_ids"]) + i) // model_cfg.block_len for i in chosen]
+        chosen = [i for i, b in zip(chosen, block) if b == block[0]]
+    return chosen
+
+
+def make_batch(records, rngs, cfg, model_cfg):
+    """records -> dict of tensors: xt, x0 (B, L); segment (B, W) int64 positions in reveal order (-1: none);
+    in_segment (B, W) bool; rank (B, L); prompts as lists of ids.
+
+    Everything that was not revealed before the segment is masked in xt, the EOS tail included.
+    """
+    x0, rank = torch.tensor([r["x0"] for r in records]), torch.tensor([r["rank"] for r in records])
+    chosen = [draw_segment(r, cfg, model_cfg, rng) for r, rng in zip(records, rngs)]
+    W = max(map(len, chosen))
+    segment = torch.tensor([c + [-1] * (W - len(c)) for c in chosen])
+    began = rank.gather(1, segment[:, :1])  # the rank of the first position: what came before is known
+    xt = torch.where(rank < began, x0, model_cfg.mask_id)
+    return dict(xt=xt, x0=x0, segment=segment, in_segment=segment >= 0, rank=rank,
+                prompts=[r["prompt_ids"] for r in records])
+
+
+def forward_rows(model, prompts, xt, row, pos, device):
+    """Logits (N, V) of response positions pos (N,) in rows row (N,)."""
+    ids, valid = collate(prompts, xt, model.cfg.pad_id)
+    h = model.hidden(ids.to(device), None if valid.all() else valid.to(device))[:, -xt.shape[1]:]
+    return model.head(h[row.to(device), pos.to(device)])
+
+
+def own_step_entropies(model, b, device):
+    """Eq. 5: h(r) in the state just before r was revealed: (N,) fp32, one forward row per token."""
+    row, w = b["in_segment"].nonzero(as_tuple=True)
+    pos = b["segment"][row, w]
+    known = b["rank"][row] < b["rank"][row, pos][:, None]
+    xt = torch.where(known, b["x0"][row], model.cfg.mask_id)
+    prompts = [b["prompts"][r] for r in row]
+    return entropy_of(forward_rows(model, prompts, xt, torch.arange(len(row)), pos, device))
+
+
+def training_loss(model, records, rngs, cfg, device):
+    """Trajectories -> loss of one micro-batch."""
+    b = make_batch(records, rngs, cfg, model.cfg)
+    row, w = b["in_segment"].nonzero(as_tuple=True)
+    pos = b["segment"][row, w]
+    logits = forward_rows(model, b["prompts"], b["xt"], row, pos, device)
+    h = own_step_entropies(model, b, device) if cfg.entropy_at == "own_step" else entropy_of(logits)
+    in_segment = b["in_segment"].to(device)
+    entropy = torch.zeros(in_segment.shape, device=device).masked_scatter(in_segment, h)
+    return tabom_loss(logits, entropy, b["x0"][row, pos].to(device), in_segment, cfg.batch_size, cfg)
+
+
+# --- boilerplate: same in every method file ---
+FREE = ("out", "overwrite", "save_every", "log_every", "eval_problems")  # may change when a run is continued
+
+
+def parse_args(cls, presets, doc):
+    """The fields of cls as command-line options.
+    Precedence: field default < preset of the family < command line.
+    """
+    comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(cls), re.M))
+    ap = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                 allow_abbrev=False)
+    for f in fields(cls):
+        hint, kw = get_type_hints(cls)[f.name], dict(default=argparse.SUPPRESS)
+        kw["help"] = f"{comments.get(f.name, '')} [{f.default}]".replace("%", "%%")
+        if hint is bool:
+            kw["action"] = argparse.BooleanOptionalAction
+        else:
+            kw["type"], kw["choices"] = type(f.default), get_args(hint) or None
+        ap.add_argument("--" + f.name, **kw)
+    given = vars(ap.parse_args())
+    family = nt_model.family_of(given.get("model", cls.model), given.get("revision"))
+    return cls(**{**presets.get(family, {}), **given})
+
+
+def setup(cfg):
+    """rank, world size, device, dtype. Under torchrun the process group is created here."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available()
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return rank, world, device, torch.bfloat16 if cuda else torch.float32
+
+
+def open_run(cfg, rank):
+    """The output directory, new or to be continued.
+    Another configuration in it is an error, never overwritten.
+    """
+    out = Path(cfg.out or f"out/{Path(__file__).stem}-{Path(cfg.model).name}")
+    if rank == 0:
+        if cfg.overwrite and (out / "config.json").exists():
+            shutil.rmtree(out)
+        now = {k: v for k, v in vars(cfg).items() if k not in FREE}
+        if (out / "config.json").exists():
+            old = nt_model.read_json(out / "config.json")
+            differ = [f"{k} {old.get(k)!r} -> {now.get(k)!r}"
+                      for k in {**old, **now} if old.get(k) != now.get(k)]
+            if differ:
+                raise UserError(f"{out} belongs to another configuration ({'; '.join(differ)}): "
+                                f"choose another --out, or --overwrite")
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomic(out / "config.json", json.dumps(now, indent=2) + "\n")
+    return out
+
+
+def write_atomic(path, text):
+    tmp = path.with_name(path.name + ".tmp")
+    tmp.write_text(text)
+    os.replace(tmp, path)
+
+
+def barrier(world):
+    if world > 1:
+        dist.barrier()
+
+
+def lr_frac(step, n_steps, cfg):
+    """Share of the peak learning rate at a step (0-based): linear warm-up, then constant, cosine to zero,
+    or flat with a linear tail to zero over the last 40% of the steps.
+    """
+    frac = min(1.0, (step + 1) / max(1, cfg.warmup_steps))
+    if cfg.lr_schedule == "cosine":
+        frac *= 0.5 * (1 + math.cos(math.pi * max(0, step - cfg.warmup_steps)
+                                    / max(1, n_steps - cfg.warmup_steps)))
+    elif cfg.lr_schedule == "tail":
+        frac *= min(1.0, (n_steps - step) / (0.4 * n_steps))
+    return frac
+
+
+def trainable(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def optimizer_step(model, opts, frac, clip, world):
+    """Sum gradients over ranks (losses are already divided by the global batch), clip, step.
+    Returns the norm.
+    """
+    params = list(trainable(model).values())
+    for p in params:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        if world > 1:
+            dist.all_reduce(p.grad)
+    norm = torch.nn.utils.clip_grad_norm_(params, clip)
+    for opt in opts:
+        for group in opt.param_groups:
+            group["lr"] = group["peak_lr"] * frac
+        opt.step()
+        opt.zero_grad()
+    return float(norm)
+
+
+def save_checkpoint(out, step, model, opts):
+    """One folder per step, complete or absent: written under another name, synced, renamed.
+    The last two are kept.
+
+    Learning rate, data order and noise are functions of (seed, step),
+    so the step number is all of their state.
+    """
+    root, tmp = out / "checkpoints", out / "checkpoints" / "tmp"
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    save_file({k: p.detach().cpu().contiguous() for k, p in trainable(model).items()},
+              tmp / "model.safetensors")
+    torch.save([opt.state_dict() for opt in opts], tmp / "optimizer.pt")
+    sums = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in tmp.iterdir()}
+    (tmp / "checksums.json").write_text(json.dumps(sums))
+    for f in [*tmp.iterdir(), tmp]:
+        fd = os.open(f, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+    shutil.rmtree(root / f"step-{step:06d}", ignore_errors=True)
+    tmp.rename(root / f"step-{step:06d}")
+    for old in sorted(root.glob("step-*"))[:-2]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(out, model, opts):
+    """Fill model and optimizer from the newest intact checkpoint;
+    returns the step to go on with (0: none).
+    """
+    for folder in sorted((out / "checkpoints").glob("step-*"), reverse=True):
+        try:
+            sums = json.loads((folder / "checksums.json").read_text())
+            intact = all(hashlib.sha256((folder / n).read_bytes()).hexdigest() == s for n, s in sums.items())
+        except (OSError, ValueError):
+            intact = False
+        if not intact:
+            print(f"warning: checkpoint {folder} is damaged, trying the one before", file=sys.stderr)
+            continue
+        stored, params = load_file(folder / "model.safetensors"), trainable(model)
+        if stored.keys() != params.keys():
+            raise UserError(f"{folder} does not fit this model: use another --out")
+        with torch.no_grad():
+            for name, p in params.items():
+                p.copy_(stored[name])
+        states = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
+        for opt, state in zip(opts, states):
+            opt.load_state_dict(state)
+        return int(folder.name.split("-")[1])
+    return 0
+
+
+def save_final(cfg, model, final, rank):
+    """The trained adapter, or the whole model with its tokeniser:
+    written under another name, then renamed.
+    """
+    if rank != 0:
+        return
+    tmp = final.with_name("tmp-" + final.name)
+    shutil.rmtree(tmp, ignore_errors=True)
+    if final.name == "adapter":
+        lora.save(model, tmp, base=cfg.model)
+    else:
+        nt_model.save(model, tmp)
+        nt_model.copy_tokenizer(cfg.model, tmp, cfg.revision)
+    shutil.rmtree(final, ignore_errors=True)  # saved before, and killed during the closing evaluation
+    tmp.rename(final)
+    print(f"saved {final}")
+
+
+def log(out, rank, row):
+    """Append one line to log.jsonl;
+    a continued run first drops the lines of steps it will repeat (row = step).
+    """
+    if rank == 0 and isinstance(row, int):
+        lines = (out / "log.jsonl").read_text().splitlines(True) if (out / "log.jsonl").exists() else []
+        kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= row]
+        write_atomic(out / "log.jsonl", "".join(kept))
+    elif rank == 0:
+        with open(out / "log.jsonl", "a") as f:
+            f.write(json.dumps(row) + "\n")
+
+
+def check_finite(loss, ids, out, step):
+    """A non-finite loss stops the run with the ids of its batch saved; nothing trained so far is touched."""
+    if not torch.isfinite(loss):
+        (out / "nonfinite.json").write_text(
+            json.dumps({"step": step, "loss": str(loss.item()), "ids": ids}) + "\n")
+        raise UserError(f"the loss is {loss.item()} at step {step}: the batch's ids are in "
+                        f"{out / 'nonfinite.json'}; lower --lr or look at these examples")
+
+
+@lru_cache(maxsize=1)
+def shuffled(n, seed, epoch):
+    """The order of an epoch's n examples."""
+    return np.random.default_rng([seed, epoch]).permutation(n)
+# --- end boilerplate ---
+
+
+def collect(cfg, model, tok, out, world):
+    """The model's own trajectories, without privileged information; wrong answers dropped."""
+    n_problems = cfg.n_problems or (400 if cfg.data == "tiny" else None)
+    problems = load_problems(cfg.data, "train", n_problems)
+    rollout(model, tok, problems, out / "trajectories", cfg.model, False, cfg.collect_batch,
+            gen_len=cfg.gen_len, block_len=cfg.block_len, policy="static", per_step=1,
+            cache=cfg.collect_cache, score=cfg.collect_score, temperature=cfg.collect_temperature,
+            seed=cfg.seed)
+    barrier(world)
+    kept = [r for r in read_trajectories(out / "trajectories") if r["correct"]]
+    print(f"{len(kept)} of {len(problems)} trajectories are correct")
+    if not kept:
+        raise UserError(f"no trajectory in {out / 'trajectories'} is correct: "
+                        f"nothing to train on; check --data")
+    return kept
+
+
+def check_config(cfg):
+    if cfg.window < 0 or (cfg.window == 1 and cfg.lam):
+        raise UserError(f"--window {cfg.window}: ranking needs segments of two tokens or more "
+                        f"(0: all that is left)")
+    if cfg.segment == "two_steps" and cfg.lam:
+        raise UserError(f"--segment two_steps with --lam {cfg.lam}: compressed transitions are not ranked; "
+                        f"give --lam 0")
+
+
+def main():
+    cfg = parse_args(Config, PRESETS, __doc__)
+    check_config(cfg)
+    rank, world, device, dtype = setup(cfg)
+    out = open_run(cfg, rank)
+    barrier(world)
+    final, evaluates = out / ("model" if cfg.full else "adapter"), cfg.eval_problems and cfg.data == "tiny"
+    if (out / "results.jsonl" if evaluates else final).exists():
+        print(f"{out} is finished already; --overwrite starts anew")
+        return
+    model = nt_model.load(cfg.model, device, torch.float32 if cfg.full else dtype, cfg.revision)
+    tok = load_tokenizer(cfg.model, cfg.revision)
+
+    # 1. trajectories of the base model
+    records = collect(cfg, model, tok, out, world)
+
+    # 2. training
+    torch.manual_seed(cfg.seed)
+    if not cfg.full:
+        targets = lora.ALL if cfg.lora_targets == "all" else tuple(cfg.lora_targets.split(","))
+        lora.add(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets)
+    opts = [torch.optim.AdamW(trainable(model).values(), lr=cfg.lr, weight_decay=cfg.weight_decay)]
+    opts[0].param_groups[0]["peak_lr"] = cfg.lr
+    first = load_checkpoint(out, model, opts)
+    log(out, rank, first)
+    if len(records) < cfg.batch_size:
+        raise UserError(f"--batch_size {cfg.batch_size} exceeds the data ({len(records)} trajectories): "
+                        f"lower it")
+    per_epoch = len(records) // cfg.batch_size
+    n_steps = cfg.max_steps or cfg.epochs * per_epoch
+    model.train()
+    bar = tqdm(range(first, n_steps), initial=first, total=n_steps, unit="step", desc="train",
+               disable=rank != 0)
+    for step in bar:
+        torch.manual_seed((cfg.seed * 1_000_003 + step) * world + rank)  # dropout
+        epoch, at = divmod(step, per_epoch)
+        chosen = shuffled(len(records), cfg.seed, epoch)[at * cfg.batch_size:(at + 1) * cfg.batch_size]
+        mine = chosen[rank::world]
+        total = {}
+        for i in range(0, len(mine), cfg.micro_batch):
+            part = [records[n] for n in mine[i:i + cfg.micro_batch]]
+            rngs = [example_rng(cfg.seed, epoch, int(n)) for n in mine[i:i + cfg.micro_batch]]
+            loss, parts = training_loss(model, part, rngs, cfg, device)
+            check_finite(loss, [r["id"] for r in part], out, step)
+            loss.backward()
+            for key, value in {"loss": loss.item(), **parts}.items():
+                total[key] = total.get(key, 0.0) + value
+        frac = lr_frac(step, n_steps, cfg)
+        norm = optimizer_step(model, opts, frac, cfg.clip, world)
+        bar.set_postfix_str(f"loss {total['loss']:.3f}", refresh=False)
+        if (step + 1) % cfg.log_every == 0 or step + 1 == n_steps:
+            log(out, rank, dict(step=step + 1, **total, grad_norm=norm, lr_frac=frac))
+        if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == n_steps):
+            save_checkpoint(out, step + 1, model, opts)
+    save_final(cfg, model, final, rank)
+
+    # 3. the same problems, the same decoding rules: base against TABOM
+    if rank == 0 and evaluates:
+        problems, protocol = load_problems("tiny", "dev", cfg.eval_problems), nt_eval.PROTOCOLS["tiny"]
+        base = nt_model.load(cfg.model, device, dtype, cfg.revision)
+        nt_eval.report([("base", nt_eval.curve(base, tok, problems, protocol, "base")),
+                        ("TABOM", nt_eval.curve(model, tok, problems, protocol, "TABOM"))], out)
+        nt_eval.report_tds([("base", base), ("TABOM", model)], records[:64], out)
+    elif rank == 0:
+        name = f"--model {cfg.model}" + (f" --revision {cfg.revision}" if cfg.revision else "")
+        which = f"--model {final}" if cfg.full else f"{name} --adapter {final}"
+        print(f"evaluate: python eval.py curve {which} --task problems.jsonl --gen_len {cfg.gen_len} "
+              f"--block_len {cfg.block_len}")
+    barrier(world)
+
+
+if __name__ == "__main__":
+    run_cli(main)
