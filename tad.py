@@ -98,9 +98,7 @@ class Config:
 
 
 PRESETS = {
-    # tiny: W = 20 chosen on dev problems over 10 and 24 (one run each); results can be guessed, so confidence
-    # never decays below 0.5 and the auto rule never fires
-    "tiny": dict(gen_len=48, block_len=16, window="20", lora_r=32, lora_alpha=32,
+    "tiny": dict(gen_len=48, block_len=16, window="auto-quality", lora_r=32, lora_alpha=32,
                  lora_dropout=0.0, lr=1e-3, lr_schedule="tail", warmup_steps=10, batch_size=64,
                  micro_batch=64, max_steps=150, save_every=50, eval_problems=150),
     "llada": dict(window="20", collect_temperature=0.7),
