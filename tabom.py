@@ -59,7 +59,7 @@ class Config:
     seed: int = 0  # of the segments drawn, the data order and the adapters
     # --- trajectories
     data: str = "tiny"  # tiny, or a .jsonl with prompt and answer
-    n_problems: int = 0  # problems to collect on (0: all; tiny: 400)
+    n_problems: int = 0  # problems to collect on (0: all; tiny: 1200)
     gen_len: int = 256  # response length L, tokens
     block_len: int = 32  # decoding block, tokens
     collect_score: Literal["confidence", "entropy"] = "confidence"  # what the decoder ranks positions by
@@ -96,7 +96,7 @@ class Config:
 PRESETS = {
     "tiny": dict(gen_len=48, block_len=16, window=16, lora_r=32, lora_alpha=32, lora_targets="all", lr=1e-3,
                  lr_schedule="tail", warmup_steps=10, batch_size=64, micro_batch=64, max_steps=150,
-                 save_every=50, eval_problems=150),
+                 save_every=50, eval_problems=128),
     "llada": dict(gamma=0.2),  # math; code: --gamma 0.3
     "dream": dict(collect_score="entropy", gamma=0.1, lr=1e-4),  # math; code: --lam 2
     "sdar": dict(block_len=4, collect_cache="exact"),  # not in the paper
@@ -399,7 +399,7 @@ def shuffled(n, seed, epoch):
 
 def collect(cfg, model, tok, out, world):
     """The model's own trajectories, without privileged information; wrong answers dropped."""
-    n_problems = cfg.n_problems or (400 if cfg.data == "tiny" else None)
+    n_problems = cfg.n_problems or (1200 if cfg.data == "tiny" else None)
     problems = load_problems(cfg.data, "train", n_problems)
     rollout(model, tok, problems, out / "trajectories", cfg.model, False, cfg.collect_batch,
             gen_len=cfg.gen_len, block_len=cfg.block_len, policy="static", per_step=1,

@@ -63,7 +63,7 @@ class Config:
     seed: int = 0  # of the states drawn, the data order and the adapters
     # --- trajectories
     data: str = "tiny"  # tiny, or a .jsonl with prompt, solution and answer
-    n_problems: int = 0  # problems to collect on (0: all; tiny: 400)
+    n_problems: int = 0  # problems to collect on (0: all; tiny: 1200)
     source: Literal["full", "no_privilege", "traj_random", "gt_random"] = "full"  # Table 4: what to train on
     gen_len: int = 256  # response length L, tokens
     block_len: int = 32  # decoding block, tokens
@@ -100,7 +100,7 @@ class Config:
 PRESETS = {
     "tiny": dict(gen_len=48, block_len=16, window="auto-quality", lora_r=32, lora_alpha=32,
                  lora_dropout=0.0, lr=1e-3, lr_schedule="tail", warmup_steps=10, batch_size=64,
-                 micro_batch=64, max_steps=150, save_every=50, eval_problems=150),
+                 micro_batch=64, max_steps=150, save_every=50, eval_problems=128),
     "llada": dict(window="20", collect_temperature=0.7),
     "dream": dict(collect_temperature=0.2),
     "sdar": dict(block_len=4, collect_cache="exact"),  # its own block; TAD was not published for SDAR
@@ -490,7 +490,7 @@ def shuffled(n, seed, epoch):
 
 def collect(cfg, model, tok, out, world):
     """The run's trajectories: collected now as far as they are missing, wrong answers dropped."""
-    n_problems = cfg.n_problems or (400 if cfg.data == "tiny" else None)
+    n_problems = cfg.n_problems or (1200 if cfg.data == "tiny" else None)
     problems = load_problems(cfg.data, "train", n_problems)
     rollout(model, tok, problems, out / "trajectories", cfg.model, cfg.source != "no_privilege",
             cfg.collect_batch, gen_len=cfg.gen_len, block_len=cfg.block_len, policy="static", per_step=1,
