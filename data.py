@@ -3,7 +3,7 @@
     python data.py show -n 3                      # problems as the model and its privileged teacher see them
     python data.py inspect out/tad-tiny/trajectories -n 2   # a trajectory in the order it was decoded
 
-The tiny task is the shell game: a ball under a cup, eight swaps, where does it go? Each step of the solution
+The tiny task is the shell game: a ball under a cup, nine swaps, where does it go? Each step of the solution
 needs the step before it, and is phrased in one of three ways at random. That is all a masked diffusion LM
 needs to show the trade-off: tokens revealed together are chosen without knowing each other, so a step may
 begin in one phrasing and end in another, or name a cup that nothing has established yet.
@@ -404,14 +404,15 @@ def rollout(model, tok, problems, folder, model_name, privileged=False, batch_si
             differ = [k for k in settings if r["decoding"].get(k) != settings[k]] or ["model"]
             raise UserError(f"{folder} holds trajectories of other settings ({', '.join(differ)}): "
                             f"choose another folder or remove it")
-    todo = [p for p in problems[rank::world] if p["id"] not in done]
+    todo = [i for i in range(rank, len(problems), world) if problems[i]["id"] not in done]
     if todo:
-        collect(model, tok, todo, folder / f"rank{rank}.jsonl", str(model_name), settings, batch_size)
+        collect(model, tok, [problems[i] for i in todo], folder / f"rank{rank}.jsonl", str(model_name),
+                settings, batch_size, todo)
     ids = {p["id"] for p in problems}
     return [r for r in read_trajectories(folder) if r["id"] in ids]
 
 
-def collect(model, tok, problems, shard, model_name, settings, batch_size):
+def collect(model, tok, problems, shard, model_name, settings, batch_size, streams):
     privileged = settings["privileged"]
     decoding = {k: v for k, v in settings.items() if k != "privileged"}
     plain = [tok.prompt_ids(p["prompt"]) for p in problems]
@@ -420,7 +421,7 @@ def collect(model, tok, problems, shard, model_name, settings, batch_size):
     n_correct = 0
     bar = tqdm(total=len(problems), unit="sample", desc=f"collect {shard.stem}", smoothing=0)
     with open(shard, "ab", buffering=0) as f:
-        for i, out in stream(model, prompts, batch_size, **decoding):
+        for i, out in stream(model, prompts, batch_size, streams=streams, **decoding):
             n = out.n_tokens(model.cfg.eos_ids)
             correct = grade.is_correct(problems[i], tok.decode(out.ids[:n].tolist()))
             order, rank = (consecutive_tail(out, n) if decoding["early_stop"] and n < len(out.ids)

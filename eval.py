@@ -219,11 +219,15 @@ def tds(model, record):
     xt, masked = data.state_at(x0[None], order[None], torch.arange(int(order.max()) + 1)[:, None],
                                model.cfg.mask_id)
     ids, valid = data.collate([record["prompt_ids"]] * len(xt), xt, model.cfg.pad_id)
-    dev = model.embed.weight.device
-    logp = model(ids.to(dev), valid.to(dev))[:, -len(x0):][:, :n].float().log_softmax(-1)
-    entropy = -(logp.exp() * logp).sum(-1).cpu()
-    return np.array([float(h[m].var(unbiased=False)) if m.sum() >= 2 else np.nan
-                     for h, m in zip(entropy, masked[:, :n])], dtype=np.float32)
+    dev, curve = model.embed.weight.device, []
+    for t, m in enumerate(masked[:, :n]):  # one state at a time, the head on the masked rows only
+        if m.sum() < 2:
+            curve.append(np.nan)
+            continue
+        h = model.hidden(ids[t:t + 1].to(dev), valid[t:t + 1].to(dev))[0, -len(x0):][:n]
+        logp = model.head(h[m.to(dev)]).float().log_softmax(-1)
+        curve.append(float((-(logp.exp() * logp).sum(-1)).var(unbiased=False)))
+    return np.array(curve, dtype=np.float32)
 
 
 def report_tds(models, records, out):
@@ -235,9 +239,10 @@ def report_tds(models, records, out):
         grid = np.full((len(rows), max(map(len, rows))), np.nan)
         for i, row in enumerate(rows):
             grid[i, :len(row)] = row
-        print(f"TDS {label}: {np.nanmean(grid):.4f} nats^2, mean over the steps of {len(rows)} trajectories")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the last steps of all trajectories have fewer than two masks
+            warnings.simplefilter("ignore")  # NaN where no trajectory has two masks left
+            print(f"TDS {label}: {np.nanmean(grid):.4f} nats^2, mean over the steps of {len(rows)} training "
+                  f"trajectories")
             curves[label] = np.nanmean(grid, 0)
     try:
         import matplotlib

@@ -76,9 +76,13 @@ class Decoding:
             if get_args(hint) and getattr(self, name) not in get_args(hint):
                 raise UserError(f"{name} {getattr(self, name)!r}: choose one of {', '.join(get_args(hint))}")
         for name, least in (("gen_len", 1), ("block_len", 1), ("per_step", 1), ("steps", 0), ("vicinity", 0),
-                            ("top_k", 0)):
+                            ("top_k", 0), ("block_add", 0), ("decoded", 0), ("cache_delay", 0),
+                            ("refresh", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least {least}")
+        if not (0 < self.top_p <= 1 and 0 <= self.temperature < float("inf") and 0 < self.eps < 1):
+            raise UserError(f"top_p {self.top_p}, temperature {self.temperature}, eps {self.eps}: top_p must "
+                            f"be in (0, 1], temperature finite and not negative, eps in (0, 1)")
         if self.policy == "dream":  # one block
             object.__setattr__(self, "block_len", self.gen_len)
         if self.policy == "multiblock" and self.cache not in ("none", "prefix"):
@@ -190,7 +194,7 @@ def join_block(masked, n_blocks, s):
     """Multiblock: how many blocks take part in this forward, (B,) int64: at most one more than before."""
     left, size = blocks_left(masked, s)
     last = (n_blocks - 1)[:, None]
-    revealed = 1 - (left / size).gather(1, last)[:, 0]
+    revealed = ((size - left) / size).gather(1, last)[:, 0]
     return (n_blocks + (revealed >= min(s.block_add, 1.0))).clamp(max=left.shape[1])
 
 
@@ -199,7 +203,7 @@ def pick_multiblock(entropy, masked, block, masked_all, n_blocks, s):
     entropy, masked (B, W); block (B, W) int64, the block a position is in; masked_all (B, L); n_blocks (B,).
     """
     left, size = blocks_left(masked_all, s)
-    revealed = 1 - left / size
+    revealed = (size - left) / size
     open_ = masked & (block < n_blocks[:, None])
     reveal = open_ & (entropy < s.threshold)
     lowest = entropy.masked_fill(~open_, torch.inf).argmin(1, keepdim=True)
@@ -352,8 +356,9 @@ def generate(model, prompts, batch_size=32, progress=False, **settings):
 
 
 @torch.no_grad()
-def stream(model, prompts, batch_size=32, progress=False, **settings):
+def stream(model, prompts, batch_size=32, progress=False, streams=None, **settings):
     """Like generate, but yields (prompt index, Output) as rows finish; waiting prompts take their places.
+    streams: the number of each prompt's random stream [its index].
 
     Every row of the batch stands at its own block and moves at its own pace. Greedy fp32 decoding gives each
     prompt what it gets alone. Raises UserError for a prompt that does not fit the model.
@@ -364,7 +369,8 @@ def stream(model, prompts, batch_size=32, progress=False, **settings):
     bar = tqdm(total=len(prompts), unit="sample", desc="decode", disable=not progress, smoothing=0)
     n_tokens = n_forwards = 0
     if waiting:
-        batch = Batch(model, prompts, s, min(batch_size, len(prompts)))
+        streams = range(len(prompts)) if streams is None else streams
+        batch = Batch(model, prompts, s, min(batch_size, len(prompts)), streams)
     while batch is not None:
         for row in batch.finished():
             if batch.owner[row] is not None:
@@ -385,8 +391,8 @@ def check_prompts(cfg, prompts, s):
     if s.cache == "exact" and not cfg.block_len:
         raise UserError(f"cache 'exact' is for block-causal models (SDAR): a {cfg.family} model attends to "
                         f"later blocks; choose none, prefix, dual or vicinity")
-    if cfg.block_len and s.policy == "multiblock":
-        raise UserError(f"policy multiblock is for bidirectional models: earlier blocks of a {cfg.family} "
+    if cfg.block_len and s.policy in ("multiblock", "dream"):
+        raise UserError(f"policy {s.policy} is for bidirectional models: earlier blocks of a {cfg.family} "
                         f"model do not see later ones; choose threshold or static")
     if cfg.block_len and s.block_len % cfg.block_len:
         raise UserError(f"block_len {s.block_len} must be a multiple of the model's own block "
@@ -422,8 +428,8 @@ class Batch:
     Columns: [padding, prompt | response | one scratch column that nothing ever reads].
     """
 
-    def __init__(self, model, prompts, s, n_rows):
-        self.model, self.cfg, self.prompts, self.s = model, model.cfg, prompts, s
+    def __init__(self, model, prompts, s, n_rows, streams):
+        self.model, self.cfg, self.prompts, self.s, self.streams = model, model.cfg, prompts, s, streams
         self.dev, self.L = model.embed.weight.device, s.gen_len
         self.left = reach(s, self.cfg)
         self.P = max(len(p) for p in prompts) + self.left
@@ -466,7 +472,7 @@ class Batch:
         self.order[row], self.rank[row], self.conf[row], self.nfe[row] = 0, 0, 1.0, 0
         # block-causal blocks count from the row's first real token, so the first one may hold prompt tokens
         self.start[row] = P - (len(prompt) % self.s.block_len if self.cfg.block_len else 0)
-        self.fresh[row], self.gens[row] = False, row_generator(self.s.seed, index)
+        self.fresh[row], self.gens[row] = False, row_generator(self.s.seed, self.streams[index])
         self.tries[row] = self.blocks[row] = self.age[row] = 0
         self.finished_at[row] = NEVER
 
@@ -674,31 +680,49 @@ def decode_one(model, tok, args, settings):
         print(f"written: {args.picture}")
 
 
-def decode_file(model, tok, args, settings):
-    """--prompts: a .jsonl (field prompt, id optional) or a text file with one prompt per line. One line per
-    finished prompt is appended to --to; the same command continues an interrupted run.
-    """
+def read_prompts(source):
+    """A .jsonl (field prompt, id optional) or a text file, one prompt per line -> rows with id and prompt."""
     import data
-    source, to = Path(args.prompts), Path(args.to or Path(args.prompts).with_suffix(".responses.jsonl"))
     if not source.is_file():
         raise UserError(f"no file {source}: --prompts takes a .jsonl or a text file")
+    try:
+        text = source.read_text()
+    except UnicodeDecodeError:
+        raise UserError(f"{source} is not UTF-8 text") from None
     rows = (data.read_jsonl(source) if source.suffix == ".jsonl"
-            else [dict(prompt=line) for line in source.read_text().splitlines() if line.strip()])
+            else [dict(prompt=line) for line in text.splitlines() if line.strip()])
     if not rows or not all(isinstance(r, dict) and isinstance(r.get("prompt"), str) for r in rows):
         raise UserError(f"{source}: every line needs a prompt, and there must be one")
     rows = [{"id": f"{source.stem}-{i}", **r} for i, r in enumerate(rows)]
+    if not all(isinstance(r["id"], (str, int)) for r in rows):
+        raise UserError(f"{source}: an id must be a text or a number")
+    return rows
+
+
+def decode_file(model, tok, args, settings):
+    """--prompts: one line per finished prompt is appended to --to; the same command continues an interrupted
+    run. A file that holds anything else is refused.
+    """
+    import data
+    source, to = Path(args.prompts), Path(args.to or Path(args.prompts).with_suffix(".responses.jsonl"))
+    rows = read_prompts(source)
+    made_by = dict(model=str(args.model), revision=model.revision, adapter=args.adapter, decoding=settings)
+    done = data.read_jsonl(to, tolerant=True) if to.exists() else []
+    prompt_of = {r["id"]: r["prompt"] for r in rows}
+    for r in done:
+        same = isinstance(r, dict) and all(r.get(k) == v for k, v in made_by.items())
+        if not same or prompt_of.get(r.get("id")) != r.get("prompt"):
+            raise UserError(f"{to} holds responses of another model, other settings or other prompts: "
+                            f"choose another --to or remove it")
     data.drop_torn_line(to)
-    done = data.read_jsonl(to) if to.exists() else []
-    if any(r.get("decoding") != settings for r in done):
-        raise UserError(f"{to} holds responses of other settings: choose another --to or remove it")
     finished = {r["id"] for r in done}
-    todo = [r for r in rows if r["id"] not in finished]
+    todo = [i for i, r in enumerate(rows) if r["id"] not in finished]
     with open(to, "a") as f:
-        prompts = [tok.prompt_ids(r["prompt"]) for r in todo]
-        for i, out in stream(model, prompts, args.batch_size, progress=True, **settings):
-            n = out.n_tokens(model.cfg.eos_ids)
-            f.write(json.dumps(dict(todo[i], response=tok.decode(out.ids[:n].tolist()), tokens=n, nfe=out.nfe,
-                                    decoding=settings)) + "\n")
+        prompts = [tok.prompt_ids(rows[i]["prompt"]) for i in todo]
+        for n, out in stream(model, prompts, args.batch_size, progress=True, streams=todo, **settings):
+            k = out.n_tokens(model.cfg.eos_ids)
+            f.write(json.dumps(dict(rows[todo[n]], response=tok.decode(out.ids[:k].tolist()), tokens=k,
+                                    nfe=out.nfe, **made_by)) + "\n")
             f.flush()
     print(f"{len(todo)} responses written to {to}" + (f", {len(done)} were there" if done else ""))
 
@@ -724,7 +748,9 @@ def interactive(model, tok, settings):
 def main():
     import data
     import lora
-    ap = argparse.ArgumentParser(description="Decode one prompt, a file of prompts, or what you type.")
+    ap = argparse.ArgumentParser(description="Decode one prompt, a file of prompts, or what you type. "
+                                 "In brackets the defaults; tiny (48, 16, none) and SDAR (block 4, exact) "
+                                 "models have their own gen_len, block_len, cache.")
     ap.add_argument("--model", default="tiny", help="preset name, hub id or directory [tiny]")
     ap.add_argument("--revision", help="commit, branch or tag of a hub id")
     ap.add_argument("--adapter", help="directory of a trained LoRA adapter to decode with")
@@ -748,6 +774,11 @@ def main():
     family_defaults = {"tiny": data.TINY_DECODING, "sdar": dict(block_len=4, cache="exact")}.get(family, {})
     given = {f.name: getattr(args, f.name) for f in fields(Decoding) if hasattr(args, f.name)}
     settings = vars(Decoding(**{**family_defaults, **given}))
+    for path in filter(None, (args.to, args.picture)):
+        if not Path(path).absolute().parent.is_dir():
+            raise UserError(f"no directory {Path(path).parent} to write {path} to")
+    if args.picture and not args.picture.endswith(".png"):
+        raise UserError(f"--picture {args.picture}: give a name that ends with .png")
     if args.batch_size < 1:
         raise UserError(f"--batch_size is {args.batch_size}: it must be at least 1")
     model = load(args.model, *default_device(), args.revision)

@@ -71,7 +71,7 @@ class Config:
     segment: Literal["window", "two_steps"] = "window"  # two_steps: between two random states (dInfer)
     lam: float = 1.0  # lambda of Eq. 9 (0: trajectory masking only)
     gamma: float = 0.2  # margin of the ranking, nats
-    entropy_at: Literal["segment", "own_step"] = "segment"  # own_step: Eq. 5 exactly, one forward per token
+    entropy_at: Literal["segment", "own_step"] = "segment"  # own_step: Eq. 5, W forwards: lower micro_batch
     eos_in_window: bool = False  # may the EOS tail of a response be in a segment
     # --- training
     full: bool = False  # train all weights instead of LoRA adapters
@@ -98,7 +98,7 @@ PRESETS = {
                  lr_schedule="tail", warmup_steps=10, batch_size=64, micro_batch=64, max_steps=150,
                  save_every=50, eval_problems=128),
     "llada": dict(gamma=0.2),  # math; code: --gamma 0.3
-    "dream": dict(collect_score="entropy", gamma=0.1, lr=1e-4),  # math; code: --lam 2
+    "dream": dict(collect_score="entropy", gamma=0.1),  # math; code: --lam 2 --lr 1e-4
     "sdar": dict(block_len=4, collect_cache="exact"),  # not in the paper
 }
 
@@ -132,7 +132,7 @@ def draw_segment(record, cfg, model_cfg, rng):
     """The positions of one segment in the order they were revealed: list of ints, at least one.
 
     The first is drawn uniformly among those that leave a whole window. The EOS tail is left out unless
-    cfg.eos_in_window. On block-causal models a segment keeps to the block of its first position.
+    cfg.eos_in_window. On block-causal models it is any position, and the segment keeps to its block.
     """
     ends = [i for i, token in enumerate(record["x0"]) if token in model_cfg.eos_ids]
     n_content = len(record["x0"]) if cfg.eos_in_window or not ends else ends[0] + 1
@@ -143,7 +143,8 @@ def draw_segment(record, cfg, model_cfg, rng):
         chosen = order[first:last]
     else:
         window = cfg.window or n
-        first = int(rng.integers(max(0, n - window) + 1)) if cfg.window else int(rng.integers(n))
+        whole = cfg.window and not model_cfg.block_len  # a block is shorter than a window: any start will do
+        first = int(rng.integers(max(0, n - window) + 1)) if whole else int(rng.integers(n))
         chosen = order[first:first + window]
     if model_cfg.block_len:
         block = [(len(record["prompt_ids"]) + i) // model_cfg.block_len for i in chosen]
@@ -245,7 +246,7 @@ def open_run(cfg, rank):
             old = nt_model.read_json(out / "config.json")
             differ = [f"{k} {old.get(k)!r} -> {now.get(k)!r}"
                       for k in {**old, **now} if old.get(k) != now.get(k)]
-            if differ:
+            if differ and (out / "checkpoints").exists():  # before, nothing is trained that could be mixed up
                 raise UserError(f"{out} belongs to another configuration ({'; '.join(differ)}): "
                                 f"choose another --out, or --overwrite")
         out.mkdir(parents=True, exist_ok=True)
@@ -415,6 +416,8 @@ def collect(cfg, model, tok, out, world):
 
 
 def check_config(cfg):
+    if min(cfg.batch_size, cfg.micro_batch) < 1:
+        raise UserError(f"--batch_size {cfg.batch_size}, --micro_batch {cfg.micro_batch}: at least 1 each")
     if cfg.window < 0 or (cfg.window == 1 and cfg.lam):
         raise UserError(f"--window {cfg.window}: ranking needs segments of two tokens or more "
                         f"(0: all that is left)")
@@ -489,7 +492,8 @@ def main():
     elif rank == 0:
         name = f"--model {cfg.model}" + (f" --revision {cfg.revision}" if cfg.revision else "")
         which = f"--model {final}" if cfg.full else f"{name} --adapter {final}"
-        print(f"evaluate: python eval.py curve {which} --task problems.jsonl --gen_len {cfg.gen_len} "
+        task = "" if cfg.data == "tiny" else " --task problems.jsonl"
+        print(f"evaluate: python eval.py curve {which}{task} --gen_len {cfg.gen_len} "
               f"--block_len {cfg.block_len}")
     barrier(world)
 

@@ -336,7 +336,7 @@ def open_run(cfg, rank):
             old = nt_model.read_json(out / "config.json")
             differ = [f"{k} {old.get(k)!r} -> {now.get(k)!r}"
                       for k in {**old, **now} if old.get(k) != now.get(k)]
-            if differ:
+            if differ and (out / "checkpoints").exists():  # before, nothing is trained that could be mixed up
                 raise UserError(f"{out} belongs to another configuration ({'; '.join(differ)}): "
                                 f"choose another --out, or --overwrite")
         out.mkdir(parents=True, exist_ok=True)
@@ -594,7 +594,8 @@ def main():
     elif rank == 0:
         base = f"--model {cfg.model}" + (f" --revision {cfg.revision}" if cfg.revision else "")
         which = f"--model {final}" if cfg.full else f"{base} --adapter {final}"
-        print(f"evaluate: python eval.py curve {which} --task problems.jsonl --gen_len {cfg.gen_len} "
+        task = "" if cfg.data == "tiny" else " --task problems.jsonl"
+        print(f"evaluate: python eval.py curve {which}{task} --gen_len {cfg.gen_len} "
               f"--block_len {cfg.block_len}")
     barrier(world)
 

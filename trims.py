@@ -200,7 +200,7 @@ def open_run(cfg, rank):
             old = nt_model.read_json(out / "config.json")
             differ = [f"{k} {old.get(k)!r} -> {now.get(k)!r}"
                       for k in {**old, **now} if old.get(k) != now.get(k)]
-            if differ:
+            if differ and (out / "checkpoints").exists():  # before, nothing is trained that could be mixed up
                 raise UserError(f"{out} belongs to another configuration ({'; '.join(differ)}): "
                                 f"choose another --out, or --overwrite")
         out.mkdir(parents=True, exist_ok=True)

@@ -137,6 +137,8 @@ def test_multiblock(name):
                 assert all(same(out, generate(model, [p], **alone)[0]) for p, out in zip(prompts, outs))
     with pytest.raises(UserError, match="bidirectional"):
         generate(random_model(block_size=4), prompts, policy="multiblock", block_len=4, cache="none")
+    with pytest.raises(UserError, match="bidirectional"):
+        generate(random_model(block_size=4), prompts, policy="dream", gen_len=8, cache="none")
     with pytest.raises(UserError, match="none or prefix"):
         generate(model, prompts, policy="multiblock", cache="dual")
 
@@ -195,6 +197,8 @@ def test_sampling_draws_the_same_in_any_batch():
     other = generate(model, prompts, **{**settings, "seed": 4})
     assert all(same(a, b) for a, b in zip(outs, again))
     assert not all(torch.equal(a.ids, b.ids) for a, b in zip(outs, other))
+    rest = dict(sample.stream(model, prompts[1:], streams=[1, 2], **settings))  # a continued run
+    assert all(same(rest[i], outs[i + 1]) for i in range(2))
     assert same(outs[0], reference(model, prompts[0], **settings))
 
 

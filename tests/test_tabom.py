@@ -95,7 +95,10 @@ def test_other_segments():
     # blocks of 4 from the prompt's start (3 tokens): position 0 is alone in its block, 1 to 4 share the next
     block = SimpleNamespace(**{**vars(FACTS), "block_len": 4})
     cut = {tuple(draw_segment(r, Config(window=3), block, g)) for g in rngs}
-    assert cut == {(2, 4), (0,), (4, 3, 1)}
+    assert cut == {(2, 4), (0,), (4, 3, 1), (3, 1), (1,)}
+    long = record(range(10, 60), range(50))  # a window longer than the response: every position is reached
+    reached = {i for g in rngs for i in draw_segment(long, Config(window=64), block, g)}
+    assert reached == set(range(50))
 
 
 def test_short_segments_stand_beside_long_ones():
@@ -126,6 +129,32 @@ def test_entropies_at_each_tokens_own_step():
     assert losses["segment"]["rank"] != losses["own_step"]["rank"]
 
 
+@pytest.mark.parametrize("at", ["segment", "own_step"])
+@pytest.mark.parametrize("facts", [{}, dict(block_size=4)])
+def test_the_ranking_reaches_the_weights(at, facts):
+    """The slope of lambda times the ranking, by finite differences along its own gradient."""
+    model = random_model(vocab_size=40, **facts)
+    rng = np.random.default_rng(1)
+    records = [record(rng.integers(0, 30, 8).tolist(), range(8), (1, 2, 3, 4)) for _ in range(3)]
+    weight = model.blocks[1].q_proj.weight
+
+    def ranking():
+        cfgs = [Config(window=4, entropy_at=at, batch_size=3, gamma=2.0, lam=lam) for lam in (1.0, 0.0)]
+        return [tabom.training_loss(model, records, [data.example_rng(0, 0, i) for i in range(3)], cfg,
+                                    "cpu")[0] for cfg in cfgs]
+    both, recon = ranking()
+    grad = torch.autograd.grad(both, weight)[0] - torch.autograd.grad(recon, weight)[0]
+    assert grad.norm() > 1e-4
+    step = 1e-2 * grad / grad.norm()
+    with torch.no_grad():
+        weight += step
+        up = ranking()
+        weight -= 2 * step
+        down = ranking()
+    slope = ((up[0] - up[1]) - (down[0] - down[1])).item() / 2e-2
+    assert abs(slope - grad.norm().item()) < 0.05 * grad.norm().item()
+
+
 # --------------------------------------------------------------------------------------------------- TDS
 def test_tds_by_hand():
     """Entropies of a model that looks at positions only: .2, .5, 1.1 and EOS. Revealed 1, then 0, EOS, 2:
@@ -137,25 +166,16 @@ def test_tds_by_hand():
         cfg = SimpleNamespace(eos_ids=(2,), mask_id=3, pad_id=2)
         embed = torch.nn.Embedding(1, 1)
 
-        def forward(self, ids, valid):
-            rows = []
-            for h in want:  # two-way distributions with the wanted entropies (bisection)
-                lo, hi = (0.0, 0.5) if h <= math.log(2) else (None, None)
-                if lo is None:  # more than ln 2: four-way, one side p, the others equal
-                    lo, hi = 0.25, 1.0
-                    for _ in range(60):
-                        p = (lo + hi) / 2
-                        e = -p * math.log(p) - (1 - p) * math.log((1 - p) / 3)
-                        lo, hi = (p, hi) if e > h else (lo, p)
-                    rows.append([p, (1 - p) / 3, (1 - p) / 3, (1 - p) / 3])
-                    continue
-                for _ in range(60):
-                    p = (lo + hi) / 2
-                    e = -p * math.log(p) - (1 - p) * math.log(1 - p)
-                    lo, hi = (p, hi) if e < h else (lo, p)
-                rows.append([p, 1 - p, 1e-12, 1e-12])
-            prompt = [[.25] * 4] * (ids.shape[1] - 4)
-            return torch.tensor([prompt + rows] * len(ids)).log()
+        def hidden(self, ids, valid):
+            return torch.tensor([[[h] for h in [0.0] * (ids.shape[1] - 4) + want]] * len(ids))
+
+        def head(self, h):  # a distribution over 8 ids with entropy h: bisection in the share of the first
+            lo, hi = torch.full_like(h, 1 / 8), torch.ones_like(h)
+            for _ in range(60):
+                p = (lo + hi) / 2
+                e = -p * p.log() - (1 - p) * ((1 - p) / 7).log()
+                lo, hi = torch.where(e > h, p, lo), torch.where(e > h, hi, p)
+            return torch.cat([p, ((1 - p) / 7).expand(-1, 7)], 1).log()
     r = record([0, 1, 0, 2], [1, 0, 3, 2])
     curve = nt_eval.tds(Fixed(), r)
     assert np.isnan(curve[2:]).all()

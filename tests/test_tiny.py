@@ -69,6 +69,9 @@ def test_sample_command(tmp_path):
     for args, words in ((["--prompt", "ball " * 300], "exceeds the model's"),
                         (["--model", "tinny"], "no model"),
                         (["--policy", "greedy"], "invalid choice"), (["--gen_len", "0"], "at least 1"),
+                        (["--top_p", "0", "--temperature", "1"], "top_p must be"),
+                        (["--temperature", "-1"], "not negative"), (["--to", "none/x.jsonl"], "no directory"),
+                        (["--picture", "x.foo"], ".png"),
                         (["--adapter", "nowhere"], "no file")):
         bad = run(tmp_path, "sample.py", *args)
         assert bad.returncode == 2 and words in bad.stderr and "Traceback" not in bad.stderr, bad.stderr
@@ -88,7 +91,11 @@ def test_prompts_from_a_file_continue_where_they_stopped(tmp_path):
     again = run(tmp_path, "sample.py", *args)
     assert "3 responses written to a.jsonl, 2 were there" in again.stdout, again.stderr
     assert {r["id"]: r for r in map(json.loads, (tmp_path / "a.jsonl").read_text().splitlines())} == full
+    (tmp_path / "changed.jsonl").write_text(lines[0].replace("swap", "trade") + "\n" + "\n".join(lines[1:]))
+    changed = ["--prompts", "changed.jsonl", *args[2:]]
     for bad, words in ((["--prompts", "none.txt"], "no file"), ([*args, "--gen_len", "40"], "other settings"),
+                       (changed, "other prompts"),
+                       (["--prompts", "q.jsonl", "--to", "q.jsonl"], "choose another"),
                        (["--prompts", "q.jsonl", "--batch_size", "0"], "at least 1")):
         refused = run(tmp_path, "sample.py", *bad)
         assert refused.returncode == 2 and words in refused.stderr, refused.stderr
