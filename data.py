@@ -24,7 +24,8 @@ import torch
 from tqdm import tqdm
 
 import grade
-from model import CHAT, Chat, UserError, checkpoint_dir, config_from_json, read_json, run_cli
+from model import (CHAT, Chat, UserError, block_diffusion_layout, checkpoint_dir, config_from_json, read_json,
+                   run_cli)
 from sample import Decoding, stream
 
 # ---------------------------------------------------------------------------------------------- the tiny task
@@ -331,6 +332,17 @@ def collate(prompts, responses, pad_id):
                        dtype=torch.long).reshape(len(prompts), P)
     valid = torch.tensor([[False] * (P - len(p)) + [True] * len(p) for p in prompts]).reshape(len(prompts), P)
     return torch.cat([ids, responses], 1), torch.cat([valid, torch.ones_like(responses, dtype=torch.bool)], 1)
+
+
+def response_inputs(model_cfg, prompts, xt, x0=None):
+    """What model.hidden() takes for prompts and noisy responses xt (B, L): a dict; and cols (B, L) int64,
+    where the response stands. x0 (B, L): a block-causal model then sees clean blocks before every noisy one.
+    """
+    if x0 is not None:
+        return block_diffusion_layout(model_cfg, prompts, xt, x0)
+    ids, valid = collate(prompts, xt, model_cfg.pad_id)
+    cols = torch.arange(ids.shape[1] - xt.shape[1], ids.shape[1]).expand(xt.shape)
+    return dict(ids=ids, valid=None if valid.all() else valid), cols
 
 
 # ----------------------------------------------------------------------------------------- trajectory records

@@ -79,10 +79,8 @@ def rule_name(rule):
     return f"{rule['policy']} {rule['threshold']:g}"
 
 
-def measure(model, tok, problems, settings, label, batch_size=64):
-    """Decode and grade all problems under one decoding rule
-    -> a point: a dict of totals and per-problem lists.
-    """
+def decode_and_grade(model, tok, problems, settings, batch_size):
+    """-> lists of Output, tokens, responses (text), correct (0 or 1), and the seconds of decoding."""
     prompts = [tok.prompt_ids(p["prompt"]) for p in problems]
     began = time.perf_counter()
     outs = generate(model, prompts, batch_size, **settings)
@@ -90,6 +88,14 @@ def measure(model, tok, problems, settings, label, batch_size=64):
     tokens = [out.n_tokens(model.cfg.eos_ids) for out in outs]
     responses = [tok.decode(out.ids[:n].tolist()) for out, n in zip(outs, tokens)]
     correct = [int(grade.is_correct(p, r)) for p, r in zip(problems, responses)]
+    return outs, tokens, responses, correct, seconds
+
+
+def measure(model, tok, problems, settings, label, batch_size=64):
+    """Decode and grade all problems under one decoding rule
+    -> a point: a dict of totals and per-problem lists.
+    """
+    outs, tokens, responses, correct, seconds = decode_and_grade(model, tok, problems, settings, batch_size)
     return dict(label=label, rule=rule_name(settings), settings=settings, ids=[p["id"] for p in problems],
                 correct=correct, tokens=tokens, nfe=[out.nfe for out in outs], responses=responses,
                 seconds=seconds)
@@ -189,18 +195,16 @@ def compare_caches(model, tok, problems, rule, batch_size=64):
     response, and order agreement (the share of positions revealed by the same forward), against cache none.
     """
     caches = ["none", "prefix", "dual", "vicinity"] + ["exact"] * bool(model.cfg.block_len)
-    prompts, outs = [tok.prompt_ids(p["prompt"]) for p in problems], {}
+    outs = {}
     lines = ["| cache | accuracy, % | forwards | TPF | same response, % | order agreement, % |",
              "|---|---|---|---|---|---|"]
     for cache in caches:
-        outs[cache] = generate(model, prompts, batch_size, progress=True, **{**rule, "cache": cache})
-        n = [out.n_tokens(model.cfg.eos_ids) for out in outs[cache]]
-        right = np.mean([grade.is_correct(p, tok.decode(out.ids[:k].tolist()))
-                         for p, out, k in zip(problems, outs[cache], n)])
+        settings = {**rule, "cache": cache, "progress": True}
+        outs[cache], n, _, correct, _ = decode_and_grade(model, tok, problems, settings, batch_size)
         pairs, nfe = list(zip(outs[cache], outs["none"])), sum(out.nfe for out in outs[cache])
         same = np.mean([torch.equal(a.ids, b.ids) for a, b in pairs])
         order = np.mean([(a.order == b.order).float().mean().item() for a, b in pairs])
-        lines.append(f"| {cache} | {100 * right:.1f} | {nfe / len(n):.1f} | {sum(n) / nfe:.2f} "
+        lines.append(f"| {cache} | {100 * np.mean(correct):.1f} | {nfe / len(n):.1f} | {sum(n) / nfe:.2f} "
                      f"| {100 * same:.1f} | {100 * order:.1f} |")
     return "\n".join(lines)
 
@@ -214,8 +218,7 @@ def tds(model, record):
     NaN where fewer than two are masked.
     """
     x0, order = torch.tensor(record["x0"]), torch.tensor(record["order"])
-    is_eos = torch.isin(x0, torch.tensor(model.cfg.eos_ids))
-    n = int(is_eos.int().argmax()) if is_eos.any() else len(x0)
+    n = nt_model.n_content(x0, model.cfg.eos_ids)
     xt, masked = data.state_at(x0[None], order[None], torch.arange(int(order.max()) + 1)[:, None],
                                model.cfg.mask_id)
     ids, valid = data.collate([record["prompt_ids"]] * len(xt), xt, model.cfg.pad_id)

@@ -403,6 +403,11 @@ class Transformer(nn.Module):
         return self.head(self.hidden(ids, valid, **kw))
 
 
+def n_content(ids, eos_ids):
+    """ids (L,) int64 tensor or list -> tokens before the first EOS."""
+    return next((i for i, token in enumerate(torch.as_tensor(ids).tolist()) if token in eos_ids), len(ids))
+
+
 def token_positions(valid):
     """valid (B, T) bool -> positions (B, T) int64 counted from each row's first real token;
     padding gets 0 or less use.

@@ -44,8 +44,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (KVCache, UserError, attention_mask, default_device, family_of, load, rope_angles,
-                   run_cli)
+from model import (KVCache, UserError, attention_mask, default_device, family_of, load, n_content,
+                   rope_angles, run_cli)
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,7 @@ class Output:
 
     def n_tokens(self, eos_ids):
         """Tokens before the first EOS: what TPF and tok/s count."""
-        is_eos = torch.isin(self.ids, torch.tensor(eos_ids))
-        return int(is_eos.int().argmax()) if is_eos.any() else len(self.ids)
+        return n_content(self.ids, eos_ids)
 
 
 # --------------------------------------------------------------------------------------- one forward's choice

@@ -46,7 +46,7 @@ from tqdm import tqdm
 import eval as nt_eval
 import lora
 import model as nt_model
-from data import collate, example_rng, load_problems, load_tokenizer, read_trajectories, rollout
+from data import example_rng, load_problems, load_tokenizer, read_trajectories, response_inputs, rollout
 from model import UserError, run_cli
 
 
@@ -134,10 +134,9 @@ def draw_segment(record, cfg, model_cfg, rng):
     The first is drawn uniformly among those that leave a whole window. The EOS tail is left out unless
     cfg.eos_in_window. On block-causal models it is any position, and the segment keeps to its block.
     """
-    ends = [i for i, token in enumerate(record["x0"]) if token in model_cfg.eos_ids]
-    n_content = len(record["x0"]) if cfg.eos_in_window or not ends else ends[0] + 1
-    order = sorted(range(n_content), key=lambda i: record["rank"][i])
-    n = len(order)
+    L = len(record["x0"])  # the first EOS belongs to the content here
+    n = L if cfg.eos_in_window else min(L, nt_model.n_content(record["x0"], model_cfg.eos_ids) + 1)
+    order = sorted(range(n), key=lambda i: record["rank"][i])
     if cfg.segment == "two_steps":
         first, last = sorted(rng.choice(n + 1, 2, replace=False).tolist())
         chosen = order[first:last]
@@ -170,9 +169,9 @@ def make_batch(records, rngs, cfg, model_cfg):
 
 def forward_rows(model, prompts, xt, row, pos, device):
     """Logits (N, V) of response positions pos (N,) in rows row (N,)."""
-    ids, valid = collate(prompts, xt, model.cfg.pad_id)
-    h = model.hidden(ids.to(device), None if valid.all() else valid.to(device))[:, -xt.shape[1]:]
-    return model.head(h[row.to(device), pos.to(device)])
+    inputs, cols = response_inputs(model.cfg, prompts, xt)
+    h = model.hidden(**{k: None if t is None else t.to(device) for k, t in inputs.items()})
+    return model.head(h[row.to(device), cols[row, pos].to(device)])
 
 
 def own_step_entropies(model, b, device):

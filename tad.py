@@ -49,8 +49,8 @@ from tqdm import tqdm
 import eval as nt_eval
 import lora
 import model as nt_model
-from data import (collate, example_rng, load_problems, load_tokenizer, pad_response, privileged_prompt,
-                  read_trajectories, rollout, state_at)
+from data import (example_rng, load_problems, load_tokenizer, pad_response, privileged_prompt,
+                  read_trajectories, response_inputs, rollout, state_at)
 from model import UserError, run_cli
 
 
@@ -177,14 +177,10 @@ def forward_rows(model, prompts, xt, rows, device, x0=None):
     """Logits (N, V) of the chosen response positions; rows (B, L) bool.
     x0 (B, L): a block-causal model then sees clean blocks before every noisy one.
     """
-    if x0 is not None:
-        inputs, cols = nt_model.block_diffusion_layout(model.cfg, prompts, xt, x0)
-        row, j = rows.nonzero(as_tuple=True)
-        h = model.hidden(**{k: t.to(device) for k, t in inputs.items()})
-        return model.head(h[row.to(device), cols[row, j].to(device)])
-    ids, valid = collate(prompts, xt, model.cfg.pad_id)
-    h = model.hidden(ids.to(device), None if valid.all() else valid.to(device))[:, -xt.shape[1]:]
-    return model.head(h[rows.to(device)])
+    inputs, cols = response_inputs(model.cfg, prompts, xt, x0)
+    row, j = rows.nonzero(as_tuple=True)
+    h = model.hidden(**{k: None if t is None else t.to(device) for k, t in inputs.items()})
+    return model.head(h[row.to(device), cols[row, j].to(device)])
 
 
 def training_loss(model, teacher, examples, rngs, cfg, window, tok, device):
@@ -223,12 +219,10 @@ def confidence_decay(model, records, device, n_records=64, n_states=8):
     """
     total, count = np.zeros(4096), np.zeros(4096)
     for r in records[:n_records]:
-        ends = [i for i, token in enumerate(r["x0"]) if token in model.cfg.eos_ids]
-        n_content = ends[0] if ends else len(r["x0"])
         x0, order = torch.tensor(r["x0"]), torch.tensor(r["order"])
         ts = torch.linspace(0, int(order.max()), n_states).long().unique()
         xt, masked = state_at(x0[None], order[None], ts[:, None], model.cfg.mask_id)
-        masked = masked & (torch.arange(len(x0)) < n_content)
+        masked = masked & (torch.arange(len(x0)) < nt_model.n_content(x0, model.cfg.eos_ids))
         logits = forward_rows(model, [r["prompt_ids"]] * len(ts), xt, masked, device)
         p = logits.float().softmax(-1).cpu().gather(1, x0.expand_as(xt)[masked][:, None])[:, 0].numpy()
         offset = (order[None] - ts[:, None])[masked].numpy()
@@ -550,13 +544,12 @@ def main():
     log(out, rank, first)
 
     # 3. training
-    n_pairs = len(training_pairs(records, cfg, 0))
-    if n_pairs < cfg.batch_size:
-        raise UserError(f"--batch_size {cfg.batch_size} exceeds the data ({n_pairs} states): lower it")
-    per_epoch = n_pairs // cfg.batch_size
+    epoch, pairs = 0, training_pairs(records, cfg, 0)
+    if len(pairs) < cfg.batch_size:
+        raise UserError(f"--batch_size {cfg.batch_size} exceeds the data ({len(pairs)} states): lower it")
+    per_epoch = len(pairs) // cfg.batch_size
     n_steps = cfg.max_steps or cfg.epochs * per_epoch
     model.train()
-    epoch = None
     bar = tqdm(range(first, n_steps), initial=first, total=n_steps, unit="step", desc="train",
                disable=rank != 0)
     for step in bar:

@@ -41,8 +41,9 @@ from tqdm import tqdm
 import eval as nt_eval
 import lora
 import model as nt_model
-from data import TinySFT, collate, example_rng, load_problems, load_tokenizer, pad_response, read_trajectories
-from model import UserError, block_diffusion_layout, run_cli
+from data import (TinySFT, example_rng, load_problems, load_tokenizer, pad_response, read_trajectories,
+                  response_inputs)
+from model import UserError, run_cli
 
 
 @dataclass
@@ -125,15 +126,11 @@ def make_batch(examples, rngs, cfg, model_cfg):
     noise = [mask_response(e, cfg, rng, o) for e, rng, o in zip(examples, rngs, origins)]
     masked = torch.tensor(np.array([m for m, _ in noise]))
     loss_w = torch.tensor(np.array([w for _, w in noise])).float()
-    (B, L), prompts = x0.shape, [e["prompt_ids"] for e in examples]
-    xt = torch.where(masked, model_cfg.mask_id, x0)
-    if model_cfg.block_len:  # SDAR: every noisy block stands behind clean ones
-        inputs, cols = block_diffusion_layout(model_cfg, prompts, xt, x0)
-    else:
-        ids, valid = collate(prompts, xt, model_cfg.pad_id)
-        inputs = dict(ids=ids, valid=None if valid.all() else valid)
-        cols = torch.arange(ids.shape[1] - L, ids.shape[1]).expand(B, L)
-    return inputs, cols, x0, masked, loss_w / (L * cfg.batch_size)
+    # SDAR: every noisy block stands behind clean ones
+    inputs, cols = response_inputs(model_cfg, [e["prompt_ids"] for e in examples],
+                                   torch.where(masked, model_cfg.mask_id, x0),
+                                   x0 if model_cfg.block_len else None)
+    return inputs, cols, x0, masked, loss_w / (x0.shape[1] * cfg.batch_size)
 
 
 def load_examples(cfg, tok):

@@ -192,7 +192,7 @@ def test_the_soft_teacher_is_the_base_on_the_privileged_prompt():
 def test_teacher_runs_only_where_distant_tokens_exist(monkeypatch):
     model = lora.add(random_model(**VOCAB), 4, 4)
     rows, inner = [], model.hidden
-    monkeypatch.setattr(model, "hidden", lambda ids, *a: rows.append(len(ids)) or inner(ids, *a))
+    monkeypatch.setattr(model, "hidden", lambda ids, **kw: rows.append(len(ids)) or inner(ids, **kw))
     examples = [(record(0), 0), (record(1), 7), (record(2), 6)]
     tad.training_loss(model, model, examples, [None] * 3, config(batch_size=3), 2, TOK, "cpu")
     assert rows == [3, 1]  # only the first example has tokens more than W = 2 forwards away
