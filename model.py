@@ -11,7 +11,6 @@ our own and neutral; official names exist only at the file boundary (`load`, `sa
     python model.py --model DIR             # what was loaded, and one forward
 """
 import argparse
-import copy
 import json
 import os
 import shutil
@@ -254,40 +253,41 @@ class Block(nn.Module):
         h = self.mlp_norm(x)
         return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
 
-    def forward(self, x, cos, sin, attn_mask, cache=None, layer=0, cols=None):
+    def forward(self, x, cos, sin, attn_mask, cache=None, layer=0, cols=None, rows=None):
         q, k, v = self.qkv(x, cos, sin)
         if cache is not None:
-            k, v = cache.write(layer, k, v, cols)
+            k, v = cache.write(layer, k, v, cols) if rows is None else cache.refresh(layer, k, v, rows)
         return self.mix(x, q, k, v, attn_mask)
 
 
 class KVCache:
-    """Rotated keys and values of whole canvases, (n_layer, B, S, H_kv, head_dim) each.
+    """Rotated keys and values of whole canvases, allocated once: per layer k, v (B, S, H_kv, head_dim). One
+    tensor per layer, since torch.compile writes into a whole tensor in place but copies it for a view.
 
     `valid` (B, S) bool and `positions` (B, S) int64 describe the canvas's columns.
     """
 
     def __init__(self, cfg, valid, positions, dtype):
-        shape = (cfg.n_layer, *valid.shape, cfg.n_kv_head, cfg.head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=valid.device)
-        self.v = torch.zeros(shape, dtype=dtype, device=valid.device)
-        self.valid, self.positions, self.rows = valid, positions, None
+        shape, dev = (*valid.shape, cfg.n_kv_head, cfg.head_dim), valid.device
+        self.k = [torch.zeros(shape, dtype=dtype, device=dev) for _ in range(cfg.n_layer)]
+        self.v = [torch.zeros(shape, dtype=dtype, device=dev) for _ in range(cfg.n_layer)]
+        self.valid, self.positions = valid, positions
+        self.cos, self.sin = (t[0, 0] for t in rope_angles(cfg, torch.arange(shape[1], device=dev)[None]))
 
-    def select(self, rows):
-        """The same storage restricted to some rows (N,) int64: lets a part of the batch run one forward."""
-        part = copy.copy(self)
-        part.valid, part.positions, part.rows = self.valid[rows], self.positions[rows], rows
-        return part
+    def angles(self, positions):
+        """rope_angles() from a table."""
+        return self.cos[positions][:, None], self.sin[positions][:, None]
+
+    def refresh(self, layer, k, v, rows):
+        """Overwrite whole rows (N,) int64 of one layer with k, v (N, H_kv, S, head_dim)."""
+        self.k[layer][rows], self.v[layer][rows] = k.transpose(1, 2), v.transpose(1, 2)
+        return k, v
 
     def write(self, layer, k, v, cols):
-        """Overwrite columns cols (B, W) of one layer;
-        return its full (B, H_kv, S, head_dim) keys and values.
-        """
-        rows = torch.arange(k.shape[0], device=k.device) if self.rows is None else self.rows
-        self.k[layer, rows[:, None], cols] = k.transpose(1, 2)
-        self.v[layer, rows[:, None], cols] = v.transpose(1, 2)
-        k, v = (t[layer] if self.rows is None else t[layer, rows] for t in (self.k, self.v))
-        return k.transpose(1, 2), v.transpose(1, 2)
+        """Overwrite columns cols (B, W) of one layer; return its full (B, H_kv, S, head_dim) keys, values."""
+        rows = torch.arange(k.shape[0], device=k.device)[:, None]
+        self.k[layer][rows, cols], self.v[layer][rows, cols] = k.transpose(1, 2), v.transpose(1, 2)
+        return self.k[layer].transpose(1, 2), self.v[layer].transpose(1, 2)
 
 
 def attention_mask(cfg, q_pos, q_col, k_pos, k_col, k_valid):
@@ -367,17 +367,18 @@ class Transformer(nn.Module):
                 nn.init.normal_(p, std=std, generator=generator)
         return self
 
-    def hidden(self, ids, valid=None, cache=None, cols=None, attn_mask=None, positions=None):
+    def hidden(self, ids, valid=None, cache=None, cols=None, rows=None, attn_mask=None, positions=None):
         """Last hidden states (B, T, C), shift already applied: row i belongs to token i, whatever the family.
 
         ids (B, T) int64. valid (B, T) bool, False = padding. attn_mask (B, T, T) bool and positions (B, T)
-        replace the rule of the family (training layouts). With a cache, ids are the tokens of its columns
-        cols (B, T): their keys and values are overwritten there, and they attend to the whole canvas. In a
-        window that does not start at the first token, a shifted model's first row is meaningless: include the
-        left neighbour and drop it.
+        replace the rule of the family (training layouts). A cache is used in two ways. With rows (B,) int64,
+        ids are whole canvases and all keys and values of these rows are stored. With cols (B, T), ids are the
+        tokens of these columns: their keys and values are overwritten, and they attend to the whole canvas.
+        In a window that does not start at the first token, a shifted model's first row is meaningless:
+        include the left neighbour and drop it.
         """
         cfg, dev = self.cfg, ids.device
-        if cache is not None:
+        if cols is not None:
             positions = cache.positions.gather(1, cols)
             k_col = torch.arange(cache.valid.shape[1], device=dev)[None]
             attn_mask = attention_mask(cfg, positions, cols, cache.positions, k_col, cache.valid)
@@ -389,10 +390,10 @@ class Transformer(nn.Module):
                 col = torch.arange(ids.shape[1], device=dev)[None]
                 valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
                 attn_mask = attention_mask(cfg, positions, col, positions, col, valid)
-        cos, sin = rope_angles(cfg, positions)
+        cos, sin = rope_angles(cfg, positions) if cache is None else cache.angles(positions)
         x = self.embed(ids)
         for layer, block in enumerate(self.blocks):
-            x = block(x, cos, sin, attn_mask, cache, layer, cols)
+            x = block(x, cos, sin, attn_mask, cache, layer, cols, rows)
         x = self.norm(x)
         if cfg.shift:  # the network's row i-1 predicts token i; the first token keeps its own row
             x = torch.where((positions == 0)[..., None], x, x.roll(1, dims=1))

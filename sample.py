@@ -33,8 +33,10 @@ forwards recompute
 first), `nfe` counts the forwards spent on a row, refreshes included.
 """
 import argparse
+import copy
 import json
 import os
+import weakref
 from collections import deque
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -115,10 +117,10 @@ def pick_tokens(logits, cfg, s, noise=None):
     noise (..., V) uniform in (0, 1) drives sampling at temperature > 0 (Gumbel argmax).
     """
     logits = logits.float()
-    logp = logits - logits.logsumexp(-1, keepdim=True)
-    entropy = -(logp.exp() * logp).sum(-1)
-    choice = logits.clone()
-    choice[..., cfg.mask_id] = -torch.inf
+    lse = logits.logsumexp(-1)
+    entropy = lse - ((logits - lse[..., None]).exp() * logits).sum(-1)
+    is_mask = torch.arange(logits.shape[-1], device=logits.device) == cfg.mask_id
+    choice = logits.masked_fill(is_mask, -torch.inf)
     if s.temperature > 0:
         choice = nucleus(choice / s.temperature, s.top_p)
         if 0 < s.top_k < choice.shape[-1]:
@@ -126,13 +128,32 @@ def pick_tokens(logits, cfg, s, noise=None):
             choice = choice.masked_fill(choice < kth, -torch.inf)
         choice = choice - (-noise.log()).log()
     token = choice.argmax(-1)
-    conf = logp.gather(-1, token[..., None])[..., 0].exp()
+    conf = (logits.gather(-1, token[..., None])[..., 0] - lse).exp()
     if s.score == "margin":
-        top2 = logp.topk(2, -1).values.exp()
+        top2 = (logits.topk(2, -1).values - lse[..., None]).exp()
         score = top2[..., 0] - top2[..., 1]
     else:
         score = -entropy if s.score == "entropy" else conf
     return token, conf, entropy, score
+
+
+def row_key(seed, stream):
+    """The 32-bit key of a prompt's random numbers: the same alone and in any batch."""
+    return (seed * 1_000_003 + stream) % 2**32
+
+
+def uniform_noise(key, nfe, positions, n_vocab):
+    """Uniform numbers in (0, 1), fp32 (R, W, V), that hang on nothing but their arguments: no generator to
+    keep per row, none to restore. key, nfe (R,), positions (R, W) int64.
+    """
+    def mix(x):  # an integer hash of 32 bits, kept in int64
+        for shift, factor in ((16, 0x21F0AAAD), (15, 0xD35A2D97)):
+            x = (x ^ (x >> shift)) * factor & 0xFFFFFFFF
+        return x ^ (x >> 15)
+    stream = mix(mix(key) + nfe & 0xFFFFFFFF)
+    index = positions[..., None] * n_vocab + torch.arange(n_vocab, device=key.device)
+    x = mix(stream[:, None, None] ^ index)
+    return ((x >> 9).float() + 0.5) / 2**23
 
 
 def nucleus(logits, top_p):
@@ -159,6 +180,15 @@ def quota(s, n_masked, n_block, i):
     return torch.full_like(n_masked, s.per_step)
 
 
+def place_of(value, among):
+    """How many of the candidates `among` come before each position, in ascending value, ties left to right:
+    0 for the first. value (R, W), among (R, W) bool -> (R, W) int64, meaningless outside `among`.
+    """
+    at = torch.arange(value.shape[1], device=value.device)
+    a, b = value[:, None, :], value[:, :, None]
+    return (among[:, None, :] & ((a < b) | (a == b) & (at[None, :] < at[:, None]))).sum(-1)
+
+
 def pick_positions(conf, entropy, score, masked, s, n=None):
     """Which masked positions to reveal: (B, K) bool. n (B,): the quota of static and dream [per_step].
     Other policies reveal at least one per row that has any; ties go left to right.
@@ -167,7 +197,7 @@ def pick_positions(conf, entropy, score, masked, s, n=None):
         score = -entropy
     elif s.policy in ("threshold", "factor"):
         score = conf
-    place = score.masked_fill(~masked, -torch.inf).argsort(dim=-1, descending=True, stable=True).argsort(-1)
+    place = place_of(-score, masked)
     if s.policy in ("static", "dream"):
         keep = place < (s.per_step if n is None else n[:, None])
     elif s.policy == "threshold":
@@ -184,8 +214,9 @@ def pick_positions(conf, entropy, score, masked, s, n=None):
 
 def blocks_left(masked, s):
     """masked (B, L) bool -> masks left per block (B, n_blocks) fp32, and the blocks' sizes."""
-    block = torch.arange(s.gen_len, device=masked.device) // s.block_len
-    member = F.one_hot(block).float()  # (L, n_blocks)
+    block = torch.arange(s.gen_len, device=masked.device)[:, None] // s.block_len
+    n_blocks = -(-s.gen_len // s.block_len)
+    member = (block == torch.arange(n_blocks, device=masked.device)).float()  # (L, n_blocks)
     return masked.float() @ member, member.sum(0)
 
 
@@ -231,7 +262,7 @@ def reference(model, prompt, **settings):
     x = torch.cat([prompt, torch.full((L,), cfg.mask_id)])
     masked = torch.arange(total) >= P
     order, rank, conf_at = torch.zeros(total).long(), torch.zeros(total).long(), torch.ones(total)
-    gen, nfe, stop = row_generator(s.seed, 0), 0, False
+    nfe, stop = 0, False
     first = P - P % s.block_len if cfg.block_len else P  # block-causal blocks count from absolute position 0
     commits = int(s.cache == "exact" and first > 0)
     for lo in range(first, total, s.block_len):
@@ -246,9 +277,7 @@ def reference(model, prompt, **settings):
                 left = min(lo, reach(s, cfg))
                 end = {"dual": hi, "prefix": total, "vicinity": min(hi + s.vicinity, total)}[s.cache]
                 h = stale_hidden(model, refreshed, x, lo - left, end)[left:][: hi - lo]
-            noise = (torch.rand(s.block_len, cfg.vocab_size, generator=gen)[: hi - lo]
-                     if s.temperature > 0 else None)
-            token, conf, entropy, score = pick_tokens(model.head(h), cfg, s, noise)
+            token, conf, entropy, score = pick_tokens(model.head(h), cfg, s, noise_of(cfg, s, nfe, lo, hi))
             n = quota(s, masked[lo:hi].sum()[None], n_block[None], torch.tensor([nfe - began]))
             reveal = pick_positions(conf[None], entropy[None], score[None], masked[None, lo:hi], s, n)[0]
             n_known = int((~masked[P:]).sum())
@@ -270,7 +299,7 @@ def reference_multiblock(model, prompt, s):
     x = torch.cat([prompt, torch.full((L,), cfg.mask_id)])
     masked, block = torch.ones(L, dtype=torch.bool), torch.arange(L) // s.block_len
     order, rank, conf_at = torch.zeros(L).long(), torch.zeros(L).long(), torch.ones(L)
-    gen, nfe, stop, n_blocks = row_generator(s.seed, 0), 0, False, torch.ones(1).long()
+    nfe, stop, n_blocks = 0, False, torch.ones(1).long()
     finished_at, cached, refreshed, age = {}, 0, None, 0
     while masked.any() and not stop:
         if nfe:
@@ -286,7 +315,7 @@ def reference_multiblock(model, prompt, s):
             left = min(start, reach(s, cfg))
             h = stale_hidden(model, refreshed, x, start - left, P + L)[left:]
         age += 1
-        noise = torch.rand(L, cfg.vocab_size, generator=gen)[: len(h)] if s.temperature > 0 else None
+        noise = noise_of(cfg, s, nfe, start, P + L)
         token, conf, entropy, _ = pick_tokens(model.head(h), cfg, s, noise)
         at = start - P
         reveal = pick_multiblock(entropy[None], masked[None, at:], block[None, at:], masked[None], n_blocks,
@@ -304,11 +333,19 @@ def reference_multiblock(model, prompt, s):
     return check_finite(Output(x[P:], order, rank, conf_at, nfe), 0)
 
 
+def noise_of(cfg, s, nfe, lo, hi):
+    """The random numbers of prompt 0's forward `nfe` over its positions [lo, hi)."""
+    if s.temperature == 0:
+        return None
+    key, positions = torch.tensor([row_key(s.seed, 0)]), torch.arange(lo, hi)[None]
+    return uniform_noise(key, torch.tensor([nfe]), positions, cfg.vocab_size)[0]
+
+
 def reach(s, cfg):
-    """How many columns left of the block a window takes along: the vicinity, and the left neighbour whose
-    hidden state a shifted model needs.
+    """How many columns left of the block a window takes along: the vicinity, the last block (exact: its keys
+    are committed now), and the left neighbour whose hidden state a shifted model needs.
     """
-    return max(s.vicinity if s.cache == "vicinity" else 0, 1 if cfg.shift else 0)
+    return max({"vicinity": s.vicinity, "exact": s.block_len}.get(s.cache, 0), 1 if cfg.shift else 0)
 
 
 def fill_after_eos(ids, masked, order, rank, eos_ids, now):
@@ -344,45 +381,50 @@ def stale_hidden(model, old, new, lo, hi):
 
 
 # ---------------------------------------------------------------------------------------- the batched decoder
-def generate(model, prompts, batch_size=32, progress=False, **settings):
+def generate(model, prompts, batch_size=32, progress=False, compiled=None, sync_every=4, int8=False,
+             **settings):
     """Decode prompts (list of 1-D int64 tensors of any lengths) -> list of Output, in order.
     See Decoding, stream.
     """
     outs = [None] * len(prompts)
-    for i, out in stream(model, prompts, batch_size, progress, **settings):
+    for i, out in stream(model, prompts, batch_size, progress, None, compiled, sync_every, int8, **settings):
         outs[i] = out
     return outs
 
 
 @torch.no_grad()
-def stream(model, prompts, batch_size=32, progress=False, streams=None, **settings):
+def stream(model, prompts, batch_size=32, progress=False, streams=None, compiled=None, sync_every=4,
+           int8=False, **settings):
     """Like generate, but yields (prompt index, Output) as rows finish; waiting prompts take their places.
-    streams: the number of each prompt's random stream [its index].
+    streams: the number of each prompt's random stream [its index]. compiled: run torch.compile's form of the
+    step [on a GPU]. sync_every: forwards between two looks of the host at the device; a row that needs its
+    keys refreshed, or is finished, waits for the next look. int8: weights in 8 bits.
 
     Every row of the batch stands at its own block and moves at its own pace. Greedy fp32 decoding gives each
     prompt what it gets alone. Raises UserError for a prompt that does not fit the model.
     """
     s = Decoding(**settings)
     check_prompts(model.cfg, prompts, s)
-    waiting, batch = deque(range(len(prompts))), None
+    if not prompts:
+        return
+    prompts = [p.cpu() for p in prompts]
+    streams = range(len(prompts)) if streams is None else streams
+    batch = Batch(model, prompts, s, min(batch_size, len(prompts)), streams, compiled, sync_every, int8)
+    waiting, n_tokens, n_forwards = deque(range(len(prompts))), 0, 0
     bar = tqdm(total=len(prompts), unit="sample", desc="decode", disable=not progress, smoothing=0)
-    n_tokens = n_forwards = 0
-    if waiting:
-        streams = range(len(prompts)) if streams is None else streams
-        batch = Batch(model, prompts, s, min(batch_size, len(prompts)), streams)
-    while batch is not None:
-        for row in batch.finished():
-            if batch.owner[row] is not None:
-                out = batch.output(row)
-                check_finite(out, batch.owner[row])
-                n_tokens, n_forwards = n_tokens + out.n_tokens(model.cfg.eos_ids), n_forwards + out.nfe
-                bar.update()
-                bar.set_postfix_str(f"TPF {n_tokens / max(1, n_forwards):.2f}", refresh=False)
-                yield batch.owner[row], out
-            batch.admit(row, waiting.popleft() if waiting else None)
-        if all(owner is None for owner in batch.owner):
+    while True:
+        finished = batch.finished()  # the one place where the host waits for the device
+        free = [row for row, owner in enumerate(batch.owner) if owner is None][:len(waiting)]
+        batch.admit({row: waiting.popleft() for row in free})
+        batch.run()  # the device is busy while the finished ones are looked at
+        for i, out in finished:
+            check_finite(out, i)
+            n_tokens, n_forwards = n_tokens + out.n_tokens(model.cfg.eos_ids), n_forwards + out.nfe
+            bar.update()
+            bar.set_postfix_str(f"TPF {n_tokens / max(1, n_forwards):.2f}", refresh=False)
+            yield i, out
+        if not batch.busy():
             break
-        batch.step()
     bar.close()
 
 
@@ -414,200 +456,372 @@ def check_finite(out, index):
     return out
 
 
-def row_generator(seed, index):
-    """The random stream of prompt `index`: the same alone and in any batch."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
+NEVER = 2**30  # a forward that never comes
 
 
-NEVER = 2**40  # a forward that never comes
+@dataclass
+class Rows:
+    """R rows that are being decoded, T columns each: [padding, prompt | response | columns nobody reads]."""
+    # fixed while a prompt is decoded
+    valid: torch.Tensor        # (R, T) bool, prompt and response
+    positions: torch.Tensor    # (R, T) int64, from the first prompt token
+    key: torch.Tensor          # (R,) int64, of its random numbers
+    # what a forward changes
+    canvas: torch.Tensor       # (R, T) int64, the tokens
+    masked: torch.Tensor       # (R, T) bool
+    order: torch.Tensor        # (R, T) int64, like rank and conf see Output
+    rank: torch.Tensor
+    conf: torch.Tensor         # (R, T) fp32
+    start: torch.Tensor        # (R,) int64, first column of the block
+    nfe: torch.Tensor          # (R,) int64
+    tries: torch.Tensor        # (R,) int64, forwards in this block so far
+    n_block: torch.Tensor      # (R,) int64, masks of the block when it began
+    blocks: torch.Tensor       # (R,) int64, blocks entered; multiblock: blocks that take part
+    fresh: torch.Tensor        # (R,) bool: the stored keys outside the window are as the cache wants them
+    age: torch.Tensor          # (R,) int64, forwards since they were stored
+    finished_at: torch.Tensor  # (R, n_blocks) int64, multiblock: the forward that finished a block
+
+    @staticmethod
+    def new(prompts, keys, s, cfg, P, T):
+        """prompts: list of 1-D int64 tensors -> their rows, on the CPU. The response starts at column P."""
+        R, L = len(prompts), s.gen_len
+        first = P - torch.tensor([len(p) for p in prompts])[:, None]
+        cols, zero = torch.arange(T).expand(R, T), torch.zeros(R, dtype=torch.long)
+        canvas = torch.full((R, T), cfg.pad_id)
+        for row, prompt in zip(canvas, prompts):
+            row[P - len(prompt):P], row[P:P + L] = prompt, cfg.mask_id
+        # block-causal blocks count from the first prompt token, so the first one may hold prompt tokens
+        start = P - ((P - first[:, 0]) % s.block_len if cfg.block_len else zero)
+        return Rows(valid=(cols >= first) & (cols < P + L), positions=(cols - first).clamp(min=0),
+                    key=torch.tensor(keys), canvas=canvas, masked=(cols >= P) & (cols < P + L),
+                    order=torch.zeros(R, T, dtype=torch.long), rank=torch.zeros(R, T, dtype=torch.long),
+                    conf=torch.ones(R, T), start=start, nfe=zero, tries=zero, n_block=zero, blocks=zero,
+                    fresh=zero > 0, age=zero, finished_at=torch.full((R, -(-L // s.block_len)), NEVER))
+
+    def items(self):
+        return [(name, getattr(self, name)) for name in Rows.__dataclass_fields__]
+
+    def select(self, rows):
+        return Rows(**{name: t[rows] for name, t in self.items()})
+
+    def window(self, width, left=0):
+        """Columns (R, left + width): from `left` before each row's block start. What runs past the end lands
+        on the last column, which nobody reads.
+        """
+        cols = self.start[:, None] + torch.arange(-left, width, device=self.start.device)
+        return cols.clamp(max=self.canvas.shape[1] - 1)
+
+
+def step(model, x, cache, s, P, rows, width):
+    """One forward and what it reveals, written into the Rows x in place: tensors of fixed shapes in and out,
+    nothing that the host must wait for. A row that has nothing to do in it stays as it is.
+
+    rows (N,) int64: over the whole canvas of these rows of x, whose keys and values are stored in the cache
+    (if there is one). rows None: over `width` columns of every row, from its block's start (and the columns
+    left of it that the cache or the shift asks for). Only the first s.width of them are scored.
+    """
+    old = x if rows is None else x.select(rows)
+    new = Rows(**dict(old.items()))  # the functions below put new tensors into it
+    act, scored = old.masked.any(1), old.window(min(width, s.width))
+    if rows is None:
+        act, left = act & old.fresh, reach(s, model.cfg)
+        cols = old.window(width, left)
+        h = model.hidden(old.canvas.gather(1, cols), cache=cache, cols=cols)[:, left:left + scored.shape[1]]
+    else:
+        h = model.hidden(old.canvas, valid=old.valid, positions=old.positions, cache=cache, rows=rows)
+        h = h.gather(1, scored[..., None].expand(-1, -1, h.shape[-1]))
+        new.fresh, new.age = torch.ones_like(old.fresh), torch.zeros_like(old.age)
+    reveal(model, new, s, P, scored, h)
+    for name, t in new.items():
+        was = getattr(old, name)
+        if t is not was:
+            t = torch.where(act.view(-1, *[1] * (t.ndim - 1)), t, was)
+            if rows is None:
+                getattr(x, name).copy_(t)
+            else:
+                getattr(x, name)[rows] = t
+
+
+def reveal(model, x, s, P, cols, h):
+    """Score the columns cols (R, W) with their hidden states h (R, W, C), reveal what the policy chooses, and
+    move on where a block is full. Replaces tensors of x.
+    """
+    span, masked = slice(P, P + s.gen_len), x.masked.gather(1, cols)
+    noise = (uniform_noise(x.key, x.nfe, x.positions.gather(1, cols), model.cfg.vocab_size)
+             if s.temperature > 0 else None)
+    token, conf, entropy, score = pick_tokens(model.head(h), model.cfg, s, noise)
+    chosen = choose(x, s, P, cols, masked, conf, entropy, score)
+    rank = s.gen_len - x.masked[:, span].sum(1, keepdim=True) + place_of(entropy, chosen)
+
+    def put(name, value):
+        t = getattr(x, name)
+        setattr(x, name, t.scatter(1, cols, torch.where(chosen, value, t.gather(1, cols))))
+    put("canvas", token)
+    put("conf", conf)
+    put("order", x.nfe[:, None])
+    put("rank", rank)
+    put("masked", torch.zeros_like(masked))
+    if s.early_stop:
+        stop_at_eos(x, span, model.cfg.eos_ids)
+    x.nfe, x.tries, x.age = x.nfe + 1, x.tries + 1, x.age + 1
+    advance_multiblock(x, s, P) if s.policy == "multiblock" else advance(x, s)
+
+
+def choose(x, s, P, cols, masked, conf, entropy, score):
+    """The policy: which columns (R, W) of the windows to reveal."""
+    began, everything = x.tries == 0, x.masked[:, P:P + s.gen_len]
+    if s.policy == "multiblock":
+        x.blocks = torch.where(began, 1, join_block(everything, x.blocks.clamp(min=1), s))
+        return pick_multiblock(entropy, masked, (cols - P) // s.block_len, everything, x.blocks, s)
+    x.n_block, x.blocks = torch.where(began, masked.sum(1), x.n_block), x.blocks + began
+    n = quota(s, masked.sum(1), x.n_block, x.tries)
+    return pick_positions(conf, entropy, score, masked, s, n)
+
+
+def stop_at_eos(x, span, eos_ids):
+    """Everything before the first EOS revealed:
+    the masked rest becomes EOS at this forward, ranked left to right.
+    """
+    masked, ids = x.masked[:, span], x.canvas[:, span]
+    is_eos = sum(ids == i for i in eos_ids).bool() & ~masked
+    before = F.pad(is_eos.cumsum(1)[:, :-1], (1, 0)) == 0  # not behind an EOS
+    fill = masked & (is_eos.any(1) & ~(masked & before).any(1))[:, None]
+    rank = (~masked).sum(1, keepdim=True) + fill.cumsum(1) - 1
+    for name, value in (("canvas", eos_ids[0]), ("order", x.nfe[:, None]), ("rank", rank), ("masked", False)):
+        t = getattr(x, name)
+        inside = torch.where(fill, value, t[:, span])
+        setattr(x, name, torch.cat([t[:, :span.start], inside, t[:, span.stop:]], 1))
+
+
+def advance(x, s):
+    """Rows whose block is full move on; their keys and values are to be refreshed."""
+    full = ~x.masked.gather(1, x.window(s.block_len)).any(1)
+    x.start, x.tries = x.start + full * s.block_len, x.tries * ~full
+    if s.cache != "exact":
+        x.fresh = x.fresh & ~full
+
+
+def advance_multiblock(x, s, P):
+    """The window starts behind the leading blocks that were finished `cache_delay` forwards ago; the keys and
+    values are to be refreshed when it moves.
+    """
+    nfe, (left, _) = x.nfe[:, None], blocks_left(x.masked[:, P:P + s.gen_len], s)
+    x.finished_at = torch.where((left == 0) & (x.finished_at == NEVER), nfe - 1, x.finished_at)
+    cached = (nfe - x.finished_at > s.cache_delay).long().cumprod(1).sum(1)
+    start = P + (cached * s.block_len).clamp(max=s.gen_len)
+    x.fresh = x.fresh & (start == x.start)
+    if s.refresh:
+        x.fresh = x.fresh & (x.age < s.refresh)
+    x.start = start
+
+
+# ------------------------------------------------------------------------------- linear layers for decoding
+PACKED = {}  # address of a layer's `tag` -> its weight in oneDNN's layout, which torch.compile cannot hold
+
+
+def packed_linear(x, tag, bias):
+    return torch.ops.mkldnn._linear_pointwise(x, PACKED[tag.data_ptr()], bias, "none", [], "")
+
+
+# defined by hand: torch.library.custom_op costs as much as a small layer
+LIBRARY = torch.library.Library("nanotraj", "DEF")
+LIBRARY.define("packed_linear(Tensor x, Tensor tag, Tensor? bias) -> Tensor")
+LIBRARY.impl("packed_linear", packed_linear, "CPU")
+torch.library.register_fake("nanotraj::packed_linear",
+                            lambda x, tag, bias: x.new_empty(*x.shape[:-1], len(tag)))
+
+
+class PackedLinear(torch.nn.Module):
+    """A linear layer with fp32 weights as oneDNN reads them fastest: 2 to 4 times MKL's speed on the CPU of
+    BENCH.md. Results differ in rounding only.
+    """
+
+    def __init__(self, weight, bias):
+        super().__init__()
+        self.tag, self.bias = torch.empty(len(weight)), bias
+        PACKED[self.tag.data_ptr()] = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+        weakref.finalize(self, PACKED.pop, self.tag.data_ptr())
+
+    def forward(self, x):
+        return torch.ops.nanotraj.packed_linear(x, self.tag, self.bias)
+
+
+class Int8Linear(torch.nn.Module):
+    """Weights in int8 with one scale per output, computed in the activations' dtype: half of bf16's bytes,
+    for decoding that waits for the memory (batch 1).
+    """
+
+    def __init__(self, weight, bias):
+        super().__init__()
+        self.scale = weight.detach().float().abs().amax(1).clamp(min=1e-12) / 127
+        self.weight, self.bias = (weight.detach() / self.scale[:, None]).round().to(torch.int8), bias
+
+    def forward(self, x):
+        y = F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+        return y if self.bias is None else y + self.bias
+
+
+def with_linear(module, kind):
+    """The same module tree with every linear layer as `kind`, adapters merged; other tensors are shared.
+    The original stays as it is, and may be trained while this copy decodes.
+    """
+    if hasattr(module, "merged"):  # a LoRA adapter
+        module = module.merged() if module.enabled else module
+        return kind(module.weight, module.bias)
+    if isinstance(module, torch.nn.Linear):
+        return kind(module.weight, module.bias)
+    twin = copy.copy(module)
+    twin._modules = {name: with_linear(child, kind) for name, child in module._modules.items()}
+    return twin
+
+
+def for_decoding(model, int8=False):
+    """The model as the decoder runs it: int8 when asked, packed on a CPU that has oneDNN, else as it is."""
+    weight = model.embed.weight
+    if int8:
+        return with_linear(model, Int8Linear)
+    if weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        return with_linear(model, PackedLinear)
+    return model
+
+
+# ------------------------------------------------------------------------------------------- the batch itself
+COMPILE = dict(fullgraph=True, dynamic=False)  # a graph break is an error
 
 
 class Batch:
-    """S rows being decoded.
-    Columns: [padding, prompt | response | one scratch column that nothing ever reads].
-    """
+    """The rows of a batch, the cache, and the host's picture of them as of its last look."""
 
-    def __init__(self, model, prompts, s, n_rows, streams):
-        self.model, self.cfg, self.prompts, self.s, self.streams = model, model.cfg, prompts, s, streams
-        self.dev, self.L = model.embed.weight.device, s.gen_len
-        self.left = reach(s, self.cfg)
-        self.P = max(len(p) for p in prompts) + self.left
-        shape, dev = (n_rows, self.P + self.L + 1), self.dev
-        self.canvas = torch.full(shape, self.cfg.pad_id, device=dev)
-        self.masked = torch.zeros(shape, dtype=torch.bool, device=dev)
-        self.valid = torch.zeros(shape, dtype=torch.bool, device=dev)
-        self.positions = torch.zeros(shape, dtype=torch.long, device=dev)
-        self.order, self.rank = (torch.zeros(shape, dtype=torch.long, device=dev) for _ in range(2))
-        self.conf = torch.ones(shape, device=dev)
-        self.start = torch.zeros(n_rows, dtype=torch.long, device=dev)  # first column of the row's block
-        self.nfe = torch.zeros(n_rows, dtype=torch.long, device=dev)
-        # forwards in this block so far, its masks when it began, and how many blocks were entered
-        self.tries, self.n_block, self.blocks = (torch.zeros_like(self.start) for _ in range(3))
-        # keys and values outside the window are as the cache wants them
-        self.fresh = torch.zeros(n_rows, dtype=torch.bool, device=dev)
-        # multiblock: the forward at which each block was finished; forwards since the last refresh
-        self.finished_at = torch.full((n_rows, -(-self.L // s.block_len)), NEVER, device=dev)
-        self.age = torch.zeros_like(self.start)
-        self.owner, self.gens, self.forwards = [None] * n_rows, [None] * n_rows, 0
-        self.eos = torch.tensor(self.cfg.eos_ids, device=dev)
+    def __init__(self, model, prompts, s, n_rows, streams, compiled=None, sync_every=4, int8=False):
+        self.model, self.prompts, self.s, self.streams = for_decoding(model, int8), prompts, s, streams
+        self.dev, self.sync_every = model.embed.weight.device, sync_every
+        cuda = self.dev.type == "cuda"
+        self.compiled = cuda if compiled is None else compiled
+        T = max(len(p) for p in prompts) + reach(s, model.cfg) + s.gen_len + 1
+        if self.compiled:  # prompts of many lengths, few shapes
+            unit = 64 if cuda else 16
+            T = -(-T // unit) * unit
+        self.P = T - s.gen_len - 1  # where the responses begin
+        empty = Rows.new([prompts[0][:0]] * n_rows, [0] * n_rows, s, model.cfg, self.P, T)
+        empty.masked &= False
+        self.rows = Rows(**{name: t.to(self.dev).clone() for name, t in empty.items()})
         self.cache = None
         if s.cache != "none":
-            self.cache = KVCache(self.cfg, self.valid, self.positions, model.embed.weight.dtype)
+            self.cache = KVCache(model.cfg, self.rows.valid, self.rows.positions, model.embed.weight.dtype)
+        self.owner = [None] * n_rows     # prompt in each row; None: the row is free
+        self.stale = [False] * n_rows    # rows that need a forward over the whole canvas
+        self.start = [self.P] * n_rows   # first column of the row's block
+        self.left = [0] * n_rows         # masks in it
+        self.forwards = self.looks = 0   # what was run; how often the host waited for the device
+        self.step = step
+        if self.compiled:
+            # a graph for every shape and setting; beyond the limit fullgraph=True raises: nothing runs eagerly
+            torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
+            self.step = torch.compile(step, **COMPILE)
+        self.graphs = {} if self.compiled and cuda else None  # (rows, width) -> CUDA graph of the step
 
-    def admit(self, row, index):
-        """Put prompt `index` (None: nothing) into a row."""
-        self.owner[row] = index
-        self.masked[row] = False
-        if index is None:
-            return
-        prompt, P = self.prompts[index].to(self.dev), self.P
-        cols = torch.arange(self.canvas.shape[1], device=self.dev)
-        first = P - len(prompt)
-        self.canvas[row] = self.cfg.pad_id
-        self.canvas[row, first:P], self.canvas[row, P:P + self.L] = prompt, self.cfg.mask_id
-        self.masked[row] = (cols >= P) & (cols < P + self.L)
-        self.valid[row] = (cols >= first) & (cols < P + self.L)
-        self.positions[row] = (cols - first).clamp(min=0)
-        self.order[row], self.rank[row], self.conf[row], self.nfe[row] = 0, 0, 1.0, 0
-        # block-causal blocks count from the row's first real token, so the first one may hold prompt tokens
-        self.start[row] = P - (len(prompt) % self.s.block_len if self.cfg.block_len else 0)
-        self.fresh[row], self.gens[row] = False, row_generator(self.s.seed, self.streams[index])
-        self.tries[row] = self.blocks[row] = self.age[row] = 0
-        self.finished_at[row] = NEVER
+    def busy(self):
+        return any(owner is not None for owner in self.owner)
 
     def finished(self):
-        """Rows with nothing left to reveal (empty rows too)."""
-        return (~self.masked.any(1)).nonzero()[:, 0].tolist()
+        """Look at the device -> [(prompt index, Output)] of the rows that are finished; they are free now."""
+        x, span = self.rows, slice(self.P, self.P + self.s.gen_len)
+        if not self.busy():
+            return []
+        left = x.masked.gather(1, x.window(self.s.block_len)).sum(1)
+        facts = torch.stack([x.masked.any(1), ~x.fresh, x.start, left, x.nfe, x.blocks], 1).int()
+        ids, order, rank = (t[:, span].int() for t in (x.canvas, x.order, x.rank))
+        table = torch.cat([facts, ids, order, rank, x.conf[:, span].view(torch.int32)], 1)
+        table = table.to("cpu")  # one copy: the device is asked once
+        self.looks += 1
+        live, self.stale, self.start, self.left, nfe, blocks = table[:, :6].T.tolist()
+        outs = []
+        for row, index in enumerate(self.owner):
+            if index is not None and not live[row]:
+                ids, order, rank, conf = table[row, 6:].view(4, -1).clone()
+                prefill = len(self.prompts[index]) >= self.s.block_len
+                commits = blocks[row] + prefill if self.s.cache == "exact" else 0
+                outs.append((index, Output(ids.long(), order.long(), rank.long(), conf.view(torch.float32),
+                                           nfe[row], commits)))
+                self.owner[row] = None
+        return outs
 
-    def output(self, row):
-        span = slice(self.P, self.P + self.L)
-        parts = (t[row, span].cpu().clone() for t in (self.canvas, self.order, self.rank, self.conf))
-        prompt = self.prompts[self.owner[row]]
-        commits = int(self.blocks[row]) + (len(prompt) >= self.s.block_len) if self.s.cache == "exact" else 0
-        return Output(*parts, int(self.nfe[row]), commits)
+    def admit(self, places):
+        """places {row: prompt index}: put waiting prompts into free rows."""
+        if not places:
+            return
+        prompts = [self.prompts[i] for i in places.values()]
+        keys = [row_key(self.s.seed, self.streams[i]) for i in places.values()]
+        T, rows = self.rows.canvas.shape[1], torch.tensor(list(places)).to(self.dev, non_blocking=True)
+        new = Rows.new(prompts, keys, self.s, self.model.cfg, self.P, T)
+        for name, t in new.items():
+            getattr(self.rows, name)[rows] = t.to(self.dev, non_blocking=True)
+        for row, index in places.items():
+            partial = len(self.prompts[index]) % self.s.block_len if self.model.cfg.block_len else 0
+            self.owner[row], self.stale[row], self.start[row] = index, True, self.P - partial
+            self.left[row] = min(self.s.block_len - partial, self.s.gen_len)
 
-    def step(self):
-        """One forward for every live row: over the whole canvas where keys must be refreshed, else over a
-        window; under the exact cache, over the last block and the new one where a block begins.
+    def run(self):
+        """Forwards up to the next look. First the rows that need it refresh their keys (one forward over the
+        whole canvas, which also reveals), then all go on in their windows.
         """
-        live, began = self.masked.any(1), self.tries == 0
-        if self.s.cache == "exact":
-            groups = dict(full=~self.fresh, commit=self.fresh & began, window=self.fresh & ~began)
-        else:
-            stale = ~self.fresh if self.cache is not None else torch.ones_like(live)
-            groups = dict(full=stale, window=~stale)
-        for kind, group in groups.items():
-            rows = (group & live).nonzero()[:, 0]
-            if len(rows):
-                self.reveal(rows, self.hidden(rows, kind))
-                self.forwards += 1
+        busy = [row for row, owner in enumerate(self.owner) if owner is not None]
+        if not busy:
+            return
+        stale = busy if self.cache is None else [row for row in busy if self.stale[row]]
+        # what every row can use; the rows with fresh keys have no part in the refresh
+        n = max(self.sync_every, min(self.sure(row) + bool(stale and row not in stale) for row in busy))
+        width = self.width(min(self.start[row] for row in busy))
+        rows = self.numbers(stale) if stale else None
+        for i in range(n):
+            refresh = self.cache is None or (stale and i == 0)
+            self.forward(rows if refresh else None, self.s.width if refresh else width)
 
-    def window(self, rows, width, left=0):
-        """Columns (N, left + width): from `left` before each row's block start;
-        whatever runs past the end lands on the scratch column.
+    def sure(self, row):
+        """Forwards that the row's block certainly takes: the static policy has a fixed trip count."""
+        if self.s.policy != "static" or self.s.early_stop:
+            return 1
+        per_forward = -(-self.s.block_len // self.s.steps) if self.s.steps else self.s.per_step
+        return -(-self.left[row] // per_forward)
+
+    def width(self, start):
+        """Columns of a window, from the block's start on: for the prefix cache those to the end of the canvas
+        for the slowest row, which stands at `start`; by doubling, so that there are few widths.
         """
-        cols = self.start[rows, None] + torch.arange(-left, width, device=self.dev)
-        return cols.clamp(max=self.canvas.shape[1] - 1)
+        K, s = self.s.block_len, self.s
+        if s.cache != "prefix":
+            return K + (s.vicinity if s.cache == "vicinity" else 0)
+        while K < self.P + s.gen_len - start:
+            K *= 2
+        return min(K, s.gen_len + (s.block_len if self.model.cfg.block_len else 0))
 
-    def hidden(self, rows, kind):
-        """Hidden states (N, K, C) of the rows' blocks."""
-        K, canvas, cache = self.s.width, self.canvas[rows], self.s.cache
-        if kind == "full":
-            if self.cache is None:
-                h = self.model.hidden(canvas, valid=self.valid[rows], positions=self.positions[rows])
-            else:
-                cols = torch.arange(canvas.shape[1], device=self.dev).expand(canvas.shape)
-                h = self.model.hidden(canvas, cache=self.cache.select(rows), cols=cols)
-                self.fresh[rows], self.age[rows] = True, 0
-            block = self.window(rows, K)
-            return h.gather(1, block[..., None].expand(-1, -1, h.shape[-1]))
-        left = self.left + (K if kind == "commit" else 0)
-        width = {"prefix": max(K, self.P + self.L - int(self.start[rows].min())),
-                 "vicinity": K + self.s.vicinity}.get(cache, K)
-        cols = self.window(rows, width, left)
-        h = self.model.hidden(canvas.gather(1, cols), cache=self.cache.select(rows), cols=cols)
-        return h[:, left:left + K]
-
-    def noise(self, rows):
-        if self.s.temperature == 0:
-            return None
-        shape = (self.s.width, self.cfg.vocab_size)
-        return torch.stack([torch.rand(shape, generator=self.gens[r]) for r in rows.tolist()]).to(self.dev)
-
-    def reveal(self, rows, h):
-        """Score the rows' blocks, write the chosen tokens, then stop or advance rows that are done."""
-        cols = self.window(rows, self.s.width)
-        masked = self.masked[rows[:, None], cols]
-        token, conf, entropy, score = pick_tokens(self.model.head(h), self.cfg, self.s, self.noise(rows))
-        span = slice(self.P, self.P + self.L)
-        reveal = self.choose(rows, cols, masked, conf, entropy, score)
-        n_known = self.L - self.masked[rows, span].sum(1)
-        # 0, 1, ... within a forward
-        tie = entropy.masked_fill(~reveal, torch.inf).argsort(dim=1, stable=True).argsort(1)
-        r, k = reveal.nonzero(as_tuple=True)
-        where = rows[r], cols[r, k]
-        self.canvas[where], self.conf[where] = token[r, k], conf[r, k]
-        self.order[where], self.rank[where] = self.nfe[rows[r]], n_known[r] + tie[r, k]
-        self.masked[where] = False
-        if self.s.early_stop:
-            self.stop_at_eos(rows)
-        self.nfe[rows] += 1
-        self.tries[rows] += 1
-        self.age[rows] += 1
-        self.advance_multiblock(rows) if self.s.policy == "multiblock" else self.advance(rows)
-
-    def choose(self, rows, cols, masked, conf, entropy, score):
-        """The policy: which positions (N, W) of the windows to reveal."""
-        began, everything = self.tries[rows] == 0, self.masked[rows, self.P:self.P + self.L]
-        if self.s.policy == "multiblock":  # here `blocks` counts the blocks that take part
-            joined = join_block(everything, self.blocks[rows].clamp(min=1), self.s)
-            self.blocks[rows] = torch.where(began, 1, joined)
-            block = (cols - self.P) // self.s.block_len
-            return pick_multiblock(entropy, masked, block, everything, self.blocks[rows], self.s)
-        self.n_block[rows] = torch.where(began, masked.sum(1), self.n_block[rows])
-        self.blocks[rows] += began
-        n = quota(self.s, masked.sum(1), self.n_block[rows], self.tries[rows])
-        return pick_positions(conf, entropy, score, masked, self.s, n)
-
-    def stop_at_eos(self, rows):
-        """Everything before the first EOS revealed:
-        the masked rest becomes EOS at this forward, ranked left to right.
+    def numbers(self, rows):
+        """Row numbers as a tensor whose length is no reason to compile again. For CUDA graphs a power of two
+        of them: one is repeated, and written twice.
         """
-        span = slice(self.P, self.P + self.L)
-        masked = self.masked[rows, span]
-        is_eos = torch.isin(self.canvas[rows, span], self.eos) & ~masked
-        first_eos = torch.where(is_eos.any(1), is_eos.int().argmax(1), self.L)
-        first_masked = torch.where(masked.any(1), masked.int().argmax(1), self.L)
-        fill = masked & (first_eos < first_masked)[:, None]
-        n_known = self.L - masked.sum(1, keepdim=True)
-        r, k = fill.nonzero(as_tuple=True)
-        where = rows[r], k + self.P
-        self.canvas[where], self.order[where] = self.eos[0], self.nfe[rows[r]]
-        self.rank[where] = (n_known + fill.long().cumsum(1) - 1)[r, k]
-        self.masked[where] = False
+        n = len(rows) if self.graphs is None else 1 << (len(rows) - 1).bit_length()
+        numbers = torch.tensor(rows + rows[:1] * (n - len(rows))).to(self.dev, non_blocking=True)
+        if self.compiled and n > 1:
+            torch._dynamo.mark_dynamic(numbers, 0)
+        return numbers
 
-    def advance(self, rows):
-        """Rows whose block is full move on; their keys and values are refreshed by the next forward."""
-        full = ~self.masked[rows[:, None], self.window(rows, self.s.block_len)].any(1)
-        self.start[rows] += full * self.s.block_len
-        self.tries[rows] *= ~full
-        if self.s.cache != "exact":
-            self.fresh[rows] &= ~full
-
-    def advance_multiblock(self, rows):
-        """The window starts behind the leading blocks that were finished `cache_delay` forwards ago; their
-        keys and values are refreshed when it moves.
-        """
-        s, nfe = self.s, self.nfe[rows]
-        left, _ = blocks_left(self.masked[rows, self.P:self.P + self.L], s)
-        done, at = left == 0, self.finished_at[rows]
-        self.finished_at[rows] = torch.where(done & (at == NEVER), (nfe - 1)[:, None], at)
-        cached = (nfe[:, None] - self.finished_at[rows] > s.cache_delay).long().cumprod(1).sum(1)
-        start = self.P + (cached * s.block_len).clamp(max=self.L)
-        self.fresh[rows] &= start == self.start[rows]
-        if s.refresh:
-            self.fresh[rows] &= self.age[rows] < s.refresh
-        self.start[rows] = start
+    def forward(self, rows, width):
+        self.forwards += 1
+        if self.graphs is None:
+            return self.step(self.model, self.rows, self.cache, self.s, self.P, rows, width)
+        key = (None if rows is None else len(rows), width)
+        if key not in self.graphs:  # the first time it is compiled, and warms up
+            self.graphs[key] = None
+            return self.step(self.model, self.rows, self.cache, self.s, self.P, rows, width)
+        if self.graphs[key] is None:
+            graph, kept = torch.cuda.CUDAGraph(), None if rows is None else rows.clone()
+            with torch.cuda.graph(graph):
+                self.step(self.model, self.rows, self.cache, self.s, self.P, kept, width)
+            self.graphs[key] = graph, kept
+        graph, kept = self.graphs[key]
+        if kept is not None:
+            kept.copy_(rows)
+        graph.replay()
 
 
 # --------------------------------------------------------------------------------------------------- terminal

@@ -50,3 +50,14 @@ def any_model(request):
 def prompts_of(lengths, vocab=38, seed=0):
     g = torch.Generator().manual_seed(seed)
     return [torch.randint(0, vocab, (n,), generator=g) for n in lengths]
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The graphs that dynamo captured, counted by the backend that gets them."""
+    import sample
+    torch._dynamo.reset()
+    seen = []
+    monkeypatch.setitem(sample.COMPILE, "backend", lambda gm, inputs: seen.append(gm) or gm.forward)
+    yield seen
+    torch._dynamo.reset()

@@ -1,0 +1,202 @@
+"""The decoder's step under torch.compile: one graph per shape, no recompile, no wait for the device inside.
+CI counts; it never looks at a clock. Most tests let dynamo capture the graphs and run them as they are
+(backend "eager"); inductor's code is run once per family.
+"""
+from contextlib import contextmanager
+
+import pytest
+import torch
+from conftest import CONFIGS, prompts_of, random_model
+from test_sample import same
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sample
+from sample import Batch, generate, reference
+
+SETTINGS = dict(gen_len=12, block_len=4, policy="threshold", threshold=0.5, cache="dual")
+
+
+# ----------------------------------------------------------------------------------------- the same decoding
+@pytest.mark.parametrize("name", ["grouped", "shift", "block", "all"])
+def test_compiled_equals_the_reference(graphs, name):
+    model, prompts = random_model(**CONFIGS[name]), prompts_of([2, 9, 5, 7])
+    cases = [dict(cache="dual"), dict(cache="prefix", policy="factor", threshold=1.0),
+             dict(cache="exact", policy="static", steps=3) if model.cfg.block_len
+             else dict(cache="vicinity", vicinity=3, policy="static", per_step=2),
+             dict(cache="none", policy="entropy", threshold=1.0, temperature=0.7, top_p=0.9)
+             if model.cfg.block_len else dict(cache="prefix", policy="multiblock", threshold=1.0)]
+    for case in cases:
+        settings = {**SETTINGS, **case}
+        outs = generate(model, prompts, batch_size=3, compiled=True, **settings)
+        assert len(graphs) >= 1
+        if settings.get("temperature"):
+            assert all(same(a, b) for a, b in zip(outs, generate(model, prompts, batch_size=3, **settings)))
+            outs, prompts = outs[:1], prompts[:1]  # the reference draws prompt 0's numbers
+        for prompt, out in zip(prompts, outs):
+            assert same(out, reference(model, prompt, **settings)), case
+
+
+@pytest.mark.parametrize("name", ["plain", "shift", "block"])
+def test_inductor_equals_the_reference(name):
+    """The real compiler, one model of each attention pattern."""
+    torch._dynamo.reset()
+    model, prompts = random_model(**CONFIGS[name]), prompts_of([2, 9, 5])
+    settings = {**SETTINGS, "cache": "exact" if model.cfg.block_len else "dual"}
+    outs = generate(model, prompts, compiled=True, **settings)
+    assert all(same(out, reference(model, p, **settings)) for p, out in zip(prompts, outs))
+
+
+# ------------------------------------------------------------------------------------- breaks and recompiles
+def test_no_recompile_after_warm_up(graphs, monkeypatch):
+    model = random_model()
+    warm_up = prompts_of([9, 12, 3, 5, 7])
+    generate(model, warm_up, batch_size=4, compiled=True, **SETTINGS)
+    after_warm_up = len(graphs)
+    assert after_warm_up <= 3  # the window; the refresh of one row; the refresh of several
+    for seed in range(4):  # other lengths, numbers of prompts, paces, rows that are free
+        lengths = torch.randint(1, 13, (4 + 3 * seed,), generator=torch.Generator().manual_seed(seed))
+        prompts = prompts_of(lengths.tolist() + [12], seed=seed)
+        generate(random_model(seed=seed), prompts, batch_size=4, compiled=True, **SETTINGS)
+    assert len(graphs) == after_warm_up
+    # broken: a window up to the end of the canvas, as wide as the slowest row happens to need
+    monkeypatch.setattr(Batch, "width", lambda self, start: self.P + self.s.gen_len - start)
+    generate(model, warm_up, batch_size=4, compiled=True, **SETTINGS)
+    assert len(graphs) > after_warm_up
+
+
+@pytest.mark.parametrize("broken", ["branch", "print"])
+def test_a_graph_break_is_an_error(graphs, monkeypatch, broken):
+    prompts = prompts_of([9, 12])
+    generate(random_model(), prompts, compiled=True, **SETTINGS)  # whole
+    inner = sample.advance
+
+    def advance(x, s):
+        if broken == "print":
+            print("a block may be full")
+        elif x.masked.any():
+            x.nfe = x.nfe + 0
+        inner(x, s)
+    monkeypatch.setattr(sample, "advance", advance)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        generate(random_model(), prompts, compiled=True, **SETTINGS)
+
+
+# -------------------------------------------------------------------------------------------------- syncs
+class Syncs(TorchDispatchMode):
+    """Counts what makes the host wait for a device: reads of values, and shapes that hang on values."""
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name.startswith(self.WAITS) or (name == "index" and any(
+                i is not None and i.dtype == torch.bool for i in args[1])):
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counting_syncs(monkeypatch):
+    """Every wait inside the batch's own methods; tolist, numpy and copies to the CPU bypass the dispatcher on a
+    CPU and are counted by name.
+    """
+    mode = Syncs()
+    for name in ("tolist", "numpy", "cpu"):
+        inner = getattr(torch.Tensor, name)
+
+        def counted(self, *a, inner=inner, **kw):
+            mode.count += mode in torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+            return inner(self, *a, **kw)
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    for name in ("run", "finished", "admit"):
+        def watched(self, *a, inner=getattr(Batch, name)):
+            with mode:
+                return inner(self, *a)
+        monkeypatch.setattr(Batch, name, watched)
+    yield mode
+
+
+def count_syncs(monkeypatch, settings, n_prompts=24):
+    """(waits, forwards) of a run over prompts of mixed lengths."""
+    batches, inner = [], Batch.__init__
+    model, prompts = random_model(), prompts_of([3 + i % 11 for i in range(n_prompts)])
+    with monkeypatch.context() as m, counting_syncs(m) as syncs:
+        m.setattr(Batch, "__init__", lambda self, *a, **kw: batches.append(self) or inner(self, *a, **kw))
+        generate(model, prompts, batch_size=4, **settings)
+    return syncs.count, batches[0].forwards
+
+
+CASES = {"threshold": dict(SETTINGS, early_stop=True), "none": dict(SETTINGS, cache="none"),
+         "prefix": dict(SETTINGS, cache="prefix"), "multiblock": dict(SETTINGS, policy="multiblock",
+                                                                      cache="prefix", threshold=1.0),
+         "static": dict(SETTINGS, policy="static", early_stop=False),
+         "sampling": dict(SETTINGS, temperature=1.0, top_p=0.9, top_k=5)}
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_the_host_waits_once_in_four_forwards(monkeypatch, case):
+    waits, forwards = count_syncs(monkeypatch, CASES[case])
+    assert 0 < waits <= forwards / 4
+
+
+def test_one_token_per_forward_has_a_fixed_trip_count(monkeypatch):
+    settings = dict(SETTINGS, policy="static", early_stop=False, gen_len=32, block_len=16)
+    waits, forwards = count_syncs(monkeypatch, settings, n_prompts=8)
+    assert forwards == 2 * 32 and waits == 2 * 2  # a look when a block is done
+
+
+@pytest.mark.parametrize("broken", ["if", "nonzero", "bool index", "tolist", "sync_every"])
+def test_the_sync_guard_fails_on_broken_copies(monkeypatch, broken):
+    inner, settings = sample.advance, dict(CASES["threshold"])
+
+    def advance(x, s):
+        if broken == "if" and x.masked.any():
+            x.nfe = x.nfe + 0
+        if broken == "nonzero":
+            x.masked.nonzero()
+        if broken == "bool index":
+            x.canvas[x.masked]
+        if broken == "tolist":
+            x.start.tolist()
+        inner(x, s)
+    monkeypatch.setattr(sample, "advance", advance)
+    if broken == "sync_every":
+        settings["sync_every"] = 1
+    waits, forwards = count_syncs(monkeypatch, settings)
+    assert waits > forwards / 4
+
+
+# ------------------------------------------------------------------------------------ layers for decoding
+def test_packed_layers_are_the_same_layers():
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this CPU build of torch has no oneDNN")
+    import lora
+    model = lora.add(random_model(qkv_bias=True), r=4, alpha=8)
+    for _, m in lora.adapters(model):
+        torch.nn.init.normal_(m.lora_B)
+    ids = prompts_of([20])[0][None]
+    fast = sample.for_decoding(model)
+    with torch.no_grad():
+        assert (fast(ids) - model(ids)).abs().max() < 1e-4
+        with lora.off(model):
+            base, fast_base = model(ids), sample.for_decoding(model)(ids)
+        assert (fast_base - base).abs().max() < 1e-4 and (base - model(ids)).abs().max() > 0.1
+    assert fast.embed.weight is model.embed.weight and lora.adapters(model) and not lora.adapters(fast)
+    model.blocks[0].q_proj.weight.data.zero_()  # the copy keeps what it was made from
+    n = len(sample.PACKED)
+    del fast
+    assert len(sample.PACKED) == n - 15  # nothing outlives it
+
+
+def test_int8_layers():
+    """One scale per output: the weights are off by half a step at most, and decoding runs on them."""
+    model = random_model(qkv_bias=True)
+    small = sample.for_decoding(model, int8=True)
+    layer, was = small.blocks[0].q_proj, model.blocks[0].q_proj
+    step = was.weight.abs().amax(1, keepdim=True) / 127
+    back = layer.weight * layer.scale[:, None]
+    assert layer.weight.dtype == torch.int8 and ((back - was.weight).abs() <= step / 2 + 1e-7).all()
+    x = torch.randn(3, was.in_features)
+    assert torch.allclose(layer(x), torch.nn.functional.linear(x, back, was.bias), atol=1e-5)
+    out = generate(model, prompts_of([5]), int8=True, **SETTINGS)[0]
+    assert sorted(out.rank.tolist()) == list(range(12))
