@@ -1,4 +1,4 @@
-"""Decoding: a short reference that reads like the papers, and the batched, block-cached decoder
+"""Decoding: a short reference that reads like the papers, and the compiled, batched, block-cached decoder
 everything runs on.
 
     outs = generate(model, prompts, gen_len=48, block_len=16, policy="threshold", threshold=0.9, cache="dual")
@@ -31,12 +31,17 @@ forwards recompute
 
 `order` is the index of the forward that revealed a position, `rank` breaks ties by predictive entropy (lowest
 first), `nfe` counts the forwards spent on a row, refreshes included.
+
+Read `reference` first: the oracle. The batched decoder is one function of tensors, `step`, and a host loop,
+`Batch`. A step is one forward and what it reveals, for all rows at once: shapes are fixed, nothing is read by
+the host, so that it can be compiled, and captured as a CUDA graph. The host looks at the device once in
+`sync_every` steps: finished rows leave, waiting prompts take their places, and rows whose block is full get
+the forward that refreshes their keys.
 """
 import argparse
-import copy
 import json
 import os
-import weakref
+import time
 from collections import deque
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -46,6 +51,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from layers import for_decoding
 from model import (KVCache, UserError, attention_mask, default_device, family_of, load, n_content,
                    rope_angles, run_cli)
 
@@ -189,10 +195,12 @@ def place_of(value, among):
     return (among[:, None, :] & ((a < b) | (a == b) & (at[None, :] < at[:, None]))).sum(-1)
 
 
-def pick_positions(conf, entropy, score, masked, s, n=None):
-    """Which masked positions to reveal: (B, K) bool. n (B,): the quota of static and dream [per_step].
+def pick_positions(conf, entropy, score, masked, s, n=None, threshold=None):
+    """Which masked positions to reveal: (B, K) bool. n (B,): the quota of static and dream [per_step];
+    threshold (B, 1) [s.threshold].
     Other policies reveal at least one per row that has any; ties go left to right.
     """
+    threshold = s.threshold if threshold is None else threshold
     if s.policy == "entropy":
         score = -entropy
     elif s.policy in ("threshold", "factor"):
@@ -201,11 +209,11 @@ def pick_positions(conf, entropy, score, masked, s, n=None):
     if s.policy in ("static", "dream"):
         keep = place < (s.per_step if n is None else n[:, None])
     elif s.policy == "threshold":
-        keep = (conf >= s.threshold) | (place == 0)
+        keep = (conf >= threshold) | (place == 0)
     elif s.policy == "entropy":
-        keep = (entropy < s.threshold) | (place == 0)
+        keep = (entropy < threshold) | (place == 0)
     else:  # the n-th best (n = place + 1) passes if c_n >= 1 - f / (n + 1); n is the largest that passes
-        passes = masked & (conf >= 1 - s.threshold / (place + 2))
+        passes = masked & (conf >= 1 - threshold / (place + 2))
         n, n_masked = torch.where(passes, place + 1, 1).amax(-1, keepdim=True), masked.sum(-1, keepdim=True)
         # the published code never leaves a single one
         keep = place < torch.where(n == n_masked - 1, n_masked, n)
@@ -228,14 +236,15 @@ def join_block(masked, n_blocks, s):
     return (n_blocks + (revealed >= min(s.block_add, 1.0))).clamp(max=left.shape[1])
 
 
-def pick_multiblock(entropy, masked, block, masked_all, n_blocks, s):
+def pick_multiblock(entropy, masked, block, masked_all, n_blocks, s, threshold=None):
     """Which positions of a window the multiblock policy reveals: (B, W) bool.
-    entropy, masked (B, W); block (B, W) int64, the block a position is in; masked_all (B, L); n_blocks (B,).
+    entropy, masked (B, W); block (B, W) int64, the block a position is in; masked_all (B, L); n_blocks (B,);
+    threshold (B, 1) [s.threshold].
     """
     left, size = blocks_left(masked_all, s)
     revealed = (size - left) / size
     open_ = masked & (block < n_blocks[:, None])
-    reveal = open_ & (entropy < s.threshold)
+    reveal = open_ & (entropy < (s.threshold if threshold is None else threshold))
     lowest = entropy.masked_fill(~open_, torch.inf).argmin(1, keepdim=True)
     none = open_.any(1) & ~reveal.any(1)
     reveal = reveal.scatter(1, lowest, reveal.gather(1, lowest) | none[:, None])
@@ -410,8 +419,15 @@ def stream(model, prompts, batch_size=32, progress=False, streams=None, compiled
     prompts = [p.cpu() for p in prompts]
     streams = range(len(prompts)) if streams is None else streams
     batch = Batch(model, prompts, s, min(batch_size, len(prompts)), streams, compiled, sync_every, int8)
-    waiting, n_tokens, n_forwards = deque(range(len(prompts))), 0, 0
-    bar = tqdm(total=len(prompts), unit="sample", desc="decode", disable=not progress, smoothing=0)
+    yield from decode(batch, progress)
+
+
+@torch.no_grad()
+def decode(batch, progress=False):
+    """Run a batch over all of its prompts -> (prompt index, Output) as they finish."""
+    waiting, n_tokens, n_forwards = deque(range(len(batch.prompts))), 0, 0
+    began = time.perf_counter()
+    bar = tqdm(total=len(waiting), unit="sample", desc="decode", disable=not progress, smoothing=0)
     while True:
         finished = batch.finished()  # the one place where the host waits for the device
         free = [row for row, owner in enumerate(batch.owner) if owner is None][:len(waiting)]
@@ -419,9 +435,10 @@ def stream(model, prompts, batch_size=32, progress=False, streams=None, compiled
         batch.run()  # the device is busy while the finished ones are looked at
         for i, out in finished:
             check_finite(out, i)
-            n_tokens, n_forwards = n_tokens + out.n_tokens(model.cfg.eos_ids), n_forwards + out.nfe
+            n_tokens, n_forwards = n_tokens + out.n_tokens(batch.model.cfg.eos_ids), n_forwards + out.nfe
             bar.update()
-            bar.set_postfix_str(f"TPF {n_tokens / max(1, n_forwards):.2f}", refresh=False)
+            bar.set_postfix_str(f"{n_tokens / (time.perf_counter() - began):.0f} tok/s, "
+                                f"TPF {n_tokens / n_forwards:.2f}", refresh=False)
             yield i, out
         if not batch.busy():
             break
@@ -466,6 +483,7 @@ class Rows:
     valid: torch.Tensor        # (R, T) bool, prompt and response
     positions: torch.Tensor    # (R, T) int64, from the first prompt token
     key: torch.Tensor          # (R,) int64, of its random numbers
+    threshold: torch.Tensor    # (R, 1) fp32; a tensor, so that a curve over thresholds compiles once
     # what a forward changes
     canvas: torch.Tensor       # (R, T) int64, the tokens
     masked: torch.Tensor       # (R, T) bool
@@ -493,7 +511,8 @@ class Rows:
         # block-causal blocks count from the first prompt token, so the first one may hold prompt tokens
         start = P - ((P - first[:, 0]) % s.block_len if cfg.block_len else zero)
         return Rows(valid=(cols >= first) & (cols < P + L), positions=(cols - first).clamp(min=0),
-                    key=torch.tensor(keys), canvas=canvas, masked=(cols >= P) & (cols < P + L),
+                    key=torch.tensor(keys), threshold=torch.full((R, 1), float(s.threshold)),
+                    canvas=canvas, masked=(cols >= P) & (cols < P + L),
                     order=torch.zeros(R, T, dtype=torch.long), rank=torch.zeros(R, T, dtype=torch.long),
                     conf=torch.ones(R, T), start=start, nfe=zero, tries=zero, n_block=zero, blocks=zero,
                     fresh=zero > 0, age=zero, finished_at=torch.full((R, -(-L // s.block_len)), NEVER))
@@ -572,10 +591,11 @@ def choose(x, s, P, cols, masked, conf, entropy, score):
     began, everything = x.tries == 0, x.masked[:, P:P + s.gen_len]
     if s.policy == "multiblock":
         x.blocks = torch.where(began, 1, join_block(everything, x.blocks.clamp(min=1), s))
-        return pick_multiblock(entropy, masked, (cols - P) // s.block_len, everything, x.blocks, s)
+        block = (cols - P) // s.block_len
+        return pick_multiblock(entropy, masked, block, everything, x.blocks, s, x.threshold)
     x.n_block, x.blocks = torch.where(began, masked.sum(1), x.n_block), x.blocks + began
     n = quota(s, masked.sum(1), x.n_block, x.tries)
-    return pick_positions(conf, entropy, score, masked, s, n)
+    return pick_positions(conf, entropy, score, masked, s, n, x.threshold)
 
 
 def stop_at_eos(x, span, eos_ids):
@@ -615,77 +635,6 @@ def advance_multiblock(x, s, P):
     x.start = start
 
 
-# ------------------------------------------------------------------------------- linear layers for decoding
-PACKED = {}  # address of a layer's `tag` -> its weight in oneDNN's layout, which torch.compile cannot hold
-
-
-def packed_linear(x, tag, bias):
-    return torch.ops.mkldnn._linear_pointwise(x, PACKED[tag.data_ptr()], bias, "none", [], "")
-
-
-# defined by hand: torch.library.custom_op costs as much as a small layer
-LIBRARY = torch.library.Library("nanotraj", "DEF")
-LIBRARY.define("packed_linear(Tensor x, Tensor tag, Tensor? bias) -> Tensor")
-LIBRARY.impl("packed_linear", packed_linear, "CPU")
-torch.library.register_fake("nanotraj::packed_linear",
-                            lambda x, tag, bias: x.new_empty(*x.shape[:-1], len(tag)))
-
-
-class PackedLinear(torch.nn.Module):
-    """A linear layer with fp32 weights as oneDNN reads them fastest: 2 to 4 times MKL's speed on the CPU of
-    BENCH.md. Results differ in rounding only.
-    """
-
-    def __init__(self, weight, bias):
-        super().__init__()
-        self.tag, self.bias = torch.empty(len(weight)), bias
-        PACKED[self.tag.data_ptr()] = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-        weakref.finalize(self, PACKED.pop, self.tag.data_ptr())
-
-    def forward(self, x):
-        return torch.ops.nanotraj.packed_linear(x, self.tag, self.bias)
-
-
-class Int8Linear(torch.nn.Module):
-    """Weights in int8 with one scale per output, computed in the activations' dtype: half of bf16's bytes,
-    for decoding that waits for the memory (batch 1).
-    """
-
-    def __init__(self, weight, bias):
-        super().__init__()
-        self.scale = weight.detach().float().abs().amax(1).clamp(min=1e-12) / 127
-        self.weight, self.bias = (weight.detach() / self.scale[:, None]).round().to(torch.int8), bias
-
-    def forward(self, x):
-        y = F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
-        return y if self.bias is None else y + self.bias
-
-
-def with_linear(module, kind):
-    """The same module tree with every linear layer as `kind`, adapters merged; other tensors are shared.
-    The original stays as it is, and may be trained while this copy decodes.
-    """
-    if hasattr(module, "merged"):  # a LoRA adapter
-        module = module.merged() if module.enabled else module
-        return kind(module.weight, module.bias)
-    if isinstance(module, torch.nn.Linear):
-        return kind(module.weight, module.bias)
-    twin = copy.copy(module)
-    twin._modules = {name: with_linear(child, kind) for name, child in module._modules.items()}
-    return twin
-
-
-def for_decoding(model, int8=False):
-    """The model as the decoder runs it: int8 when asked, packed on a CPU that has oneDNN, else as it is."""
-    weight = model.embed.weight
-    if int8:
-        return with_linear(model, Int8Linear)
-    if weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        return with_linear(model, PackedLinear)
-    return model
-
-
-# ------------------------------------------------------------------------------------------- the batch itself
 COMPILE = dict(fullgraph=True, dynamic=False)  # a graph break is an error
 
 
@@ -694,7 +643,7 @@ class Batch:
 
     def __init__(self, model, prompts, s, n_rows, streams, compiled=None, sync_every=4, int8=False):
         self.model, self.prompts, self.s, self.streams = for_decoding(model, int8), prompts, s, streams
-        self.dev, self.sync_every = model.embed.weight.device, sync_every
+        self.dev, self.sync_every, self.int8 = model.embed.weight.device, sync_every, int8
         cuda = self.dev.type == "cuda"
         self.compiled = cuda if compiled is None else compiled
         T = max(len(p) for p in prompts) + reach(s, model.cfg) + s.gen_len + 1
@@ -715,7 +664,7 @@ class Batch:
         self.forwards = self.looks = 0   # what was run; how often the host waited for the device
         self.step = step
         if self.compiled:
-            # a graph for every shape and setting; beyond the limit fullgraph=True raises: nothing runs eagerly
+            # a graph for every shape and setting; beyond the limit fullgraph=True raises
             torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
             self.step = torch.compile(step, **COMPILE)
         self.graphs = {} if self.compiled and cuda else None  # (rows, width) -> CUDA graph of the step
@@ -876,11 +825,11 @@ def picture(out, path, title=""):
 
 
 # --------------------------------------------------------------------------------------------------- commands
-def decode_one(model, tok, args, settings):
+def decode_one(model, tok, args, settings, how):
     """--prompt: one prompt, shown and drawn as asked."""
     import data
     prompt = args.prompt or data.load_problems("tiny", "test", 1)[0]["prompt"]
-    out = generate(model, [tok.prompt_ids(prompt)], **settings)[0]
+    out = generate(model, [tok.prompt_ids(prompt)], **how, **settings)[0]
     n = out.n_tokens(model.cfg.eos_ids)
     print(f"prompt   {prompt}")
     if args.show:
@@ -912,14 +861,15 @@ def read_prompts(source):
     return rows
 
 
-def decode_file(model, tok, args, settings):
+def decode_file(model, tok, args, settings, how):
     """--prompts: one line per finished prompt is appended to --to; the same command continues an interrupted
     run. A file that holds anything else is refused.
     """
     import data
     source, to = Path(args.prompts), Path(args.to or Path(args.prompts).with_suffix(".responses.jsonl"))
     rows = read_prompts(source)
-    made_by = dict(model=str(args.model), revision=model.revision, adapter=args.adapter, decoding=settings)
+    made_by = dict(model=str(args.model), revision=model.revision, adapter=args.adapter, decoding=settings,
+                   int8=args.int8)
     done = data.read_jsonl(to, tolerant=True) if to.exists() else []
     prompt_of = {r["id"]: r["prompt"] for r in rows}
     for r in done:
@@ -932,7 +882,8 @@ def decode_file(model, tok, args, settings):
     todo = [i for i, r in enumerate(rows) if r["id"] not in finished]
     with open(to, "a") as f:
         prompts = [tok.prompt_ids(rows[i]["prompt"]) for i in todo]
-        for n, out in stream(model, prompts, args.batch_size, progress=True, streams=todo, **settings):
+        for n, out in stream(model, prompts, args.batch_size, progress=True, streams=todo, **how,
+                             **settings):
             k = out.n_tokens(model.cfg.eos_ids)
             f.write(json.dumps(dict(rows[todo[n]], response=tok.decode(out.ids[:k].tolist()), tokens=k,
                                     nfe=out.nfe, **made_by)) + "\n")
@@ -940,7 +891,7 @@ def decode_file(model, tok, args, settings):
     print(f"{len(todo)} responses written to {to}" + (f", {len(done)} were there" if done else ""))
 
 
-def interactive(model, tok, settings):
+def interactive(model, tok, settings, how):
     """--interactive: a prompt per line; an empty line or end of file ends."""
     while True:
         try:
@@ -950,7 +901,7 @@ def interactive(model, tok, settings):
         if not line:
             return
         try:
-            out = generate(model, [tok.prompt_ids(line)], **settings)[0]
+            out = generate(model, [tok.prompt_ids(line)], **how, **settings)[0]
         except UserError as e:  # a prompt too long: the next one may fit
             print(f"error: {e}")
             continue
@@ -975,6 +926,15 @@ def main():
     ap.add_argument("--to", help="responses of --prompts [FILE.responses.jsonl]")
     ap.add_argument("--batch_size", type=int, default=32, help="prompts decoded at once [32]")
     ap.add_argument("--interactive", action="store_true", help="read prompts from the terminal")
+    ap.add_argument("--compiled", action=argparse.BooleanOptionalAction, help="torch.compile [on a GPU]")
+    ap.add_argument("--sync_every", type=int, default=4,
+                    help="forwards between two looks of the host at the device [4]")
+    ap.add_argument("--int8", action="store_true", help="weights in 8 bits: faster at batch 1 on a GPU")
+    ap.add_argument("--bench", nargs="?", const="", metavar="SHAPE",
+                    help="measure --model, or random weights in the shape of llada-8b, dream-7b, sdar-4b, "
+                    "llada-60m")
+    ap.add_argument("--prompt_len", type=int, default=128, help="of --bench's random prompts [128]")
+    ap.add_argument("--profile", action="store_true", help="with --bench: where the time goes")
     for f in fields(Decoding):
         kw = dict(default=argparse.SUPPRESS, help=f"[{f.default}]")
         if isinstance(f.default, bool):
@@ -983,7 +943,11 @@ def main():
             choices = get_args(get_type_hints(Decoding)[f.name]) or None
             ap.add_argument("--" + f.name, type=type(f.default), choices=choices, **kw)
     args = ap.parse_args()
-    family = family_of(args.model, args.revision)
+    if args.bench:
+        import bench
+        family = bench.shape(args.bench).family
+    else:
+        family = family_of(args.model, args.revision)
     family_defaults = {"tiny": data.TINY_DECODING, "sdar": dict(block_len=4, cache="exact")}.get(family, {})
     given = {f.name: getattr(args, f.name) for f in fields(Decoding) if hasattr(args, f.name)}
     settings = vars(Decoding(**{**family_defaults, **given}))
@@ -992,18 +956,25 @@ def main():
             raise UserError(f"no directory {Path(path).parent} to write {path} to")
     if args.picture and not args.picture.endswith(".png"):
         raise UserError(f"--picture {args.picture}: give a name that ends with .png")
-    if args.batch_size < 1:
-        raise UserError(f"--batch_size is {args.batch_size}: it must be at least 1")
-    model = load(args.model, *default_device(), args.revision)
+    for name in ("batch_size", "sync_every", "prompt_len"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} is {getattr(args, name)}: it must be at least 1")
+
+    def load_model():
+        model = load(args.model, *default_device(), args.revision)
+        return lora.load(model, args.adapter) if args.adapter else model
+    if args.bench is not None:
+        import bench
+        return bench.main(args, settings, load_model)
+    model = load_model()
     tok = data.load_tokenizer(args.model, args.revision)
-    if args.adapter:
-        lora.load(model, args.adapter)
+    how = dict(compiled=args.compiled, sync_every=args.sync_every, int8=args.int8)
     if args.interactive:
-        interactive(model, tok, settings)
+        interactive(model, tok, settings, how)
     elif args.prompts:
-        decode_file(model, tok, args, settings)
+        decode_file(model, tok, args, settings, how)
     else:
-        decode_one(model, tok, args, settings)
+        decode_one(model, tok, args, settings, how)
 
 
 if __name__ == "__main__":

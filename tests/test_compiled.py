@@ -10,6 +10,7 @@ from conftest import CONFIGS, prompts_of, random_model
 from test_sample import same
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import layers
 import sample
 from sample import Batch, generate, reference
 
@@ -56,7 +57,8 @@ def test_no_recompile_after_warm_up(graphs, monkeypatch):
     for seed in range(4):  # other lengths, numbers of prompts, paces, rows that are free
         lengths = torch.randint(1, 13, (4 + 3 * seed,), generator=torch.Generator().manual_seed(seed))
         prompts = prompts_of(lengths.tolist() + [12], seed=seed)
-        generate(random_model(seed=seed), prompts, batch_size=4, compiled=True, **SETTINGS)
+        settings = {**SETTINGS, "threshold": 0.4 + 0.1 * seed, "seed": seed}
+        generate(random_model(seed=seed), prompts, batch_size=4, compiled=True, **settings)
     assert len(graphs) == after_warm_up
     # broken: a window up to the end of the canvas, as wide as the slowest row happens to need
     monkeypatch.setattr(Batch, "width", lambda self, start: self.P + self.s.gen_len - start)
@@ -97,8 +99,8 @@ class Syncs(TorchDispatchMode):
 
 @contextmanager
 def counting_syncs(monkeypatch):
-    """Every wait inside the batch's own methods; tolist, numpy and copies to the CPU bypass the dispatcher on a
-    CPU and are counted by name.
+    """Every wait inside the batch's own methods; tolist, numpy and copies to the CPU bypass the dispatcher on
+    a CPU and are counted by name.
     """
     mode = Syncs()
     for name in ("tolist", "numpy", "cpu"):
@@ -173,25 +175,25 @@ def test_packed_layers_are_the_same_layers():
     import lora
     model = lora.add(random_model(qkv_bias=True), r=4, alpha=8)
     for _, m in lora.adapters(model):
-        torch.nn.init.normal_(m.lora_B)
+        torch.nn.init.normal_(m.lora_B, std=0.1)
     ids = prompts_of([20])[0][None]
-    fast = sample.for_decoding(model)
+    fast = layers.for_decoding(model)
     with torch.no_grad():
-        assert (fast(ids) - model(ids)).abs().max() < 1e-4
+        assert (fast(ids) - model(ids)).abs().max() < 1e-3
         with lora.off(model):
-            base, fast_base = model(ids), sample.for_decoding(model)(ids)
-        assert (fast_base - base).abs().max() < 1e-4 and (base - model(ids)).abs().max() > 0.1
+            base, fast_base = model(ids), layers.for_decoding(model)(ids)
+        assert (fast_base - base).abs().max() < 1e-3 and (base - model(ids)).abs().max() > 0.1
     assert fast.embed.weight is model.embed.weight and lora.adapters(model) and not lora.adapters(fast)
     model.blocks[0].q_proj.weight.data.zero_()  # the copy keeps what it was made from
-    n = len(sample.PACKED)
+    n = len(layers.PACKED)
     del fast
-    assert len(sample.PACKED) == n - 15  # nothing outlives it
+    assert len(layers.PACKED) == n - 15  # nothing outlives it
 
 
 def test_int8_layers():
     """One scale per output: the weights are off by half a step at most, and decoding runs on them."""
     model = random_model(qkv_bias=True)
-    small = sample.for_decoding(model, int8=True)
+    small = layers.for_decoding(model, int8=True)
     layer, was = small.blocks[0].q_proj, model.blocks[0].q_proj
     step = was.weight.abs().amax(1, keepdim=True) / 127
     back = layer.weight * layer.scale[:, None]

@@ -5,33 +5,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checkpoints import raw_config
+from conftest import prompts_of
 
+import bench
 import lora
 import model as nt_model
+import sample
 
-SHAPES = {  # what differs from the small configs of checkpoints.py; MODELS' public config.json files
-    "LLaDA-8B": ("llada", dict(d_model=4096, n_heads=32, n_kv_heads=32, n_layers=32, mlp_hidden_size=12288,
-                               embedding_size=126464, vocab_size=126464, max_sequence_length=4096)),
-    "Dream-7B": ("dream", dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944,
-                               num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4)),
-    "SDAR-4B": ("sdar", dict(vocab_size=151936, hidden_size=2560, intermediate_size=9728,
-                             num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
-                             head_dim=128)),
-    "small": ("llada", {}),
-}
-PARAMETERS = {"LLaDA-8B": 8_015_581_184, "Dream-7B": 7_615_616_512, "SDAR-4B": 4_411_424_256}
-
-
-def random_weights(shape, device):
-    """A model of a real shape, bf16, built on the meta device and filled on `device`."""
-    family, facts = SHAPES[shape]
-    with torch.device("meta"):
-        model = nt_model.Transformer(nt_model.config_from_json(raw_config(family, **facts))).bfloat16()
-    model = model.to_empty(device=device).eval()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.fill_(1) if name.endswith("norm.weight") else p.normal_(std=0.02)
-    return model
+PARAMETERS = {"llada-8b": 8_015_581_184, "dream-7b": 7_615_616_512, "sdar-4b": 4_411_424_256}
+cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 def milliseconds(call, device, n=5):
@@ -47,9 +29,8 @@ def milliseconds(call, device, n=5):
     return 1000 * (time.perf_counter() - began) / n
 
 
-def forward_and_lora_step(shape, device, length=512):
+def forward_and_lora_step(model, device, length=512):
     """-> ms of a forward (batch 1), ms of a LoRA step (r = 128, all matrices, batch 1), finite logits?"""
-    model = random_weights(shape, device)
     ids = torch.randint(0, 250, (1, length), device=device)
     with torch.no_grad():
         finite = bool(model(ids).isfinite().all())
@@ -65,24 +46,73 @@ def forward_and_lora_step(shape, device, length=512):
         opt.zero_grad()
     step_ms = milliseconds(step, device)
     assert all(p.isfinite().all() for p in params) and any(m.lora_B.any() for _, m in lora.adapters(model))
-    return model, forward_ms, step_ms, finite
+    return forward_ms, step_ms, finite
+
+
+def small_model(family="llada", **kw):
+    return bench.random_weights(nt_model.config_from_json(raw_config(family)), std=0.3, **kw)
 
 
 def test_the_measurement_itself_on_a_cpu():
-    _, forward_ms, step_ms, finite = forward_and_lora_step("small", "cpu", length=32)
+    forward_ms, step_ms, finite = forward_and_lora_step(small_model(), "cpu", length=32)
     assert finite and forward_ms > 0 and step_ms > 0
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("shape", ["LLaDA-8B", "Dream-7B", "SDAR-4B"])
-def test_real_shapes_forward_and_lora_step(shape):
-    torch.cuda.reset_peak_memory_stats()
-    model, forward_ms, step_ms, finite = forward_and_lora_step(shape, "cuda")
-    base = sum(p.numel() for n, p in model.named_parameters() if "lora" not in n)
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    print(f"\n| {shape} | {torch.cuda.get_device_name()} | bf16, 1 x 512 | forward {forward_ms:.1f} ms "
-          f"| LoRA step {step_ms:.1f} ms | peak {peak:.1f} GiB |")
-    assert base == PARAMETERS[shape] and finite
-    del model
-    torch.cuda.empty_cache()
+def test_the_shapes_have_the_real_parameter_counts():
+    for name, n in PARAMETERS.items():
+        with torch.device("meta"):
+            model = nt_model.Transformer(bench.SHAPES[name])
+        assert sum(p.numel() for p in model.parameters()) == n
+
+
+class TestOnAGpu:
+    pytestmark = cuda
+
+    @pytest.mark.parametrize("shape", list(PARAMETERS))
+    def test_real_shapes_forward_and_lora_step(self, shape):
+        torch.cuda.reset_peak_memory_stats()
+        model = bench.random_weights(bench.SHAPES[shape], "cuda", torch.bfloat16)
+        forward_ms, step_ms, finite = forward_and_lora_step(model, "cuda")
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        print(f"\n| {shape} | {torch.cuda.get_device_name()} | bf16, 1 x 512 | forward {forward_ms:.1f} ms "
+              f"| LoRA step {step_ms:.1f} ms | peak {peak:.1f} GiB |")
+        assert finite
+        del model
+        torch.cuda.empty_cache()
+
+    @pytest.mark.parametrize("family", ["llada", "dream", "sdar"])
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_decodes_as_on_a_cpu(self, family, compiled):
+        """Eager, and compiled with CUDA graphs: ids, order and nfe of the CPU's reference in fp32."""
+        torch.backends.cuda.matmul.allow_tf32 = False
+        own = "exact" if family == "sdar" else "dual"
+        cases = [dict(cache=own), dict(cache="prefix"), dict(cache="none"),
+                 dict(cache="dual", policy="static", per_step=1, early_stop=False)]
+        cpu, gpu = small_model(family), small_model(family).cuda()
+        gpu.load_state_dict(cpu.state_dict())
+        prompts = prompts_of([3, 17, 9, 30, 5], vocab=250)
+        for case in cases:
+            settings = dict(gen_len=24, block_len=8, policy="threshold", threshold=0.5) | case
+            outs = sample.generate(gpu, prompts, batch_size=3, compiled=compiled, **settings)
+            for prompt, out in zip(prompts, outs):
+                ref = sample.reference(cpu, prompt, **settings)
+                assert torch.equal(out.ids, ref.ids) and torch.equal(out.order, ref.order), case
+
+    def test_no_host_sync_between_two_looks(self):
+        """CUDA's sync debug mode raises on any wait inside run(), once all is compiled and captured."""
+        model, s = small_model().cuda(), sample.Decoding(gen_len=32, block_len=8, cache="dual", threshold=0.5)
+        prompts = prompts_of([9] * 32, vocab=250)
+        batch, inner = sample.Batch(model, prompts, s, 8, range(32)), sample.Batch.run
+        captured = []
+
+        def run(self):
+            strict = bool(self.graphs) and all(self.graphs.values())
+            captured.append(strict)
+            torch.cuda.set_sync_debug_mode("error" if strict else "default")
+            try:
+                inner(self)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        batch.run = lambda: run(batch)
+        assert len(list(sample.decode(batch))) == 32
+        assert sum(captured) > 2 and batch.looks <= batch.forwards / 4

@@ -105,7 +105,7 @@ def test_interactive_and_picture(tmp_path, monkeypatch, capsys):
     prompts = [p["prompt"] for p in data.load_problems("tiny", "dev", 2)]
     answers = iter([prompts[0], "ball " * 300, prompts[1], ""])
     monkeypatch.setattr("builtins.input", lambda _: next(answers))
-    sample.interactive(TINY, TOK, dict(SETTINGS, cache="none"))
+    sample.interactive(TINY, TOK, dict(SETTINGS, cache="none"), {})
     said = capsys.readouterr().out
     assert said.count("####") == 2 and said.count("tokens in") == 2 and "exceeds the model's" in said
     out = generate(TINY, [TOK.prompt_ids(prompts[0])], **SETTINGS)[0]
@@ -151,3 +151,13 @@ def test_trims_baseline_in_small(tmp_path):
     assert tuned.returncode == 0 and (tmp_path / "sft/adapter/adapter_config.json").exists(), tuned.stderr
     refused = run(tmp_path, "trims.py", "--trajectory_share", "0.5", "--out", "x")
     assert refused.returncode == 2 and "only 0" in refused.stderr
+
+
+def test_bench_prints_what_was_measured_and_json(tmp_path):
+    ok = run(tmp_path, "sample.py", "--bench", "--batch_size", "2", "--gen_len", "16", "--policy", "static",
+             "--no-early_stop", "--cache", "dual", "--profile")
+    facts = json.loads(ok.stdout.splitlines()[-1])
+    assert ok.returncode == 0 and facts["nfe"] == 32 and facts["forwards"] == 16 and facts["tpf"] == 1
+    assert facts["reference_nfe"] == 16 and facts["tok_per_s"] > 0 and "aten::" in ok.stdout
+    bad = run(tmp_path, "sample.py", "--bench", "llada-9b")
+    assert bad.returncode == 2 and "llada-8b" in bad.stderr

@@ -1,0 +1,79 @@
+"""Linear layers as the decoder runs them: packed for oneDNN on a CPU, or in int8. Training never sees them.
+
+    fast = for_decoding(model)    # the model itself where there is nothing to gain
+"""
+import copy
+import weakref
+
+import torch
+import torch.nn.functional as F
+
+PACKED = {}  # address of a layer's `tag` -> its weight in oneDNN's layout, which torch.compile cannot hold
+
+
+def packed_linear(x, tag, bias):
+    return torch.ops.mkldnn._linear_pointwise(x, PACKED[tag.data_ptr()], bias, "none", [], "")
+
+
+# defined by hand: torch.library.custom_op costs as much as a small layer
+LIBRARY = torch.library.Library("nanotraj", "DEF")
+LIBRARY.define("packed_linear(Tensor x, Tensor tag, Tensor? bias) -> Tensor")
+LIBRARY.impl("packed_linear", packed_linear, "CPU")
+torch.library.register_fake("nanotraj::packed_linear",
+                            lambda x, tag, bias: x.new_empty(*x.shape[:-1], len(tag)))
+
+
+class PackedLinear(torch.nn.Module):
+    """A linear layer with fp32 weights as oneDNN reads them fastest: 2 to 4 times MKL's speed on the CPU of
+    BENCH.md. Results differ in rounding only.
+    """
+
+    def __init__(self, weight, bias):
+        super().__init__()
+        self.tag, self.bias = torch.empty(len(weight)), bias
+        PACKED[self.tag.data_ptr()] = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+        weakref.finalize(self, PACKED.pop, self.tag.data_ptr())
+
+    def forward(self, x):
+        return torch.ops.nanotraj.packed_linear(x, self.tag, self.bias)
+
+
+class Int8Linear(torch.nn.Module):
+    """Weights in int8 with one scale per output, computed in the activations' dtype: half of bf16's bytes,
+    for decoding that waits for the memory (batch 1).
+    """
+
+    def __init__(self, weight, bias):
+        super().__init__()
+        self.scale = weight.detach().float().abs().amax(1).clamp(min=1e-12) / 127
+        self.weight, self.bias = (weight.detach() / self.scale[:, None]).round().to(torch.int8), bias
+
+    def forward(self, x):
+        y = F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+        return y if self.bias is None else y + self.bias
+
+
+def with_linear(module, kind):
+    """The same module tree with every linear layer as `kind`, adapters merged; other tensors are shared.
+    The original stays as it is, and may be trained while this copy decodes.
+    """
+    if hasattr(module, "merged"):  # a LoRA adapter
+        module = module.merged() if module.enabled else module
+        return kind(module.weight, module.bias)
+    if isinstance(module, torch.nn.Linear):
+        return kind(module.weight, module.bias)
+    twin = copy.copy(module)
+    twin._modules = {name: with_linear(child, kind) for name, child in module._modules.items()}
+    return twin
+
+
+def for_decoding(model, int8=False):
+    """The model as the decoder runs it: int8 when asked, packed on a CPU that has oneDNN, else as it is."""
+    if int8:
+        return with_linear(model, Int8Linear)
+    return with_linear(model, PackedLinear) if can_pack(model.embed.weight) else model
+
+
+def can_pack(weight):
+    return (weight.device.type == "cpu" and weight.dtype == torch.float32
+            and torch.backends.mkldnn.is_available())
