@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 HERE = Path(__file__).resolve().parent
 
@@ -402,6 +403,19 @@ class Transformer(nn.Module):
     def forward(self, ids, valid=None, **kw):
         """ids (B, T) -> logits (B, T, V); logits[:, i] scores token i. See hidden()."""
         return self.head(self.hidden(ids, valid, **kw))
+
+
+def by_chunks(terms, n_vocab, *rows, chunk_bytes=2**26):
+    """terms(*rows) for functions of rows that go through logits: rows (N, ...) -> (N, ...), chunk by chunk.
+
+    A chunk holds chunk_bytes of fp32 logits; it is computed again in the backward pass, so that no more than
+    one chunk's logits exist at once instead of (N, V). The values are those of one call, row by row.
+    """
+    n, N = max(1, chunk_bytes // (4 * n_vocab)), len(rows[0])
+    if N <= n:
+        return terms(*rows)
+    return torch.cat([checkpoint(terms, *(r[i:i + n] for r in rows), use_reentrant=False)
+                      for i in range(0, N, n)])
 
 
 def n_content(ids, eos_ids):

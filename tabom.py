@@ -47,7 +47,7 @@ import eval as nt_eval
 import lora
 import model as nt_model
 from data import example_rng, load_problems, load_tokenizer, read_trajectories, response_inputs, rollout
-from model import UserError, run_cli
+from model import UserError, by_chunks, run_cli
 
 
 @dataclass
@@ -104,15 +104,15 @@ PRESETS = {
 
 
 # --------------------------------------------------------------------------------------------------- the loss
-def tabom_loss(logits, entropy, x0, in_segment, n_examples, cfg):
+def tabom_loss(ce, entropy, in_segment, n_examples, cfg):
     """The TABOM objective over segments in the order they were revealed -> scalar fp32, dict of its parts.
 
-    logits (N, V): rows of the positions in a segment, row by row, at U_t; x0 (N,) int64; in_segment (B, W)
-    bool, N of them True; entropy (B, W) fp32 in nats, anything where in_segment is False. Means over a
-    segment's tokens and over its pairs, then over the n_examples of the global batch.
+    ce (N,) fp32: -log p(x0 | U_t) of the positions in a segment, row by row; entropy (N,) fp32 in nats;
+    in_segment (B, W) bool, N of them True. Means over a segment's tokens and over its pairs, then over the
+    n_examples of the global batch.
     """
-    ce = torch.zeros_like(entropy).masked_scatter(in_segment, F.cross_entropy(logits.float(), x0,
-                                                                              reduction="none"))
+    ce, entropy = (torch.zeros(in_segment.shape, device=ce.device).masked_scatter(in_segment, t)
+                   for t in (ce, entropy))
     recon = (ce.sum(1) / in_segment.sum(1).clamp(min=1)).sum() / n_examples
     earlier = torch.ones(entropy.shape[1], entropy.shape[1], dtype=torch.bool, device=entropy.device).triu(1)
     pair = in_segment[:, :, None] & in_segment[:, None, :] & earlier  # (B, W, W): r was revealed before s
@@ -125,6 +125,11 @@ def entropy_of(logits):
     """Predictive entropy in nats: logits (N, V) -> (N,) fp32."""
     logp = F.log_softmax(logits.float(), -1)
     return -(logp.exp() * logp).sum(-1)
+
+
+def token_terms(logits, x0):
+    """What tabom_loss takes of every row: cross-entropy and entropy, (N, 2) fp32."""
+    return torch.stack([F.cross_entropy(logits.float(), x0, reduction="none"), entropy_of(logits)], 1)
 
 
 # ---------------------------------------------------------------------------------------------- batch builder
@@ -167,11 +172,11 @@ def make_batch(records, rngs, cfg, model_cfg):
                 prompts=[r["prompt_ids"] for r in records])
 
 
-def forward_rows(model, prompts, xt, row, pos, device):
-    """Logits (N, V) of response positions pos (N,) in rows row (N,)."""
+def hidden_rows(model, prompts, xt, row, pos, device):
+    """Hidden states (N, C) of response positions pos (N,) in rows row (N,)."""
     inputs, cols = response_inputs(model.cfg, prompts, xt)
     h = model.hidden(**{k: None if t is None else t.to(device) for k, t in inputs.items()})
-    return model.head(h[row.to(device), cols[row, pos].to(device)])
+    return h[row.to(device), cols[row, pos].to(device)]
 
 
 def own_step_entropies(model, b, device):
@@ -181,7 +186,8 @@ def own_step_entropies(model, b, device):
     known = b["rank"][row] < b["rank"][row, pos][:, None]
     xt = torch.where(known, b["x0"][row], model.cfg.mask_id)
     prompts = [b["prompts"][r] for r in row]
-    return entropy_of(forward_rows(model, prompts, xt, torch.arange(len(row)), pos, device))
+    h = hidden_rows(model, prompts, xt, torch.arange(len(row)), pos, device)
+    return by_chunks(lambda h: entropy_of(model.head(h)), model.cfg.vocab_size, h)
 
 
 def training_loss(model, records, rngs, cfg, device):
@@ -189,11 +195,12 @@ def training_loss(model, records, rngs, cfg, device):
     b = make_batch(records, rngs, cfg, model.cfg)
     row, w = b["in_segment"].nonzero(as_tuple=True)
     pos = b["segment"][row, w]
-    logits = forward_rows(model, b["prompts"], b["xt"], row, pos, device)
-    h = own_step_entropies(model, b, device) if cfg.entropy_at == "own_step" else entropy_of(logits)
-    in_segment = b["in_segment"].to(device)
-    entropy = torch.zeros(in_segment.shape, device=device).masked_scatter(in_segment, h)
-    return tabom_loss(logits, entropy, b["x0"][row, pos].to(device), in_segment, cfg.batch_size, cfg)
+    h = hidden_rows(model, b["prompts"], b["xt"], row, pos, device)
+    ce, entropy = by_chunks(lambda h, x0: token_terms(model.head(h), x0), model.cfg.vocab_size, h,
+                            b["x0"][row, pos].to(device)).unbind(1)
+    if cfg.entropy_at == "own_step":
+        entropy = own_step_entropies(model, b, device)
+    return tabom_loss(ce, entropy, b["in_segment"].to(device), cfg.batch_size, cfg)
 
 
 # --- boilerplate: same in every method file ---

@@ -51,7 +51,7 @@ import lora
 import model as nt_model
 from data import (example_rng, load_problems, load_tokenizer, pad_response, privileged_prompt,
                   read_trajectories, response_inputs, rollout, state_at)
-from model import UserError, run_cli
+from model import UserError, by_chunks, run_cli
 
 
 @dataclass
@@ -111,22 +111,26 @@ RANDOM = ("traj_random", "gt_random")  # sources whose states are random masks
 
 
 # --------------------------------------------------------------------------------------------------- the loss
-def tad_loss(student, teacher, x0, near, example, n_examples, cfg):
-    """The TAD objective over the masked rows of a batch -> scalar fp32, dict of its parts.
-
-    student (N, V) logits; teacher (N, V) logits of the same rows, read only where a KL needs them (None if
-    nowhere); x0 (N,) int64; near (N,) bool; example (N,) int64, which example a row belongs to. Each
-    expectation is a mean over the tokens of one example and then over the n_examples of the global batch, so
-    that neither micro-batches nor ranks change the gradient.
+def token_terms(student, teacher, x0, cfg):
+    """What tad_loss takes of every row: cross-entropy on x0, and tau^2 KL(teacher || student) at temperature
+    tau (0 without a teacher): (N, 2) fp32. student, teacher (N, V) logits, x0 (N,) int64.
     """
-    logp = F.log_softmax(student.float(), -1)
-    ce = F.nll_loss(logp, x0, reduction="none")  # -log p(x0_i | s, x_t)
+    ce = F.cross_entropy(student.float(), x0, reduction="none")  # -log p(x0_i | s, x_t)
     kl = torch.zeros_like(ce)
-    if teacher is not None:  # tau^2 KL(p_teacher || p_student) at temperature tau
+    if teacher is not None:
         log_q = F.log_softmax(teacher.float() / cfg.tau, -1)
         log_p = F.log_softmax(student.float() / cfg.tau, -1)
         kl = cfg.tau ** 2 * (log_q.exp() * (log_q - log_p)).sum(-1)
+    return torch.stack([ce, kl], 1)
 
+
+def tad_loss(ce, kl, near, example, n_examples, cfg):
+    """The TAD objective over the masked rows of a batch -> scalar fp32, dict of its parts.
+
+    ce, kl (N,) fp32 of token_terms, kl read only where the settings ask for it; near (N,) bool; example (N,)
+    int64, which example a row belongs to. Each expectation is a mean over the tokens of one example and then
+    over the n_examples of the global batch, so that neither micro-batches nor ranks change the gradient.
+    """
     def mean_over_examples(values, rows):
         count = torch.zeros(int(example.max()) + 1, device=values.device).index_add_(0, example, rows.float())
         return (values * rows / count.clamp(min=1)[example]).sum() / n_examples
@@ -173,14 +177,14 @@ def teacher_prompts(examples, cfg, tok):
             for r, _ in examples]
 
 
-def forward_rows(model, prompts, xt, rows, device, x0=None):
-    """Logits (N, V) of the chosen response positions; rows (B, L) bool.
+def hidden_rows(model, prompts, xt, rows, device, x0=None):
+    """Hidden states (N, C) of the chosen response positions; rows (B, L) bool.
     x0 (B, L): a block-causal model then sees clean blocks before every noisy one.
     """
     inputs, cols = response_inputs(model.cfg, prompts, xt, x0)
     row, j = rows.nonzero(as_tuple=True)
     h = model.hidden(**{k: None if t is None else t.to(device) for k, t in inputs.items()})
-    return model.head(h[row.to(device), cols[row, j].to(device)])
+    return h[row.to(device), cols[row, j].to(device)]
 
 
 def training_loss(model, teacher, examples, rngs, cfg, window, tok, device):
@@ -191,22 +195,31 @@ def training_loss(model, teacher, examples, rngs, cfg, window, tok, device):
     masked, near = b["masked"], b["near"]
     # a random mask leaves no state of decoding behind, so SDAR needs its training layout for it
     layout = bool(model.cfg.block_len) and cfg.source in RANDOM
-    student = forward_rows(model, b["plain"], b["xt"], masked, device, b["x0"] if layout else None)
+    x0 = b["x0"][masked].to(device)
+    h = hidden_rows(model, b["plain"], b["xt"], masked, device, b["x0"] if layout else None)
     soft = masked & ((near if cfg.near == "kl" else False) | (~near if cfg.distant == "kl" else False))
-    soft_logits = None
-    if soft.any():  # only the examples that have such rows
+    if soft.any():  # the teacher reads only the examples that have such rows
         need = soft.any(1)
         chosen = [e for e, n in zip(examples, need.tolist()) if n]
         with torch.no_grad(), lora.off(model) if teacher is model else nullcontext():
             was_training = teacher.training
-            rows = forward_rows(teacher.eval(), teacher_prompts(chosen, cfg, tok), b["xt"][need],
-                                soft[need], device, b["x0"][need] if layout else None)
+            rows = hidden_rows(teacher.eval(), teacher_prompts(chosen, cfg, tok), b["xt"][need],
+                               soft[need], device, b["x0"][need] if layout else None)
             teacher.train(was_training)
-        soft_logits = student.detach().float().clone()  # rows without a soft term: KL 0
-        soft_logits[soft[masked].to(device)] = rows.float()
+        is_soft = soft[masked].to(device)
+        h_teacher = torch.zeros_like(h, dtype=rows.dtype).masked_scatter(is_soft[:, None], rows)
+
+        def terms(h, h_teacher, x0):
+            with torch.no_grad():
+                teacher_logits = teacher.head(h_teacher)
+            return token_terms(model.head(h), teacher_logits, x0, cfg)
+        ce, kl = by_chunks(terms, model.cfg.vocab_size, h, h_teacher, x0).unbind(1)
+        kl = torch.where(is_soft, kl, 0)
+    else:
+        ce, kl = by_chunks(lambda h, x0: token_terms(model.head(h), None, x0, cfg), model.cfg.vocab_size,
+                           h, x0).unbind(1)
     example = masked.nonzero()[:, 0].to(device)
-    return tad_loss(student, soft_logits, b["x0"][masked].to(device), near[masked].to(device), example,
-                    cfg.batch_size, cfg)
+    return tad_loss(ce, kl, near[masked].to(device), example, cfg.batch_size, cfg)
 
 
 # ------------------------------------------------------------------------------------------- the window rule
@@ -223,7 +236,7 @@ def confidence_decay(model, records, device, n_records=64, n_states=8):
         ts = torch.linspace(0, int(order.max()), n_states).long().unique()
         xt, masked = state_at(x0[None], order[None], ts[:, None], model.cfg.mask_id)
         masked = masked & (torch.arange(len(x0)) < nt_model.n_content(x0, model.cfg.eos_ids))
-        logits = forward_rows(model, [r["prompt_ids"]] * len(ts), xt, masked, device)
+        logits = model.head(hidden_rows(model, [r["prompt_ids"]] * len(ts), xt, masked, device))
         p = logits.float().softmax(-1).cpu().gather(1, x0.expand_as(xt)[masked][:, None])[:, 0].numpy()
         offset = (order[None] - ts[:, None])[masked].numpy()
         np.add.at(total, offset, p)

@@ -43,7 +43,7 @@ import lora
 import model as nt_model
 from data import (TinySFT, example_rng, load_problems, load_tokenizer, pad_response, read_trajectories,
                   response_inputs)
-from model import UserError, run_cli
+from model import UserError, by_chunks, run_cli
 
 
 @dataclass
@@ -417,8 +417,8 @@ def main():
             cols, x0, masked, loss_w = (t.to(device) for t in batch)
             h = model.hidden(**{k: None if t is None else t.to(device) for k, t in inputs.items()})
             row, j = (masked & (loss_w > 0)).nonzero(as_tuple=True)
-            logits = model.head(h[row, cols[row, j]])  # (N, V)
-            loss = mdlm_loss(logits, x0[row, j], loss_w[row, j])
+            loss = by_chunks(lambda h, x0, w: mdlm_loss(model.head(h), x0, w)[None], model.cfg.vocab_size,
+                             h[row, cols[row, j]], x0[row, j], loss_w[row, j]).sum()
             check_finite(loss, part, out, step)
             loss.backward()
             total += loss.item()

@@ -1,11 +1,14 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import BASE, CONFIGS, FIXTURES, random_model
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as nt_model
+import tad
 from model import UserError
 
 
@@ -217,3 +220,43 @@ def test_configs_cover_every_fact():
     assert any(c.head_dim * c.n_head != c.d_model for c in facts)
     assert all(any(getattr(c, f) for c in facts)
                for f in ("qkv_bias", "qk_norm", "tied", "shift", "block_len"))
+
+
+# ------------------------------------------------------------------------------------- chunked head and loss
+class LargestLogits(TorchDispatchMode):
+    """The most logits rows in one tensor, forward and backward; (32, 40) is the head's gradient."""
+    rows = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple) else (out,):
+            if isinstance(t, torch.Tensor) and t.ndim == 2 and t.shape[1] == 40 and t.shape[0] != 32:
+                self.rows = max(self.rows, t.shape[0])
+        return out
+
+
+def test_chunked_terms_are_exact_and_small():
+    """Cross-entropy and KL, values and gradients, against the plain computation; and no tensor of all logits,
+    in the forward or in the backward pass. Chunking that keeps every chunk for the backward would still be
+    caught by the memory row of BENCH.md, a plain call is caught here.
+    """
+    model, g = random_model(), torch.Generator().manual_seed(0)
+    h = torch.randn(50, 32, generator=g, requires_grad=True)
+    h_teacher, x0 = torch.randn(50, 32, generator=g), torch.randint(0, 40, (50,), generator=g)
+    config = SimpleNamespace(tau=1.5)
+
+    def terms(h, h_teacher, x0):
+        return tad.token_terms(model.head(h), model.head(h_teacher).detach(), x0, config)
+
+    def run(**kw):
+        for t in (h, model.head.weight):
+            t.grad = None
+        with LargestLogits() as seen:
+            out = nt_model.by_chunks(terms, 40, h, h_teacher, x0, **kw)
+            out.square().sum().backward()
+        return out.detach(), h.grad, model.head.weight.grad, seen.rows
+    plain, chunked = run(), run(chunk_bytes=4 * 40 * 7)
+    assert plain[3] == 50 and chunked[3] == 7
+    assert all(torch.allclose(a, b, atol=1e-4, rtol=1e-5) for a, b in zip(plain[:3], chunked[:3]))
+    assert chunked[0].shape == (50, 2)
+    assert nt_model.by_chunks(terms, 40, h[:0], h_teacher[:0], x0[:0]).shape == (0, 2)

@@ -30,14 +30,15 @@ def test_loss_by_hand():
     p = torch.tensor([[.5, .3, .2], [.1, .7, .2], [.25, .25, .5], [.9, .05, .05], [.2, .2, .6]])
     x0 = torch.tensor([0, 1, 2, 0, 1])
     in_segment = torch.tensor([[True, True, True], [True, True, False]])
-    entropy = torch.tensor([[.5, .6, .1], [.3, 1.0, -50.0]])  # what stands outside a segment must not count
+    entropy = torch.tensor([.5, .6, .1, .3, 1.0])
+    ce = tabom.token_terms(p.log(), x0)[:, 0]
     recon = ((-math.log(.5) - math.log(.7) - math.log(.5)) / 3 + (-math.log(.9) - math.log(.2)) / 2) / 2
     for lam in (1.0, 2.0, 0.0):
-        loss, parts = tabom_loss(p.log(), entropy, x0, in_segment, 2, Config(lam=lam, gamma=0.2))
+        loss, parts = tabom_loss(ce, entropy, in_segment, 2, Config(lam=lam, gamma=0.2))
         assert abs(parts["recon"] - recon) < 1e-6 and abs(parts["rank"] - 1.4 / 3 / 2) < 1e-6
         assert abs(loss.item() - (recon + lam * 1.4 / 3 / 2)) < 1e-6
     # a margin of 1 catches the second segment too: .3 - 1 + 1 = .3
-    parts = tabom_loss(p.log(), entropy, x0, in_segment, 2, Config(gamma=1.0))[1]
+    parts = tabom_loss(ce, entropy, in_segment, 2, Config(gamma=1.0))[1]
     assert abs(parts["rank"] - ((.9 + 1.4 + 1.5) / 3 + .3) / 2) < 1e-6
 
 
@@ -47,8 +48,7 @@ def test_gradient_by_finite_differences():
     x0, in_segment = torch.tensor([0, 1, 2, 3, 1]), torch.tensor([[True] * 3, [True, True, False]])
 
     def loss(z):
-        entropy = torch.zeros(2, 3).masked_scatter(in_segment, entropy_of(z))
-        return tabom_loss(z, entropy, x0, in_segment, 2, Config(gamma=0.3))[0]
+        return tabom_loss(*tabom.token_terms(z, x0).unbind(1), in_segment, 2, Config(gamma=0.3))[0]
     loss(logits).backward()
     for i, j in ((0, 0), (1, 3), (2, 2), (3, 1), (4, 0)):
         step = torch.zeros_like(logits)

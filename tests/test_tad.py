@@ -32,8 +32,9 @@ EXAMPLE = [0, 0, 0, 1]  # example 0 has rows 0, 1, 2; example 1 has row 3
 
 def loss(near="ce", distant="kl", lam=1.0, tau=1.0, teacher=True, n_examples=2):
     cfg = SimpleNamespace(near=near, distant=distant, lam=lam, tau=tau)
-    return tad_loss(torch.tensor(LOGP).log(), torch.tensor(LOGQ).log() if teacher else None, torch.tensor(X0),
-                    torch.tensor(NEAR), torch.tensor(EXAMPLE), n_examples, cfg)
+    terms = tad.token_terms(torch.tensor(LOGP).log(), torch.tensor(LOGQ).log() if teacher else None,
+                            torch.tensor(X0), cfg)
+    return tad_loss(*terms.unbind(1), torch.tensor(NEAR), torch.tensor(EXAMPLE), n_examples, cfg)
 
 
 def kl(q, p):
@@ -73,7 +74,8 @@ def test_gradient_by_finite_differences():
     student, teacher = (torch.randn(4, 3, generator=g) for _ in range(2))
 
     def f(s):
-        return tad_loss(s, teacher, torch.tensor(X0), torch.tensor(NEAR), torch.tensor(EXAMPLE), 2, cfg)[0]
+        terms = tad.token_terms(s, teacher, torch.tensor(X0), cfg)
+        return tad_loss(*terms.unbind(1), torch.tensor(NEAR), torch.tensor(EXAMPLE), 2, cfg)[0]
     student.requires_grad_()
     f(student).backward()
     for i, j in np.ndindex(4, 3):

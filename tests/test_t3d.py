@@ -1,0 +1,243 @@
+"""T3D: every number is worked out by hand here."""
+import itertools
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import official_checkpoint
+from conftest import ROOT, random_model
+
+import data
+import lora
+import model as nt_model
+import t3d
+from t3d import Config, draw_mask, make_batch, path_weights, ranks_in_blocks, t3d_loss, token_terms
+
+FACTS = SimpleNamespace(mask_id=9, eos_ids=(8,), pad_id=8, block_len=0)
+
+
+def record(x0, rank, prompt=(1, 2, 3)):
+    return dict(id="r", x0=list(x0), rank=list(rank), order=list(rank), prompt_ids=list(prompt))
+
+
+def sigma(x):
+    return 1 / (1 + math.exp(-x))
+
+
+# ------------------------------------------------------------------------------------------------ the loss
+# example 0 has two masked rows, example 1 one. p_theta and p_ref over three tokens:
+P = [[.5, .3, .2], [.1, .7, .2], [.25, .25, .5]]
+Q = [[.4, .4, .2], [.2, .2, .6], [.3, .1, .6]]
+X0, X_HAT = [0, 1, 2], [1, 2, 2]  # u = .5, .9, .95 draws x_hat from Q; argmax would be 0, 2, 2
+EXAMPLE, W = [0, 0, 1], [1.0, 0.5, 0.75]
+
+
+def terms(cfg, u=(.5, .9, .95)):
+    return token_terms(torch.tensor(P).log(), torch.tensor(Q).log(), torch.tensor(X0), torch.tensor(u), cfg)
+
+
+def log_ratio(ids):
+    return [math.log(P[i][t] / Q[i][t]) for i, t in enumerate(ids)]
+
+
+@pytest.mark.parametrize("fake, logratio", itertools.product(["sample", "argmax", "expected"],
+                                                             ["mean", "sum"]))
+@pytest.mark.parametrize("beta, alpha, lam", [(0.1, 0.5, 0.2), (2.0, 1.0, 0.0)])
+def test_loss_by_hand(fake, logratio, beta, alpha, lam):
+    cfg = Config(fake=fake, logratio=logratio, beta=beta, alpha=alpha, lam=lam)
+    real = log_ratio(X0)
+    if fake == "expected":  # -KL(q, p) of every row
+        wrong = [sum(q * math.log(p / q) for p, q in zip(P[i], Q[i])) for i in range(3)]
+    else:
+        wrong = log_ratio(X_HAT if fake == "sample" else [0, 2, 2])
+    n = 2 if logratio == "mean" else 1
+    delta = [beta * (real[0] + real[1]) / n, beta * real[2]]
+    delta_hat = [beta * (wrong[0] + wrong[1]) / n, beta * wrong[2]]
+    want_real = sum(-math.log(sigma(d)) for d in delta) / 2
+    want_fake = alpha * sum(-math.log(1 - sigma(d)) for d in delta_hat) / 2
+    ce = [-math.log(P[i][X0[i]]) for i in range(3)]
+    want_path = ((1.0 * ce[0] + 0.5 * ce[1]) / 2 + 0.75 * ce[2]) / 2
+    loss, parts = t3d_loss(*terms(cfg).unbind(1), torch.tensor(W), torch.tensor(EXAMPLE), 2, cfg)
+    assert abs(parts["real"] - want_real) < 1e-5 and abs(parts["fake"] - want_fake) < 1e-5
+    assert abs(parts["path"] - want_path) < 1e-5
+    assert abs(loss.item() - (want_real + want_fake + lam * want_path)) < 1e-5
+
+
+def test_naive_td_by_hand():
+    cfg = Config(loss="naive_td", lam=0.5)
+    ce = [-math.log(P[i][X0[i]]) for i in range(3)]
+    want = ((ce[0] + ce[1]) / 2 + ce[2]) / 2 + 0.5 * ((ce[0] + 0.5 * ce[1]) / 2 + 0.75 * ce[2]) / 2
+    loss = t3d_loss(*terms(cfg).unbind(1), torch.tensor(W), torch.tensor(EXAMPLE), 2, cfg)[0]
+    assert abs(loss.item() - want) < 1e-5
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(fake="argmax", logratio="sum"), dict(fake="expected"),
+                                      dict(loss="naive_td")])
+def test_gradient_by_finite_differences(settings):
+    cfg = Config(beta=1.0, **settings)
+    g = torch.Generator().manual_seed(0)
+    student, ref = torch.randn(3, 4, generator=g, requires_grad=True), torch.randn(3, 4, generator=g)
+
+    def loss(z):
+        rows = token_terms(z, ref, torch.tensor(X0), torch.tensor([.2, .5, .8]), cfg)
+        return t3d_loss(*rows.unbind(1), torch.tensor(W), torch.tensor(EXAMPLE), 2, cfg)[0]
+    loss(student).backward()
+    for i, j in np.ndindex(3, 4):
+        d = torch.zeros(3, 4)
+        d[i, j] = 1e-2
+        with torch.no_grad():
+            numeric = (loss(student + d) - loss(student - d)).item() / 2e-2
+        assert abs(numeric - student.grad[i, j].item()) < 1e-3
+
+
+def test_fakes_are_drawn_from_the_reference():
+    n = 20000
+    u = (torch.arange(n) + 0.5) / n
+    ref = torch.tensor(Q[1]).log().expand(n, 3)
+    rows = token_terms(torch.zeros(n, 3), ref, torch.zeros(n).long(), u, Config())
+    share = [(rows[:, 3] - math.log(q)).abs().lt(1e-5).float().mean().item() for q in (.2, .6)]
+    assert abs(share[0] - .4) < 1e-3 and abs(share[1] - .6) < 1e-3  # two tokens have .2
+
+
+# ------------------------------------------------------------------------------------- states and weights
+def test_ranks_within_blocks_by_hand():
+    """Prompt of 3, blocks of 4 from position 0: response positions (0), (1 2 3 4), (5)."""
+    rank = torch.tensor([[3, 5, 0, 4, 1, 2]])
+    pi, size = ranks_in_blocks(rank, [3], 4)
+    assert pi.tolist() == [[1, 4, 1, 3, 2, 1]] and size.tolist() == [[1, 4, 4, 4, 4, 1]]
+    pi, size = ranks_in_blocks(rank, [3], 0)  # one block
+    assert pi.tolist() == [[4, 6, 1, 5, 2, 3]] and size.tolist() == [[6] * 6]
+
+
+def test_path_weights_by_hand():
+    pi, size = torch.tensor([[1, 4, 1, 3, 2, 1]]), torch.tensor([[1, 4, 4, 4, 4, 1]])
+    every = torch.ones_like(pi, dtype=torch.bool)
+    w = path_weights(pi, size, every, Config())
+    assert torch.allclose(w, torch.tensor([[1, .25, 1, .5, .75, 1]]))  # (B - pi + 1) / B
+    # the code: of the masked 1, 2, 3 (pi 4, 1, 3 of 4) only position 2 is in the first half
+    masked = torch.tensor([[False, True, True, True, False, False]])
+    w = path_weights(pi, size, masked, Config(path="code"))
+    ce = torch.tensor([[9., 1., 2., 5., 9., 9.]])
+    assert abs((w * ce)[masked].mean().item() - (3 * 2 + (1 + 5) / 2) / 4) < 1e-6
+    only_late = torch.tensor([[False, True, False, True, False, False]])
+    w = path_weights(pi, size, only_late, Config(path="code"))
+    assert abs((w * ce)[only_late].mean().item() - 3) < 1e-6
+
+
+def test_states_by_hand():
+    """One block of 4, ranks 2 0 3 1: j revealed tokens for j = 0..3; the paper masks the latest."""
+    pi, size = torch.tensor([[3, 1, 4, 2]]), torch.full((1, 4), 4)
+
+    def states(**settings):
+        rngs = [data.example_rng(0, 0, i) for i in range(80)]
+        return {tuple(draw_mask(pi, size, 0, Config(**settings), [rng])[0].tolist()) for rng in rngs}
+    X, o = True, False
+    assert states() == {(X, X, X, X), (X, o, X, X), (X, o, X, o), (o, o, X, o)}
+    assert states(mask_order="code") == {(X, X, X, X), (X, X, o, X), (o, X, o, X), (o, X, o, o)}
+    rngs = [data.example_rng(0, 0, i) for i in range(2000)]
+    full = np.mean([draw_mask(pi, size, 0, Config(state_dist="code"), [rng]).all().item() for rng in rngs])
+    assert abs(full - 1 / (1 + .75 ** 8 + .5 ** 8 + .25 ** 8)) < 0.02  # 91%
+    short = ranks_in_blocks(torch.tensor([[1, 0]]), [0], 8)  # two tokens in blocks of 8: never without a row
+    assert all(draw_mask(*short, 8, Config(), [data.example_rng(0, 0, i)]).any() for i in range(40))
+
+
+def test_random_tokens_stand_where_masks_would():
+    r = [record(range(20, 60), range(40)) for _ in range(50)]
+    b = make_batch(r, [data.example_rng(0, 0, i) for i in range(50)], Config(rand_p=0.3), FACTS, [5, 6])
+    shown = b["xt"][b["masked"]]
+    assert set(shown.tolist()) == {5, 6, 9} and abs((shown != 9).float().mean().item() - 0.3) < 0.05
+    assert torch.equal(b["xt"][~b["masked"]], b["x0"][~b["masked"]])
+    b = make_batch(r, [data.example_rng(0, 0, i) for i in range(50)], Config(rand_p=0.0), FACTS, [5, 6])
+    assert (b["xt"][b["masked"]] == 9).all()
+
+
+@pytest.mark.parametrize("facts", [{}, dict(block_size=4)])
+def test_the_reference_is_the_student_at_first_and_then_stays(facts):
+    """With ref = student both ratios are 0, so real = -log 1/2 and fake = -alpha log 1/2; a changed student
+    has other ratios, and the swap leaves it as it was.
+    """
+    model = lora.add(random_model(**facts), 4, 4)
+    rng = np.random.default_rng(0)
+    records = [record(rng.integers(0, 30, 8).tolist(), rng.permutation(8).tolist()) for _ in range(3)]
+
+    def parts():
+        rngs = [data.example_rng(0, 0, i) for i in range(3)]
+        return t3d.training_loss(model, ref, records, rngs, Config(batch_size=3), list(range(30)), "cpu")[1]
+    ref = t3d.snapshot(model)
+    same = parts()
+    assert abs(same["real"] - math.log(2)) < 1e-5 and abs(same["fake"] - 0.5 * math.log(2)) < 1e-5
+    for _, m in lora.adapters(model):
+        torch.nn.init.normal_(m.lora_B)
+    before = t3d.snapshot(model)
+    other = parts()
+    assert abs(other["real"] - math.log(2)) > 1e-3
+    assert all(torch.equal(p, before[name]) for name, p in t3d.trainable(model).items())
+    with t3d.swapped(model, ref):
+        assert all(torch.equal(p, ref[name]) for name, p in t3d.trainable(model).items())
+
+
+# --------------------------------------------------------------------------------------------- whole runs
+def run(monkeypatch, *args):
+    monkeypatch.setattr("sys.argv", ["t3d.py", *map(str, args)])
+    t3d.main()
+
+
+SMALL = ["--gen_len", "8", "--block_len", "4", "--batch_size", "4", "--micro_batch", "2", "--lr", "1e-2"]
+
+
+@pytest.mark.parametrize("family, full", [("llada", False), ("dream", False), ("sdar", True),
+                                          ("sdar", False)])
+def test_t3d_trains_two_steps_on_every_family(tmp_path, monkeypatch, family, full):
+    folder = official_checkpoint(tmp_path / "base", family)
+    lines = [f'{{"prompt": "{n} + {n}?", "answer": "x"}}' for n in range(6)]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    block = [] if full else ["--train_block", "4"]
+    run(monkeypatch, "--model", folder, "--data", tmp_path / "p.jsonl", "--out", tmp_path / "run", *SMALL,
+        "--max_steps", "2", "--full" if full else "--no-full", *block)
+    base, ids = nt_model.load(folder), torch.randint(0, 250, (1, 9))
+    if full:  # trained in blocks of 8, and decodes in them
+        trained = nt_model.load(tmp_path / "run/model")
+        assert trained.cfg.block_len == 8
+    else:
+        trained = lora.load(nt_model.load(folder), tmp_path / "run/adapter")
+    assert not torch.equal(trained(ids), base(ids))
+    if family == "sdar" and not full:
+        with pytest.raises(nt_model.UserError, match="--train_block 4"):
+            run(monkeypatch, "--model", folder, "--data", tmp_path / "p.jsonl", "--out", tmp_path / "other",
+                *SMALL, "--no-full")
+
+
+def test_interrupted_training_is_bit_identical(tmp_path, monkeypatch):
+    """The reference is rebuilt from the weights: checkpoints fall on the steps that refresh it."""
+    common = ["--n_problems", 8, "--eval_problems", 0, "--max_steps", 6, "--refresh", 2, "--save_every", 2,
+              "--gen_len", 16, "--batch_size", 4]
+    run(monkeypatch, "--out", tmp_path / "whole", *common)
+    inner = t3d.save_checkpoint
+
+    def save_and_die(out, step, *args):
+        inner(out, step, *args)
+        if step == 4:
+            raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(t3d, "save_checkpoint", save_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            run(m, "--out", tmp_path / "cut", *common)
+    run(monkeypatch, "--out", tmp_path / "cut", *common)
+    a, b = ((tmp_path / name / "adapter/adapter_model.safetensors").read_bytes() for name in ("whole", "cut"))
+    assert a == b
+
+
+def test_variants_and_bad_settings(monkeypatch, tmp_path):
+    cfg = t3d.check_config(Config(variant="code", save_every=100))
+    assert (cfg.fake, cfg.mask_order, cfg.state_dist, cfg.path) == ("argmax", "code", "code", "code")
+    for args, words in ((["--save_every", "15"], "multiple of"), (["--rand_p", "2"], "probability"),
+                        (["--batch_size", "0"], "at least 1")):
+        with pytest.raises(nt_model.UserError, match=words):
+            run(monkeypatch, "--out", tmp_path / "x", *args)
+
+
+def test_the_docstring_names_every_equation():
+    text = (ROOT / "t3d.py").read_text()
+    assert all(f"Eq. {n}" in text for n in (5, 6, 7, 8, 9, 10)) and "2602.12262" in text
