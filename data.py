@@ -160,7 +160,7 @@ class TinySFT:
             prompt = privileged_prompt(dict(
                 id=index, source="tiny", prompt=prompt, solution=tiny_solution(swaps, rng)))
         solution = tiny_solution(swaps, rng)
-        example = {"id": index, "prompt_ids": self.tok.prompt_ids(prompt).tolist(),
+        example = {"id": index, "prompt": prompt, "prompt_ids": self.tok.prompt_ids(prompt).tolist(),
                    "x0": pad_response(self.tok.response_ids(solution), TINY_LEN, self.tok.eos_id)}
         if drill:
             at = np.arange(TINY_LEN)
@@ -181,6 +181,7 @@ class Tokenizer:
     chat: Chat        # the family's template
     eos_id: int       # fills the tail of a response
     n_vocab: int      # one more than the largest id
+    bytes_of: Callable  # id -> its UTF-8 bytes; none for special tokens
 
     def prompt_ids(self, text, system=""):
         """One user turn (after a system turn, if any) -> (P,) int64 ids, ready for the answer to follow."""
@@ -217,7 +218,7 @@ def load_tokenizer(name, revision=None):
     folder = checkpoint_dir(name, revision, weights=False)
     cfg = config_from_json(read_json(folder / "config.json"))
     build = {"tiny": tiny_encoding, "llada": llada_encoding}.get(cfg.family, qwen_encoding)
-    encode, decode, special, n_vocab = build(folder)
+    encode, decode, special, n_vocab, bytes_of = build(folder)
     chat = CHAT[cfg.family]
     needed = SPECIAL.findall(chat.bos + chat.turn + chat.answer + chat.end)
     lacking = sorted({token for token in needed if token not in special})
@@ -227,7 +228,18 @@ def load_tokenizer(name, revision=None):
     if n_vocab > cfg.vocab_size:
         raise UserError(f"{folder}: the tokeniser has ids up to {n_vocab - 1}, "
                         f"the model's embedding only {cfg.vocab_size} rows: they belong to different models")
-    return Tokenizer(encode, decode, special, chat, cfg.eos_ids[0], n_vocab)
+    return Tokenizer(encode, decode, special, chat, cfg.eos_ids[0], n_vocab, bytes_of)
+
+
+def load_teacher_tokenizer(name, revision=None):
+    """The tokeniser of an AR teacher: Qwen2's and Qwen3's (and Dream's and SDAR's), or the tiny one."""
+    folder = checkpoint_dir(name, revision, weights=False)
+    tiny = (folder / "vocab.json").exists() and "words" in read_json(folder / "vocab.json")
+    encode, decode, special, n_vocab, bytes_of = (tiny_encoding if tiny else qwen_encoding)(folder)
+    chat = CHAT["tiny" if tiny else "sdar"]
+    if chat.end not in special:
+        raise UserError(f"{name} has no token {chat.end}: the teacher must be a Qwen2 or Qwen3 chat model")
+    return Tokenizer(encode, decode, special, chat, special[chat.end], n_vocab, bytes_of)
 
 
 def tiny_encoding(folder):
@@ -242,7 +254,7 @@ def tiny_encoding(folder):
     enc = tiktoken.Encoding("nanotraj-tiny", pat_str=r" ?\S+|\s+", mergeable_ranks=ranks,
                             special_tokens=special)
     return (lambda text: enc.encode_ordinary(" " + text.strip()), lambda ids: enc.decode(list(ids)).strip(),
-            special, enc.n_vocab)
+            special, enc.n_vocab, lambda i: enc.decode_single_token_bytes(i) if i < len(ranks) else b"")
 
 
 QWEN_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -283,7 +295,9 @@ def qwen_encoding(folder):
         parts = [enc.decode_single_token_bytes(i) if i in known else unknown for i in ids]
         return b"".join(parts).decode(errors="replace")
 
-    return (lambda text: enc.encode_ordinary(unicodedata.normalize("NFC", text))), decode, added, enc.n_vocab
+    plain = set(ranks.values())
+    return (lambda text: enc.encode_ordinary(unicodedata.normalize("NFC", text)), decode, added, enc.n_vocab,
+            lambda i: enc.decode_single_token_bytes(i) if i in plain else b"")
 
 
 def printable_bytes():
@@ -305,8 +319,10 @@ def llada_encoding(folder):
     table.encode_special_tokens = True  # special tokens in a text are text
     special = {t.content: i for i, t in table.get_added_tokens_decoder().items()}
     vocab = table.get_vocab(with_added_tokens=True)
+    byte_of, specials = printable_bytes(), set(special.values())
     return (lambda text: table.encode(text, add_special_tokens=False).ids,
-            lambda ids: table.decode(list(ids), skip_special_tokens=False), special, max(vocab.values()) + 1)
+            lambda ids: table.decode(list(ids), skip_special_tokens=False), special, max(vocab.values()) + 1,
+            lambda i: b"" if i in specials else bytes(byte_of[c] for c in table.id_to_token(i)))
 
 
 def pad_response(ids, length, eos_id):

@@ -29,6 +29,7 @@ HERE = Path(__file__).resolve().parent
 
 PRESETS = {  # --model NAME -> embedded directory or hub id
     "tiny": str(HERE / "weights" / "tiny"),
+    "tiny-ar": str(HERE / "weights" / "tiny-ar"),  # TRIMS's teacher for it
     "llada": "GSAI-ML/LLaDA-8B-Instruct",
     "dream": "Dream-org/Dream-v0-Instruct-7B",
     "sdar-1.7b": "JetLM/SDAR-1.7B-Chat",
@@ -448,13 +449,18 @@ def load_teacher(name, device="cpu", dtype=torch.float32, revision=None):
 
 
 @torch.no_grad()
-def token_nll(teacher, ids, valid=None):
+def token_nll(teacher, ids, valid=None, metric="nll"):
     """-log p(ids[:, t] | ids[:, :t]) under a causal LM, in nats: (B, T) fp32. 0 for padding and for the first
     token, which nothing predicts. ids (B, T) int64; valid (B, T) bool, False = padding on either side.
+    metric entropy: the predictive entropy at t instead.
     """
     valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
     logits = teacher(ids, attention_mask=valid.long(), position_ids=token_positions(valid)).logits
-    nll = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
+    if metric == "entropy":
+        logp = logits[:, :-1].float().log_softmax(-1)
+        nll = -(logp.exp() * logp).sum(-1)
+    else:
+        nll = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
     return F.pad(nll.masked_fill(~(valid[:, 1:] & valid[:, :-1]), 0), (1, 0))
 
 

@@ -1,21 +1,32 @@
-"""TRIMS (arXiv 2604.00666), so far in its baseline form: standard masked-diffusion training (MDLM SFT).
+"""TRIMS: Trajectory-Ranked Instruction Masked Supervision (arXiv 2604.00666), and its baseline, standard
+masked-diffusion training (MDLM SFT).
 
-Every response position is masked with probability t ~ U(0, 1]; the network predicts the masked ones:
+The idea: good parallel decoding settles the hard tokens first. So no trajectories are collected: one pass of
+an autoregressive teacher says how hard every token of the data is, and a share of the random masks gives way
+to masks that follow that order, hard tokens visible, easy ones masked. The loss stays as it is:
 
     loss = 1/L  sum over masked i of  1/t * -log p(x0_i | prompt, xt)      (LLaDA, arXiv 2502.09992, Eq. 3)
 
-This is how the embedded base model was made and it is the baseline every trajectory method is compared with:
-SFT on ground truth, or on a model's own responses (`--data` = a trajectory folder). TRIMS itself replaces a
-share of the random masks by masks that follow the difficulty an AR teacher sees; `--trajectory_share 0` is
-this file without it, and the only value accepted until that part is built.
+    glossary (paper -> code)
+    d_i           difficulty: -log p_teacher(x_i | s, x_<i), or the teacher's entropy (--metric)
+    b_i, K        bucket 1..n_buckets of equal mass over all tokens of the data; harder = lower
+    k             threshold, uniform over 0..K-1: buckets <= k are context, the others future
+    p_context, p_future   masking probabilities of the two
+    x0 clean response (L,), xt noised, masked (L,) bool, t masking probability, loss_w = 1 / (t L); where no t
+    exists it is 1 / masked fraction (--trajectory_weight)
 
-    glossary   x0 clean response (L,), xt noised response, masked (L,) bool, t masking probability,
-               loss_w = 1 / (t L)
+`--trajectory_share 0` is standard training: SFT on ground truth, or on a model's own responses with --data =
+a trajectory folder; the embedded base model was made this way. All responses are EOS-filled to one length, so
+LLaDA's normalisation (by a response's own length) and the batch's token count are the same number.
 
-    python trims.py --init scratch --n_examples 0 --max_steps 1300 --drill_steps 100 --block_share 0.5 \\
-        --lr 1e-3 --muon_lr 0.02 --beta2 0.95 --lr_schedule tail --warmup_steps 50  # = weights/tiny
-    python trims.py --trajectory_share 0                     # SFT-GT with LoRA on the tiny model
+Not published, and chosen here: trajectory_share, LoRA alpha, weight decay. Teacher and student may have
+different tokenisers: scores move through UTF-8 bytes (see `spread`).
+
+    python trims.py                                          # tiny model, tiny AR teacher, on a laptop CPU
+    python trims.py --trajectory_share 0                     # SFT on ground truth
     python trims.py --trajectory_share 0 --data out/tad-tiny/trajectories      # SFT on collected responses
+    python trims.py --model llada --data problems.jsonl      # one GPU; teacher Qwen/Qwen3-8B
+    torchrun --nproc_per_node=8 trims.py --model dream --data problems.jsonl
 """
 import argparse
 import hashlib
@@ -26,6 +37,7 @@ import os
 import re
 import shutil
 import sys
+import unicodedata
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -41,8 +53,8 @@ from tqdm import tqdm
 import eval as nt_eval
 import lora
 import model as nt_model
-from data import (TinySFT, example_rng, load_problems, load_tokenizer, pad_response, read_trajectories,
-                  response_inputs)
+from data import (TinySFT, drop_torn_line, example_rng, load_problems, load_teacher_tokenizer, load_tokenizer,
+                  pad_response, read_jsonl, read_trajectories, response_inputs)
 from model import UserError, by_chunks, run_cli
 
 
@@ -58,7 +70,17 @@ class Config:
     n_examples: int = 2000  # how many of the tiny examples there are; 0: every step draws new ones
     drill_steps: int = 0  # opening steps on drills of the tiny task (see data.TinySFT)
     gen_len: int = 256  # response length L, tokens, EOS-filled
-    trajectory_share: float = 0.0  # share of samples with the trajectory-aware mask (0 = standard MDLM)
+    # --- trajectory-aware masks
+    trajectory_share: float = 0.5  # share of samples with such a mask (0 = standard MDLM); not published
+    teacher: str = "Qwen/Qwen3-8B"  # AR teacher: hub id or directory of a causal LM
+    metric: Literal["nll", "entropy"] = "nll"  # difficulty of a token under the teacher
+    n_buckets: int = 8  # K
+    ordering: Literal["descending", "ascending", "random"] = "descending"  # hard first (paper), easy first
+    p_context: float = 0.05  # masking probability of tokens in buckets up to k
+    p_future: float = 0.95  # masking probability of the others
+    trajectory_weight: Literal["mean", "none"] = "mean"  # loss weight: 1 / masked fraction, or 1
+    score_batch: int = 16  # examples per teacher forward
+    # --- standard masks
     block_share: float = 0.0  # share of samples masked as in block decoding: earlier clean, later all masked
     block_len: int = 32  # block size of those samples, tokens
     t_min: float = 0.001  # smallest masking probability
@@ -83,7 +105,8 @@ class Config:
 
 
 PRESETS = {
-    "tiny": dict(gen_len=48, block_len=16, lr=1e-3, max_steps=200, batch_size=64, micro_batch=64),
+    "tiny": dict(gen_len=48, block_len=16, teacher="tiny-ar", lr=1e-3, max_steps=200, batch_size=64,
+                 micro_batch=64),
     "sdar": dict(block_len=4),
 }
 
@@ -98,11 +121,119 @@ def mdlm_loss(logits, x0, loss_w):
     return (loss_w * ce).sum()
 
 
+# ------------------------------------------------------------------------------------------------- difficulty
+def spread(values, teacher_bytes, student_bytes):
+    """Scores of the teacher's tokens -> scores of the student's tokens of the same text: (n,) float64.
+
+    Each teacher token's score is spread evenly over its bytes; a student token sums those of its bytes.
+    values (m,); teacher_bytes (m,), student_bytes (n,): UTF-8 bytes per token, of equal total.
+    """
+    edges, total = (np.concatenate([[0], np.cumsum(v)]) for v in (teacher_bytes, values))
+    return np.diff(np.interp(np.concatenate([[0], np.cumsum(student_bytes)]), edges, total))
+
+
+def teacher_pieces(example, tok, teacher_tok):
+    """One example -> the teacher's prompt ids and completion ids, and bytes per token of both sides."""
+    content = example["x0"][:nt_model.n_content(example["x0"], (tok.eos_id, tok.special[tok.chat.end]))]
+    pieces = [tok.bytes_of(i) for i in content]
+    try:
+        text = b"".join(pieces).decode()
+    except UnicodeDecodeError:
+        raise UserError(f"example {example['id']}: its completion is not UTF-8 text") from None
+    ids = teacher_tok.encode(text)
+    lengths = [len(teacher_tok.bytes_of(i)) for i in ids]
+    if sum(lengths) != sum(map(len, pieces)):
+        raise UserError(f"example {example['id']}: its completion has {sum(map(len, pieces))} bytes for the "
+                        f"student and {sum(lengths)} for the teacher; normalise the text (NFC)")
+    return teacher_tok.prompt_ids(example["prompt"]).tolist(), ids, lengths, [len(p) for p in pieces]
+
+
+@torch.no_grad()
+def difficulty(examples, tok, teacher, teacher_tok, metric, device):
+    """Scores (L,) of every example's response tokens, in nats: a list of float lists. The first EOS has that
+    of the teacher's end token; the EOS filling behind it has none (NaN).
+    """
+    pieces = [teacher_pieces(e, tok, teacher_tok) for e in examples]
+    rows = [prompt + ids + [teacher_tok.eos_id] for prompt, ids, _, _ in pieces]
+    width = max(map(len, rows))
+    ids = torch.tensor([[teacher_tok.eos_id] * (width - len(r)) + r for r in rows])
+    valid = torch.arange(width) >= width - torch.tensor([len(r) for r in rows])[:, None]
+    scored = nt_model.token_nll(teacher, ids.to(device), valid.to(device), metric).cpu().double().numpy()
+    out = []
+    for row, e, (_, completion, teacher_bytes, student_bytes) in zip(scored, examples, pieces):
+        mine = row[width - len(completion) - 1:]
+        scores = [*spread(mine[:-1], teacher_bytes, student_bytes), mine[-1]][:len(e["x0"])]
+        out.append(scores + [math.nan] * (len(e["x0"]) - len(scores)))
+    return out
+
+
+def score_examples(examples, tok, cfg, out, rank, world, device, dtype):
+    """The difficulty of every example, computed once and kept in out/difficulty; each rank scores its share
+    and an interrupted run goes on -> list of float lists, in order.
+    """
+    folder, made_by = out / "difficulty", dict(teacher=cfg.teacher, metric=cfg.metric)
+    folder.mkdir(exist_ok=True)
+
+    def read():
+        rows = [r for f in sorted(folder.glob("rank*.jsonl")) for r in read_jsonl(f, tolerant=True)]
+        return {r["id"]: r["scores"] for r in rows if all(r[k] == v for k, v in made_by.items())}
+    done, shard = read(), folder / f"rank{rank}.jsonl"
+    todo = [i for i in range(rank, len(examples), world) if str(examples[i]["id"]) not in done]
+    if todo:
+        teacher = nt_model.load_teacher(cfg.teacher, device, dtype)
+        teacher_tok = load_teacher_tokenizer(cfg.teacher)
+        drop_torn_line(shard)
+        bar = tqdm(total=len(todo), unit="example", desc="difficulty", disable=rank != 0)
+        with open(shard, "a") as f:
+            for at in range(0, len(todo), cfg.score_batch):
+                part = [examples[i] for i in todo[at:at + cfg.score_batch]]
+                for e, scores in zip(part, difficulty(part, tok, teacher, teacher_tok, cfg.metric, device)):
+                    scores = [None if math.isnan(v) else round(v, 6) for v in scores]
+                    f.write(json.dumps(dict(id=str(e["id"]), **made_by, scores=scores)) + "\n")
+                f.flush()
+                bar.update(len(part))
+        bar.close()
+    barrier(world)
+    done = read()
+    ids = [str(examples[i]["id"]) for i in range(len(examples))]
+    return [[math.nan if v is None else v for v in done[i]] for i in ids]
+
+
+def buckets(scores, n_buckets, ordering, seed=0):
+    """Scores of all completions (lists of floats, NaN = EOS filling) -> buckets 1..n_buckets (lists of ints).
+
+    Quantiles over all tokens: equal mass, also where scores tie (a stable sort splits ties in data order).
+    descending: the hardest tokens are in bucket 1. EOS filling belongs to the easiest bucket.
+    """
+    flat = np.concatenate([np.asarray(s, dtype=np.float64) for s in scores])
+    known = np.flatnonzero(~np.isnan(flat))
+    if ordering == "random":
+        place = np.random.default_rng(seed).permutation(len(known))
+    else:
+        keys = -flat[known] if ordering == "descending" else flat[known]
+        place = np.empty(len(known), dtype=np.int64)
+        place[np.argsort(keys, kind="stable")] = np.arange(len(known))
+    bucket = np.full(len(flat), 1 if ordering == "ascending" else n_buckets)
+    bucket[known] = 1 + place * n_buckets // len(known)
+    return [part.tolist() for part in np.split(bucket, np.cumsum([len(s) for s in scores])[:-1])]
+
+
 # ---------------------------------------------------------------------------------------------- batch builder
+def trajectory_mask(bucket, cfg, rng):
+    """The masking rule -> masked (L,) bool, loss_w (L,) before the normalisation over L. bucket: L ints."""
+    bucket, k = np.asarray(bucket), rng.integers(cfg.n_buckets)  # uniform over 0..K-1
+    p = np.where(bucket <= k, cfg.p_context, cfg.p_future)
+    masked = rng.random(len(bucket)) < p
+    weight = len(bucket) / max(1, masked.sum()) if cfg.trajectory_weight == "mean" else 1.0
+    return masked, np.full(len(bucket), weight)
+
+
 def mask_response(example, cfg, rng, origin=0):
     """One example's noise -> masked (L,) bool, loss_w (L,) = 1/t, before the normalisation over L.
     origin: how many tokens of the first block are prompt (block-causal models count from the prompt's start).
     """
+    if "bucket" in example and rng.random() < cfg.trajectory_share:
+        return trajectory_mask(example["bucket"], cfg, rng)
     L, t = len(example["x0"]), cfg.t_min + (1 - cfg.t_min) * rng.random()
     if "masked" in example:  # a drill says itself what is hidden; its mean cross-entropy counts
         masked = np.array(example["masked"])
@@ -143,8 +274,9 @@ def load_examples(cfg, tok):
         if not records:
             raise UserError(f"{cfg.data} holds no correct trajectory: nothing to train on")
         return records
-    return [dict(id=p["id"], prompt_ids=tok.prompt_ids(p["prompt"]).tolist(),
-                 x0=pad_response(tok.response_ids(p["solution"]), cfg.gen_len, tok.eos_id))
+    return [dict(id=p["id"], prompt=p["prompt"], prompt_ids=tok.prompt_ids(p["prompt"]).tolist(),
+                 x0=pad_response(tok.response_ids(unicodedata.normalize("NFC", p["solution"])), cfg.gen_len,
+                                 tok.eos_id))
             for p in load_problems(cfg.data)]
 
 
@@ -376,11 +508,21 @@ def build_optimizers(cfg, model):
     return opts
 
 
+def check_config(cfg):
+    for name in ("trajectory_share", "p_context", "p_future", "block_share"):
+        if not 0 <= getattr(cfg, name) <= 1:
+            raise UserError(f"--{name} {getattr(cfg, name)}: it must be between 0 and 1")
+    if min(cfg.n_buckets, cfg.batch_size, cfg.micro_batch, cfg.score_batch) < 1:
+        raise UserError(f"--n_buckets {cfg.n_buckets}, --batch_size {cfg.batch_size}, --micro_batch "
+                        f"{cfg.micro_batch}, --score_batch {cfg.score_batch}: at least 1 each")
+    if cfg.trajectory_share and cfg.data == "tiny" and not cfg.n_examples:
+        raise UserError("--n_examples 0 draws new examples at every step, which no teacher can rank "
+                        "beforehand: give --trajectory_share 0, or a number of examples")
+
+
 def main():
     cfg = parse_args(Config, PRESETS, __doc__)
-    if cfg.trajectory_share != 0:
-        raise UserError(f"--trajectory_share {cfg.trajectory_share}: "
-                        f"only 0 (standard MDLM training) is built so far")
+    check_config(cfg)
     rank, world, device, dtype = setup(cfg)
     out = open_run(cfg, rank)
     barrier(world)
@@ -392,6 +534,10 @@ def main():
         return
     tok, model = load_tokenizer(cfg.model, cfg.revision), build_model(cfg, device, dtype)
     examples = load_examples(cfg, tok)
+    if cfg.trajectory_share:
+        scores = score_examples(examples, tok, cfg, out, rank, world, device, dtype)
+        ranked = buckets(scores, cfg.n_buckets, cfg.ordering, cfg.seed)
+        examples = [{**examples[i], "bucket": b} for i, b in enumerate(ranked)]
     opts = build_optimizers(cfg, model)
     first = load_checkpoint(out, model, opts)
     log(out, rank, first)
@@ -432,7 +578,7 @@ def main():
     save_final(cfg, model, final, rank)
 
     if rank == 0 and evaluates:
-        label = "base" if cfg.init == "scratch" else "SFT"
+        label = "base" if cfg.init == "scratch" else "TRIMS" if cfg.trajectory_share else "SFT"
         problems = load_problems("tiny", "dev", cfg.eval_problems)
         nt_eval.report([(label, nt_eval.curve(model, tok, problems, nt_eval.PROTOCOLS["tiny"], label))], out)
     barrier(world)

@@ -444,7 +444,7 @@ def test_standard_training_runs_on_every_family(tmp_path, monkeypatch, family):
         json.dumps(dict(prompt="2 + 2?", solution="it is 4", answer="4")) + "\n" for _ in range(8)))
     monkeypatch.setattr("sys.argv", ["trims.py", "--model", str(folder), "--data", str(tmp_path / "p.jsonl"),
                                      "--out", str(tmp_path / "run"), "--gen_len", "12", "--batch_size", "4",
-                                     "--max_steps", "2", "--lora_r", "4"])
+                                     "--max_steps", "2", "--lora_r", "4", "--trajectory_share", "0"])
     trims.main()
     assert (tmp_path / "run/adapter/adapter_model.safetensors").exists()
 

@@ -143,14 +143,14 @@ def test_the_whole_story_in_small(tmp_path):
 def test_trims_baseline_in_small(tmp_path):
     few = ["--max_steps", "3", "--batch_size", "8", "--eval_problems", "0", "--out", "base"]
     made = run(tmp_path, "trims.py", "--init", "scratch", "--n_examples", "0", "--drill_steps", "1",
-               "--muon_lr", "0.02", "--block_share", "0.5", *few)
+               "--trajectory_share", "0", "--muon_lr", "0.02", "--block_share", "0.5", *few)
     assert made.returncode == 0, made.stderr
     assert nt_model.load(tmp_path / "base/model").cfg == TINY.cfg
     tuned = run(tmp_path, "trims.py", "--model", "base/model", "--max_steps", "2", "--batch_size", "8",
                 "--n_examples", "16", "--eval_problems", "0", "--out", "sft")
     assert tuned.returncode == 0 and (tmp_path / "sft/adapter/adapter_config.json").exists(), tuned.stderr
-    refused = run(tmp_path, "trims.py", "--trajectory_share", "0.5", "--out", "x")
-    assert refused.returncode == 2 and "only 0" in refused.stderr
+    refused = run(tmp_path, "trims.py", "--trajectory_share", "1.5", "--out", "x")
+    assert refused.returncode == 2 and "between 0 and 1" in refused.stderr
 
 
 def test_bench_prints_what_was_measured_and_json(tmp_path):

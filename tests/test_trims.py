@@ -1,3 +1,4 @@
+import json
 import math
 import re
 from types import SimpleNamespace
@@ -5,9 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from checkpoints import official_checkpoint, write_tokenizer
 from conftest import ROOT, random_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import data
+import lora
+import model as nt_model
 import trims
 from trims import Config, make_batch, mask_response, mdlm_loss
 
@@ -113,3 +118,126 @@ def test_optimizers_cover_every_parameter_once():
     opts = trims.build_optimizers(SimpleNamespace(muon_lr=0.01, lr=1e-3, beta2=0.95, weight_decay=0.0), model)
     held = [id(p) for opt in opts for g in opt.param_groups for p in g["params"]]
     assert len(opts) == 2 and sorted(held) == sorted(id(p) for p in model.parameters())
+
+
+# ------------------------------------------------------------------------------------- difficulty and buckets
+def test_scores_move_through_bytes_by_hand():
+    """Teacher: 'ab' 2 nats, 'c' 3, 'def' 6; student: 'a' 'bcd' 'ef'."""
+    got = trims.spread([2.0, 3.0, 6.0], [2, 1, 3], [1, 3, 2])
+    assert np.allclose(got, [1, 1 + 3 + 2, 4]) and abs(got.sum() - 11) < 1e-12
+    same = [0.1, 5.0, 0.0, 2.5]
+    assert np.allclose(trims.spread(same, [1, 4, 2, 3], [1, 4, 2, 3]), same)  # identity
+    smile = "🙂".encode()  # four bytes: two tokens of the teacher, four of the student
+    assert np.allclose(trims.spread([4.0, 8.0], [3, 1], [1] * len(smile)), [4 / 3] * 3 + [8])
+    rng = np.random.default_rng(0)
+    for _ in range(50):  # the total is kept whatever the cuts; special tokens of the student have no bytes
+        total = int(rng.integers(1, 60))
+        cuts = [np.diff([0, *sorted(rng.integers(0, total + 1, rng.integers(0, 20)).tolist()), total])
+                for _ in range(2)]
+        cuts[0] = cuts[0][cuts[0] > 0]
+        values = rng.exponential(size=len(cuts[0]))
+        got = trims.spread(values, *cuts)
+        assert abs(got.sum() - values.sum()) < 1e-9 and (got >= -1e-12).all()
+        assert (got[cuts[1] == 0] == 0).all()
+
+
+def test_buckets_by_hand():
+    nan = float("nan")
+    scores = [[3.0, 0.0, 1.0, nan], [0.0, 2.0, 0.0, 0.0]]
+    # hard first: 3, 2 | 1, 0 | 0, 0 with ties in data order; 7 tokens in 3 buckets: 3 + 2 + 2
+    assert trims.buckets(scores, 3, "descending") == [[1, 2, 1, 3], [2, 1, 3, 3]]
+    assert trims.buckets(scores, 3, "ascending") == [[3, 1, 2, 1], [1, 3, 1, 2]]
+    shuffled = [trims.buckets(scores, 3, "random", seed) for seed in range(20)]
+    assert len({str(b) for b in shuffled}) > 5 and all(b[0][3] == 3 for b in shuffled)
+    many = trims.buckets([[0.0] * 800], 8, "descending")[0]
+    assert [many.count(b) for b in range(1, 9)] == [100] * 8  # equal mass although everything ties
+
+
+def test_the_masking_rule():
+    """k is uniform over 0..K-1; buckets up to k are masked with p_context, the others with p_future."""
+    bucket, cfg = [1, 2, 3, 4] * 50, Config(n_buckets=4, p_context=0.0, p_future=1.0)
+    states = {tuple(trims.trajectory_mask(bucket, cfg, data.example_rng(0, 0, i))[0][:4]) for i in range(60)}
+    assert states == {tuple(b > k for b in range(1, 5)) for k in range(4)}  # all masked occurs, none does not
+    cfg, rates = Config(n_buckets=4), {b: [] for b in range(1, 5)}
+    for i in range(600):
+        masked, w = trims.trajectory_mask(bucket, cfg, data.example_rng(0, 1, i))
+        assert np.allclose(w, len(bucket) / masked.sum())  # the mean over masked tokens
+        for b in rates:
+            rates[b].append(masked[b - 1::4].mean())
+    # bucket b is context when k >= b: (4 - b) of the four k
+    want = {b: ((4 - b) * .05 + b * .95) / 4 for b in rates}
+    assert all(abs(np.mean(rates[b]) - want[b]) < 0.03 for b in rates)
+    cfg = Config(trajectory_weight="none")
+    assert (trims.trajectory_mask(bucket, cfg, data.example_rng(0, 0, 0))[1] == 1).all()
+
+
+def test_share_draws_the_standard_mask_for_the_rest():
+    example = {"x0": [0] * 64, "bucket": [1] * 32 + [8] * 32}
+    cfg = Config(trajectory_share=0.3, p_context=0.0, p_future=1.0, n_buckets=8)
+    n = 0
+    for i in range(400):
+        masked, _ = mask_response(example, cfg, data.example_rng(0, 0, i))
+        n += bool(masked[32:].all() and (masked[:32].all() or not masked[:32].any()))
+    assert abs(n / 400 - 0.3) < 0.07
+
+
+def test_teacher_scores_land_on_the_students_tokens():
+    """The tiny teacher and model share a tokeniser: a score is the teacher's NLL of that very token; the
+    first EOS has the end token's; filling has none; the phrases, drawn at random, are the hard tokens.
+    """
+    tok, teacher_tok = data.load_tokenizer("tiny"), data.load_teacher_tokenizer("tiny-ar")
+    teacher, examples = nt_model.load_teacher("tiny-ar"), data.TinySFT(tok, 6, privileged_share=0.0)
+    examples = [examples[i] for i in range(6)]
+    scores = trims.difficulty(examples, tok, teacher, teacher_tok, "nll", "cpu")
+    for e, s in zip(examples, scores):
+        ids = torch.tensor([e["prompt_ids"] + e["x0"]])
+        nll = nt_model.token_nll(teacher, ids)[0, len(e["prompt_ids"]):]
+        n = e["x0"].index(tok.eos_id)
+        assert np.allclose(s[:n + 1], nll[:n + 1], atol=1e-4) and np.isnan(s[n + 1:]).all()
+        phrases = np.array(s[:4 * data.N_SWAPS]).reshape(-1, 4)
+        assert phrases[:, 0].mean() > 0.5 and phrases[:, 1:].mean() < 0.1
+    entropy = trims.difficulty(examples, tok, teacher, teacher_tok, "entropy", "cpu")
+    assert abs(entropy[0][0] - math.log(3)) < 0.02 and entropy[0][:8] != scores[0][:8]
+    broken = {**examples[0], "x0": [0xC3] + examples[0]["x0"][1:]}  # half a character
+    with pytest.raises(nt_model.UserError, match="not UTF-8"):
+        trims.difficulty([broken], tok, teacher, teacher_tok, "nll", "cpu")
+
+
+@pytest.mark.parametrize("family", ["llada", "dream", "sdar"])
+def test_trims_trains_two_steps_on_every_family_with_another_tokeniser(tmp_path, monkeypatch, family):
+    """A teacher in Qwen's format with its own tokeniser; difficulty is computed once and read again."""
+    folder = official_checkpoint(tmp_path / "base", family)
+    teacher = tmp_path / "teacher"
+    LlamaForCausalLM(LlamaConfig(vocab_size=272, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                                 num_attention_heads=2)).save_pretrained(teacher)
+    write_tokenizer(teacher, "dream")
+    lines = [json.dumps(dict(prompt=f"{n}?", solution=f"e\u0301 {n} 🙂", answer="")) for n in range(6)]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    args = ["trims.py", "--model", folder, "--data", tmp_path / "p.jsonl", "--out", tmp_path / "run",
+            "--teacher", teacher, "--gen_len", 16, "--block_len", 4, "--batch_size", 4, "--micro_batch", 2,
+            "--max_steps", 2, "--lr", 1e-2, "--trajectory_share", 1.0, "--n_buckets", 3]
+    monkeypatch.setattr("sys.argv", [str(a) for a in args])
+    trims.main()
+    rows = data.read_jsonl(tmp_path / "run/difficulty/rank0.jsonl")
+    text = [v for v in rows[0]["scores"] if v is not None]
+    assert len(rows) == 6 and len(text) == len("\u00e9 0 🙂".encode()) + 1  # NFC, a token per byte, the EOS
+    adapted = lora.load(nt_model.load(folder), tmp_path / "run/adapter")
+    ids = torch.randint(0, 250, (1, 9))
+    assert not torch.equal(adapted(ids), nt_model.load(folder)(ids))
+    monkeypatch.setattr(nt_model, "load_teacher", lambda *a: pytest.fail("scored twice"))
+    monkeypatch.setattr("sys.argv", [str(a) for a in [*args, "--overwrite", "--max_steps", 1]])
+    (tmp_path / "run/difficulty").rename(tmp_path / "kept")
+    with pytest.raises(pytest.fail.Exception, match="scored twice"):
+        trims.main()  # a new run computes its own
+    (tmp_path / "run/difficulty/rank0.jsonl").write_text((tmp_path / "kept/rank0.jsonl").read_text())
+    monkeypatch.setattr("sys.argv", [str(a) for a in [*args, "--max_steps", 1]])
+    trims.main()  # reads them
+
+
+def test_bad_settings_are_one_line(monkeypatch, tmp_path):
+    for args, words in ((["--trajectory_share", "2"], "between 0 and 1"),
+                        (["--n_buckets", "0"], "at least 1"),
+                        (["--n_examples", "0"], "--trajectory_share 0")):
+        monkeypatch.setattr("sys.argv", ["trims.py", "--out", str(tmp_path / "x"), *args])
+        with pytest.raises(nt_model.UserError, match=words):
+            trims.main()

@@ -1,0 +1,83 @@
+"""How weights/tiny-ar was made: a small causal LM of `transformers` (Llama's architecture) on the tiny task,
+the AR teacher that lets `python trims.py` run offline.
+
+    python weights/tiny-ar/train.py --out out/tiny-ar        # resumable: the same command continues
+"""
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent.parent))
+import data  # noqa: E402
+from model import token_positions  # noqa: E402
+
+
+def batch_at(examples, step, size):
+    """Left-padded ids, which are real, and which carry loss: the response up to its first EOS."""
+    rows = [examples[step * size + i] for i in range(size)]
+    ids, valid = data.collate([r["prompt_ids"] for r in rows], torch.tensor([r["x0"] for r in rows]), EOS)
+    answer = torch.zeros_like(valid)
+    answer[:, -data.TINY_LEN:] = True
+    tail = (ids == EOS) & answer
+    return ids, valid, answer & (tail.cumsum(1) - tail.int() == 0)
+
+
+def loss_of(model, ids, valid, scored):
+    logits = model(ids, attention_mask=valid.long(), position_ids=token_positions(valid)).logits
+    ce = F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    return ce[scored[:, 1:]].mean()
+
+
+def main():
+    ap = argparse.ArgumentParser()
+    ap.add_argument("--out", default="out/tiny-ar")
+    ap.add_argument("--steps", type=int, default=800)
+    ap.add_argument("--batch_size", type=int, default=64)
+    ap.add_argument("--lr", type=float, default=3e-3)
+    args = ap.parse_args()
+    out, half = Path(args.out), Path(args.out) / "half.pt"
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=298, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+        max_position_embeddings=256, rope_theta=10000.0, tie_word_embeddings=False, bos_token_id=None,
+        eos_token_id=EOS, pad_token_id=EOS))
+    opt = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
+    first = 0
+    if half.exists():
+        state = torch.load(half, weights_only=True)
+        model.load_state_dict(state["model"])
+        opt.load_state_dict(state["opt"])
+        first = state["step"]
+    examples = data.TinySFT(TOK, args.steps * args.batch_size, privileged_share=0.0)
+    bar, seen = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step"), []
+    for step in bar:
+        frac = min(1, (step + 1) / 100, (args.steps - step) / (0.4 * args.steps))
+        for group in opt.param_groups:
+            group["lr"] = args.lr * frac
+        loss = loss_of(model, *batch_at(examples, step, args.batch_size))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+        opt.zero_grad()
+        seen.append(loss.item())
+        bar.set_postfix_str(f"loss {np.mean(seen[-50:]):.3f}", refresh=False)
+        if (step + 1) % 250 == 0:
+            torch.save(dict(model=model.state_dict(), opt=opt.state_dict(), step=step + 1), half)
+    model.bfloat16().save_pretrained(out)
+    print(f"last 50 steps: {np.mean(seen[-50:]):.4f} nats per token; the phrases alone cost "
+          f"{data.N_SWAPS * math.log(3) / 46:.4f}")
+
+
+if __name__ == "__main__":
+    TOK = data.load_tokenizer("tiny")
+    EOS = TOK.eos_id
+    main()
