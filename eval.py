@@ -3,6 +3,7 @@
     python eval.py curve --model tiny --n 500                          # the base model
     python eval.py curve --model tiny --adapter out/tad-tiny/adapter --label TAD --out out/tad-eval
     python eval.py caches --n 200                                      # what the caches cost
+    python eval.py nll --n 40                                          # TRIMS Fig. 7
     python eval.py compare out/tad-eval-* --base base --control SFT    # one table and one picture
                                                                        # over runs and seeds
 
@@ -247,6 +248,11 @@ def report_tds(models, records, out):
             print(f"TDS {label}: {np.nanmean(grid):.4f} nats^2, mean over the steps of {len(rows)} training "
                   f"trajectories")
             curves[label] = np.nanmean(grid, 0)
+    plot_per_forward(curves, "variance of predictive entropy, nats$^2$", Path(out) / "tds.png")
+
+
+def plot_per_forward(curves, what, path):
+    """{label: values per forward} -> a PNG; nothing without matplotlib."""
     try:
         import matplotlib
         matplotlib.use("Agg")
@@ -257,11 +263,46 @@ def report_tds(models, records, out):
     for label, values in curves.items():
         ax.plot(values, label=label)
     ax.set_xlabel("forward")
-    ax.set_ylabel("variance of predictive entropy, nats$^2$")
+    ax.set_ylabel(what)
     ax.legend()
     fig.tight_layout()
-    fig.savefig(Path(out) / "tds.png")
+    fig.savefig(path)
     plt.close(fig)
+
+
+# ------------------------------------------------------------ the teacher's NLL along decoding (TRIMS Fig. 7)
+def trajectory_nll(teacher, teacher_tok, tok, prompt, out, eos_ids):
+    """At each forward of a decoding, the AR teacher's NLL per token of what is revealed so far, in text order
+    and with the masks taken out: (nfe,) fp32 numpy; NaN while nothing is. prompt: text; out: Output.
+    """
+    n, head = out.n_tokens(eos_ids), teacher_tok.prompt_ids(prompt)
+    dev, curve = next(teacher.parameters()).device, []
+    for t in range(out.nfe):
+        shown = out.ids[:n][out.order[:n] <= t].tolist()
+        text = b"".join(tok.bytes_of(i) for i in shown).decode(errors="replace")
+        ids = torch.tensor(teacher_tok.encode(text), dtype=torch.long) if shown else head[:0]
+        nll = nt_model.token_nll(teacher, torch.cat([head, ids])[None].to(dev))[0, len(head):]
+        curve.append(float(nll.mean()))
+    return np.array(curve, dtype=np.float32)
+
+
+def report_trajectory_nll(models, teacher, teacher_tok, tok, problems, settings, out):
+    """Fig. 7 for each (label, model): token-by-token decodings of the problems, scored by one teacher."""
+    curves = {}
+    for label, model in models:
+        model.eval()
+        prompts = [tok.prompt_ids(p["prompt"]) for p in problems]
+        outs = generate(model, prompts, 64, policy="static", per_step=1, early_stop=False, **settings)
+        bar = tqdm(list(zip(problems, outs)), unit="decoding", desc=f"teacher NLL {label}")
+        rows = np.array([trajectory_nll(teacher, teacher_tok, tok, p["prompt"], o, model.cfg.eos_ids)
+                         for p, o in bar])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # NaN where nothing is revealed
+            curves[label] = np.nanmean(rows, 0)
+        print(f"teacher NLL {label}: {np.nanmean(curves[label]):.4f} nats per token, mean over the forwards; "
+              f"{curves[label][-1]:.4f} at the end")
+    plot_per_forward(curves, "teacher NLL of what is revealed, nats per token",
+                     Path(out) / "trajectory_nll.png")
 
 
 # ----------------------------------------------------------------------------------------- comparison of runs
@@ -341,9 +382,12 @@ def main():
     c.add_argument("--cache", choices=["none", "prefix", "dual"], help="instead of the protocol's")
     c.add_argument("--label", help="name in tables and plots; default: base, or the run's directory")
     c.add_argument("--out", help="directory of results.jsonl and curve.png [out/eval-<label>-<split>-<n>]")
+    t = sub.add_parser("nll", help="an AR teacher's NLL of what each forward has revealed (TRIMS Fig. 7)")
+    t.add_argument("--teacher", default="tiny-ar", help="hub id or directory of a causal LM")
+    t.add_argument("--out", default="out", help="directory of trajectory_nll.png")
     k = sub.add_parser("caches", help="what each cache costs against cache none, at one threshold")
     k.add_argument("--threshold", type=float, default=0.9, help="confidence; above 1: one token per forward")
-    for p in (c, k):
+    for p in (c, k, t):
         p.add_argument("--model", default="tiny", help="preset name, hub id or directory")
         p.add_argument("--revision", help="commit, branch or tag of a hub id")
         p.add_argument("--adapter", help="directory of a LoRA adapter")
@@ -384,6 +428,12 @@ def main():
     if args.adapter:
         lora.load(model, args.adapter)
     problems = data.load_problems(args.task, args.split, args.n)
+    if args.what == "nll":
+        teacher = nt_model.load_teacher(args.teacher, *nt_model.default_device())
+        settings = {**data.TINY_DECODING, **own}
+        teacher_tok = data.load_teacher_tokenizer(args.teacher)
+        models = [(args.adapter or args.model, model)]
+        return report_trajectory_nll(models, teacher, teacher_tok, tok, problems, settings, args.out)
     if args.what == "caches":
         rule = dict(data.TINY_DECODING, policy="threshold", threshold=args.threshold, **own)
         print(compare_caches(model, tok, problems, rule, args.batch_size))

@@ -53,8 +53,8 @@ from tqdm import tqdm
 import eval as nt_eval
 import lora
 import model as nt_model
-from data import (TinySFT, drop_torn_line, example_rng, load_problems, load_teacher_tokenizer, load_tokenizer,
-                  pad_response, read_jsonl, read_trajectories, response_inputs)
+from data import (TINY_DECODING, TinySFT, drop_torn_line, example_rng, load_problems, load_teacher_tokenizer,
+                  load_tokenizer, pad_response, read_jsonl, read_trajectories, response_inputs)
 from model import UserError, by_chunks, run_cli
 
 
@@ -580,7 +580,15 @@ def main():
     if rank == 0 and evaluates:
         label = "base" if cfg.init == "scratch" else "TRIMS" if cfg.trajectory_share else "SFT"
         problems = load_problems("tiny", "dev", cfg.eval_problems)
-        nt_eval.report([(label, nt_eval.curve(model, tok, problems, nt_eval.PROTOCOLS["tiny"], label))], out)
+        models = [(label, model)]
+        if cfg.init == "model":  # the same problems and rules for the model it started from
+            models = [("base", nt_model.load(cfg.model, device, dtype, cfg.revision)), *models]
+        nt_eval.report([(name, nt_eval.curve(m, tok, problems, nt_eval.PROTOCOLS["tiny"], name))
+                        for name, m in models], out)
+        if cfg.trajectory_share:
+            nt_eval.report_trajectory_nll(models, nt_model.load_teacher(cfg.teacher, device, dtype),
+                                          load_teacher_tokenizer(cfg.teacher), tok, problems[:40],
+                                          TINY_DECODING, out)
     barrier(world)
 
 

@@ -1,10 +1,13 @@
 import json
 
 import pytest
+import torch
 from conftest import CONFIGS, random_model
 
 import data
 import eval as nt_eval
+import model as nt_model
+import sample
 from model import UserError
 
 
@@ -91,3 +94,19 @@ def test_caches_against_the_uncached_decoder():
     assert set(map(tuple, agreement(model).values())) == {tuple(same)}
     causal = agreement(random_model(**CONFIGS["block"], **vocabulary))
     assert len(causal) == 5 and set(map(tuple, causal.values())) == {tuple(same)}
+
+
+def test_teacher_nll_along_a_decoding():
+    """Every point is the teacher's mean NLL of the revealed tokens in text order."""
+    tok, teacher_tok = data.load_tokenizer("tiny"), data.load_teacher_tokenizer("tiny-ar")
+    teacher, problem = nt_model.load_teacher("tiny-ar"), data.load_problems("tiny", "dev", 1)[0]
+    ids = data.pad_response(tok.response_ids(problem["solution"]), 48, tok.eos_id)
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(0))
+    out = sample.Output(torch.tensor(ids), order, order, torch.ones(48), 48)
+    curve = nt_eval.trajectory_nll(teacher, teacher_tok, tok, problem["prompt"], out, (tok.eos_id,))
+    head = tok.prompt_ids(problem["prompt"]).tolist()
+    for t in (10, 30, 47):
+        shown = [i for i, o in zip(ids, order.tolist()) if o <= t and i != tok.eos_id]
+        nll = nt_model.token_nll(teacher, torch.tensor([head + shown]))[0, len(head):]
+        assert abs(curve[t] - nll.mean().item()) < 1e-4
+    assert curve[47] < 0.4 < curve[10]  # a finished solution is likely, scraps of it are not
