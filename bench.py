@@ -93,9 +93,9 @@ def step_costs(batch):
     return costs
 
 
-def flop_and_bytes(batch, rows, columns, window):
-    """Of one forward over `columns` of `rows` rows: floating-point operations, bytes that must be read."""
-    cfg, T = batch.model.cfg, batch.rows.canvas.shape[1]
+def flop_and_bytes(batch, rows, columns, T, window):
+    """Of a forward over `columns` of `rows` rows of T: floating-point operations, bytes that must be read."""
+    cfg = batch.model.cfg
     projections = (cfg.d_model * cfg.head_dim * 2 * (cfg.n_head + cfg.n_kv_head)
                    + 3 * cfg.d_model * cfg.d_mlp)
     head = cfg.vocab_size * cfg.d_model
@@ -111,9 +111,9 @@ def decode_cost(model, prompts, settings, how, repeats):
     """Whole runs through the decoder -> dict; the first one compiles and is not counted."""
     s, runs = sample.Decoding(**settings), []
     for _ in tqdm(range(repeats + 1), unit="run", desc="decode"):
-        batch = sample.Batch(model, prompts, s, len(prompts), range(len(prompts)), **how)
-        wait(batch.dev)
+        wait(model.embed.weight.device)
         began = time.perf_counter()
+        batch = sample.Batch(model, prompts, s, len(prompts), range(len(prompts)), **how)
         outs = [out for _, out in sample.decode(batch)]
         wait(batch.dev)
         runs.append(time.perf_counter() - began)
@@ -156,17 +156,17 @@ def run(model, name, settings, batch_size, prompt_len, how, repeats=3, profile=F
     prompts = make_prompts(model, name, batch_size, prompt_len)
     sample.check_prompts(model.cfg, prompts, sample.Decoding(**settings))
     cuda = device.type == "cuda"
-    gb_limit, tflop_limit = device_limits(device, dtype)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     batch, cost = decode_cost(model, prompts, settings, how, repeats)
     peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else peak_resident_gib()
+    gb_limit, tflop_limit = device_limits(device, dtype)
     fresh = sample.Batch(model, prompts, batch.s, len(prompts), range(len(prompts)), **how)
     costs = step_costs(fresh)
     window = costs["window_ms"] is not None
-    T, n = fresh.rows.canvas.shape[1], len(prompts)
-    columns = fresh.width(fresh.P) + sample.reach(fresh.s, model.cfg) if window else T
-    flop, read = flop_and_bytes(fresh, n, columns, window)
+    n, length = len(prompts), max(map(len, prompts)) + settings["gen_len"]  # padding does not count
+    columns = fresh.width(fresh.P) + sample.reach(fresh.s, model.cfg) if window else length
+    flop, read = flop_and_bytes(fresh, n, columns, length, window)
     ms = costs["window_ms"] or costs["whole_ms"]
     name_of = (torch.cuda.get_device_name() if cuda
                else f"{platform.machine()} CPU, {torch.get_num_threads()} threads")
@@ -181,10 +181,12 @@ def run(model, name, settings, batch_size, prompt_len, how, repeats=3, profile=F
         tflop_per_s=tflops, flop_share=tflops / (peak_of or tflop_limit),
         flop_share_of=f"{peak_of} TFLOP/s, dense bf16" if peak_of else f"{tflop_limit:.3g} TFLOP/s, measured",
         peak_gib=peak, **reference_cost(model, prompts[0], settings))
-    facts["speedup"] = facts["tok_per_s"] / facts["reference_tok_per_s"]
+    # with early stop or sampling the reference's one prompt is not the batch's work
+    alike = not settings["early_stop"] and settings["policy"] == "static"
+    facts["speedup"] = facts["tok_per_s"] / facts["reference_tok_per_s"] if alike else None
     report(facts)
     if profile:
-        print_profile(fresh, columns, window)
+        print_profile(fresh, window)
     print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in facts.items()}))
 
 
@@ -208,18 +210,18 @@ def report(f):
           f"{f['tflop_per_s']:.3g} TFLOP/s ({f['flop_share']:.0%} of {f['flop_share_of']})\n"
           f"  peak memory {f['peak_gib']:.2f} GiB   first run {f['first_run_s']:.1f} s\n"
           f"  uncached eager reference, batch 1: {f['reference_tok_per_s']:.1f} tok/s, "
-          f"{f['reference_ms_per_forward']:.2f} ms per forward, nfe {f['reference_nfe']}; "
-          f"this decoder is {f['speedup']:.2f} x as fast")
+          f"{f['reference_ms_per_forward']:.2f} ms per forward, nfe {f['reference_nfe']}"
+          + (f"; this decoder is {f['speedup']:.2f} x as fast" if f["speedup"] else ""))
 
 
-def print_profile(batch, columns, window):
+def print_profile(batch, window):
     """Where a forward's time goes."""
     from torch.profiler import ProfilerActivity, profile
     cuda = batch.dev.type == "cuda"
     rows = None if window else batch.numbers(list(range(len(batch.owner))))
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as traced:
         for _ in range(10):
-            batch.forward(rows, batch.width(batch.P))
+            batch.forward(rows, batch.width(batch.P) if window else batch.s.width)
         wait(batch.dev)
     by = "self_cuda_time_total" if cuda else "self_cpu_time_total"
     print(traced.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=50))

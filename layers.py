@@ -32,30 +32,32 @@ class PackedLinear(torch.nn.Module):
         super().__init__()
         self.tag, self.bias = torch.empty(len(weight)), bias
         PACKED[self.tag.data_ptr()] = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-        weakref.finalize(self, PACKED.pop, self.tag.data_ptr())
+        weakref.finalize(self.tag, PACKED.pop, self.tag.data_ptr())
 
     def forward(self, x):
         return torch.ops.nanotraj.packed_linear(x, self.tag, self.bias)
 
 
 class Int8Linear(torch.nn.Module):
-    """Weights in int8 with one scale per output, computed in the activations' dtype: half of bf16's bytes,
-    for decoding that waits for the memory (batch 1).
+    """Weights in int8 with one scale per output, computed in the model's dtype: half of bf16's bytes. The
+    scale has that dtype too: so torch.compile recognises the product and takes a kernel that reads int8.
     """
 
     def __init__(self, weight, bias):
         super().__init__()
-        self.scale = weight.detach().float().abs().amax(1).clamp(min=1e-12) / 127
-        self.weight, self.bias = (weight.detach() / self.scale[:, None]).round().to(torch.int8), bias
+        scale = weight.detach().float().abs().amax(1).clamp(min=1e-12) / 127
+        self.scale, self.bias = scale.to(weight.dtype), bias
+        steps = (weight.detach().float() / self.scale.float()[:, None]).round()
+        self.weight = steps.clamp(-127, 127).to(torch.int8)
 
     def forward(self, x):
-        y = F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+        y = F.linear(x, self.weight.to(x.dtype)) * self.scale
         return y if self.bias is None else y + self.bias
 
 
 def with_linear(module, kind):
-    """The same module tree with every linear layer as `kind`, adapters merged; other tensors are shared.
-    The original stays as it is, and may be trained while this copy decodes.
+    """The same module tree with every linear layer as `kind`, adapters merged. The original stays as it is;
+    norms, embeddings and biases are shared with it, so a copy is made anew after training.
     """
     if hasattr(module, "merged"):  # a LoRA adapter
         module = module.merged() if module.enabled else module

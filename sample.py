@@ -406,8 +406,9 @@ def stream(model, prompts, batch_size=32, progress=False, streams=None, compiled
            int8=False, **settings):
     """Like generate, but yields (prompt index, Output) as rows finish; waiting prompts take their places.
     streams: the number of each prompt's random stream [its index]. compiled: run torch.compile's form of the
-    step [on a GPU]. sync_every: forwards between two looks of the host at the device; a row that needs its
-    keys refreshed, or is finished, waits for the next look. int8: weights in 8 bits.
+    step [on a GPU]; its shapes are the number of rows and the longest prompt, rounded up. sync_every:
+    forwards between two looks of the host at the device; a row that needs its keys refreshed, or is finished,
+    waits for the next look (on a CPU a look is free and 1 wastes nothing). int8: weights in 8 bits.
 
     Every row of the batch stands at its own block and moves at its own pace. Greedy fp32 decoding gives each
     prompt what it gets alone. Raises UserError for a prompt that does not fit the model.
@@ -418,7 +419,8 @@ def stream(model, prompts, batch_size=32, progress=False, streams=None, compiled
         return
     prompts = [p.cpu() for p in prompts]
     streams = range(len(prompts)) if streams is None else streams
-    batch = Batch(model, prompts, s, min(batch_size, len(prompts)), streams, compiled, sync_every, int8)
+    n_rows = min(batch_size, len(prompts))
+    batch = Batch(model, prompts, s, n_rows, streams, compiled, sync_every, int8)
     yield from decode(batch, progress)
 
 
@@ -551,6 +553,9 @@ def step(model, x, cache, s, P, rows, width):
         h = h.gather(1, scored[..., None].expand(-1, -1, h.shape[-1]))
         new.fresh, new.age = torch.ones_like(old.fresh), torch.zeros_like(old.age)
     reveal(model, new, s, P, scored, h)
+    if rows is not None:  # a row that is repeated to fill up is written with one and the same result
+        at = torch.arange(len(rows), device=rows.device)
+        first = torch.where(rows == rows[0], 0, at)
     for name, t in new.items():
         was = getattr(old, name)
         if t is not was:
@@ -558,7 +563,7 @@ def step(model, x, cache, s, P, rows, width):
             if rows is None:
                 getattr(x, name).copy_(t)
             else:
-                getattr(x, name)[rows] = t
+                getattr(x, name)[rows] = t[first]
 
 
 def reveal(model, x, s, P, cols, h):
@@ -638,6 +643,11 @@ def advance_multiblock(x, s, P):
 COMPILE = dict(fullgraph=True, dynamic=False)  # a graph break is an error
 
 
+def power_of_two(n):
+    """The smallest one that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
 class Batch:
     """The rows of a batch, the cache, and the host's picture of them as of its last look."""
 
@@ -647,9 +657,9 @@ class Batch:
         cuda = self.dev.type == "cuda"
         self.compiled = cuda if compiled is None else compiled
         T = max(len(p) for p in prompts) + reach(s, model.cfg) + s.gen_len + 1
-        if self.compiled:  # prompts of many lengths, few shapes
-            unit = 64 if cuda else 16
-            T = -(-T // unit) * unit
+        if self.compiled:  # prompts of many lengths and in any number, few shapes
+            T = -(-T // 64) * 64
+            n_rows = power_of_two(n_rows)
         self.P = T - s.gen_len - 1  # where the responses begin
         empty = Rows.new([prompts[0][:0]] * n_rows, [0] * n_rows, s, model.cfg, self.P, T)
         empty.masked &= False
@@ -668,6 +678,7 @@ class Batch:
             torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
             self.step = torch.compile(step, **COMPILE)
         self.graphs = {} if self.compiled and cuda else None  # (rows, width) -> CUDA graph of the step
+        self.pool = torch.cuda.graph_pool_handle() if self.graphs is not None else None
 
     def busy(self):
         return any(owner is not None for owner in self.owner)
@@ -745,10 +756,12 @@ class Batch:
         return min(K, s.gen_len + (s.block_len if self.model.cfg.block_len else 0))
 
     def numbers(self, rows):
-        """Row numbers as a tensor whose length is no reason to compile again. For CUDA graphs a power of two
-        of them: one is repeated, and written twice.
+        """Row numbers as a tensor whose length is no reason to compile again: at least two if there are two,
+        and for CUDA graphs a power of two; the first one is repeated to fill up.
         """
-        n = len(rows) if self.graphs is None else 1 << (len(rows) - 1).bit_length()
+        n = len(rows)
+        if self.compiled:
+            n = min(max(2, n if self.graphs is None else power_of_two(n)), len(self.owner))
         numbers = torch.tensor(rows + rows[:1] * (n - len(rows))).to(self.dev, non_blocking=True)
         if self.compiled and n > 1:
             torch._dynamo.mark_dynamic(numbers, 0)
@@ -764,7 +777,7 @@ class Batch:
             return self.step(self.model, self.rows, self.cache, self.s, self.P, rows, width)
         if self.graphs[key] is None:
             graph, kept = torch.cuda.CUDAGraph(), None if rows is None else rows.clone()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=self.pool):  # they replay one after the other
                 self.step(self.model, self.rows, self.cache, self.s, self.P, kept, width)
             self.graphs[key] = graph, kept
         graph, kept = self.graphs[key]
@@ -929,7 +942,8 @@ def main():
     ap.add_argument("--compiled", action=argparse.BooleanOptionalAction, help="torch.compile [on a GPU]")
     ap.add_argument("--sync_every", type=int, default=4,
                     help="forwards between two looks of the host at the device [4]")
-    ap.add_argument("--int8", action="store_true", help="weights in 8 bits: faster at batch 1 on a GPU")
+    ap.add_argument("--int8", action="store_true",
+                    help="weights in 8 bits while decoding (its speed has not been measured on a GPU)")
     ap.add_argument("--bench", nargs="?", const="", metavar="SHAPE",
                     help="measure --model, or random weights in the shape of llada-8b, dream-7b, sdar-4b, "
                     "llada-60m")

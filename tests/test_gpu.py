@@ -82,26 +82,30 @@ class TestOnAGpu:
 
     @pytest.mark.parametrize("family", ["llada", "dream", "sdar"])
     @pytest.mark.parametrize("compiled", [False, True])
-    def test_decodes_as_on_a_cpu(self, family, compiled):
+    def test_decodes_as_on_a_cpu(self, monkeypatch, family, compiled):
         """Eager, and compiled with CUDA graphs: ids, order and nfe of the CPU's reference in fp32."""
-        torch.backends.cuda.matmul.allow_tf32 = False
+        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
         own = "exact" if family == "sdar" else "dual"
         cases = [dict(cache=own), dict(cache="prefix"), dict(cache="none"),
                  dict(cache="dual", policy="static", per_step=1, early_stop=False)]
+        if family != "sdar":
+            cases += [dict(cache="vicinity", vicinity=3),
+                      dict(cache="prefix", policy="multiblock", threshold=3.0)]
         cpu, gpu = small_model(family), small_model(family).cuda()
         gpu.load_state_dict(cpu.state_dict())
         prompts = prompts_of([3, 17, 9, 30, 5], vocab=250)
         for case in cases:
-            settings = dict(gen_len=24, block_len=8, policy="threshold", threshold=0.5) | case
+            settings = dict(gen_len=24, block_len=8, policy="threshold", threshold=0.15) | case
             outs = sample.generate(gpu, prompts, batch_size=3, compiled=compiled, **settings)
             for prompt, out in zip(prompts, outs):
                 ref = sample.reference(cpu, prompt, **settings)
                 assert torch.equal(out.ids, ref.ids) and torch.equal(out.order, ref.order), case
+                assert out.nfe == ref.nfe
 
     def test_no_host_sync_between_two_looks(self):
         """CUDA's sync debug mode raises on any wait inside run(), once all is compiled and captured."""
-        model, s = small_model().cuda(), sample.Decoding(gen_len=32, block_len=8, cache="dual", threshold=0.5)
-        prompts = prompts_of([9] * 32, vocab=250)
+        model, s = small_model().cuda(), sample.Decoding(gen_len=32, block_len=8, cache="dual", threshold=0.1)
+        prompts = prompts_of([3 + i % 20 for i in range(32)], vocab=250)
         batch, inner = sample.Batch(model, prompts, s, 8, range(32)), sample.Batch.run
         captured = []
 
@@ -116,3 +120,9 @@ class TestOnAGpu:
         batch.run = lambda: run(batch)
         assert len(list(sample.decode(batch))) == 32
         assert sum(captured) > 2 and batch.looks <= batch.forwards / 4
+
+    def test_int8_and_sampling_run_compiled(self):
+        model = small_model().bfloat16().cuda()
+        for kw in (dict(int8=True), dict(temperature=1.0, top_p=0.9, top_k=5)):
+            out = sample.generate(model, prompts_of([9, 4], vocab=250), gen_len=16, block_len=8, **kw)[0]
+            assert sorted(out.rank.tolist()) == list(range(16))
