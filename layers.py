@@ -45,8 +45,8 @@ class Int8Linear(torch.nn.Module):
 
     def __init__(self, weight, bias):
         super().__init__()
-        scale = weight.detach().float().abs().amax(1).clamp(min=1e-12) / 127
-        self.scale, self.bias = scale.to(weight.dtype), bias
+        scale = weight.detach().float().abs().amax(1) / 127
+        self.scale, self.bias = scale.to(weight.dtype).clamp(min=1e-6), bias  # also in fp16 not zero
         steps = (weight.detach().float() / self.scale.float()[:, None]).round()
         self.weight = steps.clamp(-127, 127).to(torch.int8)
 

@@ -410,7 +410,7 @@ def by_chunks(terms, n_vocab, *rows, chunk_bytes=2**26):
     """terms(*rows) for functions of rows that go through logits: rows (N, ...) -> (N, ...), chunk by chunk.
 
     A chunk holds chunk_bytes of fp32 logits; it is computed again in the backward pass, so that no more than
-    one chunk's logits exist at once instead of (N, V). The values are those of one call, row by row.
+    one chunk's logits exist at once instead of (N, V). The values are those of one call, up to rounding.
     """
     n, N = max(1, chunk_bytes // (4 * n_vocab)), len(rows[0])
     if N <= n:

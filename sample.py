@@ -52,8 +52,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from layers import for_decoding
-from model import (KVCache, UserError, attention_mask, default_device, family_of, load, n_content,
-                   rope_angles, run_cli)
+from model import (KVCache, UserError, attention_mask, checkpoint_dir, config_from_json, default_device, load,
+                   n_content, read_json, rope_angles, run_cli)
 
 
 @dataclass(frozen=True)
@@ -419,7 +419,8 @@ def stream(model, prompts, batch_size=32, progress=False, streams=None, compiled
         return
     prompts = [p.cpu() for p in prompts]
     streams = range(len(prompts)) if streams is None else streams
-    n_rows = min(batch_size, len(prompts))
+    compiled = model.embed.weight.device.type == "cuda" if compiled is None else compiled
+    n_rows = min(batch_size, power_of_two(len(prompts)) if compiled else len(prompts))  # few shapes
     batch = Batch(model, prompts, s, n_rows, streams, compiled, sync_every, int8)
     yield from decode(batch, progress)
 
@@ -657,9 +658,8 @@ class Batch:
         cuda = self.dev.type == "cuda"
         self.compiled = cuda if compiled is None else compiled
         T = max(len(p) for p in prompts) + reach(s, model.cfg) + s.gen_len + 1
-        if self.compiled:  # prompts of many lengths and in any number, few shapes
+        if self.compiled:  # prompts of many lengths, few shapes
             T = -(-T // 64) * 64
-            n_rows = power_of_two(n_rows)
         self.P = T - s.gen_len - 1  # where the responses begin
         empty = Rows.new([prompts[0][:0]] * n_rows, [0] * n_rows, s, model.cfg, self.P, T)
         empty.masked &= False
@@ -959,10 +959,12 @@ def main():
     args = ap.parse_args()
     if args.bench:
         import bench
-        family = bench.shape(args.bench).family
+        cfg = bench.shape(args.bench)
     else:
-        family = family_of(args.model, args.revision)
-    family_defaults = {"tiny": data.TINY_DECODING, "sdar": dict(block_len=4, cache="exact")}.get(family, {})
+        folder = checkpoint_dir(args.model, args.revision, weights=False)
+        cfg = config_from_json(read_json(folder / "config.json"))
+    family_defaults = {"tiny": data.TINY_DECODING,
+                       "sdar": dict(block_len=cfg.block_len, cache="exact")}.get(cfg.family, {})
     given = {f.name: getattr(args, f.name) for f in fields(Decoding) if hasattr(args, f.name)}
     settings = vars(Decoding(**{**family_defaults, **given}))
     for path in filter(None, (args.to, args.picture)):

@@ -182,7 +182,7 @@ def draw_mask(pi, size, block_len, cfg, rngs):
 
 def make_batch(records, rngs, cfg, model_cfg, vocabulary):
     """records -> dict: xt, x0 (B, L) int64, masked (B, L) bool, path_w (B, L) fp32, u (B, L) uniform numbers
-    that draw the fakes, prompts as lists of ids. vocabulary: list of ids that random tokens are drawn from.
+    that draw the fakes, prompts as lists of ids. vocabulary: the ids that random tokens are drawn from.
     """
     x0, rank = torch.tensor([r["x0"] for r in records]), torch.tensor([r["rank"] for r in records])
     prompts = [r["prompt_ids"] for r in records]
@@ -212,7 +212,8 @@ def token_terms(logits, ref_logits, x0, u, cfg):
     if cfg.fake == "expected":  # the mean over x_hat ~ p_ref of the log-ratio is -KL(p_ref, p_theta)
         fake = [(ref.exp() * (logp - ref)).sum(-1), torch.zeros_like(u)]
     else:  # a draw: the token at which the distribution function passes u
-        drawn = (ref.exp().cumsum(-1) < u[:, None]).sum(-1).clamp(max=ref.shape[-1] - 1)
+        cdf = ref.exp().cumsum(-1)  # its end is 1 up to rounding
+        drawn = (cdf <= u[:, None] * cdf[:, -1:]).sum(-1).clamp(max=ref.shape[-1] - 1)
         x_hat = ref.argmax(-1) if cfg.fake == "argmax" else drawn
         fake = [t.gather(1, x_hat[:, None])[:, 0] for t in (logp, ref)]
     return torch.stack([*(t.gather(1, x0[:, None])[:, 0] for t in (logp, ref)), *fake], 1)
@@ -482,13 +483,16 @@ def check_config(cfg):
     return cfg
 
 
+def check_block(model, cfg):
+    K = model.cfg.block_len
+    if K and cfg.train_block not in (0, K) and not cfg.full:
+        raise UserError(f"--train_block {cfg.train_block}: an adapter cannot change the model's block of "
+                        f"{K} tokens; give --train_block {K}, or --full")
+
+
 def set_block(model, cfg):
     """Block-causal models train, and decode from then on, in blocks of --train_block tokens."""
-    K = model.cfg.block_len
-    if K and cfg.train_block not in (0, K):
-        if not cfg.full:
-            raise UserError(f"--train_block {cfg.train_block}: an adapter cannot change the model's block of "
-                            f"{K} tokens; give --train_block {K}, or --full")
+    if model.cfg.block_len and cfg.train_block:
         model.cfg = replace(model.cfg, block_len=cfg.train_block,
                             raw={**model.cfg.raw, "block_size": cfg.train_block})
 
@@ -504,6 +508,7 @@ def main():
         return
     model = nt_model.load(cfg.model, device, torch.float32 if cfg.full else dtype, cfg.revision)
     tok = load_tokenizer(cfg.model, cfg.revision)
+    check_block(model, cfg)
 
     # 1. trajectories of the base model
     records = collect(cfg, model, tok, out, world)
@@ -522,7 +527,7 @@ def main():
                         f"lower it")
     per_epoch = len(records) // cfg.batch_size
     n_steps = cfg.max_steps or cfg.epochs * per_epoch
-    vocabulary = [i for i in range(tok.n_vocab) if i not in tok.special.values()]
+    vocabulary = np.setdiff1d(np.arange(tok.n_vocab), [*tok.special.values(), model.cfg.mask_id])
     model.train()
     bar = tqdm(range(first, n_steps), initial=first, total=n_steps, unit="step", desc="train",
                disable=rank != 0)
@@ -562,7 +567,7 @@ def main():
         which = f"--model {final}" if cfg.full else f"{name} --adapter {final}"
         task = "" if cfg.data == "tiny" else " --task problems.jsonl"
         print(f"evaluate: python eval.py curve {which}{task} --gen_len {cfg.gen_len} "
-              f"--block_len {cfg.block_len}")
+              f"--block_len {model.cfg.block_len or cfg.block_len}")
     barrier(world)
 
 

@@ -67,6 +67,7 @@ class Config:
     seed: int = 0  # of the masks, the data order and the initial weights
     init: Literal["model", "scratch"] = "model"  # scratch: the model's config, fresh weights, all trained
     data: str = "tiny"  # tiny, a .jsonl with prompt and solution, or a folder of trajectories
+    only_correct: bool = True  # leave out a folder's wrong trajectories (--no-only_correct: ReDi, SFT-SD)
     n_examples: int = 2000  # how many of the tiny examples there are; 0: every step draws new ones
     drill_steps: int = 0  # opening steps on drills of the tiny task (see data.TinySFT)
     gen_len: int = 256  # response length L, tokens, EOS-filled
@@ -171,14 +172,19 @@ def score_examples(examples, tok, cfg, out, rank, world, device, dtype):
     """The difficulty of every example, computed once and kept in out/difficulty; each rank scores its share
     and an interrupted run goes on -> list of float lists, in order.
     """
-    folder, made_by = out / "difficulty", dict(teacher=cfg.teacher, metric=cfg.metric)
+    folder = out / "difficulty"
     folder.mkdir(exist_ok=True)
+
+    def key(e):  # everything the scores hang on
+        what = json.dumps([cfg.teacher, cfg.metric, e["prompt"], [int(i) for i in e["x0"]]])
+        return hashlib.sha256(what.encode()).hexdigest()
 
     def read():
         rows = [r for f in sorted(folder.glob("rank*.jsonl")) for r in read_jsonl(f, tolerant=True)]
-        return {r["id"]: r["scores"] for r in rows if all(r[k] == v for k, v in made_by.items())}
+        return {r["key"]: r["scores"] for r in rows}
+    keys = [key(examples[i]) for i in range(len(examples))]
     done, shard = read(), folder / f"rank{rank}.jsonl"
-    todo = [i for i in range(rank, len(examples), world) if str(examples[i]["id"]) not in done]
+    todo = [i for i in range(rank, len(examples), world) if keys[i] not in done]
     if todo:
         teacher = nt_model.load_teacher(cfg.teacher, device, dtype)
         teacher_tok = load_teacher_tokenizer(cfg.teacher)
@@ -186,17 +192,18 @@ def score_examples(examples, tok, cfg, out, rank, world, device, dtype):
         bar = tqdm(total=len(todo), unit="example", desc="difficulty", disable=rank != 0)
         with open(shard, "a") as f:
             for at in range(0, len(todo), cfg.score_batch):
-                part = [examples[i] for i in todo[at:at + cfg.score_batch]]
-                for e, scores in zip(part, difficulty(part, tok, teacher, teacher_tok, cfg.metric, device)):
+                some = todo[at:at + cfg.score_batch]
+                part = [examples[i] for i in some]
+                scored = difficulty(part, tok, teacher, teacher_tok, cfg.metric, device)
+                for i, e, scores in zip(some, part, scored):
                     scores = [None if math.isnan(v) else round(v, 6) for v in scores]
-                    f.write(json.dumps(dict(id=str(e["id"]), **made_by, scores=scores)) + "\n")
+                    f.write(json.dumps(dict(id=str(e["id"]), key=keys[i], scores=scores)) + "\n")
                 f.flush()
                 bar.update(len(part))
         bar.close()
     barrier(world)
     done = read()
-    ids = [str(examples[i]["id"]) for i in range(len(examples))]
-    return [[math.nan if v is None else v for v in done[i]] for i in ids]
+    return [[math.nan if v is None else v for v in done[k]] for k in keys]
 
 
 def buckets(scores, n_buckets, ordering, seed=0):
@@ -270,9 +277,10 @@ def load_examples(cfg, tok):
         return TinySFT(tok, cfg.n_examples or cfg.max_steps * cfg.batch_size,
                        cfg.drill_steps * cfg.batch_size)
     if Path(cfg.data).is_dir():
-        records = [r for r in read_trajectories(cfg.data) if r["correct"]]
+        records = [r for r in read_trajectories(cfg.data) if r["correct"] or not cfg.only_correct]
         if not records:
-            raise UserError(f"{cfg.data} holds no correct trajectory: nothing to train on")
+            raise UserError(f"{cfg.data} holds no correct trajectory: nothing to train on "
+                            f"(--no-only_correct takes the others too)")
         return records
     return [dict(id=p["id"], prompt=p["prompt"], prompt_ids=tok.prompt_ids(p["prompt"]).tolist(),
                  x0=pad_response(tok.response_ids(unicodedata.normalize("NFC", p["solution"])), cfg.gen_len,
@@ -565,7 +573,7 @@ def main():
             row, j = (masked & (loss_w > 0)).nonzero(as_tuple=True)
             loss = by_chunks(lambda h, x0, w: mdlm_loss(model.head(h), x0, w)[None], model.cfg.vocab_size,
                              h[row, cols[row, j]], x0[row, j], loss_w[row, j]).sum()
-            check_finite(loss, part, out, step)
+            check_finite(loss, [examples[n]["id"] for n in part], out, step)
             loss.backward()
             total += loss.item()
         frac = lr_frac(step, n_steps, cfg)

@@ -219,6 +219,7 @@ def test_trims_trains_two_steps_on_every_family_with_another_tokeniser(tmp_path,
     monkeypatch.setattr("sys.argv", [str(a) for a in args])
     trims.main()
     rows = data.read_jsonl(tmp_path / "run/difficulty/rank0.jsonl")
+    assert len({r["key"] for r in rows}) == 6  # of text, teacher and metric: other data are scored anew
     text = [v for v in rows[0]["scores"] if v is not None]
     assert len(rows) == 6 and len(text) == len("\u00e9 0 🙂".encode()) + 1  # NFC, a token per byte, the EOS
     adapted = lora.load(nt_model.load(folder), tmp_path / "run/adapter")
