@@ -125,16 +125,17 @@ def t3d_loss(logp, logp_ref, logp_fake, logp_fake_ref, path_w, example, n_exampl
     def per_example(values, mean=True):
         total = torch.zeros_like(n).index_add_(0, example, values)
         return total / n.clamp(min=1) if mean else total
+    path = -per_example(path_w * logp).sum() / n_examples  # Eq. 8
+    if cfg.loss == "naive_td":
+        naive = -per_example(logp).sum() / n_examples  # Eq. 5
+        return naive + cfg.lam * path, dict(naive=naive.item(), path=path.item())
     here = (n > 0).float()  # an example without masked rows has no ratio
     ratio = cfg.beta * per_example(logp - logp_ref, cfg.logratio == "mean")
     ratio_fake = cfg.beta * per_example(logp_fake - logp_fake_ref, cfg.logratio == "mean")
-    parts = dict(
-        real=(F.softplus(-ratio) * here).sum() / n_examples,  # Eq. 7: -log sigma(ratio)
-        fake=cfg.alpha * (F.softplus(ratio_fake) * here).sum() / n_examples,  # -log(1 - sigma(ratio))
-        naive=-per_example(logp).sum() / n_examples,  # Eq. 5
-        path=-per_example(path_w * logp).sum() / n_examples)  # Eq. 8
-    main = parts["naive"] if cfg.loss == "naive_td" else parts["real"] + parts["fake"]  # Eq. 6
-    return main + cfg.lam * parts["path"], {k: v.item() for k, v in parts.items()}  # Eq. 10
+    real = (F.softplus(-ratio) * here).sum() / n_examples  # Eq. 7: -log sigma(ratio)
+    fake = cfg.alpha * (F.softplus(ratio_fake) * here).sum() / n_examples  # -log(1 - sigma(ratio))
+    loss = real + fake + cfg.lam * path  # Eq. 6, 10
+    return loss, dict(real=real.item(), fake=fake.item(), path=path.item())
 
 
 def path_weights(pi, size, masked, cfg):
@@ -233,8 +234,13 @@ def swapped(model, ref):
             p.data = mine[name]
 
 
-def snapshot(model):
-    return {name: p.detach().clone() for name, p in trainable(model).items()}
+def snapshot(model, into=None):
+    """The trained tensors now; into: an older snapshot, overwritten, so that there are never two."""
+    if into is None:
+        return {name: p.detach().clone() for name, p in trainable(model).items()}
+    for name, p in trainable(model).items():
+        into[name].copy_(p.detach())
+    return into
 
 
 def training_loss(model, ref, records, rngs, cfg, vocabulary, device):
@@ -528,13 +534,14 @@ def main():
     per_epoch = len(records) // cfg.batch_size
     n_steps = cfg.max_steps or cfg.epochs * per_epoch
     vocabulary = np.setdiff1d(np.arange(tok.n_vocab), [*tok.special.values(), model.cfg.mask_id])
+    ref = None
     model.train()
     bar = tqdm(range(first, n_steps), initial=first, total=n_steps, unit="step", desc="train",
                disable=rank != 0)
     for step in bar:
         torch.manual_seed((cfg.seed * 1_000_003 + step) * world + rank)  # dropout
-        if step % cfg.refresh == 0:  # checkpoints fall on these steps: a continued run starts here too
-            ref = snapshot(model)
+        if step % cfg.refresh == 0 and cfg.loss != "naive_td":
+            ref = snapshot(model, ref)  # checkpoints fall on these steps: a continued run starts here too
         epoch, at = divmod(step, per_epoch)
         chosen = shuffled(len(records), cfg.seed, epoch)[at * cfg.batch_size:(at + 1) * cfg.batch_size]
         mine = chosen[rank::world]
