@@ -541,9 +541,14 @@ def default_device():
     return ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
 
 
+def config_of(name, revision=None):
+    """Preset name, hub id or directory -> its Config, without loading weights."""
+    return config_from_json(read_json(checkpoint_dir(name, revision, weights=False) / "config.json"))
+
+
 def family_of(name, revision=None):
-    """Preset name, hub id or directory -> llada | dream | sdar | tiny, without loading weights."""
-    return config_from_json(read_json(checkpoint_dir(name, revision, weights=False) / "config.json")).family
+    """llada | dream | sdar | tiny, see config_of."""
+    return config_of(name, revision).family
 
 
 def weight_files(folder):

@@ -44,6 +44,7 @@ import os
 import time
 from collections import deque
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
 
@@ -52,8 +53,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from layers import for_decoding
-from model import (KVCache, UserError, attention_mask, checkpoint_dir, config_from_json, default_device, load,
-                   n_content, read_json, rope_angles, run_cli)
+from model import (KVCache, UserError, attention_mask, config_of, default_device, load, n_content,
+                   rope_angles, run_cli)
 
 
 @dataclass(frozen=True)
@@ -419,10 +420,7 @@ def stream(model, prompts, batch_size=32, progress=False, streams=None, compiled
         return
     prompts = [p.cpu() for p in prompts]
     streams = range(len(prompts)) if streams is None else streams
-    compiled = model.embed.weight.device.type == "cuda" if compiled is None else compiled
-    n_rows = min(batch_size, power_of_two(len(prompts)) if compiled else len(prompts))  # few shapes
-    batch = Batch(model, prompts, s, n_rows, streams, compiled, sync_every, int8)
-    yield from decode(batch, progress)
+    yield from decode(Batch(model, prompts, s, batch_size, streams, compiled, sync_every, int8), progress)
 
 
 @torch.no_grad()
@@ -652,14 +650,15 @@ def power_of_two(n):
 class Batch:
     """The rows of a batch, the cache, and the host's picture of them as of its last look."""
 
-    def __init__(self, model, prompts, s, n_rows, streams, compiled=None, sync_every=4, int8=False):
+    def __init__(self, model, prompts, s, batch_size, streams, compiled=None, sync_every=4, int8=False):
         self.model, self.prompts, self.s, self.streams = for_decoding(model, int8), prompts, s, streams
         self.dev, self.sync_every, self.int8 = model.embed.weight.device, sync_every, int8
         cuda = self.dev.type == "cuda"
         self.compiled = cuda if compiled is None else compiled
-        T = max(len(p) for p in prompts) + reach(s, model.cfg) + s.gen_len + 1
-        if self.compiled:  # prompts of many lengths, few shapes
-            T = -(-T // 64) * 64
+        n_rows, T = len(prompts), max(len(p) for p in prompts) + reach(s, model.cfg) + s.gen_len + 1
+        if self.compiled:  # prompts in any number and of many lengths, few shapes
+            n_rows, T = power_of_two(n_rows), -(-T // 64) * 64
+        n_rows = min(batch_size, n_rows)
         self.P = T - s.gen_len - 1  # where the responses begin
         empty = Rows.new([prompts[0][:0]] * n_rows, [0] * n_rows, s, model.cfg, self.P, T)
         empty.masked &= False
@@ -768,17 +767,19 @@ class Batch:
         return numbers
 
     def forward(self, rows, width):
+        """One step, see there; on a GPU the second and later ones of a shape replay a CUDA graph."""
         self.forwards += 1
-        if self.graphs is None:
-            return self.step(self.model, self.rows, self.cache, self.s, self.P, rows, width)
+        step = partial(self.step, self.model, self.rows, self.cache, self.s, self.P)
         key = (None if rows is None else len(rows), width)
+        if self.graphs is None:
+            return step(rows, width)
         if key not in self.graphs:  # the first time it is compiled, and warms up
             self.graphs[key] = None
-            return self.step(self.model, self.rows, self.cache, self.s, self.P, rows, width)
+            return step(rows, width)
         if self.graphs[key] is None:
             graph, kept = torch.cuda.CUDAGraph(), None if rows is None else rows.clone()
             with torch.cuda.graph(graph, pool=self.pool):  # they replay one after the other
-                self.step(self.model, self.rows, self.cache, self.s, self.P, kept, width)
+                step(kept, width)
             self.graphs[key] = graph, kept
         graph, kept = self.graphs[key]
         if kept is not None:
@@ -961,8 +962,7 @@ def main():
         import bench
         cfg = bench.shape(args.bench)
     else:
-        folder = checkpoint_dir(args.model, args.revision, weights=False)
-        cfg = config_from_json(read_json(folder / "config.json"))
+        cfg = config_of(args.model, args.revision)
     family_defaults = {"tiny": data.TINY_DECODING,
                        "sdar": dict(block_len=cfg.block_len, cache="exact")}.get(cfg.family, {})
     given = {f.name: getattr(args, f.name) for f in fields(Decoding) if hasattr(args, f.name)}
