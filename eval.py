@@ -301,8 +301,7 @@ def report_trajectory_nll(models, teacher, teacher_tok, tok, problems, settings,
             curves[label] = np.nanmean(rows, 0)
         print(f"teacher NLL {label}: {np.nanmean(curves[label]):.4f} nats per token, mean over the forwards; "
               f"{curves[label][-1]:.4f} at the end")
-    plot_per_forward(curves, "teacher NLL of what is revealed, nats per token",
-                     Path(out) / "trajectory_nll.png")
+    plot_per_forward(curves, "teacher NLL, nats per token", Path(out) / "trajectory_nll.png")
 
 
 # ----------------------------------------------------------------------------------------- comparison of runs
