@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import re
+import time
 import unicodedata
 from dataclasses import dataclass
 from functools import lru_cache
@@ -427,9 +428,13 @@ def rollout(model, tok, problems, folder, model_name, privileged=False, batch_si
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     done = {r["id"]: r for r in read_trajectories(folder)}
+    prompts = {p["id"]: p["prompt"] for p in problems}
     for r in done.values():
-        if r["decoding"] != settings or r["model"] != str(model_name):
-            differ = [k for k in settings if r["decoding"].get(k) != settings[k]] or ["model"]
+        now = dict(settings, model=str(model_name), revision=model.revision,
+                   prompt=prompts.get(r["id"], r["prompt"]))
+        then = dict(r["decoding"], model=r["model"], revision=r.get("revision"), prompt=r["prompt"])
+        if now != then:
+            differ = [k for k in {**now, **then} if now.get(k) != then.get(k)]
             raise UserError(f"{folder} holds trajectories of other settings ({', '.join(differ)}): "
                             f"choose another folder or remove it")
     todo = [i for i in range(rank, len(problems), world) if problems[i]["id"] not in done]
@@ -448,7 +453,8 @@ def collect(model, tok, problems, shard, model_name, settings, batch_size, strea
     drop_torn_line(shard)
     n_correct = 0
     bar = tqdm(total=len(problems), unit="sample", desc=f"collect {shard.stem}", smoothing=0)
-    with open(shard, "ab", buffering=0) as f:
+    last = time.perf_counter()
+    with open(shard, "ab", buffering=0) as f, open(shard.with_suffix(".seconds"), "ab", buffering=0) as spent:
         for i, out in stream(model, prompts, batch_size, streams=streams, **decoding):
             n = out.n_tokens(model.cfg.eos_ids)
             correct = grade.is_correct(problems[i], tok.decode(out.ids[:n].tolist()))
@@ -463,10 +469,19 @@ def collect(model, tok, problems, shard, model_name, settings, batch_size, strea
                 record["privileged_prompt_ids"] = prompts[i].tolist()
             f.write((json.dumps(record) + "\n").encode())
             os.fsync(f.fileno())
+            now = time.perf_counter()
+            spent.write(f"{now - last:.4f}\n".encode())  # beside the records, which are the same in every run
+            last = now
             n_correct += correct
             bar.update()
             bar.set_postfix_str(f"correct {n_correct / bar.n:.0%}", refresh=False)
     bar.close()
+
+
+def collection_seconds(folder):
+    """Wall time that a folder's trajectories took, seconds: the slowest rank's; 0 where nothing is known."""
+    files = Path(folder).glob("*.seconds")
+    return max((sum(map(float, f.read_text().split())) for f in files), default=0.0)
 
 
 def consecutive_tail(out, n):

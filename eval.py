@@ -20,6 +20,7 @@ Definitions, used everywhere:
 import argparse
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -45,6 +46,9 @@ PROTOCOLS = {
                                              for t in (0.97, 0.95, 0.93, 0.9, 0.8, 0.7, 0.5))]),
     "tiny-thresholds": dict(**data.TINY_DECODING, rules=[  # without the slow token-by-token point
         dict(policy="threshold", threshold=t) for t in (0.97, 0.95, 0.93, 0.9, 0.8)]),
+    "tiny-table": dict(**data.TINY_DECODING, compiled=True, rules=[  # sweep.py
+        *(dict(policy="static", per_step=k) for k in (1, 2, 4)),
+        *(dict(policy="threshold", threshold=t) for t in (0.95, 0.9, 0.8))]),
     "tiny-static": dict(gen_len=data.TINY_LEN, cache="none", policy="static", rules=[
         *(dict(block_len=data.TINY_BLOCK, per_step=k) for k in (1, 2, 4, 8)),
         dict(block_len=data.TINY_LEN, per_step=data.TINY_LEN)]),  # the last one: all at once
@@ -139,12 +143,18 @@ def provenance():
 def report(curves, out):
     """curves: [(label, points), ...]. Prints the table; writes results.jsonl and curve.png into `out`."""
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({**point, "provenance": provenance()}) for _, points in curves for point in points]
-    (out / "results.jsonl").write_text("\n".join(lines) + "\n")
+    write_results(curves, out)
     print(table(curves))
     plot(curves, out / "curve.png")
     print(f"written: {out / 'results.jsonl'}, {out / 'curve.png'}")
+
+
+def write_results(curves, out):
+    """results.jsonl: a line per point. Written under another name and renamed, so that it is whole or absent."""
+    out.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({**point, "provenance": provenance()}) for _, points in curves for point in points]
+    (out / "results.jsonl.tmp").write_text("\n".join(lines) + "\n")
+    os.replace(out / "results.jsonl.tmp", out / "results.jsonl")
 
 
 def table(curves):
@@ -224,30 +234,33 @@ def tds(model, record):
                                model.cfg.mask_id)
     ids, valid = data.collate([record["prompt_ids"]] * len(xt), xt, model.cfg.pad_id)
     dev, curve = model.embed.weight.device, []
-    for t, m in enumerate(masked[:, :n]):  # one state at a time, the head on the masked rows only
-        if m.sum() < 2:
-            curve.append(np.nan)
-            continue
-        h = model.hidden(ids[t:t + 1].to(dev), valid[t:t + 1].to(dev))[0, -len(x0):][:n]
-        logp = model.head(h[m.to(dev)]).float().log_softmax(-1)
-        curve.append(float((-(logp.exp() * logp).sum(-1)).var(unbiased=False)))
+    for states in torch.arange(len(xt)).split(16):  # a few states at a time, the head on masked rows only
+        hidden = model.hidden(ids[states].to(dev), valid[states].to(dev))[:, -len(x0):][:, :n]
+        for h, m in zip(hidden, masked[states, :n].to(dev)):
+            logp = model.head(h[m]).float().log_softmax(-1)
+            entropy = -(logp.exp() * logp).sum(-1)
+            curve.append(float(entropy.var(unbiased=False)) if len(entropy) > 1 else np.nan)
     return np.array(curve, dtype=np.float32)
+
+
+def mean_tds(model, records, label=""):
+    """TDS of a model on trajectories -> its mean over all steps, and the mean of every step (T,); nats^2."""
+    model.eval()
+    rows = [tds(model, r) for r in tqdm(records, unit="trajectory", desc=f"TDS {label}")]
+    grid = np.full((len(rows), max(map(len, rows))), np.nan)
+    for i, row in enumerate(rows):
+        grid[i, :len(row)] = row
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # NaN where no trajectory has two masks left
+        return float(np.nanmean(grid)), np.nanmean(grid, 0)
 
 
 def report_tds(models, records, out):
     """Mean TDS of each (label, model) on the same trajectories: printed, and drawn per step as tds.png."""
     curves = {}
     for label, model in models:
-        model.eval()
-        rows = [tds(model, r) for r in tqdm(records, unit="trajectory", desc=f"TDS {label}")]
-        grid = np.full((len(rows), max(map(len, rows))), np.nan)
-        for i, row in enumerate(rows):
-            grid[i, :len(row)] = row
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # NaN where no trajectory has two masks left
-            print(f"TDS {label}: {np.nanmean(grid):.4f} nats^2, mean over the steps of {len(rows)} training "
-                  f"trajectories")
-            curves[label] = np.nanmean(grid, 0)
+        mean, curves[label] = mean_tds(model, records, label)
+        print(f"TDS {label}: {mean:.4f} nats^2, mean over the steps of {len(records)} training trajectories")
     plot_per_forward(curves, "variance of predictive entropy, nats$^2$", Path(out) / "tds.png")
 
 
@@ -305,9 +318,14 @@ def report_trajectory_nll(models, teacher, teacher_tok, tok, problems, settings,
 
 
 # ----------------------------------------------------------------------------------------- comparison of runs
+# what `compare` says of a run; a column that no run has is left out
+COLUMNS = ("token by token, %", "2 per forward, %", "4 per forward, %", "at 0.9, %", "TPF at 0.9", "AUP",
+           "TDS, nats^2", "tok/s at 0.9", "training, min", "collecting, min")
+
+
 def read_runs(folders):
-    """results.jsonl of every folder -> {label: [points of run 1, points of run 2, ...]};
-    all on the same problems.
+    """results.jsonl of every folder -> {label: [points of run 1, points of run 2, ...]}. Runs of one number
+    must have the same problems under every label; a label with a single run has those of all.
     """
     runs = {}
     for folder in folders:
@@ -316,61 +334,109 @@ def read_runs(folders):
             by_label.setdefault(point["label"], []).append(point)
         for label, points in by_label.items():
             runs.setdefault(label, []).append(points)
-    ids = {tuple(point["ids"]) for rs in runs.values() for points in rs for point in points}
-    if len(ids) != 1:
-        raise UserError("the runs were not evaluated on the same problems: a paired comparison needs that")
+    most = max(runs.values(), key=len)
+    for label, rs in runs.items():
+        for i, points in enumerate(most):
+            mine = rs[min(i, len(rs) - 1)] if len(rs) == 1 or i < len(rs) else points
+            if {tuple(p["ids"]) for p in mine} != {tuple(most[i][0]["ids"])}:
+                raise UserError(f"run {i + 1} of {label!r} was not evaluated on the same problems as the others: "
+                                f"a paired comparison needs that")
     return runs
 
 
-def summarize(points, y_max, pick=slice(None), rule="threshold 0.9"):
-    """AUP, and TPF and accuracy at one rule, of one run on the problems `pick` (an index array)."""
-    pairs, at_rule = [], None
+def on_curve(point):
+    """The points that AUP and the picture take: the thresholds, and token by token."""
+    return point["rule"] == "1 per forward" or not point["rule"].endswith("per forward")
+
+
+def summarize(points, y_max, pick=slice(None)):
+    """A run on the problems `pick` (an index array) -> the values of COLUMNS, NaN where it has none."""
+    row, pairs, names = dict.fromkeys(COLUMNS, np.nan), [], {f"{k} per forward": k for k in (1, 2, 4)}
     for p in points:
         correct, tokens, nfe = (np.asarray(p[k])[pick] for k in ("correct", "tokens", "nfe"))
-        pairs.append((tokens.sum() / nfe.sum(), 100 * correct.mean()))
-        at_rule = pairs[-1] if p["rule"] == rule else at_rule
+        acc, tpf = 100 * correct.mean(), tokens.sum() / nfe.sum()
+        if on_curve(p):
+            pairs.append((tpf, acc))
+        if p["rule"] in names:
+            row[COLUMNS[(1, 2, 4).index(names[p["rule"]])]] = acc
+        if p["rule"] == "threshold 0.9":
+            row.update({"at 0.9, %": acc, "TPF at 0.9": tpf, "tok/s at 0.9": sum(p["tokens"]) / p["seconds"]})
+    run = points[0].get("run", {})
+    row.update({"TDS, nats^2": run.get("tds", np.nan), "training, min": run.get("train_s", np.nan) / 60,
+                "collecting, min": run.get("collect_s", np.nan) / 60})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return np.array([aup(pairs, y_max), *at_rule, sorted(pairs)[0][1]])
+        row["AUP"] = aup(pairs, y_max)
+    return np.array(list(row.values()), dtype=float)
 
 
 def compare(runs, base, control, n_boot=1000, seed=0):
     """Table of every label's mean over runs and, paired, its ratio to base and difference from control.
 
-    Intervals are 95% bootstrap percentiles. A replicate draws problems (the same for every model) and, for
-    models with several runs, run indices (the same for every such model).
+    Intervals are 95% bootstrap percentiles, in the table half their width. A replicate draws problems (the
+    same for every model) and, for models with several runs, run numbers (the same for every such model).
     """
-    y_max = max(accuracy(p)[0] for rs in runs.values() for points in rs for p in points)
-    n = len(next(iter(runs.values()))[0][0]["correct"])
-    rng, draws = np.random.default_rng(seed), {label: [] for label in runs}
+    y_max = best_accuracy([(None, [p for p in points if on_curve(p)]) for rs in runs.values() for points in rs])
+    sets = {tuple(points[0]["ids"]) for rs in runs.values() for points in rs}
+    draws = {label: [] for label in runs}
     for b in tqdm(range(n_boot + 1), unit="replicate", desc="bootstrap"):
-        pick = rng.integers(n, size=n) if b else slice(None)  # replicate 0 is the sample itself
+        rng = np.random.default_rng([seed, b])
+        picks = {ids: rng.integers(len(ids), size=len(ids)) if b else slice(None) for ids in sorted(sets)}
         for label, rs in runs.items():
             which = np.random.default_rng([seed, b]).integers(len(rs), size=len(rs)) if b else range(len(rs))
-            draws[label].append(np.mean([summarize(rs[i], y_max, pick) for i in which], 0))
-    draws = {label: np.array(rows) for label, rows in draws.items()}  # (replicates, 4)
+            rows = [summarize(rs[i], y_max, picks[tuple(rs[i][0]["ids"])]) for i in which]
+            draws[label].append(np.mean(rows, 0))
+    draws = {label: np.array(rows) for label, rows in draws.items()}  # (replicates, columns)
+    shown = [j for j in range(len(COLUMNS)) if any(not np.isnan(d[0, j]) for d in draws.values())]
+
+    def cell(rows):
+        if np.isnan(rows[0]):
+            return "–"
+        lo, hi = np.percentile(rows[1:], [2.5, 97.5])
+        digits = 1 if rows[0] >= 10 else 2
+        return f"{rows[0]:.{digits}f} ± {(hi - lo) / 2:.{digits}f}"
 
     def text(rows):
         lo, hi = np.percentile(rows[1:], [2.5, 97.5])
         return f"{rows[0]:.2f} [{lo:.2f}, {hi:.2f}]"
 
-    lines = [f"{n} problems, y_max {y_max:.2f}; 95% bootstrap intervals over problems and runs", "",
-             "| model | runs | AUP | TPF at 0.9 | accuracy at 0.9, % | lowest-TPF accuracy, % |",
-             "|---|---|---|---|---|---|"]
+    n = sum(map(len, sets))
+    lines = [f"{n} problems, y_max {y_max:.2f}; ± is half of a 95% bootstrap interval over problems and runs", "",
+             "| model | runs | " + " | ".join(COLUMNS[j] for j in shown) + " |", "|---" * (2 + len(shown)) + "|"]
     for label, rs in runs.items():
-        lines.append(f"| {label} | {len(rs)} | "
-                     + " | ".join(text(draws[label][:, j]) for j in range(4)) + " |")
+        lines.append(f"| {label} | {len(rs)} | " + " | ".join(cell(draws[label][:, j]) for j in shown) + " |")
     lines.append("")
+    aup_column = COLUMNS.index("AUP")
     for label in runs:
         if base in runs and label != base:
-            lines.append(f"AUP {label} / {base}: {text(draws[label][:, 0] / draws[base][:, 0])}")
+            lines.append(f"AUP {label} / {base}: {text(draws[label][:, aup_column] / draws[base][:, aup_column])}")
         if control in runs and label not in (base, control):
-            for j, name in enumerate(("AUP", "TPF at 0.9", "accuracy at 0.9")):
-                d = draws[label][:, j] - draws[control][:, j]
+            for name in ("AUP", "TPF at 0.9", "at 0.9, %"):
+                d = draws[label][:, COLUMNS.index(name)] - draws[control][:, COLUMNS.index(name)]
                 spread = d[1:].std()
                 lines.append(f"{name}, {label} - {control}: {text(d)}"
                              + (f", {d[0] / spread:.1f} standard errors" if spread else ""))
     return "\n".join(lines)
+
+
+def pooled(rs):
+    """The points of a label's runs as one: a list of points with the problems of all runs behind each other."""
+    return [{**p, **{k: sum((run[i][k] for run in rs), []) for k in ("correct", "tokens", "nfe")}}
+            for i, p in enumerate(rs[0]) if on_curve(p)]
+
+
+def report_comparison(folders, base, control, out):
+    """Print the table of several result folders, write compare.md and compare.png into `out`. A label with a
+    colon ("TAD: near only") is an ablation: in the table, not in the picture.
+    """
+    runs, out = read_runs(folders), Path(out)
+    if base not in runs:
+        raise UserError(f"no run is labelled {base!r} (--base): there are {', '.join(runs)}")
+    out.mkdir(parents=True, exist_ok=True)
+    text = compare(runs, base, control)
+    (out / "compare.md").write_text(text + "\n")
+    plot([(label, pooled(rs)) for label, rs in runs.items() if ":" not in label], out / "compare.png")
+    print(f"{text}\nwritten: {out / 'compare.md'}, {out / 'compare.png'}")
 
 
 def main():
@@ -403,16 +469,7 @@ def main():
     m.add_argument("--out", default="out/compare")
     args = ap.parse_args()
     if args.what == "compare":
-        runs, out = read_runs(args.folders), Path(args.out)
-        if args.base not in runs:
-            raise UserError(f"no run is labelled {args.base!r} (--base): there are {', '.join(runs)}")
-        out.mkdir(parents=True, exist_ok=True)
-        text = compare(runs, args.base, args.control)
-        (out / "compare.md").write_text(text + "\n")
-        plot([(f"{label} (run {i + 1})" if len(rs) > 1 else label, points)
-              for label, rs in runs.items() for i, points in enumerate(rs)], out / "compare.png")
-        print(text)
-        return
+        return report_comparison(args.folders, args.base, args.control, args.out)
     if args.n < 1:
         raise UserError(f"--n is {args.n}: at least one problem is needed")
     own = {k: getattr(args, k) for k in ("cache", "gen_len", "block_len") if getattr(args, k, None)}

@@ -255,11 +255,19 @@ class Block(nn.Module):
         h = self.mlp_norm(x)
         return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
 
-    def forward(self, x, cos, sin, attn_mask, cache=None, layer=0, cols=None, rows=None):
+    def forward(self, x, cos, sin, attn_mask, cache=None, layer=0, cols=None, rows=None, out=None):
         q, k, v = self.qkv(x, cos, sin)
         if cache is not None:
             k, v = cache.write(layer, k, v, cols) if rows is None else cache.refresh(layer, k, v, rows)
+        if out is not None:  # only these columns go on: (B, K)
+            x, q = take(x, out), take(q.transpose(1, 2), out).transpose(1, 2)
+            attn_mask = None if attn_mask is None else take(attn_mask, out)
         return self.mix(x, q, k, v, attn_mask)
+
+
+def take(x, cols):
+    """x (B, T, ...), cols (B, K) int64 -> (B, K, ...)."""
+    return x.gather(1, cols.view(*cols.shape, *[1] * (x.ndim - 2)).expand(*cols.shape, *x.shape[2:]))
 
 
 class KVCache:
@@ -369,7 +377,8 @@ class Transformer(nn.Module):
                 nn.init.normal_(p, std=std, generator=generator)
         return self
 
-    def hidden(self, ids, valid=None, cache=None, cols=None, rows=None, attn_mask=None, positions=None):
+    def hidden(self, ids, valid=None, cache=None, cols=None, rows=None, attn_mask=None, positions=None,
+               out=None):
         """Last hidden states (B, T, C), shift already applied: row i belongs to token i, whatever the family.
 
         ids (B, T) int64. valid (B, T) bool, False = padding. attn_mask (B, T, T) bool and positions (B, T)
@@ -377,7 +386,8 @@ class Transformer(nn.Module):
         ids are whole canvases and all keys and values of these rows are stored. With cols (B, T), ids are the
         tokens of these columns: their keys and values are overwritten, and they attend to the whole canvas.
         In a window that does not start at the first token, a shifted model's first row is meaningless:
-        include the left neighbour and drop it.
+        include the left neighbour and drop it. out (B, K) int64: the states of these columns only, (B, K, C);
+        the last block then computes no others.
         """
         cfg, dev = self.cfg, ids.device
         if cols is not None:
@@ -394,10 +404,13 @@ class Transformer(nn.Module):
                 attn_mask = attention_mask(cfg, positions, col, positions, col, valid)
         cos, sin = rope_angles(cfg, positions) if cache is None else cache.angles(positions)
         x = self.embed(ids)
+        if out is not None and cfg.shift:  # the network's row i-1 predicts token i; the first keeps its own
+            out = out - (take(positions, out) > 0).long()
         for layer, block in enumerate(self.blocks):
-            x = block(x, cos, sin, attn_mask, cache, layer, cols, rows)
+            last = layer == len(self.blocks) - 1
+            x = block(x, cos, sin, attn_mask, cache, layer, cols, rows, out if last else None)
         x = self.norm(x)
-        if cfg.shift:  # the network's row i-1 predicts token i; the first token keeps its own row
+        if out is None and cfg.shift:
             x = torch.where((positions == 0)[..., None], x, x.roll(1, dims=1))
         return x
 

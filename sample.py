@@ -548,8 +548,8 @@ def step(model, x, cache, s, P, rows, width):
         cols = old.window(width, left)
         h = model.hidden(old.canvas.gather(1, cols), cache=cache, cols=cols)[:, left:left + scored.shape[1]]
     else:
-        h = model.hidden(old.canvas, valid=old.valid, positions=old.positions, cache=cache, rows=rows)
-        h = h.gather(1, scored[..., None].expand(-1, -1, h.shape[-1]))
+        h = model.hidden(old.canvas, valid=old.valid, positions=old.positions, cache=cache, rows=rows,
+                         out=scored)
         new.fresh, new.age = torch.ones_like(old.fresh), torch.zeros_like(old.age)
     reveal(model, new, s, P, scored, h)
     if rows is not None:  # a row that is repeated to fill up is written with one and the same result
@@ -657,7 +657,7 @@ class Batch:
         self.compiled = cuda if compiled is None else compiled
         n_rows, T = len(prompts), max(len(p) for p in prompts) + reach(s, model.cfg) + s.gen_len + 1
         if self.compiled:  # prompts in any number and of many lengths, few shapes
-            n_rows, T = power_of_two(n_rows), -(-T // 64) * 64
+            n_rows, T = power_of_two(n_rows), -(-T // 32) * 32
         n_rows = min(batch_size, n_rows)
         self.P = T - s.gen_len - 1  # where the responses begin
         empty = Rows.new([prompts[0][:0]] * n_rows, [0] * n_rows, s, model.cfg, self.P, T)

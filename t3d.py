@@ -34,6 +34,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -60,14 +61,16 @@ class Config:
     revision: str = ""  # commit, branch or tag of a hub id
     out: str = ""  # output directory; default out/t3d-<model>
     overwrite: bool = False  # start anew in a directory that already holds a run
-    seed: int = 0  # of the rollouts, the states, the fakes, the data order and the adapters
+    seed: int = 0  # of the states, the fakes, the data order and the adapters
     # --- trajectories: the model's own, unfiltered
     data: str = "tiny"  # tiny, or a .jsonl with prompts (solutions and answers are not used)
     n_problems: int = 0  # problems to collect on (0: all; tiny: 1200)
+    trajectories: str = ""  # folder to collect into, which runs may share; default: the run's own
     gen_len: int = 256  # response length L, tokens
     block_len: int = 4  # decoding block of the rollouts, tokens; one token per forward
     collect_cache: Literal["none", "prefix", "dual", "vicinity", "exact"] = "none"  # of the rollouts
     collect_temperature: float = 0.1  # of the rollouts
+    collect_seed: int = 0  # of the collector's draws
     collect_batch: int = 64  # problems decoded at once per rank
     # --- loss
     variant: Literal["paper", "code"] = "paper"  # code: fake argmax, and mask_order, state_dist, path code
@@ -436,16 +439,18 @@ def save_final(cfg, model, final, rank):
 
 
 def log(out, rank, row):
-    """Append one line to log.jsonl;
+    """Append one line to log.jsonl, with the seconds since the line before;
     a continued run first drops the lines of steps it will repeat (row = step).
     """
+    now = time.perf_counter()
     if rank == 0 and isinstance(row, int):
         lines = (out / "log.jsonl").read_text().splitlines(True) if (out / "log.jsonl").exists() else []
         kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= row]
         write_atomic(out / "log.jsonl", "".join(kept))
     elif rank == 0:
         with open(out / "log.jsonl", "a") as f:
-            f.write(json.dumps(row) + "\n")
+            f.write(json.dumps({**row, "seconds": round(now - log.last, 3)}) + "\n")
+    log.last = now
 
 
 def check_finite(loss, ids, out, step):
@@ -468,11 +473,13 @@ def collect(cfg, model, tok, out, world):
     """The model's own rollouts, one token per forward; no ground truth, no filter."""
     n_problems = cfg.n_problems or (1200 if cfg.data == "tiny" else None)
     problems = load_problems(cfg.data, "train", n_problems)
-    rollout(model, tok, problems, out / "trajectories", cfg.model, False, cfg.collect_batch,
+    folder = Path(cfg.trajectories or out / "trajectories")
+    rollout(model, tok, problems, folder, cfg.model, False, cfg.collect_batch,
             gen_len=cfg.gen_len, block_len=cfg.block_len, policy="static", per_step=1,
-            cache=cfg.collect_cache, temperature=cfg.collect_temperature, seed=cfg.seed)
+            cache=cfg.collect_cache, temperature=cfg.collect_temperature, seed=cfg.collect_seed)
     barrier(world)
-    return read_trajectories(out / "trajectories")
+    wanted = {p["id"] for p in problems}  # a shared folder may hold more
+    return [r for r in read_trajectories(folder) if r["id"] in wanted]
 
 
 def check_config(cfg):

@@ -31,6 +31,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -60,11 +61,13 @@ class Config:
     # --- trajectories
     data: str = "tiny"  # tiny, or a .jsonl with prompt and answer
     n_problems: int = 0  # problems to collect on (0: all; tiny: 1200)
+    trajectories: str = ""  # folder to collect into, which runs may share; default: the run's own
     gen_len: int = 256  # response length L, tokens
     block_len: int = 32  # decoding block, tokens
     collect_score: Literal["confidence", "entropy"] = "confidence"  # what the decoder ranks positions by
     collect_cache: Literal["none", "prefix", "dual", "vicinity", "exact"] = "none"  # of the collector
     collect_temperature: float = 0.0  # of the collector
+    collect_seed: int = 0  # of the collector's draws
     collect_batch: int = 64  # problems decoded at once per rank
     # --- loss
     window: int = 32  # W: tokens of a segment (0: everything that is left, Table 5's global segment)
@@ -376,16 +379,18 @@ def save_final(cfg, model, final, rank):
 
 
 def log(out, rank, row):
-    """Append one line to log.jsonl;
+    """Append one line to log.jsonl, with the seconds since the line before;
     a continued run first drops the lines of steps it will repeat (row = step).
     """
+    now = time.perf_counter()
     if rank == 0 and isinstance(row, int):
         lines = (out / "log.jsonl").read_text().splitlines(True) if (out / "log.jsonl").exists() else []
         kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= row]
         write_atomic(out / "log.jsonl", "".join(kept))
     elif rank == 0:
         with open(out / "log.jsonl", "a") as f:
-            f.write(json.dumps(row) + "\n")
+            f.write(json.dumps({**row, "seconds": round(now - log.last, 3)}) + "\n")
+    log.last = now
 
 
 def check_finite(loss, ids, out, step):
@@ -408,15 +413,17 @@ def collect(cfg, model, tok, out, world):
     """The model's own trajectories, without privileged information; wrong answers dropped."""
     n_problems = cfg.n_problems or (1200 if cfg.data == "tiny" else None)
     problems = load_problems(cfg.data, "train", n_problems)
-    rollout(model, tok, problems, out / "trajectories", cfg.model, False, cfg.collect_batch,
+    folder = Path(cfg.trajectories or out / "trajectories")
+    rollout(model, tok, problems, folder, cfg.model, False, cfg.collect_batch,
             gen_len=cfg.gen_len, block_len=cfg.block_len, policy="static", per_step=1,
             cache=cfg.collect_cache, score=cfg.collect_score, temperature=cfg.collect_temperature,
-            seed=cfg.seed)
+            seed=cfg.collect_seed)
     barrier(world)
-    kept = [r for r in read_trajectories(out / "trajectories") if r["correct"]]
+    wanted = {p["id"] for p in problems}  # a shared folder may hold more
+    kept = [r for r in read_trajectories(folder) if r["correct"] and r["id"] in wanted]
     print(f"{len(kept)} of {len(problems)} trajectories are correct")
     if not kept:
-        raise UserError(f"no trajectory in {out / 'trajectories'} is correct: "
+        raise UserError(f"no trajectory in {folder} is correct: "
                         f"nothing to train on; check --data")
     return kept
 

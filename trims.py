@@ -37,6 +37,7 @@ import os
 import re
 import shutil
 import sys
+import time
 import unicodedata
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -190,7 +191,8 @@ def score_examples(examples, tok, cfg, out, rank, world, device, dtype):
         teacher_tok = load_teacher_tokenizer(cfg.teacher)
         drop_torn_line(shard)
         bar = tqdm(total=len(todo), unit="example", desc="difficulty", disable=rank != 0)
-        with open(shard, "a") as f:
+        last = time.perf_counter()
+        with open(shard, "a") as f, open(shard.with_suffix(".seconds"), "a") as spent:
             for at in range(0, len(todo), cfg.score_batch):
                 some = todo[at:at + cfg.score_batch]
                 part = [examples[i] for i in some]
@@ -199,6 +201,9 @@ def score_examples(examples, tok, cfg, out, rank, world, device, dtype):
                     scores = [None if math.isnan(v) else round(v, 6) for v in scores]
                     f.write(json.dumps(dict(id=str(e["id"]), key=keys[i], scores=scores)) + "\n")
                 f.flush()
+                now = time.perf_counter()
+                spent.write(f"{now - last:.4f}\n")
+                last = now
                 bar.update(len(part))
         bar.close()
     barrier(world)
@@ -461,16 +466,18 @@ def save_final(cfg, model, final, rank):
 
 
 def log(out, rank, row):
-    """Append one line to log.jsonl;
+    """Append one line to log.jsonl, with the seconds since the line before;
     a continued run first drops the lines of steps it will repeat (row = step).
     """
+    now = time.perf_counter()
     if rank == 0 and isinstance(row, int):
         lines = (out / "log.jsonl").read_text().splitlines(True) if (out / "log.jsonl").exists() else []
         kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= row]
         write_atomic(out / "log.jsonl", "".join(kept))
     elif rank == 0:
         with open(out / "log.jsonl", "a") as f:
-            f.write(json.dumps(row) + "\n")
+            f.write(json.dumps({**row, "seconds": round(now - log.last, 3)}) + "\n")
+    log.last = now
 
 
 def check_finite(loss, ids, out, step):

@@ -1,0 +1,132 @@
+"""Every method, its ablations and its baselines on the tiny model, side by side: one table, one picture.
+
+    python sweep.py                        # 3 seeds; interrupted, the same command continues
+    python sweep.py --only TAD T3D         # some of the rows
+    python sweep.py --dry_run              # the training commands, to run one by hand
+
+All runs have the same number of steps, batch, adapter rank, learning rate and schedule (COMMON): the rows
+differ in what is masked and in the loss. Nothing is tuned. Each is trained by its own script, as a user would;
+trajectories are collected once for all. Seed s trains with --seed s and is evaluated on its own test problems,
+--n of them, disjoint between the seeds, so that 3 seeds see 3 n problems.
+"""
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+import data
+import eval as nt_eval
+import lora
+import model as nt_model
+from model import UserError, run_cli
+
+COMMON = "--max_steps 50 --batch_size 64 --micro_batch 64 --lr 1e-3 --lr_schedule tail --warmup_steps 10"
+PROBLEMS = "--n_problems 1000 --trajectories"
+PRIVILEGED, OWN, ROLLOUTS = (f"{PROBLEMS} {{root}}/trajectories-{name}"
+                             for name in ("privileged", "own", "rollouts"))
+SFT = "--trajectory_share 0"
+METHODS = {  # label -> script and its options; a label with a colon is an ablation
+    "base": None,
+    "SFT-GT": f"trims.py {SFT}",
+    "SFT-SD": f"trims.py {SFT} --data {{root}}/trajectories-own",
+    "Naive TD": f"t3d.py --loss naive_td --lam 0 {ROLLOUTS}",
+    "dInfer-like": f"tabom.py --segment two_steps --lam 0 {OWN}",
+    "TRIMS": "trims.py",
+    "TRIMS: easy first": "trims.py --ordering ascending",
+    "TRIMS: random order": "trims.py --ordering random",
+    "TAD": f"tad.py --window auto-quality {PRIVILEGED}",
+    "TAD: speed": f"tad.py --window auto-speed {PRIVILEGED}",
+    "TAD: near only": f"tad.py --window auto-quality --distant none {PRIVILEGED}",
+    "TAD: distant only": f"tad.py --window auto-quality --near none {PRIVILEGED}",
+    "T3D": f"t3d.py {ROLLOUTS}",
+    "T3D: no DDO": f"t3d.py --loss naive_td {ROLLOUTS}",
+    "T3D: no path": f"t3d.py --lam 0 {ROLLOUTS}",
+    "T3D: no random tokens": f"t3d.py --rand_p 0 {ROLLOUTS}",
+    "TABOM": f"tabom.py {OWN}",
+    "TABOM: no ranking": f"tabom.py --lam 0 {OWN}",
+    "TABOM: global window": f"tabom.py --window 0 {OWN}",
+}
+
+
+def command(label, seed, root):
+    """The training command of one run, as a list of words without the interpreter."""
+    own = f"--eval_problems 0 --seed {seed} --out {run_folder(label, seed, root)}"
+    return f"{METHODS[label].format(root=root)} {COMMON} {own}".split()
+
+
+def run_folder(label, seed, root):
+    return root / f"{label.lower().replace(': ', '-').replace(' ', '_')}-{seed}"
+
+
+def train(label, seed, root):
+    """Run the method's script unless it is finished; the script itself continues what was interrupted."""
+    script, *options = command(label, seed, root)
+    done = subprocess.run([sys.executable, str(nt_model.HERE / script), *options])
+    if done.returncode:
+        raise UserError(f"{label}, seed {seed}: {script} ended with {done.returncode}; its message is above")
+
+
+def costs(label, seed, root):
+    """Seconds of training and of collecting, from the run's own log and its trajectories."""
+    folder = run_folder(label, seed, root)
+    log = data.read_jsonl(folder / "log.jsonl")
+    config = nt_model.read_json(folder / "config.json")
+    sources = [config.get("trajectories") or config["data"], folder / "difficulty"]  # TRIMS scores instead
+    return dict(train_s=sum(row["seconds"] for row in log), collect_s=sum(map(data.collection_seconds, sources)))
+
+
+def evaluate(label, seed, root, tok, problems, records):
+    """One run -> results.jsonl in its folder: the points of the protocol, TDS, and what the run cost."""
+    folder = run_folder(label, seed, root)
+    model, run = nt_model.load("tiny").eval(), {}
+    if METHODS[label]:
+        lora.load(model, folder / "adapter")
+        run = costs(label, seed, root)
+    run["tds"] = nt_eval.mean_tds(model, records, label)[0]
+    points = nt_eval.curve(model, tok, problems, nt_eval.PROTOCOLS["tiny-table"], label)
+    nt_eval.write_results([(label, [{**p, "run": run} for p in points])], folder)
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--seeds", type=int, default=3, help="runs of every method")
+    ap.add_argument("--n", type=int, default=334, help="test problems per seed")
+    ap.add_argument("--only", nargs="+", metavar="LABEL", help=f"of: {', '.join(METHODS)}; base always is")
+    ap.add_argument("--out", default="out/sweep", help="directory of the runs, compare.md and compare.png")
+    ap.add_argument("--dry_run", action="store_true", help="print the training commands and stop")
+    args = ap.parse_args()
+    root, labels = Path(args.out), [x for x in METHODS if x == "base" or x in (args.only or METHODS)]
+    unknown = sorted(set(args.only or []) - set(METHODS))
+    if unknown or args.seeds < 1 or args.n < 1:
+        raise UserError(f"--only {unknown}: unknown; --help lists the labels" if unknown else
+                        f"--seeds {args.seeds}, --n {args.n}: at least 1 each")
+    jobs = [(label, seed) for seed in range(args.seeds) for label in labels]
+    if args.dry_run:
+        for label, seed in jobs:
+            print("python", *(command(label, seed, root) if METHODS[label] else ["(base: no training)"]))
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    tok, model = data.load_tokenizer("tiny"), nt_model.load("tiny")
+    problems = data.load_problems("tiny", "test", args.seeds * args.n)
+    own = data.rollout(model, tok, data.load_problems("tiny", "train", 1000), root / "trajectories-own", "tiny",
+                       policy="static", per_step=1, **data.TINY_DECODING)
+    # compile what the runs will share, so that tokens per second are those of decoding
+    nt_eval.curve(model, tok, problems[:64], nt_eval.PROTOCOLS["tiny-table"], "warm-up")
+    for label, seed in tqdm(jobs, unit="run", desc="sweep"):
+        folder, began = run_folder(label, seed, root), time.perf_counter()
+        if (folder / "results.jsonl").exists():
+            continue
+        if METHODS[label]:
+            train(label, seed, root)
+        mine = problems[seed * args.n:(seed + 1) * args.n]
+        evaluate(label, seed, root, tok, mine, own[:32])
+        print(f"{label}, seed {seed}: {time.perf_counter() - began:.0f} s")
+    folders = [run_folder(label, seed, root) for label in labels for seed in range(args.seeds)]
+    nt_eval.report_comparison(folders, "base", "SFT-SD", root)
+
+
+if __name__ == "__main__":
+    run_cli(main)
