@@ -46,7 +46,7 @@ PROTOCOLS = {
                                              for t in (0.97, 0.95, 0.93, 0.9, 0.8, 0.7, 0.5))]),
     "tiny-thresholds": dict(**data.TINY_DECODING, rules=[  # without the slow token-by-token point
         dict(policy="threshold", threshold=t) for t in (0.97, 0.95, 0.93, 0.9, 0.8)]),
-    "tiny-table": dict(**data.TINY_DECODING, compiled=True, rules=[  # sweep.py
+    "tiny-table": dict(**data.TINY_DECODING, compiled=True, sync_every=1, rules=[  # sweep.py
         *(dict(policy="static", per_step=k) for k in (1, 2, 4)),
         *(dict(policy="threshold", threshold=t) for t in (0.95, 0.9, 0.8))]),
     "tiny-static": dict(gen_len=data.TINY_LEN, cache="none", policy="static", rules=[
@@ -150,7 +150,7 @@ def report(curves, out):
 
 
 def write_results(curves, out):
-    """results.jsonl: a line per point. Written under another name and renamed, so that it is whole or absent."""
+    """results.jsonl, a line per point: written under another name and renamed, so whole or absent."""
     out.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({**point, "provenance": provenance()}) for _, points in curves for point in points]
     (out / "results.jsonl.tmp").write_text("\n".join(lines) + "\n")
@@ -339,8 +339,8 @@ def read_runs(folders):
         for i, points in enumerate(most):
             mine = rs[min(i, len(rs) - 1)] if len(rs) == 1 or i < len(rs) else points
             if {tuple(p["ids"]) for p in mine} != {tuple(most[i][0]["ids"])}:
-                raise UserError(f"run {i + 1} of {label!r} was not evaluated on the same problems as the others: "
-                                f"a paired comparison needs that")
+                raise UserError(f"run {i + 1} of {label!r} was not evaluated on the same problems as the "
+                                f"others: a paired comparison needs that")
     return runs
 
 
@@ -376,7 +376,7 @@ def compare(runs, base, control, n_boot=1000, seed=0):
     Intervals are 95% bootstrap percentiles, in the table half their width. A replicate draws problems (the
     same for every model) and, for models with several runs, run numbers (the same for every such model).
     """
-    y_max = best_accuracy([(None, [p for p in points if on_curve(p)]) for rs in runs.values() for points in rs])
+    y_max = best_accuracy([(None, filter(on_curve, points)) for rs in runs.values() for points in rs])
     sets = {tuple(points[0]["ids"]) for rs in runs.values() for points in rs}
     draws = {label: [] for label in runs}
     for b in tqdm(range(n_boot + 1), unit="replicate", desc="bootstrap"):
@@ -401,15 +401,16 @@ def compare(runs, base, control, n_boot=1000, seed=0):
         return f"{rows[0]:.2f} [{lo:.2f}, {hi:.2f}]"
 
     n = sum(map(len, sets))
-    lines = [f"{n} problems, y_max {y_max:.2f}; ± is half of a 95% bootstrap interval over problems and runs", "",
-             "| model | runs | " + " | ".join(COLUMNS[j] for j in shown) + " |", "|---" * (2 + len(shown)) + "|"]
+    lines = [f"{n} problems, y_max {y_max:.2f}; ± is half of a 95% bootstrap interval over problems and runs",
+             "", "| model | runs | " + " | ".join(COLUMNS[j] for j in shown) + " |",
+             "|---" * (2 + len(shown)) + "|"]
     for label, rs in runs.items():
         lines.append(f"| {label} | {len(rs)} | " + " | ".join(cell(draws[label][:, j]) for j in shown) + " |")
     lines.append("")
-    aup_column = COLUMNS.index("AUP")
+    areas = {label: d[:, COLUMNS.index("AUP")] for label, d in draws.items()}
     for label in runs:
         if base in runs and label != base:
-            lines.append(f"AUP {label} / {base}: {text(draws[label][:, aup_column] / draws[base][:, aup_column])}")
+            lines.append(f"AUP {label} / {base}: {text(areas[label] / areas[base])}")
         if control in runs and label not in (base, control):
             for name in ("AUP", "TPF at 0.9", "at 0.9, %"):
                 d = draws[label][:, COLUMNS.index(name)] - draws[control][:, COLUMNS.index(name)]
@@ -420,7 +421,7 @@ def compare(runs, base, control, n_boot=1000, seed=0):
 
 
 def pooled(rs):
-    """The points of a label's runs as one: a list of points with the problems of all runs behind each other."""
+    """The points of a label's runs as one: every point with the problems of all runs, run after run."""
     return [{**p, **{k: sum((run[i][k] for run in rs), []) for k in ("correct", "tokens", "nfe")}}
             for i, p in enumerate(rs[0]) if on_curve(p)]
 

@@ -11,6 +11,7 @@ our own and neutral; official names exist only at the file boundary (`load`, `sa
     python model.py --model DIR             # what was loaded, and one forward
 """
 import argparse
+import gc
 import json
 import os
 import shutil
@@ -468,13 +469,15 @@ def token_nll(teacher, ids, valid=None, metric="nll"):
     metric entropy: the predictive entropy at t instead.
     """
     valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
-    logits = teacher(ids, attention_mask=valid.long(), position_ids=token_positions(valid)).logits
-    if metric == "entropy":
-        logp = logits[:, :-1].float().log_softmax(-1)
-        nll = -(logp.exp() * logp).sum(-1)
-    else:
-        nll = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
-    return F.pad(nll.masked_fill(~(valid[:, 1:] & valid[:, :-1]), 0), (1, 0))
+    h = teacher.base_model(ids, attention_mask=valid.long(), position_ids=token_positions(valid))[0]
+
+    def terms(h, x):
+        logp = teacher.get_output_embeddings()(h).float().log_softmax(-1)
+        return -(logp.exp() * logp).sum(-1) if metric == "entropy" else -logp.gather(1, x[:, None])[:, 0]
+    scored = valid[:, 1:] & valid[:, :-1]  # the head on these rows only, in chunks
+    nll = torch.zeros(scored.shape, device=ids.device)
+    nll[scored] = by_chunks(terms, teacher.config.vocab_size, h[:, :-1][scored], ids[:, 1:][scored])
+    return F.pad(nll, (1, 0))
 
 
 # ------------------------------------------------------------------------------------------------- load, save
@@ -641,6 +644,10 @@ def run_cli(main):
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()  # without this order some processes abort when they exit
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

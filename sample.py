@@ -39,11 +39,12 @@ the host, so that it can be compiled, and captured as a CUDA graph. The host loo
 the forward that refreshes their keys.
 """
 import argparse
+import copy
 import json
 import os
 import time
 from collections import deque
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
@@ -265,7 +266,9 @@ def reference(model, prompt, **settings):
 
     The staleness of a cache is reproduced by running the canvas of the last refresh beside the present one.
     """
-    s, cfg, P = Decoding(**settings), model.cfg, len(prompt)
+    s, P = Decoding(**settings), len(prompt)
+    model = in_blocks(model, s.block_len)
+    cfg = model.cfg
     if s.policy == "multiblock":
         return reference_multiblock(model, prompt, s)
     L, total = s.gen_len, P + s.gen_len
@@ -420,6 +423,7 @@ def stream(model, prompts, batch_size=32, progress=False, streams=None, compiled
         return
     prompts = [p.cpu() for p in prompts]
     streams = range(len(prompts)) if streams is None else streams
+    model = in_blocks(model, s.block_len)
     yield from decode(Batch(model, prompts, s, batch_size, streams, compiled, sync_every, int8), progress)
 
 
@@ -446,6 +450,17 @@ def decode(batch, progress=False):
     bar.close()
 
 
+def in_blocks(model, block_len):
+    """The model with blocks of block_len, if it is block-causal: decoding decides who sees whom, as in SDAR's
+    own sampler. Weights are shared.
+    """
+    if model.cfg.block_len in (0, block_len):
+        return model
+    twin = copy.copy(model)
+    twin.cfg = replace(model.cfg, block_len=block_len)
+    return twin
+
+
 def check_prompts(cfg, prompts, s):
     if s.cache == "exact" and not cfg.block_len:
         raise UserError(f"cache 'exact' is for block-causal models (SDAR): a {cfg.family} model attends to "
@@ -453,9 +468,6 @@ def check_prompts(cfg, prompts, s):
     if cfg.block_len and s.policy in ("multiblock", "dream"):
         raise UserError(f"policy {s.policy} is for bidirectional models: earlier blocks of a {cfg.family} "
                         f"model do not see later ones; choose threshold or static")
-    if cfg.block_len and s.block_len % cfg.block_len:
-        raise UserError(f"block_len {s.block_len} must be a multiple of the model's own block "
-                        f"of {cfg.block_len}")
     for i, p in enumerate(prompts):
         if p.ndim != 1:
             raise UserError(f"prompt {i} has shape {tuple(p.shape)}: "

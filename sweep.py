@@ -5,9 +5,9 @@
     python sweep.py --dry_run              # the training commands, to run one by hand
 
 All runs have the same number of steps, batch, adapter rank, learning rate and schedule (COMMON): the rows
-differ in what is masked and in the loss. Nothing is tuned. Each is trained by its own script, as a user would;
-trajectories are collected once for all. Seed s trains with --seed s and is evaluated on its own test problems,
---n of them, disjoint between the seeds, so that 3 seeds see 3 n problems.
+differ in what is masked and in the loss. Nothing is tuned. Each is trained by its own script, as a user
+would; trajectories are collected once for all. Seed s trains with --seed s and is evaluated on test problems
+of its own, --n of them: 3 seeds see 3 n problems.
 """
 import argparse
 import subprocess
@@ -23,8 +23,10 @@ import lora
 import model as nt_model
 from model import UserError, run_cli
 
-COMMON = "--max_steps 50 --batch_size 64 --micro_batch 64 --lr 1e-3 --lr_schedule tail --warmup_steps 10"
-PROBLEMS = "--n_problems 1000 --trajectories"
+COMMON = "--max_steps 200 --batch_size 16 --micro_batch 16 --lr 1e-3 --lr_schedule tail --warmup_steps 10"
+BATCH = 48  # problems decoded at once: 334 fill seven such batches
+N_TRAJECTORIES = 1000
+PROBLEMS = f"--n_problems {N_TRAJECTORIES} --trajectories"
 PRIVILEGED, OWN, ROLLOUTS = (f"{PROBLEMS} {{root}}/trajectories-{name}"
                              for name in ("privileged", "own", "rollouts"))
 SFT = "--trajectory_share 0"
@@ -75,7 +77,8 @@ def costs(label, seed, root):
     log = data.read_jsonl(folder / "log.jsonl")
     config = nt_model.read_json(folder / "config.json")
     sources = [config.get("trajectories") or config["data"], folder / "difficulty"]  # TRIMS scores instead
-    return dict(train_s=sum(row["seconds"] for row in log), collect_s=sum(map(data.collection_seconds, sources)))
+    return dict(train_s=sum(row["seconds"] for row in log),
+                collect_s=sum(map(data.collection_seconds, sources)))
 
 
 def evaluate(label, seed, root, tok, problems, records):
@@ -86,7 +89,7 @@ def evaluate(label, seed, root, tok, problems, records):
         lora.load(model, folder / "adapter")
         run = costs(label, seed, root)
     run["tds"] = nt_eval.mean_tds(model, records, label)[0]
-    points = nt_eval.curve(model, tok, problems, nt_eval.PROTOCOLS["tiny-table"], label)
+    points = nt_eval.curve(model, tok, problems, nt_eval.PROTOCOLS["tiny-table"], label, BATCH)
     nt_eval.write_results([(label, [{**p, "run": run} for p in points])], folder)
 
 
@@ -111,10 +114,10 @@ def main():
     root.mkdir(parents=True, exist_ok=True)
     tok, model = data.load_tokenizer("tiny"), nt_model.load("tiny")
     problems = data.load_problems("tiny", "test", args.seeds * args.n)
-    own = data.rollout(model, tok, data.load_problems("tiny", "train", 1000), root / "trajectories-own", "tiny",
-                       policy="static", per_step=1, **data.TINY_DECODING)
+    own = data.rollout(model, tok, data.load_problems("tiny", "train", N_TRAJECTORIES),
+                       root / "trajectories-own", "tiny", policy="static", per_step=1, **data.TINY_DECODING)
     # compile what the runs will share, so that tokens per second are those of decoding
-    nt_eval.curve(model, tok, problems[:64], nt_eval.PROTOCOLS["tiny-table"], "warm-up")
+    nt_eval.curve(model, tok, problems[:BATCH], nt_eval.PROTOCOLS["tiny-table"], "warm-up", BATCH)
     for label, seed in tqdm(jobs, unit="run", desc="sweep"):
         folder, began = run_folder(label, seed, root), time.perf_counter()
         if (folder / "results.jsonl").exists():

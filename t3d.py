@@ -10,10 +10,12 @@ lower it on the reference's own guesses (fake). The reference is the student of 
     x_t            xt (B, L): the first j tokens of every block revealed, the others masked
     p_theta, p_ref logp, logp_ref (N,): log-probabilities of the rows' tokens under student and reference
     fake x0        x_hat (N,): drawn from p_ref's factorised prediction on the same x_t
-    Eq. 5          naive_td: mean of -log p_theta(x0_i | x_t)
-    Eq. 6-7        real = -log sigma(ratio(x0)), fake = -alpha log(1 - sigma(ratio(x_hat)))
-    Eq. 8-9        path: -w_i log p_theta(x0_i | x_t), w_i = (B - pi_i + 1) / B, B the size of the block
-    Eq. 10         real + fake + lambda path; App. C.1: rand_p; App. C.2: beta, refresh
+    ratio(x)       beta times the mean over the masked rows of log p_theta(x_i | x_t) - log p_ref(x_i | x_t)
+    Eq. 5          naive_td: mean of -log p_theta(x0_i | x_t)                                    (t3d_loss)
+    Eq. 6-7        real = -log sigma(ratio(x0)), fake = -alpha log(1 - sigma(ratio(x_hat)))      (t3d_loss)
+    Eq. 8          path: -w_i log p_theta(x0_i | x_t)                                            (t3d_loss)
+    Eq. 9          w_i = (K - pi_i + 1) / K, K the response tokens of i's block              (path_weights)
+    Eq. 10         real + fake + lambda path (t3d_loss); App. C.1: rand_p; App. C.2: beta, refresh
 
 What differs from the published code, and why: ids and order are stored together (it re-tokenises decoded
 text); blocks count from position 0 in training as in decoding; the latest-decoded tokens are masked, as the
@@ -65,6 +67,7 @@ class Config:
     # --- trajectories: the model's own, unfiltered
     data: str = "tiny"  # tiny, or a .jsonl with prompts (solutions and answers are not used)
     n_problems: int = 0  # problems to collect on (0: all; tiny: 1200)
+    max_prompt: int = 512  # problems with a longer prompt are left out, tokens
     trajectories: str = ""  # folder to collect into, which runs may share; default: the run's own
     gen_len: int = 256  # response length L, tokens
     block_len: int = 4  # decoding block of the rollouts, tokens; one token per forward
@@ -93,6 +96,7 @@ class Config:
     lora_dropout: float = 0.0  # LoRA dropout
     lr: float = 1e-5  # peak learning rate
     lr_schedule: Literal["constant", "cosine", "tail"] = "cosine"  # tail: linear to zero over the last 40%
+    lr_floor: float = 0.1  # share of the peak that the schedules end at
     warmup_steps: int = 20  # linear warm-up
     weight_decay: float = 0.01  # AdamW
     clip: float = 1.0  # gradient norm
@@ -107,11 +111,11 @@ class Config:
 
 PRESETS = {
     "tiny": dict(gen_len=48, block_len=16, lora_r=32, lora_alpha=32, lr=1e-3, lr_schedule="tail",
-                 warmup_steps=10, batch_size=64, micro_batch=64, max_steps=150, save_every=50,
+                 lr_floor=0.0, warmup_steps=10, batch_size=64, micro_batch=64, max_steps=150, save_every=50,
                  eval_problems=128),
     "llada": dict(block_len=32),  # not in the paper
     "dream": dict(block_len=32),  # not in the paper
-    "sdar": dict(full=True, collect_cache="exact"),
+    "sdar": dict(full=True, collect_cache="exact", gen_len=1024),
 }
 
 
@@ -135,9 +139,9 @@ def t3d_loss(logp, logp_ref, logp_fake, logp_fake_ref, path_w, example, n_exampl
     here = (n > 0).float()  # an example without masked rows has no ratio
     ratio = cfg.beta * per_example(logp - logp_ref, cfg.logratio == "mean")
     ratio_fake = cfg.beta * per_example(logp_fake - logp_fake_ref, cfg.logratio == "mean")
-    real = (F.softplus(-ratio) * here).sum() / n_examples  # Eq. 7: -log sigma(ratio)
-    fake = cfg.alpha * (F.softplus(ratio_fake) * here).sum() / n_examples  # -log(1 - sigma(ratio))
-    loss = real + fake + cfg.lam * path  # Eq. 6, 10
+    real = (F.softplus(-ratio) * here).sum() / n_examples  # Eq. 6, 7: -log sigma(ratio)
+    fake = cfg.alpha * (F.softplus(ratio_fake) * here).sum() / n_examples  # Eq. 6, 7: -log(1 - sigma(ratio))
+    loss = real + fake + cfg.lam * path  # Eq. 10
     return loss, dict(real=real.item(), fake=fake.item(), path=path.item())
 
 
@@ -148,7 +152,7 @@ def path_weights(pi, size, masked, cfg):
     weight is shared by its tokens; an empty group has none).
     """
     if cfg.path == "paper":
-        return (size - pi + 1) / size
+        return (size - pi + 1) / size  # Eq. 9
     early = masked & (2 * pi <= size)
     late = masked & ~early
     n, n_early, n_late = (m.sum(1, keepdim=True).float() for m in (masked, early, late))
@@ -208,17 +212,20 @@ def hidden_rows(model, b, device):
     return h[row.to(device), cols[row, j].to(device)]
 
 
-def token_terms(logits, ref_logits, x0, u, cfg):
+def token_terms(logits, ref_logits, x0, u, cfg, mask_id=None):
     """What t3d_loss takes of every row, (n, 4) fp32: log p_theta(x0), log p_ref(x0), log p_theta(x_hat),
-    log p_ref(x_hat). logits, ref_logits (n, V), x0 (n,) int64, u (n,) uniform.
+    log p_ref(x_hat). logits, ref_logits (n, V), x0 (n,) int64, u (n,) uniform. A guess is never mask_id.
     """
     logp, ref = F.log_softmax(logits.float(), -1), F.log_softmax(ref_logits.float(), -1)
     if cfg.fake == "expected":  # the mean over x_hat ~ p_ref of the log-ratio is -KL(p_ref, p_theta)
         fake = [(ref.exp() * (logp - ref)).sum(-1), torch.zeros_like(u)]
     else:  # a draw: the token at which the distribution function passes u
-        cdf = ref.exp().cumsum(-1)  # its end is 1 up to rounding
+        p_ref = ref.exp()
+        if mask_id is not None:
+            p_ref[:, mask_id] = 0
+        cdf = p_ref.cumsum(-1)
         drawn = (cdf <= u[:, None] * cdf[:, -1:]).sum(-1).clamp(max=ref.shape[-1] - 1)
-        x_hat = ref.argmax(-1) if cfg.fake == "argmax" else drawn
+        x_hat = p_ref.argmax(-1) if cfg.fake == "argmax" else drawn
         fake = [t.gather(1, x_hat[:, None])[:, 0] for t in (logp, ref)]
     return torch.stack([*(t.gather(1, x0[:, None])[:, 0] for t in (logp, ref)), *fake], 1)
 
@@ -260,7 +267,7 @@ def training_loss(model, ref, records, rngs, cfg, vocabulary, device):
             head_ref = model.head.weight.data
         model.train(was_training)
         terms = by_chunks(lambda h, h_ref, x0, u: token_terms(model.head(h), F.linear(h_ref, head_ref), x0, u,
-                                                              cfg),
+                                                              cfg, model.cfg.mask_id),
                           model.cfg.vocab_size, hidden_rows(model, b, device), h_ref, x0, u)
     example = b["masked"].nonzero()[:, 0].to(device)
     return t3d_loss(*terms.unbind(1), path_w, example, cfg.batch_size, cfg)
@@ -297,7 +304,7 @@ def setup(cfg):
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if world > 1:
+    if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
     return rank, world, device, torch.bfloat16 if cuda else torch.float32
 
@@ -335,16 +342,16 @@ def barrier(world):
 
 
 def lr_frac(step, n_steps, cfg):
-    """Share of the peak learning rate at a step (0-based): linear warm-up, then constant, cosine to zero,
-    or flat with a linear tail to zero over the last 40% of the steps.
+    """Share of the peak learning rate at a step (0-based): linear warm-up, then constant, cosine to the
+    floor, or flat with a linear tail to it over the last 40% of the steps.
     """
-    frac = min(1.0, (step + 1) / max(1, cfg.warmup_steps))
+    decay = 1.0
     if cfg.lr_schedule == "cosine":
-        frac *= 0.5 * (1 + math.cos(math.pi * max(0, step - cfg.warmup_steps)
+        decay = 0.5 * (1 + math.cos(math.pi * max(0, step - cfg.warmup_steps)
                                     / max(1, n_steps - cfg.warmup_steps)))
     elif cfg.lr_schedule == "tail":
-        frac *= min(1.0, (n_steps - step) / (0.4 * n_steps))
-    return frac
+        decay = min(1.0, (n_steps - step) / (0.4 * n_steps))
+    return min(1.0, (step + 1) / max(1, cfg.warmup_steps)) * (cfg.lr_floor + (1 - cfg.lr_floor) * decay)
 
 
 def trainable(model):
@@ -358,8 +365,11 @@ def optimizer_step(model, opts, frac, clip, world):
     params = list(trainable(model).values())
     for p in params:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        if world > 1:
-            dist.all_reduce(p.grad)
+    if world > 1:  # all of them in one bucket
+        bucket = torch.cat([p.grad.flatten() for p in params])
+        dist.all_reduce(bucket)
+        for p, total in zip(params, bucket.split([p.numel() for p in params])):
+            p.grad.copy_(total.view_as(p))
     norm = torch.nn.utils.clip_grad_norm_(params, clip)
     for opt in opts:
         for group in opt.param_groups:
@@ -453,6 +463,15 @@ def log(out, rank, row):
     log.last = now
 
 
+def over_ranks(total, world):
+    """Sums of every rank's parts of the loss; a rank without examples has none."""
+    gathered = [total]
+    if world > 1:
+        gathered = [None] * world
+        dist.all_gather_object(gathered, total)
+    return {k: sum(part.get(k, 0.0) for part in gathered) for part in gathered for k in part}
+
+
 def check_finite(loss, ids, out, step):
     """A non-finite loss stops the run with the ids of its batch saved; nothing trained so far is touched."""
     if not torch.isfinite(loss):
@@ -473,6 +492,9 @@ def collect(cfg, model, tok, out, world):
     """The model's own rollouts, one token per forward; no ground truth, no filter."""
     n_problems = cfg.n_problems or (1200 if cfg.data == "tiny" else None)
     problems = load_problems(cfg.data, "train", n_problems)
+    problems = [p for p in problems if len(tok.prompt_ids(p["prompt"])) <= cfg.max_prompt]
+    if len(problems) < cfg.batch_size:  # said before hours of decoding
+        raise UserError(f"--batch_size {cfg.batch_size} exceeds the data ({len(problems)} problems)")
     folder = Path(cfg.trajectories or out / "trajectories")
     rollout(model, tok, problems, folder, cfg.model, False, cfg.collect_batch,
             gen_len=cfg.gen_len, block_len=cfg.block_len, policy="static", per_step=1,
@@ -492,19 +514,17 @@ def check_config(cfg):
     if not 0 <= cfg.rand_p <= 1:
         raise UserError(f"--rand_p {cfg.rand_p} is a probability")
     if cfg.variant == "code":
+        if cfg.fake == "expected" or cfg.logratio == "sum":
+            raise UserError(f"--variant code has fake argmax and logratio mean, not {cfg.fake} and "
+                            f"{cfg.logratio}: give the switches one by one instead")
         return replace(cfg, fake="argmax", mask_order="code", state_dist="code", path="code", logratio="mean")
     return cfg
 
 
-def check_block(model, cfg):
-    K = model.cfg.block_len
-    if K and cfg.train_block not in (0, K) and not cfg.full:
-        raise UserError(f"--train_block {cfg.train_block}: an adapter cannot change the model's block of "
-                        f"{K} tokens; give --train_block {K}, or --full")
-
-
 def set_block(model, cfg):
-    """Block-causal models train, and decode from then on, in blocks of --train_block tokens."""
+    """Block-causal models train in blocks of --train_block tokens; a saved model then names that block, an
+    adapter does not: decode with --block_len.
+    """
     if model.cfg.block_len and cfg.train_block:
         model.cfg = replace(model.cfg, block_len=cfg.train_block,
                             raw={**model.cfg.raw, "block_size": cfg.train_block})
@@ -521,7 +541,6 @@ def main():
         return
     model = nt_model.load(cfg.model, device, torch.float32 if cfg.full else dtype, cfg.revision)
     tok = load_tokenizer(cfg.model, cfg.revision)
-    check_block(model, cfg)
 
     # 1. trajectories of the base model
     records = collect(cfg, model, tok, out, world)
@@ -563,9 +582,9 @@ def main():
                 total[key] = total.get(key, 0.0) + value
         frac = lr_frac(step, n_steps, cfg)
         norm = optimizer_step(model, opts, frac, cfg.clip, world)
-        bar.set_postfix_str(f"loss {total['loss']:.3f}", refresh=False)
+        bar.set_postfix_str(f"loss {total.get('loss', math.nan):.3f}", refresh=False)
         if (step + 1) % cfg.log_every == 0 or step + 1 == n_steps:
-            log(out, rank, dict(step=step + 1, **total, grad_norm=norm, lr_frac=frac))
+            log(out, rank, dict(step=step + 1, **over_ranks(total, world), grad_norm=norm, lr_frac=frac))
         if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == n_steps):
             save_checkpoint(out, step + 1, model, opts)
     save_final(cfg, model, final, rank)

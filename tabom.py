@@ -11,8 +11,9 @@ margin. The pairwise ranking is the tractable form of matching a Boltzmann distr
     Delta         segment (B, W) int64: the next W positions in the order they were revealed; -1 = none left
     h(r)  Eq. 5   entropy (B, W): predictive entropy in nats, at U_t or at r's own step (--entropy_at)
     gamma, lambda cfg.gamma, cfg.lam
-    L_recon       mean over Delta of -log p(x0 | U_t)     L_rank  Eq. 8: mean of the hinges over the pairs
-    L             Eq. 9: L_recon + lambda L_rank
+    L_recon       mean over Delta of -log p(x0 | U_t)                    (tabom_loss)
+    L_rank        Eq. 8: mean of the hinges over the pairs               (tabom_loss)
+    L             Eq. 9: L_recon + lambda L_rank                         (tabom_loss)
 
 What differs from the published code, and why: token ids and their order are stored together (stored text is
 not re-tokenised); all pairs of a segment are ranked at once instead of in a W x W loop; a segment shorter
@@ -84,6 +85,7 @@ class Config:
     lora_targets: str = "q_proj,v_proj"  # matrices that carry adapters, or all
     lr: float = 2e-5  # peak learning rate
     lr_schedule: Literal["constant", "cosine", "tail"] = "cosine"  # tail: linear to zero over the last 40%
+    lr_floor: float = 0.0  # share of the peak that the schedules end at
     warmup_steps: int = 50  # linear warm-up
     weight_decay: float = 0.01  # AdamW
     clip: float = 1.0  # gradient norm
@@ -237,7 +239,7 @@ def setup(cfg):
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if world > 1:
+    if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
     return rank, world, device, torch.bfloat16 if cuda else torch.float32
 
@@ -275,16 +277,16 @@ def barrier(world):
 
 
 def lr_frac(step, n_steps, cfg):
-    """Share of the peak learning rate at a step (0-based): linear warm-up, then constant, cosine to zero,
-    or flat with a linear tail to zero over the last 40% of the steps.
+    """Share of the peak learning rate at a step (0-based): linear warm-up, then constant, cosine to the
+    floor, or flat with a linear tail to it over the last 40% of the steps.
     """
-    frac = min(1.0, (step + 1) / max(1, cfg.warmup_steps))
+    decay = 1.0
     if cfg.lr_schedule == "cosine":
-        frac *= 0.5 * (1 + math.cos(math.pi * max(0, step - cfg.warmup_steps)
+        decay = 0.5 * (1 + math.cos(math.pi * max(0, step - cfg.warmup_steps)
                                     / max(1, n_steps - cfg.warmup_steps)))
     elif cfg.lr_schedule == "tail":
-        frac *= min(1.0, (n_steps - step) / (0.4 * n_steps))
-    return frac
+        decay = min(1.0, (n_steps - step) / (0.4 * n_steps))
+    return min(1.0, (step + 1) / max(1, cfg.warmup_steps)) * (cfg.lr_floor + (1 - cfg.lr_floor) * decay)
 
 
 def trainable(model):
@@ -298,8 +300,11 @@ def optimizer_step(model, opts, frac, clip, world):
     params = list(trainable(model).values())
     for p in params:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        if world > 1:
-            dist.all_reduce(p.grad)
+    if world > 1:  # all of them in one bucket
+        bucket = torch.cat([p.grad.flatten() for p in params])
+        dist.all_reduce(bucket)
+        for p, total in zip(params, bucket.split([p.numel() for p in params])):
+            p.grad.copy_(total.view_as(p))
     norm = torch.nn.utils.clip_grad_norm_(params, clip)
     for opt in opts:
         for group in opt.param_groups:
@@ -393,6 +398,15 @@ def log(out, rank, row):
     log.last = now
 
 
+def over_ranks(total, world):
+    """Sums of every rank's parts of the loss; a rank without examples has none."""
+    gathered = [total]
+    if world > 1:
+        gathered = [None] * world
+        dist.all_gather_object(gathered, total)
+    return {k: sum(part.get(k, 0.0) for part in gathered) for part in gathered for k in part}
+
+
 def check_finite(loss, ids, out, step):
     """A non-finite loss stops the run with the ids of its batch saved; nothing trained so far is touched."""
     if not torch.isfinite(loss):
@@ -413,6 +427,8 @@ def collect(cfg, model, tok, out, world):
     """The model's own trajectories, without privileged information; wrong answers dropped."""
     n_problems = cfg.n_problems or (1200 if cfg.data == "tiny" else None)
     problems = load_problems(cfg.data, "train", n_problems)
+    if len(problems) < cfg.batch_size:  # said before hours of decoding
+        raise UserError(f"--batch_size {cfg.batch_size} exceeds the data ({len(problems)} problems)")
     folder = Path(cfg.trajectories or out / "trajectories")
     rollout(model, tok, problems, folder, cfg.model, False, cfg.collect_batch,
             gen_len=cfg.gen_len, block_len=cfg.block_len, policy="static", per_step=1,
@@ -488,9 +504,9 @@ def main():
                 total[key] = total.get(key, 0.0) + value
         frac = lr_frac(step, n_steps, cfg)
         norm = optimizer_step(model, opts, frac, cfg.clip, world)
-        bar.set_postfix_str(f"loss {total['loss']:.3f}", refresh=False)
+        bar.set_postfix_str(f"loss {total.get('loss', math.nan):.3f}", refresh=False)
         if (step + 1) % cfg.log_every == 0 or step + 1 == n_steps:
-            log(out, rank, dict(step=step + 1, **total, grad_norm=norm, lr_frac=frac))
+            log(out, rank, dict(step=step + 1, **over_ranks(total, world), grad_norm=norm, lr_frac=frac))
         if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == n_steps):
             save_checkpoint(out, step + 1, model, opts)
     save_final(cfg, model, final, rank)

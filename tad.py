@@ -8,12 +8,15 @@ together), and everything later only as the teacher's soft distribution (so that
 teacher is the base model: LoRA off.
 
     glossary (paper -> code)
-    s, s + y*       plain prompt, privileged prompt (the collector's, with the reference solution)
-    tau = (x0, pi)  record["x0"] (L,), record["order"] (L,): which forward revealed each position
-    x_t             xt (B, L): x0 where order < t, else MASK (data.state_at)
-    N_t  Eq. 10     near (N,) bool: t <= order < t + W      L_near     Eq. 12   cross-entropy on x0
-    D_t  Eq. 11     the other masked rows: order >= t + W   L_distant  Eq. 13   tau^2 KL(teacher || student)
-    lambda, tau     cfg.lam, cfg.tau                        L          Eq. 14   L_near + lambda L_distant
+    s, s + y*            plain prompt, privileged prompt (the collector's, with the reference solution)
+    trajectory (x0, pi)  record["x0"] (L,), record["order"] (L,): which forward revealed each position
+    x_t                  xt (B, L): x0 where order < t, else MASK (data.state_at)
+    N_t  Eq. 10          near (N,) bool: t <= order < t + W, cut at block edges for SDAR  (make_batch)
+    D_t  Eq. 11          the other masked rows: order >= t + W
+    L_near     Eq. 12    cross-entropy on x0; mean over near rows           (token_terms, tad_loss)
+    L_distant  Eq. 13    tau^2 KL(teacher || student); mean over the others (token_terms, tad_loss)
+    L          Eq. 14    L_near + lambda L_distant                          (tad_loss)
+    lambda, tau          cfg.lam, cfg.tau
 
 What differs from the published code, and why: one collector writes exactly what the trainer reads (tokens and
 order instead of 160 snapshots); padding never hides a revealed EOS; all seven matrices of a block carry LoRA
@@ -87,6 +90,7 @@ class Config:
     lora_dropout: float = 0.05  # LoRA dropout
     lr: float = 2e-5  # peak learning rate
     lr_schedule: Literal["constant", "cosine", "tail"] = "constant"  # tail: linear to zero over the last 40%
+    lr_floor: float = 0.0  # share of the peak that the schedules end at
     warmup_steps: int = 0  # linear warm-up
     weight_decay: float = 0.01  # AdamW
     clip: float = 1.0  # gradient norm
@@ -283,10 +287,7 @@ def plot_decay(decay, window, path):
 
 def choose_window(cfg, model, records, out, rank, device):
     """W: the number given, or by the rule. The untrained student's decay is measured and drawn anyway."""
-    fixed = cfg.window.isdigit() and int(cfg.window) > 0
-    if not fixed and cfg.window not in ("auto-quality", "auto-speed"):
-        raise UserError(f"--window {cfg.window!r}: give a positive number of forwards, "
-                        f"auto-quality or auto-speed")
+    fixed = cfg.window.isdigit()
     decay = confidence_decay(model, records, device)
     window = int(cfg.window) if fixed else auto_window(decay, cfg.window)
     if rank == 0:
@@ -328,7 +329,7 @@ def setup(cfg):
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if world > 1:
+    if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
     return rank, world, device, torch.bfloat16 if cuda else torch.float32
 
@@ -366,16 +367,16 @@ def barrier(world):
 
 
 def lr_frac(step, n_steps, cfg):
-    """Share of the peak learning rate at a step (0-based): linear warm-up, then constant, cosine to zero,
-    or flat with a linear tail to zero over the last 40% of the steps.
+    """Share of the peak learning rate at a step (0-based): linear warm-up, then constant, cosine to the
+    floor, or flat with a linear tail to it over the last 40% of the steps.
     """
-    frac = min(1.0, (step + 1) / max(1, cfg.warmup_steps))
+    decay = 1.0
     if cfg.lr_schedule == "cosine":
-        frac *= 0.5 * (1 + math.cos(math.pi * max(0, step - cfg.warmup_steps)
+        decay = 0.5 * (1 + math.cos(math.pi * max(0, step - cfg.warmup_steps)
                                     / max(1, n_steps - cfg.warmup_steps)))
     elif cfg.lr_schedule == "tail":
-        frac *= min(1.0, (n_steps - step) / (0.4 * n_steps))
-    return frac
+        decay = min(1.0, (n_steps - step) / (0.4 * n_steps))
+    return min(1.0, (step + 1) / max(1, cfg.warmup_steps)) * (cfg.lr_floor + (1 - cfg.lr_floor) * decay)
 
 
 def trainable(model):
@@ -389,8 +390,11 @@ def optimizer_step(model, opts, frac, clip, world):
     params = list(trainable(model).values())
     for p in params:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        if world > 1:
-            dist.all_reduce(p.grad)
+    if world > 1:  # all of them in one bucket
+        bucket = torch.cat([p.grad.flatten() for p in params])
+        dist.all_reduce(bucket)
+        for p, total in zip(params, bucket.split([p.numel() for p in params])):
+            p.grad.copy_(total.view_as(p))
     norm = torch.nn.utils.clip_grad_norm_(params, clip)
     for opt in opts:
         for group in opt.param_groups:
@@ -484,6 +488,15 @@ def log(out, rank, row):
     log.last = now
 
 
+def over_ranks(total, world):
+    """Sums of every rank's parts of the loss; a rank without examples has none."""
+    gathered = [total]
+    if world > 1:
+        gathered = [None] * world
+        dist.all_gather_object(gathered, total)
+    return {k: sum(part.get(k, 0.0) for part in gathered) for part in gathered for k in part}
+
+
 def check_finite(loss, ids, out, step):
     """A non-finite loss stops the run with the ids of its batch saved; nothing trained so far is touched."""
     if not torch.isfinite(loss):
@@ -522,6 +535,15 @@ def collect(cfg, model, tok, out, world):
     return kept
 
 
+def check_config(cfg):
+    fixed = cfg.window.isdigit() and int(cfg.window) > 0
+    if not fixed and cfg.window not in ("auto-quality", "auto-speed"):
+        raise UserError(f"--window {cfg.window!r}: give a positive number of forwards, "
+                        f"auto-quality or auto-speed")
+    if min(cfg.batch_size, cfg.micro_batch) < 1:
+        raise UserError(f"--batch_size {cfg.batch_size}, --micro_batch {cfg.micro_batch}: at least 1 each")
+
+
 def training_pairs(records, cfg, epoch):
     """The (record number, t) pairs of an epoch:
     every state of every trajectory, or a few drawn ones, shuffled.
@@ -538,6 +560,7 @@ def training_pairs(records, cfg, epoch):
 
 def main():
     cfg = parse_args(Config, PRESETS, __doc__)
+    check_config(cfg)
     rank, world, device, dtype = setup(cfg)
     out = open_run(cfg, rank)
     barrier(world)
@@ -591,9 +614,9 @@ def main():
                 total[key] = total.get(key, 0.0) + value
         frac = lr_frac(step, n_steps, cfg)
         norm = optimizer_step(model, opts, frac, cfg.clip, world)
-        bar.set_postfix_str(f"loss {total['loss']:.3f}", refresh=False)
+        bar.set_postfix_str(f"loss {total.get('loss', math.nan):.3f}", refresh=False)
         if (step + 1) % cfg.log_every == 0 or step + 1 == n_steps:
-            log(out, rank, dict(step=step + 1, **total, grad_norm=norm, lr_frac=frac))
+            log(out, rank, dict(step=step + 1, **over_ranks(total, world), grad_norm=norm, lr_frac=frac))
         if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == n_steps):
             save_checkpoint(out, step + 1, model, opts)
     save_final(cfg, model, final, rank)

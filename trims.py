@@ -9,11 +9,12 @@ to masks that follow that order, hard tokens visible, easy ones masked. The loss
 
     glossary (paper -> code)
     d_i           difficulty: -log p_teacher(x_i | s, x_<i), or the teacher's entropy (--metric)
-    b_i, K        bucket 1..n_buckets of equal mass over all tokens of the data; harder = lower
+    b_i, K        bucket 1..n_buckets of equal mass over all tokens of the data; harder = lower      (buckets)
     k             threshold, uniform over 0..K-1: buckets <= k are context, the others future
-    p_context, p_future   masking probabilities of the two
-    x0 clean response (L,), xt noised, masked (L,) bool, t masking probability, loss_w = 1 / (t L); where no t
-    exists it is 1 / masked fraction (--trajectory_weight)
+    p_context, p_future   masking probabilities of the two: the masking rule                 (trajectory_mask)
+    x0            clean response (L,); xt noised, masked (L,) bool, t masking probability
+    loss_w        1 / t, or 1 / masked fraction where no t exists (--trajectory_weight)       (mask_response);
+                  make_batch divides it by L and the batch size
 
 `--trajectory_share 0` is standard training: SFT on ground truth, or on a model's own responses with --data =
 a trajectory folder; the embedded base model was made this way. All responses are EOS-filled to one length, so
@@ -39,7 +40,7 @@ import shutil
 import sys
 import time
 import unicodedata
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
@@ -69,6 +70,7 @@ class Config:
     init: Literal["model", "scratch"] = "model"  # scratch: the model's config, fresh weights, all trained
     data: str = "tiny"  # tiny, a .jsonl with prompt and solution, or a folder of trajectories
     only_correct: bool = True  # leave out a folder's wrong trajectories (--no-only_correct: ReDi, SFT-SD)
+    with_thinking: bool = False  # s1K: a problem's "thinking" (the reasoning trace) before its solution
     n_examples: int = 2000  # how many of the tiny examples there are; 0: every step draws new ones
     drill_steps: int = 0  # opening steps on drills of the tiny task (see data.TinySFT)
     gen_len: int = 256  # response length L, tokens, EOS-filled
@@ -93,7 +95,9 @@ class Config:
     lr: float = 1e-4  # peak learning rate
     muon_lr: float = 0.0  # Muon's learning rate for the blocks' matrices; 0: AdamW everywhere
     lr_schedule: Literal["constant", "cosine", "tail"] = "cosine"  # tail: linear to zero over the last 40%
+    lr_floor: float = 0.0  # share of the peak that the schedules end at
     warmup_steps: int = 20  # linear warm-up
+    warmup_ratio: float = 0.0  # share of all steps, instead of warmup_steps
     weight_decay: float = 0.01  # AdamW (not published)
     beta2: float = 0.999  # AdamW
     clip: float = 1.0  # gradient norm
@@ -109,7 +113,9 @@ class Config:
 PRESETS = {
     "tiny": dict(gen_len=48, block_len=16, teacher="tiny-ar", lr=1e-3, max_steps=200, batch_size=64,
                  micro_batch=64),
-    "sdar": dict(block_len=4),
+    "llada": dict(gen_len=1024, warmup_ratio=0.03),
+    "dream": dict(gen_len=1024, warmup_ratio=0.03),
+    "sdar": dict(gen_len=1024, warmup_ratio=0.03, block_len=4),  # not in the paper
 }
 
 
@@ -142,7 +148,7 @@ def teacher_pieces(example, tok, teacher_tok):
         text = b"".join(pieces).decode()
     except UnicodeDecodeError:
         raise UserError(f"example {example['id']}: its completion is not UTF-8 text") from None
-    ids = teacher_tok.encode(text)
+    ids = teacher_tok.encode(text) if text else []
     lengths = [len(teacher_tok.bytes_of(i)) for i in ids]
     if sum(lengths) != sum(map(len, pieces)):
         raise UserError(f"example {example['id']}: its completion has {sum(map(len, pieces))} bytes for the "
@@ -164,6 +170,9 @@ def difficulty(examples, tok, teacher, teacher_tok, metric, device):
     out = []
     for row, e, (_, completion, teacher_bytes, student_bytes) in zip(scored, examples, pieces):
         mine = row[width - len(completion) - 1:]
+        if not np.isfinite(mine).all():
+            raise UserError(f"the teacher's score of example {e['id']} is not finite: its weights hold NaN "
+                            f"or overflow in this dtype")
         scores = [*spread(mine[:-1], teacher_bytes, student_bytes), mine[-1]][:len(e["x0"])]
         out.append(scores + [math.nan] * (len(e["x0"]) - len(scores)))
     return out
@@ -286,11 +295,19 @@ def load_examples(cfg, tok):
         if not records:
             raise UserError(f"{cfg.data} holds no correct trajectory: nothing to train on "
                             f"(--no-only_correct takes the others too)")
+        if tok.prompt_ids(records[0]["prompt"]).tolist() != records[0]["prompt_ids"]:
+            raise UserError(f"{cfg.data} was collected with {records[0]['model']}, whose tokeniser or chat "
+                            f"template is not that of {cfg.model}: collect with this model")
         return records
+    problems = load_problems(cfg.data)
+    if cfg.with_thinking and not all("thinking" in p for p in problems):
+        raise UserError(f"--with_thinking: not every line of {cfg.data} has the field 'thinking'")
+
+    def completion(p):
+        text = f"{p['thinking']}\n{p['solution']}" if cfg.with_thinking else p["solution"]
+        return pad_response(tok.response_ids(unicodedata.normalize("NFC", text)), cfg.gen_len, tok.eos_id)
     return [dict(id=p["id"], prompt=p["prompt"], prompt_ids=tok.prompt_ids(p["prompt"]).tolist(),
-                 x0=pad_response(tok.response_ids(unicodedata.normalize("NFC", p["solution"])), cfg.gen_len,
-                                 tok.eos_id))
-            for p in load_problems(cfg.data)]
+                 x0=completion(p)) for p in problems]
 
 
 # --- boilerplate: same in every method file ---
@@ -324,7 +341,7 @@ def setup(cfg):
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if world > 1:
+    if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
     return rank, world, device, torch.bfloat16 if cuda else torch.float32
 
@@ -362,16 +379,16 @@ def barrier(world):
 
 
 def lr_frac(step, n_steps, cfg):
-    """Share of the peak learning rate at a step (0-based): linear warm-up, then constant, cosine to zero,
-    or flat with a linear tail to zero over the last 40% of the steps.
+    """Share of the peak learning rate at a step (0-based): linear warm-up, then constant, cosine to the
+    floor, or flat with a linear tail to it over the last 40% of the steps.
     """
-    frac = min(1.0, (step + 1) / max(1, cfg.warmup_steps))
+    decay = 1.0
     if cfg.lr_schedule == "cosine":
-        frac *= 0.5 * (1 + math.cos(math.pi * max(0, step - cfg.warmup_steps)
+        decay = 0.5 * (1 + math.cos(math.pi * max(0, step - cfg.warmup_steps)
                                     / max(1, n_steps - cfg.warmup_steps)))
     elif cfg.lr_schedule == "tail":
-        frac *= min(1.0, (n_steps - step) / (0.4 * n_steps))
-    return frac
+        decay = min(1.0, (n_steps - step) / (0.4 * n_steps))
+    return min(1.0, (step + 1) / max(1, cfg.warmup_steps)) * (cfg.lr_floor + (1 - cfg.lr_floor) * decay)
 
 
 def trainable(model):
@@ -385,8 +402,11 @@ def optimizer_step(model, opts, frac, clip, world):
     params = list(trainable(model).values())
     for p in params:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        if world > 1:
-            dist.all_reduce(p.grad)
+    if world > 1:  # all of them in one bucket
+        bucket = torch.cat([p.grad.flatten() for p in params])
+        dist.all_reduce(bucket)
+        for p, total in zip(params, bucket.split([p.numel() for p in params])):
+            p.grad.copy_(total.view_as(p))
     norm = torch.nn.utils.clip_grad_norm_(params, clip)
     for opt in opts:
         for group in opt.param_groups:
@@ -480,6 +500,15 @@ def log(out, rank, row):
     log.last = now
 
 
+def over_ranks(total, world):
+    """Sums of every rank's parts of the loss; a rank without examples has none."""
+    gathered = [total]
+    if world > 1:
+        gathered = [None] * world
+        dist.all_gather_object(gathered, total)
+    return {k: sum(part.get(k, 0.0) for part in gathered) for part in gathered for k in part}
+
+
 def check_finite(loss, ids, out, step):
     """A non-finite loss stops the run with the ids of its batch saved; nothing trained so far is touched."""
     if not torch.isfinite(loss):
@@ -549,6 +578,8 @@ def main():
         return
     tok, model = load_tokenizer(cfg.model, cfg.revision), build_model(cfg, device, dtype)
     examples = load_examples(cfg, tok)
+    if len(examples) < cfg.batch_size:
+        raise UserError(f"--batch_size {cfg.batch_size} exceeds the data ({len(examples)} examples)")
     if cfg.trajectory_share:
         scores = score_examples(examples, tok, cfg, out, rank, world, device, dtype)
         ranked = buckets(scores, cfg.n_buckets, cfg.ordering, cfg.seed)
@@ -557,10 +588,9 @@ def main():
     first = load_checkpoint(out, model, opts)
     log(out, rank, first)
 
-    if len(examples) < cfg.batch_size:
-        raise UserError(f"--batch_size {cfg.batch_size} exceeds the data ({len(examples)} examples)")
     per_epoch = len(examples) // cfg.batch_size
     n_steps = cfg.max_steps or cfg.epochs * per_epoch
+    cfg = replace(cfg, warmup_steps=round(cfg.warmup_ratio * n_steps) or cfg.warmup_steps)
     model.train()
     bar = tqdm(range(first, n_steps), initial=first, total=n_steps, unit="step", desc="train",
                disable=rank != 0)
@@ -587,7 +617,8 @@ def main():
         norm = optimizer_step(model, opts, frac, cfg.clip, world)
         bar.set_postfix_str(f"loss {total:.3f}", refresh=False)
         if (step + 1) % cfg.log_every == 0 or step + 1 == n_steps:
-            log(out, rank, dict(step=step + 1, loss=total, grad_norm=norm, lr_frac=frac))
+            log(out, rank, dict(step=step + 1, **over_ranks(dict(loss=total), world), grad_norm=norm,
+                                lr_frac=frac))
         if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == n_steps):
             save_checkpoint(out, step + 1, model, opts)
     save_final(cfg, model, final, rank)

@@ -64,8 +64,12 @@ def test_compare_is_paired_and_refuses_other_problems(tmp_path):
     write("s", "SFT", [1] * 48 + [0] * 2)
     write("t", "TAD", [1] * 50)
     text = nt_eval.compare(nt_eval.read_runs([tmp_path / x for x in "bst"]), "base", "SFT", n_boot=50)
-    assert "| TAD | 1 | 200.00 [200.00, 200.00] | 2.00" in text
-    assert "accuracy at 0.9, TAD - SFT: 4.00" in text and "AUP TAD / base: 2.00" in text
+    rows = {line.split(" | ")[0]: line.split(" | ") for line in text.splitlines() if line.startswith("|")}
+    header = rows["| model"]
+    assert "2 per forward, %" not in header  # no run has it
+    assert rows["| TAD"][header.index("AUP")] == "200.0 ± 0.0"
+    assert rows["| TAD"][header.index("TPF at 0.9")] == "2.00 ± 0.00" and rows["| SFT"][1] == "1"
+    assert "at 0.9, %, TAD - SFT: 4.00" in text and "AUP TAD / base: 2.00" in text
     p = point("odd", "threshold 0.9", [1], [8], [4])
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "results.jsonl").write_text(json.dumps(p) + "\n")

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import BASE, CONFIGS, FIXTURES, random_model
+from conftest import BASE, CONFIGS, FIXTURES, prompts_of, random_model
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -260,3 +260,18 @@ def test_chunked_terms_are_exact_and_small():
     assert all(torch.allclose(a, b, atol=1e-4, rtol=1e-5) for a, b in zip(plain[:3], chunked[:3]))
     assert chunked[0].shape == (50, 2)
     assert nt_model.by_chunks(terms, 40, h[:0], h_teacher[:0], x0[:0]).shape == (0, 2)
+
+
+@pytest.mark.parametrize("facts", list(CONFIGS))
+def test_hidden_of_chosen_columns(facts):
+    """out: the same states as the whole row's, whatever the family; the last block computes no others."""
+    model = random_model(**CONFIGS[facts])
+    ids = torch.stack(prompts_of([12, 12]))
+    valid = torch.arange(12) >= torch.tensor([[0], [3]])
+    cols = torch.tensor([[0, 5, 5, 11], [3, 4, 9, 2]])
+    whole, n = model.hidden(ids, valid), []
+    model.blocks[-1].down_proj.register_forward_hook(lambda m, x, y: n.append(y.shape[1]))
+    some = model.hidden(ids, valid, out=cols)
+    want = whole.gather(1, cols[..., None].expand(-1, -1, whole.shape[-1]))
+    real = valid.gather(1, cols)
+    assert n == [4] and torch.allclose(some[real], want[real], atol=1e-5)

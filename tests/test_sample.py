@@ -446,3 +446,19 @@ def test_sdars_official_sampler(compiled, graphs):
             assert cache == "none" or out.nfe + out.commits == case["forwards"], case["name"]
             n += 1
     assert n == 16 and bool(graphs) == compiled
+
+
+@pytest.mark.parametrize("cache", ["none", "exact"])
+def test_decoding_decides_who_sees_whom_in_a_block_causal_model(cache):
+    """A model that names blocks of 4, decoded in blocks of 8, is one that names blocks of 8 (T3D trains in 8
+    and its Table 1 decodes in both), and not the one of 4.
+    """
+    four, eight = random_model(**CONFIGS["block"]), random_model(**{**CONFIGS["block"], "block_size": 8})
+    prompts, rule = prompts_of([5, 11]), dict(gen_len=16, policy="static", per_step=2, cache=cache)
+    a, b = (generate(m, prompts, block_len=8, **rule) for m in (four, eight))
+    c = [reference(four, p, block_len=8, **rule) for p in prompts]
+    d = generate(four, prompts, block_len=4, **rule)
+    for w, x, y, z in zip(a, b, c, d):
+        assert torch.equal(w.ids, x.ids) and torch.equal(w.order, x.order) and torch.equal(w.ids, y.ids)
+        assert not torch.equal(w.order, z.order)
+    assert four.cfg.block_len == 4  # it is not changed

@@ -193,9 +193,8 @@ def test_t3d_trains_two_steps_on_every_family(tmp_path, monkeypatch, family, ful
     folder = official_checkpoint(tmp_path / "base", family)
     lines = [f'{{"prompt": "{n} + {n}?", "answer": "x"}}' for n in range(6)]
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
-    block = [] if full else ["--train_block", "4"]
     run(monkeypatch, "--model", folder, "--data", tmp_path / "p.jsonl", "--out", tmp_path / "run", *SMALL,
-        "--max_steps", "2", "--full" if full else "--no-full", *block)
+        "--max_steps", "2", "--full" if full else "--no-full")
     base, ids = nt_model.load(folder), torch.randint(0, 250, (1, 9))
     if full:  # trained in blocks of 8, and decodes in them
         trained = nt_model.load(tmp_path / "run/model")
@@ -203,10 +202,6 @@ def test_t3d_trains_two_steps_on_every_family(tmp_path, monkeypatch, family, ful
     else:
         trained = lora.load(nt_model.load(folder), tmp_path / "run/adapter")
     assert not torch.equal(trained(ids), base(ids))
-    if family == "sdar" and not full:
-        with pytest.raises(nt_model.UserError, match="--train_block 4"):
-            run(monkeypatch, "--model", folder, "--data", tmp_path / "p.jsonl", "--out", tmp_path / "other",
-                *SMALL, "--no-full")
 
 
 def test_interrupted_training_is_bit_identical(tmp_path, monkeypatch):
@@ -229,10 +224,39 @@ def test_interrupted_training_is_bit_identical(tmp_path, monkeypatch):
     assert a == b
 
 
+def test_a_guess_is_never_the_mask():
+    """The mask has 90% under the reference: draws and argmax fall on the others."""
+    ref, n = torch.tensor([[.06, .04, .9]]).log().expand(50, 3), 50
+    u = (torch.arange(n) + 0.5) / n
+    for fake, zeros in (("sample", 30), ("argmax", 50)):  # 6 : 4 once the mask is out
+        rows = token_terms(torch.zeros(n, 3), ref, torch.zeros(n).long(), u, Config(fake=fake), mask_id=2)
+        guessed = rows[:, 3].exp()
+        assert (guessed < 0.1).all() and int((guessed > 0.05).sum()) == zeros
+
+
+def test_a_shared_folder_long_prompts_and_small_data(monkeypatch, tmp_path):
+    """Runs that share trajectories decode once; a run takes only its own problems' records."""
+    common = ["--trajectories", tmp_path / "shared", "--eval_problems", 0, "--max_steps", 1, "--gen_len", 16,
+              "--batch_size", 4, "--refresh", 50]
+    run(monkeypatch, "--out", tmp_path / "a", "--n_problems", 8, "--seed", 1, *common)
+    before = (tmp_path / "shared/rank0.jsonl").read_bytes()
+    seen, inner = [], t3d.training_loss
+    monkeypatch.setattr(t3d, "collect", lambda *a, inner=t3d.collect: seen.append(inner(*a)) or seen[-1])
+    run(monkeypatch, "--out", tmp_path / "b", "--n_problems", 5, "--seed", 2, *common)
+    assert len(seen[0]) == 5 and (tmp_path / "shared/rank0.jsonl").read_bytes() == before
+    assert data.collection_seconds(tmp_path / "shared") > 0 and inner is t3d.training_loss
+    for extra, words in ((["--max_prompt", "10"], "exceeds the data .0 problems"),
+                         (["--n_problems", "3"], "exceeds the data .3 problems"),
+                         (["--collect_seed", "9"], "other settings .seed")):
+        with pytest.raises(nt_model.UserError, match=words):
+            run(monkeypatch, "--out", tmp_path / "c", *common, *extra)
+
+
 def test_variants_and_bad_settings(monkeypatch, tmp_path):
     cfg = t3d.check_config(Config(variant="code", save_every=100))
     assert (cfg.fake, cfg.mask_order, cfg.state_dist, cfg.path) == ("argmax", "code", "code", "code")
     for args, words in ((["--save_every", "15"], "multiple of"), (["--rand_p", "2"], "probability"),
+                        (["--variant", "code", "--fake", "expected"], "one by one"),
                         (["--batch_size", "0"], "at least 1")):
         with pytest.raises(nt_model.UserError, match=words):
             run(monkeypatch, "--out", tmp_path / "x", *args)

@@ -27,6 +27,27 @@ def test_loss_by_hand():
     assert abs(mdlm_loss(p.log(), torch.tensor([1, 2]), w).item() - want) < 1e-6
 
 
+def test_loss_gradient_by_finite_differences():
+    """Through both kinds of mask weights: 1/t of a standard mask and 1 / masked fraction of a ranked one."""
+    g = torch.Generator().manual_seed(0)
+    logits, x0 = torch.randn(5, 4, generator=g), torch.tensor([0, 3, 1, 2, 2])
+    cfg = Config(n_buckets=2, p_context=0.0, p_future=1.0)
+    _, ranked = trims.trajectory_mask([1, 1, 2, 2, 2, 2], cfg, np.random.default_rng(1))
+    assert set(ranked) <= {1.0, 6 / 4}  # k = 0: all six are masked; k = 1: four of them
+    w = torch.tensor([1 / 0.3, 1 / 0.3, *ranked[:3]]).float() / 6 / 2
+    leaf = logits.clone().requires_grad_()
+    mdlm_loss(leaf, x0, w).backward()
+    eps = 1e-3
+    for i in range(5):
+        for v in range(4):
+            up, down = logits.double().clone(), logits.double().clone()
+            up[i, v] += eps
+            down[i, v] -= eps
+            plain = [sum(w[r].item() * (z[r].exp().sum().log() - z[r, x0[r]]).item() for r in range(5))
+                     for z in (up, down)]  # written out, in fp64
+            assert abs((plain[0] - plain[1]) / (2 * eps) - leaf.grad[i, v].item()) < 1e-4
+
+
 def test_mdlm_masks_have_the_right_rate_and_weight():
     shares = []
     for i in range(500):
@@ -97,10 +118,12 @@ def test_method_files_share_their_boilerplate():
 
 
 def test_learning_rate_schedules():
-    def frac(step, schedule, warmup=0):
-        return trims.lr_frac(step, 100, SimpleNamespace(lr_schedule=schedule, warmup_steps=warmup))
+    def frac(step, schedule, warmup=0, floor=0.0):
+        return trims.lr_frac(step, 100, SimpleNamespace(lr_schedule=schedule, warmup_steps=warmup,
+                                                         lr_floor=floor))
     assert frac(0, "constant", 10) == 0.1 and frac(50, "constant", 10) == 1
     assert frac(10, "cosine", 10) == 1 and abs(frac(55, "cosine", 10) - 0.5) < 1e-9
+    assert abs(frac(100, "cosine", 10, 0.1) - 0.1) < 1e-9 and abs(frac(55, "cosine", 10, 0.1) - 0.55) < 1e-9
     assert frac(60, "tail") == 1 and abs(frac(80, "tail") - 0.5) < 1e-9
 
 
@@ -242,3 +265,26 @@ def test_bad_settings_are_one_line(monkeypatch, tmp_path):
         monkeypatch.setattr("sys.argv", ["trims.py", "--out", str(tmp_path / "x"), *args])
         with pytest.raises(nt_model.UserError, match=words):
             trims.main()
+
+
+def test_data_of_another_tokeniser_and_thinking_that_is_absent(tmp_path):
+    tok = data.load_tokenizer("tiny")
+    problem = data.load_problems("tiny", "train", 1)[0]
+    record = dict(id="a", source="tiny", prompt=problem["prompt"], prompt_ids=[1, 2, 3], x0=[1, 2],
+                  order=[0, 1], rank=[0, 1], nfe=2, solution="", answer="", correct=True, model="other",
+                  decoding={}, schema=1)
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t/rank0.jsonl").write_text(json.dumps(record) + "\n")
+    with pytest.raises(nt_model.UserError, match="collected with other"):
+        trims.load_examples(Config(data=str(tmp_path / "t")), tok)
+    row = dict(prompt="swap", solution="red .", answer="red", thinking="blue .")
+    (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
+    cfg = Config(data=str(tmp_path / "p.jsonl"), gen_len=8)
+    for flag, words in ((False, "red ."), (True, "blue .\nred .")):
+        cfg.with_thinking = flag
+        x0 = trims.load_examples(cfg, tok)[0]["x0"]
+        assert tok.decode([i for i in x0 if i != tok.eos_id]) == words
+    del row["thinking"]
+    (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(nt_model.UserError, match="thinking"):
+        trims.load_examples(cfg, tok)

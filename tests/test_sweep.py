@@ -1,0 +1,84 @@
+"""The command behind the README's comparison, with three rows, one step and four problems."""
+import json
+import subprocess
+
+import pytest
+
+import data
+import eval as nt_eval
+import sweep
+from model import UserError
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    rows = ("base", "SFT-SD", "TAD: near only")
+    few = {label: command and command.replace("--n_problems 1000", "--n_problems 8")
+           for label, command in sweep.METHODS.items() if label in rows}
+    monkeypatch.setattr(sweep, "METHODS", few)
+    monkeypatch.setattr(sweep, "N_TRAJECTORIES", 8)
+    monkeypatch.setattr(sweep, "COMMON", sweep.COMMON.replace("200", "1").replace("16", "4"))
+    protocol = {**nt_eval.PROTOCOLS["tiny-table"], "compiled": False}
+    monkeypatch.setitem(nt_eval.PROTOCOLS, "tiny-table", protocol)
+    out = tmp_path / "sweep"
+    monkeypatch.setattr("sys.argv", ["sweep.py", "--seeds", "2", "--n", "4", "--out", str(out)])
+    return out
+
+
+def test_a_sweep_is_resumed_and_makes_the_table(small, monkeypatch, capsys):
+    trained, real = [], subprocess.run
+
+    def run(words, **kw):
+        if words[1].endswith(".py"):
+            trained.append(words)
+        return real(words, **kw)
+    monkeypatch.setattr(subprocess, "run", run)
+    inner = sweep.evaluate
+
+    def interrupted(label, seed, *args):
+        if (label, seed) == ("SFT-SD", 1):
+            raise KeyboardInterrupt
+        return inner(label, seed, *args)
+    monkeypatch.setattr(sweep, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.main()
+    n, stamps = len(trained), {p: p.stat().st_mtime_ns for p in small.glob("*/results.jsonl")}
+    assert n == 3 and len(stamps) == 4  # seed 0 whole, seed 1: the base
+    monkeypatch.setattr(sweep, "evaluate", inner)
+    sweep.main()
+    assert len(trained) == 5 and all(p.stat().st_mtime_ns == t for p, t in stamps.items())
+    text = (small / "compare.md").read_text()
+    assert text in capsys.readouterr().out and text.startswith("8 problems")
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if "|" in line]
+    rows = {line[0]: line for line in lines}
+    assert rows["base"][1] == rows["SFT-SD"][1] == "2"
+    for column in nt_eval.COLUMNS:
+        assert "±" in rows["TAD: near only"][rows["model"].index(column)], column
+    assert (small / "compare.png").stat().st_size > 5000
+    # disjoint problems per seed, the same for every row; the SFT trained on the shared trajectories
+    ids = {p.parent.name: data.read_jsonl(p)[0]["ids"] for p in small.glob("*/results.jsonl")}
+    assert ids["base-0"] == ids["sft-sd-0"] == ids["tad-near_only-0"]
+    assert not set(ids["base-0"]) & set(ids["base-1"])
+    config = json.loads((small / "sft-sd-0/config.json").read_text())
+    assert config["data"] == str(small / "trajectories-own") and config["seed"] == 0
+
+
+def test_a_run_that_fails_stops_the_sweep(small, monkeypatch):
+    monkeypatch.setattr(sweep, "METHODS", {"base": None, "broken": "tad.py --window never"})
+    with pytest.raises(UserError, match="broken, seed 0: tad.py ended with 2"):
+        sweep.main()
+    monkeypatch.setattr("sys.argv", ["sweep.py", "--only", "nothing"])
+    with pytest.raises(UserError, match="unknown"):
+        sweep.main()
+
+
+def test_every_row_is_a_command_its_script_accepts(monkeypatch, tmp_path):
+    import importlib
+    for label, line in sweep.METHODS.items():
+        if line:
+            script, *options = sweep.command(label, 1, tmp_path)
+            module = importlib.import_module(script[:-3])
+            monkeypatch.setattr("sys.argv", [script, *options])
+            cfg = module.parse_args(module.Config, module.PRESETS, "")
+            getattr(module, "check_config", lambda cfg: None)(cfg)
+            assert cfg.seed == 1 and cfg.lora_r == 32 and cfg.batch_size == 16
