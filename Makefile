@@ -1,5 +1,5 @@
 # make demo   sets up a virtual environment here and runs TAD end to end on the embedded tiny model (CPU)
-# make test   sets one up and runs the tests
+# make test   sets one up, with what only the tests need, and runs the tests on all cores
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -9,11 +9,15 @@ BIN := .venv/bin
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	touch $@
 
+.venv/test-ready: .venv/ready requirements-test.txt
+	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements-test.txt
+	touch $@
+
 demo: .venv/ready
 	$(BIN)/python tad.py
 
-test: .venv/ready
-	$(BIN)/python -m pytest -rs -q tests
+test: .venv/test-ready
+	$(BIN)/python -m pytest -rs -q -n auto --dist loadfile tests
 
 clean:
 	rm -rf .venv out

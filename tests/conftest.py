@@ -1,4 +1,5 @@
 """Small random models that mix every fact of the families, so that nothing is only true of weights/tiny."""
+import os
 import sys
 from pathlib import Path
 
@@ -11,7 +12,9 @@ sys.path.insert(0, str(ROOT))
 import model as nt_model  # noqa: E402
 
 FIXTURES = ROOT.parent / "shared" / "fixtures"
-torch.set_num_threads(2)
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process per core
+    os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 BASE = dict(model_type="tiny", vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
             num_attention_heads=4, max_position_embeddings=128, rope_theta=10000.0, rms_norm_eps=1e-6,
