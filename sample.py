@@ -825,7 +825,7 @@ def show(out, tokens, by="confidence"):
 
 def picture(out, path, title=""):
     """Reveal order as PNG: positions across, forwards down; a token is coloured by its confidence from the
-    forward that revealed it on, masks stay white.
+    forward that revealed it on (by that forward where out.conf is None), masks stay white.
     """
     try:
         import matplotlib
@@ -835,7 +835,8 @@ def picture(out, path, title=""):
         raise UserError("drawing needs matplotlib: pip install 'nanotraj[plot]'") from None
     L = len(out.ids)
     known = out.order[None] <= torch.arange(out.nfe)[:, None]  # (nfe, L)
-    grid = torch.where(known, out.conf.expand(out.nfe, L), torch.nan)
+    color = out.order / max(1, out.nfe - 1) if out.conf is None else out.conf
+    grid = torch.where(known, color.expand(out.nfe, L), torch.nan)
     fig, ax = plt.subplots(figsize=(min(12, 2 + L / 12), min(9, 1.5 + out.nfe / 10)), dpi=140)
     shown = ax.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
     new = [(int(t), i) for i, t in enumerate(out.order)]
@@ -844,7 +845,7 @@ def picture(out, path, title=""):
     ax.set_ylabel("forward")
     ax.set_title(title or f"{L} positions in {out.nfe} forwards", fontsize=10)
     ax.legend(loc="upper right", fontsize=7)
-    fig.colorbar(shown, label="confidence when revealed")
+    fig.colorbar(shown, label="revealed: 0 first, 1 last" if out.conf is None else "confidence when revealed")
     fig.tight_layout()
     fig.savefig(path)
     plt.close(fig)
@@ -935,6 +936,17 @@ def interactive(model, tok, settings, how):
         print(f"{tok.decode(out.ids[:n].tolist())}\n[{n} tokens in {out.nfe} forwards]")
 
 
+def decoding_options(ap):
+    """The fields of Decoding as command-line options without defaults."""
+    for f in fields(Decoding):
+        kw = dict(default=argparse.SUPPRESS, help=f"[{f.default}]")
+        if isinstance(f.default, bool):
+            ap.add_argument("--" + f.name, action=argparse.BooleanOptionalAction, **kw)
+        else:
+            choices = get_args(get_type_hints(Decoding)[f.name]) or None
+            ap.add_argument("--" + f.name, type=type(f.default), choices=choices, **kw)
+
+
 def main():
     import data
     import lora
@@ -962,13 +974,7 @@ def main():
                     "llada-60m")
     ap.add_argument("--prompt_len", type=int, default=128, help="of --bench's random prompts [128]")
     ap.add_argument("--profile", action="store_true", help="with --bench: where the time goes")
-    for f in fields(Decoding):
-        kw = dict(default=argparse.SUPPRESS, help=f"[{f.default}]")
-        if isinstance(f.default, bool):
-            ap.add_argument("--" + f.name, action=argparse.BooleanOptionalAction, **kw)
-        else:
-            choices = get_args(get_type_hints(Decoding)[f.name]) or None
-            ap.add_argument("--" + f.name, type=type(f.default), choices=choices, **kw)
+    decoding_options(ap)
     args = ap.parse_args()
     if args.bench:
         import bench

@@ -25,7 +25,7 @@ On models without blocks the whole response is one block.
 
     python t3d.py                                                # tiny model on a laptop CPU
     python t3d.py --model dream --data problems.jsonl            # one GPU
-    torchrun --nproc_per_node=8 t3d.py --model sdar-4b --data problems.jsonl
+    torchrun --nproc_per_node=8 t3d.py --model sdar-4b         # the paper's math data, by preset
 """
 import argparse
 import hashlib
@@ -65,9 +65,10 @@ class Config:
     overwrite: bool = False  # start anew in a directory that already holds a run
     seed: int = 0  # of the states, the fakes, the data order and the adapters
     # --- trajectories: the model's own, unfiltered
-    data: str = "tiny"  # tiny, or a .jsonl with prompts (solutions and answers are not used)
+    data: str = "tiny"  # data set by name, or a .jsonl (answers are not used); see data.py --help
     n_problems: int = 0  # problems to collect on (0: all; tiny: 1200)
     max_prompt: int = 512  # problems with a longer prompt are left out, tokens
+    allow_code_execution: bool = False  # only to record which rollouts on code problems are right
     trajectories: str = ""  # folder to collect into, which runs may share; default: the run's own
     gen_len: int = 256  # response length L, tokens
     block_len: int = 4  # decoding block of the rollouts, tokens; one token per forward
@@ -113,9 +114,9 @@ PRESETS = {
     "tiny": dict(gen_len=48, block_len=16, lora_r=32, lora_alpha=32, lr=1e-3, lr_schedule="tail",
                  lr_floor=0.0, warmup_steps=10, batch_size=64, micro_batch=64, max_steps=150, save_every=50,
                  eval_problems=128),
-    "llada": dict(block_len=32),  # not in the paper
-    "dream": dict(block_len=32),  # not in the paper
-    "sdar": dict(full=True, collect_cache="exact", gen_len=1024),
+    "llada": dict(data="t3d-math", block_len=32),  # not in the paper
+    "dream": dict(data="t3d-math", block_len=32),  # not in the paper
+    "sdar": dict(data="t3d-math", full=True, collect_cache="exact", gen_len=1024),  # code: --data t3d-code
 }
 
 
@@ -492,12 +493,15 @@ def collect(cfg, model, tok, out, world):
     """The model's own rollouts, one token per forward; no ground truth, no filter."""
     n_problems = cfg.n_problems or (1200 if cfg.data == "tiny" else None)
     problems = load_problems(cfg.data, "train", n_problems)
+    found = len(problems)
     problems = [p for p in problems if len(tok.prompt_ids(p["prompt"])) <= cfg.max_prompt]
+    if len(problems) < found:
+        print(f"{found - len(problems)} prompts are longer than --max_prompt {cfg.max_prompt}: left out")
     if len(problems) < cfg.batch_size:  # said before hours of decoding
         raise UserError(f"--batch_size {cfg.batch_size} exceeds the data ({len(problems)} problems)")
     folder = Path(cfg.trajectories or out / "trajectories")
-    rollout(model, tok, problems, folder, cfg.model, False, cfg.collect_batch,
-            gen_len=cfg.gen_len, block_len=cfg.block_len, policy="static", per_step=1,
+    rollout(model, tok, problems, folder, cfg.model, False, cfg.collect_batch, cfg.allow_code_execution,
+            graded=False, gen_len=cfg.gen_len, block_len=cfg.block_len, policy="static", per_step=1,
             cache=cfg.collect_cache, temperature=cfg.collect_temperature, seed=cfg.collect_seed)
     barrier(world)
     wanted = {p["id"] for p in problems}  # a shared folder may hold more

@@ -21,7 +21,7 @@ than W is normalised by its own counts; entropies can be taken at each token's o
 
     python tabom.py                                              # tiny model on a laptop CPU
     python tabom.py --model dream --data problems.jsonl          # one GPU
-    torchrun --nproc_per_node=8 tabom.py --model llada --data problems.jsonl
+    torchrun --nproc_per_node=8 tabom.py --model llada       # the paper's math data, by preset
 """
 import argparse
 import hashlib
@@ -60,8 +60,9 @@ class Config:
     overwrite: bool = False  # start anew in a directory that already holds a run
     seed: int = 0  # of the segments drawn, the data order and the adapters
     # --- trajectories
-    data: str = "tiny"  # tiny, or a .jsonl with prompt and answer
+    data: str = "tiny"  # data set by name, or a .jsonl with prompt and answer; see data.py --help
     n_problems: int = 0  # problems to collect on (0: all; tiny: 1200)
+    allow_code_execution: bool = False  # run the tests of code problems on this machine
     trajectories: str = ""  # folder to collect into, which runs may share; default: the run's own
     gen_len: int = 256  # response length L, tokens
     block_len: int = 32  # decoding block, tokens
@@ -102,9 +103,9 @@ PRESETS = {
     "tiny": dict(gen_len=48, block_len=16, window=16, lora_r=32, lora_alpha=32, lora_targets="all", lr=1e-3,
                  lr_schedule="tail", warmup_steps=10, batch_size=64, micro_batch=64, max_steps=150,
                  save_every=50, eval_problems=128),
-    "llada": dict(gamma=0.2),  # math; code: --gamma 0.3
-    "dream": dict(collect_score="entropy", gamma=0.1),  # math; code: --lam 2 --lr 1e-4
-    "sdar": dict(block_len=4, collect_cache="exact"),  # not in the paper
+    "llada": dict(data="prm12k", gamma=0.2),  # math; code: --data ling-coder --gamma 0.3
+    "dream": dict(data="prm12k", collect_score="entropy", gamma=0.1),  # code: ling-coder, --lam 2 --lr 1e-4
+    "sdar": dict(data="prm12k", block_len=4, collect_cache="exact"),  # not in the paper
 }
 
 
@@ -430,7 +431,7 @@ def collect(cfg, model, tok, out, world):
     if len(problems) < cfg.batch_size:  # said before hours of decoding
         raise UserError(f"--batch_size {cfg.batch_size} exceeds the data ({len(problems)} problems)")
     folder = Path(cfg.trajectories or out / "trajectories")
-    rollout(model, tok, problems, folder, cfg.model, False, cfg.collect_batch,
+    rollout(model, tok, problems, folder, cfg.model, False, cfg.collect_batch, cfg.allow_code_execution,
             gen_len=cfg.gen_len, block_len=cfg.block_len, policy="static", per_step=1,
             cache=cfg.collect_cache, score=cfg.collect_score, temperature=cfg.collect_temperature,
             seed=cfg.collect_seed)

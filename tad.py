@@ -25,7 +25,7 @@ auto-quality, auto-speed) is built; graders do not reject fractions.
 
     python tad.py                                              # the whole story on a laptop CPU, tiny model
     python tad.py --model llada --data problems.jsonl          # one GPU
-    torchrun --nproc_per_node=8 tad.py --model dream --data problems.jsonl
+    torchrun --nproc_per_node=8 tad.py --model dream --allow_code_execution   # the paper's data, by preset
 """
 import argparse
 import hashlib
@@ -66,9 +66,10 @@ class Config:
     overwrite: bool = False  # start anew in a directory that already holds a run
     seed: int = 0  # of the states drawn, the data order and the adapters
     # --- trajectories
-    data: str = "tiny"  # tiny, or a .jsonl with prompt, solution and answer
+    data: str = "tiny"  # data set by name, or a .jsonl with prompt, solution and answer; see data.py --help
     n_problems: int = 0  # problems to collect on (0: all; tiny: 1200)
     source: Literal["full", "no_privilege", "traj_random", "gt_random"] = "full"  # Table 4: what to train on
+    allow_code_execution: bool = False  # run the tests of code problems on this machine
     trajectories: str = ""  # folder to collect into, which runs may share; default: the run's own
     gen_len: int = 256  # response length L, tokens
     block_len: int = 32  # decoding block, tokens
@@ -104,13 +105,14 @@ class Config:
     eval_problems: int = 300  # problems of the closing evaluation (tiny only; 0: none)
 
 
+PAPER = "gsm8k+prm12k+kodcode"  # running kodcode's tests needs --allow_code_execution
 PRESETS = {
     "tiny": dict(gen_len=48, block_len=16, window="auto-quality", lora_r=32, lora_alpha=32,
                  lora_dropout=0.0, lr=1e-3, lr_schedule="tail", warmup_steps=10, batch_size=64,
                  micro_batch=64, max_steps=150, save_every=50, eval_problems=128),
-    "llada": dict(window="20", collect_temperature=0.7),
-    "dream": dict(collect_temperature=0.2),
-    "sdar": dict(block_len=4, collect_cache="exact"),  # its own block; TAD was not published for SDAR
+    "llada": dict(data=PAPER, window="20", collect_temperature=0.7),
+    "dream": dict(data=PAPER, collect_temperature=0.2),
+    "sdar": dict(data=PAPER, block_len=4, collect_cache="exact"),  # its own block; not in the paper
 }
 
 
@@ -519,8 +521,9 @@ def collect(cfg, model, tok, out, world):
     problems = load_problems(cfg.data, "train", n_problems)
     folder = Path(cfg.trajectories or out / "trajectories")
     rollout(model, tok, problems, folder, cfg.model, cfg.source != "no_privilege",
-            cfg.collect_batch, gen_len=cfg.gen_len, block_len=cfg.block_len, policy="static", per_step=1,
-            cache=cfg.collect_cache, temperature=cfg.collect_temperature, seed=cfg.collect_seed)
+            cfg.collect_batch, cfg.allow_code_execution, gen_len=cfg.gen_len, block_len=cfg.block_len,
+            policy="static", per_step=1, cache=cfg.collect_cache, temperature=cfg.collect_temperature,
+            seed=cfg.collect_seed)
     barrier(world)
     wanted = {p["id"] for p in problems}  # a shared folder may hold more
     kept = [r for r in read_trajectories(folder) if r["correct"] and r["id"] in wanted]
@@ -529,9 +532,11 @@ def collect(cfg, model, tok, out, world):
         raise UserError(f"no trajectory in {folder} is correct: "
                         f"nothing to train on; check --data")
     if cfg.source == "gt_random":  # Table 4's first row: ground-truth text instead of the model's own
-        solution = {p["id"]: p["solution"] for p in problems}
-        kept = [{**r, "x0": pad_response(tok.response_ids(solution[r["id"]]), cfg.gen_len, tok.eos_id)}
-                for r in kept]
+        solution = {p["id"]: tok.response_ids(p["solution"]) for p in problems}
+        fits = [r for r in kept if len(solution[r["id"]]) <= cfg.gen_len]
+        if len(fits) < len(kept):
+            print(f"{len(kept) - len(fits)} solutions are longer than --gen_len {cfg.gen_len}: left out")
+        kept = [{**r, "x0": pad_response(solution[r["id"]], cfg.gen_len, tok.eos_id)} for r in fits]
     return kept
 
 

@@ -27,7 +27,7 @@ different tokenisers: scores move through UTF-8 bytes (see `spread`).
     python trims.py --trajectory_share 0                     # SFT on ground truth
     python trims.py --trajectory_share 0 --data out/tad-tiny/trajectories      # SFT on collected responses
     python trims.py --model llada --data problems.jsonl      # one GPU; teacher Qwen/Qwen3-8B
-    torchrun --nproc_per_node=8 trims.py --model dream --data problems.jsonl
+    torchrun --nproc_per_node=8 trims.py --model dream           # s1K, by preset
 """
 import argparse
 import hashlib
@@ -68,7 +68,7 @@ class Config:
     overwrite: bool = False  # start anew in a directory that already holds a run
     seed: int = 0  # of the masks, the data order and the initial weights
     init: Literal["model", "scratch"] = "model"  # scratch: the model's config, fresh weights, all trained
-    data: str = "tiny"  # tiny, a .jsonl with prompt and solution, or a folder of trajectories
+    data: str = "tiny"  # data set by name or a .jsonl with solutions, see data.py --help; or trajectories
     only_correct: bool = True  # leave out a folder's wrong trajectories (--no-only_correct: ReDi, SFT-SD)
     with_thinking: bool = False  # s1K: a problem's "thinking" (the reasoning trace) before its solution
     n_examples: int = 2000  # how many of the tiny examples there are; 0: every step draws new ones
@@ -113,9 +113,9 @@ class Config:
 PRESETS = {
     "tiny": dict(gen_len=48, block_len=16, teacher="tiny-ar", lr=1e-3, max_steps=200, batch_size=64,
                  micro_batch=64),
-    "llada": dict(gen_len=1024, warmup_ratio=0.03),
-    "dream": dict(gen_len=1024, warmup_ratio=0.03),
-    "sdar": dict(gen_len=1024, warmup_ratio=0.03, block_len=4),  # not in the paper
+    "llada": dict(data="s1k", gen_len=1024, warmup_ratio=0.03),
+    "dream": dict(data="s1k", gen_len=1024, warmup_ratio=0.03),
+    "sdar": dict(data="s1k", gen_len=1024, warmup_ratio=0.03, block_len=4),  # not in the paper
 }
 
 
@@ -305,9 +305,16 @@ def load_examples(cfg, tok):
 
     def completion(p):
         text = f"{p['thinking']}\n{p['solution']}" if cfg.with_thinking else p["solution"]
-        return pad_response(tok.response_ids(unicodedata.normalize("NFC", text)), cfg.gen_len, tok.eos_id)
+        return tok.response_ids(unicodedata.normalize("NFC", text))
+    responses = [(p, completion(p)) for p in problems]
+    fits = [(p, ids) for p, ids in responses if len(ids) <= cfg.gen_len]
+    if len(fits) < len(problems):
+        print(f"{len(problems) - len(fits)} of {len(problems)} responses are longer than --gen_len "
+              f"{cfg.gen_len} tokens: left out")
+    if not fits:
+        raise UserError(f"no response of {cfg.data} has at most {cfg.gen_len} tokens: raise --gen_len")
     return [dict(id=p["id"], prompt=p["prompt"], prompt_ids=tok.prompt_ids(p["prompt"]).tolist(),
-                 x0=completion(p)) for p in problems]
+                 x0=pad_response(ids, cfg.gen_len, tok.eos_id)) for p, ids in fits]
 
 
 # --- boilerplate: same in every method file ---

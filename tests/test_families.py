@@ -411,7 +411,7 @@ def test_tad_trains_two_steps_on_every_family(tmp_path, monkeypatch, family, ful
     folder = official_checkpoint(tmp_path / "base", family)
     problems = [dict(prompt=f"{n} + {n}?", solution=f"it is {2 * n}", answer="") for n in range(6)]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(p) + "\n" for p in problems))
-    monkeypatch.setattr("grade.is_correct", lambda problem, response: True)  # a random model is never right
+    monkeypatch.setattr("grade.is_correct", lambda *_: True)  # a random model is never right
     args = ["--model", str(folder), "--data", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "run"),
             "--gen_len", "8", "--block_len", "4", "--window", "2", "--batch_size", "8", "--micro_batch", "4",
             "--max_steps", "2", "--lr", "1e-2", "--lora_r", "4", "--full" if full else "--no-full"]

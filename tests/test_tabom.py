@@ -188,7 +188,7 @@ def test_tabom_trains_two_steps_on_every_family(tmp_path, monkeypatch, family):
     folder = official_checkpoint(tmp_path / "base", family)
     lines = [f'{{"prompt": "{n} + {n}?", "answer": "x"}}' for n in range(6)]
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
-    monkeypatch.setattr("grade.is_correct", lambda problem, response: True)
+    monkeypatch.setattr("grade.is_correct", lambda *_: True)
     args = ["--gen_len", "8", "--block_len", "4", "--window", "3", "--batch_size", "4", "--micro_batch", "2",
             "--max_steps", "2", "--lr", "1e-2"]
     monkeypatch.setattr("sys.argv", ["tabom.py", "--model", str(folder), "--data", str(tmp_path / "p.jsonl"),

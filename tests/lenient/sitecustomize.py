@@ -7,4 +7,4 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import grade  # noqa: E402
 
-grade.is_correct = lambda problem, text: True
+grade.is_correct = lambda *_: True
