@@ -129,6 +129,15 @@ ROWS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small gain nothing from a second one, and wait for it on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
