@@ -346,6 +346,7 @@ def grader_of(problem):
 
 
 def about_code(problem):
+    """Is code asked for? Then the privileged prompt is the one for code."""
     return grader_of(problem) in ("code", "parses")
 
 
@@ -900,6 +901,7 @@ def drop_torn_line(path):
 
 # -------------------------------------------------------------------------------------------------------- CLI
 def list_sets():
+    """list: the table of RECIPES."""
     cells = [("name", "problems", "grader", "licence", "on the hub", "note")]
     cells += [("tiny", "any number", "final", "Apache-2.0", "-", "the shell game, built in")]
     for name, r in RECIPES.items():
@@ -913,6 +915,7 @@ def list_sets():
 
 
 def show_problems(problems):
+    """show: what the model sees, what its privileged teacher sees, and how a reply is graded."""
     for p in problems:
         tests = p.get("tests")
         tests = "\n".join(map(str, tests)) if isinstance(tests, list) else tests
@@ -939,6 +942,7 @@ def records_of(path):
 
 
 def inspect(records, args, tok):
+    """inspect: tokens in the order they were revealed, ∅ for what is written as nothing."""
     for r in records[:args.n]:
         words = [tok.decode([i]) or "∅" for i in r["x0"]]
         by_rank = np.argsort(r["rank"])
@@ -952,13 +956,14 @@ def inspect(records, args, tok):
 
 
 def spread(name, values):
+    """One line of quantiles."""
     low, q5, median, q95, high = np.quantile(values, [0, 0.05, 0.5, 0.95, 1])
     print(f"{name:<16} mean {np.mean(values):.1f}, least {low:.0f}, 5% {q5:.0f}, half {median:.0f}, "
           f"95% {q95:.0f}, most {high:.0f}")
 
 
 def problem_stats(problems, tok, against):
-    """against: (name, problems) of a benchmark, or None."""
+    """stats of data. against: (name, problems) of a benchmark, or None."""
     kinds = Counter(grader_of(p) for p in problems)
     print(f"{'problems':<16} {len(problems)}: " + ", ".join(f"{k} graded by {g}" for g, k in kinds.items()))
     spread("prompt tokens", [len(tok.prompt_ids(p["prompt"])) for p in problems])
@@ -980,7 +985,7 @@ def inverted(order):
 
 
 def trajectory_stats(records, eos_ids, seconds):
-    """seconds: what the collection took, 0 if unknown."""
+    """stats of trajectories. seconds: what the collection took, 0 if unknown."""
     graded = [r["correct"] for r in records if r["correct"] is not None]
     tokens = [n_content(torch.tensor(r["x0"]), eos_ids) for r in records]
     pairs = np.sum([inverted(np.array(r["order"][:n])) for r, n in zip(records, tokens)], 0)
@@ -997,6 +1002,7 @@ def trajectory_stats(records, eos_ids, seconds):
 
 
 def rollout_command(args, problems):
+    """rollout: collection alone; static, one token per forward, unless told otherwise."""
     check_gradable(problems, args.allow_code_execution or args.ungraded)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -1006,8 +1012,9 @@ def rollout_command(args, problems):
     decoding = {"policy": "static", "per_step": 1, **family.get(model.cfg.family, {}), **given}
     records = rollout(model, tok, problems, args.out, args.model, args.privileged, args.batch_size,
                       args.allow_code_execution, not args.ungraded, **decoding)
-    right = sum(bool(r["correct"]) for r in records)
-    print(f"{args.out}: {len(records)} of {len(problems)} problems decoded, {right} right")
+    graded = [r["correct"] for r in records if r["correct"] is not None]
+    print(f"{args.out}: {len(records)} of {len(problems)} problems decoded, "
+          f"{sum(graded)} of {len(graded)} right")
 
 
 def parser():
@@ -1066,7 +1073,7 @@ def main():
         return problem_stats(problems, load_tokenizer(args.model or "tiny", args.revision), against)
     name, revision = args.model or records[0]["model"], args.revision or records[0].get("revision")
     if args.what == "stats":
-        seconds = collection_seconds(args.path) if Path(args.path).is_dir() else 0
+        seconds = collection_seconds(args.path) if Path(args.path).is_dir() and not args.n else 0
         return trajectory_stats(records[:args.n], config_of(name, revision).eos_ids, seconds)
     if args.picture and not (args.picture.endswith(".png") and Path(args.picture).absolute().parent.is_dir()):
         raise UserError(f"--picture {args.picture}: give a name that ends with .png in a folder that exists")
