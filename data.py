@@ -36,6 +36,7 @@ from typing import Callable
 import numpy as np
 import tiktoken
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import grade
@@ -811,10 +812,11 @@ def rollout(model, tok, problems, folder, model_name, privileged=False, batch_si
     Returns all records.
 
     Append-only, one shard per rank, flushed and synced per record: a kill loses at most the rows being
-    decoded, and the same command continues. Every position is decoded (early_stop=False), as the papers do,
-    unless asked otherwise. privileged: the model sees the reference solution; the record keeps the plain
-    prompt as well. allow_code: the tests of code problems may run; without it, graded=False records
-    `correct: null` for them, and graded=True is refused.
+    decoded, and the same command continues, on any number of ranks: what no shard has is dealt out anew.
+    Every position is decoded (early_stop=False), as the papers do, unless asked otherwise. privileged: the
+    model sees the reference solution; the record keeps the plain prompt as well. allow_code: the tests of
+    code problems may run; without it, graded=False records `correct: null` for them, and graded=True is
+    refused.
     """
     settings = {**vars(Decoding(**{"early_stop": False, **decoding})), "privileged": privileged}
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -832,23 +834,43 @@ def rollout(model, tok, problems, folder, model_name, privileged=False, batch_si
                             f"choose another folder or remove it")
     if graded and any(r["correct"] is None for r in done.values()):
         raise UserError(f"{folder} holds trajectories that were collected ungraded: choose another folder")
-    todo = [i for i in range(rank, len(problems), world) if problems[i]["id"] not in done]
-    check_gradable([problems[i] for i in todo], allow_code or not graded)
+    left = [i for i in range(len(problems)) if problems[i]["id"] not in done]
+    check_gradable([problems[i] for i in left], allow_code or not graded)
+    if dist.is_initialized():
+        dist.barrier()  # all ranks have read the same shards before one appends
+        todo = left[rank::world]
+    else:  # ranks that cannot wait for each other may see different shards
+        todo = [i for i in left if i % world == rank]
     if todo:
         collect(model, tok, [problems[i] for i in todo], folder / f"rank{rank}.jsonl", str(model_name),
-                settings, batch_size, todo, allow_code)
+                settings, batch_size, todo, len(left), allow_code)
     ids = {p["id"] for p in problems}
     return [r for r in read_trajectories(folder) if r["id"] in ids]
 
 
-def collect(model, tok, problems, shard, model_name, settings, batch_size, streams, allow_code):
+def appended(folder, own, seen):
+    """How many records the other ranks appended since the last look. seen: {shard: bytes}, updated."""
+    n = 0
+    for shard in folder.glob("*.jsonl"):
+        if shard != own:
+            with open(shard, "rb") as f:
+                f.seek(seen.get(shard, 0))
+                new = f.read()
+            n += new.count(b"\n")
+            seen[shard] = seen.get(shard, 0) + len(new)
+    return n
+
+
+def collect(model, tok, problems, shard, model_name, settings, batch_size, streams, n_left, allow_code):
+    """rollout()'s share of this rank; rank 0's bar counts the records of all, n_left of them."""
     privileged = settings["privileged"]
     decoding = {k: v for k, v in settings.items() if k != "privileged"}
     plain = [tok.prompt_ids(p["prompt"]) for p in problems]
     prompts = [tok.prompt_ids(privileged_prompt(p)) for p in problems] if privileged else plain
     drop_torn_line(shard)
-    n_correct = 0
-    bar = tqdm(total=len(problems), unit="sample", desc=f"collect {shard.stem}", smoothing=0)
+    n_mine = n_correct = 0
+    seen, rank0 = {f: f.stat().st_size for f in shard.parent.glob("*.jsonl")}, shard.stem == "rank0"
+    bar = tqdm(total=n_left, unit="sample", desc="collect", smoothing=0, disable=not rank0)
     last = time.perf_counter()
     with open(shard, "ab", buffering=0) as f, open(shard.with_suffix(".seconds"), "ab", buffering=0) as spent:
         for i, out in stream(model, prompts, batch_size, streams=streams, **decoding):
@@ -869,9 +891,9 @@ def collect(model, tok, problems, shard, model_name, settings, batch_size, strea
             now = time.perf_counter()
             spent.write(f"{now - last:.4f}\n".encode())  # beside the records, which are the same in every run
             last = now
-            n_correct += bool(correct)
-            bar.update()
-            bar.set_postfix_str(f"correct {n_correct / bar.n:.0%}", refresh=False)
+            n_mine, n_correct = n_mine + 1, n_correct + bool(correct)
+            bar.update(1 + (appended(shard.parent, shard, seen) if rank0 else 0))
+            bar.set_postfix_str(f"correct {n_correct / n_mine:.0%}", refresh=False)
     bar.close()
 
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 import model as nt_model
 from model import NAMES, UserError, official_name, read_json
@@ -104,6 +105,35 @@ def merge(model):
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.merged())
     return model
+
+
+@torch.no_grad()
+def unsharded(model, device="cpu", dtype=None, keep=True):
+    """A plain copy of a model that is spread over ranks, adapters included; a plain model as it is.
+    Every rank must call it; where keep is False it gets None.
+    """
+    if not nt_model.is_sharded(model):
+        return model
+    state = {}
+    for name, p in model.named_parameters():
+        whole = p.full_tensor() if isinstance(p, DTensor) else p
+        if keep:
+            kind = p.dtype if "lora_" in name or dtype is None else dtype
+            state[name] = whole.detach().to(device, kind, copy=True)
+    if not keep:
+        return None
+    with torch.device("meta"):
+        plain, pairs = nt_model.Transformer(model.cfg), adapters(model)
+        if pairs:
+            layer = pairs[0][1]
+            add(plain, layer.r, layer.alpha, layer.dropout, {name.rpartition(".")[2] for name, _ in pairs})
+    if model.cfg.tied:
+        state["head.weight"] = state["embed.weight"]
+    plain.load_state_dict(state, assign=True)
+    if model.cfg.tied:
+        plain.head.weight = plain.embed.weight
+    plain.revision = model.revision
+    return plain.eval()
 
 
 def state_dict(model):

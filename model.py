@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 HERE = Path(__file__).resolve().parent
@@ -349,6 +350,7 @@ def block_diffusion_layout(cfg, prompts, xt, x0):
 
 class Transformer(nn.Module):
     revision = None  # the hub commit that load() took the weights from
+    checkpoint_blocks = False  # training keeps a block's input only and computes the block again: less memory
 
     def __init__(self, cfg):
         super().__init__()
@@ -407,9 +409,11 @@ class Transformer(nn.Module):
         x = self.embed(ids)
         if out is not None and cfg.shift:  # the network's row i-1 predicts token i; the first keeps its own
             out = out - (take(positions, out) > 0).long()
+        again = self.checkpoint_blocks and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
             last = layer == len(self.blocks) - 1
-            x = block(x, cos, sin, attn_mask, cache, layer, cols, rows, out if last else None)
+            args = (x, cos, sin, attn_mask, cache, layer, cols, rows, out if last else None)
+            x = checkpoint(block, *args, use_reentrant=False) if again else block(*args)
         x = self.norm(x)
         if out is None and cfg.shift:
             x = torch.where((positions == 0)[..., None], x, x.roll(1, dims=1))
@@ -420,7 +424,10 @@ class Transformer(nn.Module):
         return self.head(self.hidden(ids, valid, **kw))
 
 
-def by_chunks(terms, n_vocab, *rows, chunk_bytes=2**26):
+CHUNK_BYTES = 2**26  # of fp32 logits at once
+
+
+def by_chunks(terms, n_vocab, *rows, chunk_bytes=CHUNK_BYTES):
     """terms(*rows) for functions of rows that go through logits: rows (N, ...) -> (N, ...), chunk by chunk.
 
     A chunk holds chunk_bytes of fp32 logits; it is computed again in the backward pass, so that no more than
@@ -443,6 +450,77 @@ def token_positions(valid):
     padding gets 0 or less use.
     """
     return (valid.long().cumsum(1) - 1).clamp(min=0)
+
+
+# -------------------------------------------------------------------------------------- over several ranks
+def shard(model, device, train=False):
+    """Spread the tensors over all ranks (FSDP2), in place: each keeps its rows, and a block's are gathered
+    while it runs. For hidden() and then head(); decode with lora.unsharded(). A model on the CPU goes to the
+    device block by block. LoRA adapters stay whole. train: fp32 masters, computed with in bf16 on a GPU.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    # inputs are not cast: the angles of RoPE stay fp32
+    dtypes = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if device.type == "cuda" else {}
+    policy = MixedPrecisionPolicy(**(dtypes if train else {}), cast_forward_inputs=False)
+    adapters = {p for name, p in model.named_parameters() if "lora_" in name}
+    # what the blocks leave to the model (embedding, norm, head) is whole from hidden() to the end of backward
+    for unit, parts in [*((b, [b]) for b in model.blocks), (model, [model.embed, model.norm, model.head])]:
+        for part in parts if train else ():
+            part.float()
+        fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=adapters)
+    for p in adapters:
+        p.data = p.data.to(device)
+    register_fsdp_forward_method(model, "hidden")
+    return model
+
+
+def is_sharded(model):
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def local(t):
+    """This rank's rows of a tensor: all of them unless it is sharded."""
+    return t.detach().to_local() if isinstance(t, DTensor) else t.detach()
+
+
+def fill(t, whole):
+    """Copy a whole tensor into t, or this rank's rows of it where t is sharded."""
+    if isinstance(t, DTensor):
+        n = -(-len(whole) // torch.distributed.get_world_size())
+        at = torch.distributed.get_rank() * n
+        whole = whole[at:at + n]
+    local(t).copy_(whole)
+
+
+def print_memory(model, cfg, frozen_copy):
+    """What a GPU holds in training, in GiB, for 1, 8 and 16 of them. model: on the meta device, with adapters
+    unless cfg.full; frozen_copy: --full keeps a frozen model beside it. bf16, with fp32 for what is trained;
+    prompts of 256 tokens; activations are a rough count of what the backward pass reads.
+    """
+    n_all, n_trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or every)
+                        for every in (True, False))
+    n_block, facts = sum(p.numel() for p in model.blocks[0].parameters()), model.cfg
+    per_token = 2 * (16 * facts.d_model + 3 * (facts.n_head + 2 * facts.n_kv_head) * facts.head_dim
+                     + 4 * facts.d_mlp)
+    if not cfg.full:  # the inputs of adapters, in fp32
+        per_token += 4 * (6 * facts.d_model + facts.d_mlp)
+    per_token = (facts.n_layer * 2 * facts.d_model + per_token if cfg.checkpoint_blocks
+                 else facts.n_layer * per_token)
+    tokens = cfg.micro_batch * (256 + cfg.gen_len * (2 if facts.block_len else 1))
+    print(f"{n_all:,} parameters, {n_trained:,} of them trained; GiB per GPU:\n"
+          f"GPUs   weights  gradients  optimizer  activations  logits   total")
+    for n in (1, 8, 16):
+        sharded = cfg.full or cfg.fsdp
+        weights = (4 * n_all if cfg.full else 2 * (n_all - n_trained)) / (n if sharded else 1)
+        weights += 0 if cfg.full else 4 * n_trained
+        weights += 2 * n_all / n if cfg.full and frozen_copy else 0
+        weights += 2 * (n_all - (facts.n_layer - 2) * n_block) if sharded else 0  # gathered: two blocks, head
+        trained = n_trained / (n if cfg.full else 1)
+        parts = [weights, 4 * trained, 8 * trained, per_token * tokens, 6 * CHUNK_BYTES]
+        print(f"{n:>4}" + "".join(f"{p / 2**30:>{w}.1f}" for p, w in zip([*parts, sum(parts)],
+                                                                        (10, 11, 11, 13, 8, 8))))
 
 
 # ------------------------------------------------------------------------------------------- the AR teacher
@@ -638,9 +716,11 @@ def main():
 
 
 def run_cli(main):
-    """Run a command line: bad input is one line on stderr and exit code 2, never a traceback."""
+    """Run a command line: bad input is one line on stderr and exit code 2, never a traceback.
+    main may return another exit code.
+    """
     try:
-        main()
+        code = main()
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
@@ -648,6 +728,8 @@ def run_cli(main):
         gc.collect()  # without this order some processes abort when they exit
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+    if code:
+        sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -35,10 +35,13 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
@@ -47,7 +50,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import eval as nt_eval
@@ -100,14 +105,20 @@ class Config:
     lr_floor: float = 0.1  # share of the peak that the schedules end at
     warmup_steps: int = 20  # linear warm-up
     weight_decay: float = 0.01  # AdamW
+    adam_eps: float = 1e-8  # AdamW: added to the root of the second moment
     clip: float = 1.0  # gradient norm
     batch_size: int = 256  # trajectories per optimizer step over all ranks
     micro_batch: int = 4  # trajectories per forward
+    rounds: int = 1  # times to collect, each with the student of then; they share the steps
     epochs: int = 30  # passes over the trajectories, each with new states
     max_steps: int = 0  # stop after this many steps (0: epochs decide)
     save_every: int = 100  # steps between checkpoints, a multiple of refresh
     log_every: int = 10  # steps between log lines
     eval_problems: int = 300  # problems of the closing evaluation (tiny only; 0: none)
+    fsdp: bool = False  # LoRA: shard the frozen base over ranks, where it does not fit (--full always does)
+    checkpoint_blocks: bool = False  # keep only the inputs of blocks, compute the rest again: less memory
+    compile: bool = False  # compile every block for training
+    dry_run: bool = False  # print memory per GPU and the number of steps, load no weights
 
 
 PRESETS = {
@@ -233,49 +244,78 @@ def token_terms(logits, ref_logits, x0, u, cfg, mask_id=None):
 
 @contextmanager
 def swapped(model, ref):
-    """Inside, the trained tensors of the model are those of ref: the reference needs no second model."""
+    """Inside, the trained tensors of the model are those of ref: the reference of LoRA needs no second model.
+    With --full, ref is one, frozen.
+    """
+    if not isinstance(ref, dict):
+        yield ref
+        return
     params = trainable(model)
     mine = {name: p.data for name, p in params.items()}
     try:
         for name, p in params.items():
             p.data = ref[name]
-        yield
+        yield model
     finally:
         for name, p in params.items():
             p.data = mine[name]
 
 
+def build_reference(cfg, model, device, dtype):
+    """The first reference: a snapshot of the adapters, or with --full a frozen model, sharded alike."""
+    if not cfg.full:
+        return snapshot(model)
+    ref = nt_model.load(cfg.model, "cpu" if shards(cfg) else device, dtype, cfg.revision)
+    ref.cfg = model.cfg
+    return for_training(cfg, ref.requires_grad_(False), device, False)
+
+
+def reference_tensors(ref):
+    if isinstance(ref, dict):
+        return ref
+    if nt_model.is_sharded(ref):
+        ref.reshard()  # embedding and head are whole since its last forward
+    return dict(ref.named_parameters())
+
+
 def snapshot(model, into=None):
-    """The trained tensors now; into: an older snapshot, overwritten, so that there are never two."""
+    """The trained tensors now; into: the reference's, overwritten, so that there are never two."""
     if into is None:
         return {name: p.detach().clone() for name, p in trainable(model).items()}
     for name, p in trainable(model).items():
-        into[name].copy_(p.detach())
+        nt_model.local(into[name]).copy_(nt_model.local(p))
     return into
 
 
 def training_loss(model, ref, records, rngs, cfg, vocabulary, device):
     """Trajectories -> loss of one micro-batch: one forward of the reference, one of the student."""
+    began = time.perf_counter()
     b = make_batch(records, rngs, cfg, model.cfg, vocabulary)
+    data_s = time.perf_counter() - began
     x0, u, path_w = (b[k][b["masked"]].to(device) for k in ("x0", "u", "path_w"))
     if cfg.loss == "naive_td":  # no reference
         logp = by_chunks(lambda h, x0: -F.cross_entropy(model.head(h).float(), x0, reduction="none"),
                          model.cfg.vocab_size, hidden_rows(model, b, device), x0)
         terms = logp[:, None].expand(-1, 4)
     else:
-        with torch.no_grad(), swapped(model, ref):
-            was_training, h_ref = model.training, hidden_rows(model.eval(), b, device)
-            head_ref = model.head.weight.data
+        was_training = model.training
+        with torch.no_grad(), swapped(model, ref) as frozen:
+            h_ref = hidden_rows(frozen.eval(), b, device)
+            head_ref = frozen.head.weight.data
         model.train(was_training)
         terms = by_chunks(lambda h, h_ref, x0, u: token_terms(model.head(h), F.linear(h_ref, head_ref), x0, u,
                                                               cfg, model.cfg.mask_id),
                           model.cfg.vocab_size, hidden_rows(model, b, device), h_ref, x0, u)
     example = b["masked"].nonzero()[:, 0].to(device)
-    return t3d_loss(*terms.unbind(1), path_w, example, cfg.batch_size, cfg)
+    loss, parts = t3d_loss(*terms.unbind(1), path_w, example, cfg.batch_size, cfg)
+    return loss, {**parts, "data_s": data_s}
 
 
 # --- boilerplate: same in every method file ---
-FREE = ("out", "overwrite", "save_every", "log_every", "eval_problems")  # may change when a run is continued
+FREE = ("out", "overwrite", "save_every", "log_every", "eval_problems", "fsdp", "checkpoint_blocks",
+        "compile", "dry_run")  # may change when a run is continued
+WRITING = []  # the thread that writes a checkpoint, if any, with what went wrong in it
+STOP = threading.Event()  # set by SIGTERM while training
 
 
 def parse_args(cls, presets, doc):
@@ -299,15 +339,33 @@ def parse_args(cls, presets, doc):
 
 
 def setup(cfg):
-    """rank, world size, device, dtype. Under torchrun the process group is created here."""
+    """rank, world size, device, dtype. Under torchrun, and to train all weights or shard on a GPU,
+    the process group is created here.
+    """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+    if (world > 1 or (cuda and (cfg.full or cfg.fsdp))) and not dist.is_initialized():
+        # ranks wait for each other's collection and the closing evaluation; torchrun sees the ones that died
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12), rank=rank,
+                                world_size=world, store=None if world > 1 else dist.HashStore())
     return rank, world, device, torch.bfloat16 if cuda else torch.float32
+
+
+def shards(cfg):
+    """Is the model spread over the ranks? Otherwise each has all of it."""
+    return (cfg.full or cfg.fsdp) and dist.is_initialized()
+
+
+def for_training(cfg, model, device, train):
+    """A model as the settings ask for it: activations computed again, compiled blocks, sharded."""
+    model.checkpoint_blocks = cfg.checkpoint_blocks
+    if cfg.compile:
+        for block in model.blocks:
+            block.compile()
+    return nt_model.shard(model, device, train) if shards(cfg) else model
 
 
 def open_run(cfg, rank):
@@ -316,7 +374,8 @@ def open_run(cfg, rank):
     """
     out = Path(cfg.out or f"out/{Path(__file__).stem}-{Path(cfg.model).name}")
     if rank == 0:
-        if cfg.overwrite and (out / "config.json").exists():
+        again = any(int(os.environ.get(f"{by}_RESTART_COUNT", 0)) for by in ("TORCHELASTIC", "SLURM"))
+        if cfg.overwrite and not again and (out / "config.json").exists():
             shutil.rmtree(out)
         now = {k: v for k, v in vars(cfg).items() if k not in FREE}
         if (out / "config.json").exists():
@@ -359,94 +418,250 @@ def trainable(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def optimizer_step(model, opts, frac, clip, world):
-    """Sum gradients over ranks (losses are already divided by the global batch), clip, step.
-    Returns the norm.
+def micro_batches(chosen, length, cfg, rank, world):
+    """This rank's share of a batch in micro-batches, as (indices, 1). Forwards are collective where the model
+    is sharded, so every rank has equally many: a filler is (one index, 0), without weight.
+
+    Several micro-batches are cut from the examples in order of length(index): little padding then.
+    """
+    chosen = [int(n) for n in chosen]
+    if len(chosen) > cfg.micro_batch:
+        chosen.sort(key=length)
+    mine = chosen[rank::world]
+    for at in range(0, -(-len(chosen) // world), cfg.micro_batch):
+        part = mine[at:at + cfg.micro_batch]
+        yield (part, 1) if part else (chosen[:1], 0)
+
+
+def backward(model, loss, parts, weight, total, world):
+    """The gradient of a micro-batch, and its parts of the loss added to total. Losses are divided by the
+    global batch already; FSDP averages gradients over ranks, so these count world times.
+    """
+    averaged = any(isinstance(p, DTensor) for p in trainable(model).values())
+    (loss * (weight * world if averaged else weight)).backward()
+    for key, value in {"loss": loss.item(), **parts}.items():
+        total[key] = total.get(key, 0.0) + weight * value
+
+
+def optimizer_step(model, opts, frac, clip, world, total):
+    """Sum over ranks, in one bucket, the gradients that FSDP has not summed, the parts of the loss, and
+    whether to stop; clip by the global norm, step. Returns the norm, the sums, the ranks that are to stop.
     """
     params = list(trainable(model).values())
     for p in params:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    if world > 1:  # all of them in one bucket
-        bucket = torch.cat([p.grad.flatten() for p in params])
+    total = {**total, "stop": float(STOP.is_set())}
+    if world > 1:
+        grads = [p.grad for p in params if not isinstance(p, DTensor)]
+        grads.append(torch.tensor(list(total.values()), device=params[0].device))
+        bucket = torch.cat([g.flatten() for g in grads])
         dist.all_reduce(bucket)
-        for p, total in zip(params, bucket.split([p.numel() for p in params])):
-            p.grad.copy_(total.view_as(p))
+        for g, summed in zip(grads, bucket.split([g.numel() for g in grads])):
+            g.copy_(summed.view_as(g))
+        total = dict(zip(total, grads[-1].tolist()))
     norm = torch.nn.utils.clip_grad_norm_(params, clip)
     for opt in opts:
         for group in opt.param_groups:
             group["lr"] = group["peak_lr"] * frac
         opt.step()
         opt.zero_grad()
-    return float(norm)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm), total, total.pop("stop")
 
 
-def save_checkpoint(out, step, model, opts):
-    """One folder per step, complete or absent: written under another name, synced, renamed.
-    The last two are kept.
-
-    Learning rate, data order and noise are functions of (seed, step),
-    so the step number is all of their state.
+def pace(total, began, model, world):
+    """Speed of the step that began then, over all ranks; takes tokens (of prompts and responses) and data_s
+    out of total. data_wait: share of the time in which batches were built. mfu: of the 989 TFLOP/s of an H100
+    or H200, at 4 (LoRA) or 6 FLOP per parameter and token; a teacher's forward is not counted.
     """
-    root, tmp = out / "checkpoints", out / "checkpoints" / "tmp"
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    save_file({k: p.detach().cpu().contiguous() for k, p in trainable(model).items()},
-              tmp / "model.safetensors")
-    torch.save([opt.state_dict() for opt in opts], tmp / "optimizer.pt")
-    sums = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in tmp.iterdir()}
-    (tmp / "checksums.json").write_text(json.dumps(sums))
-    for f in [*tmp.iterdir(), tmp]:
-        fd = os.open(f, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
+    seconds = time.perf_counter() - began
+    tok_per_s = total.pop("tokens") / seconds
+    speed = dict(tok_per_s=round(tok_per_s, 1), data_wait=round(total.pop("data_s") / (world * seconds), 4))
+    if torch.cuda.is_available():
+        speed["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        if any(name in torch.cuda.get_device_name() for name in ("H100", "H200")):
+            flop = 6 if model.embed.weight.requires_grad else 4
+            n = sum(p.numel() for p in model.parameters())
+            speed["mfu"] = round(tok_per_s / world * flop * n / 989e12, 4)
+    return speed
+
+
+def dry_run(cfg, n_examples, targets=lora.ALL, frozen_copy=False):
+    """Print the number of steps and the memory that training takes, from config.json alone."""
+    with torch.device("meta"):
+        model = nt_model.Transformer(nt_model.config_of(cfg.model, cfg.revision))
+        if not cfg.full:
+            lora.add(model, cfg.lora_r, cfg.lora_alpha, 0.0, targets)
+    per_epoch = n_examples // cfg.batch_size
+    print(f"at most {n_examples:,} examples: {per_epoch:,} steps per epoch, "
+          f"{cfg.max_steps or cfg.epochs * per_epoch:,} steps in all")
+    nt_model.print_memory(model, cfg, frozen_copy)
+
+
+def checkpoint_tensors(model, opts, ref):
+    """name -> tensor: the trained weights; "name/slot": the optimizer's state, and T3D's reference."""
+    params = trainable(model)
+    names = {p: name for name, p in params.items()}
+    state = {f"{names[p]}/{slot}": t for opt in opts for p, slots in opt.state.items()
+             for slot, t in slots.items()}
+    return {**params, **state, **{f"{name}/reference": t for name, t in (ref or {}).items()}}
+
+
+def save_checkpoint(out, step, model, opts, loss, rank, world, ref=None):
+    """One folder per step, complete or absent: written under another name, synced, renamed. Kept are the last
+    two and the one with the lowest loss, the mean since the checkpoint before.
+
+    A thread writes while training goes on; every rank writes its rows, or rank 0 everything. Learning rate,
+    data order and noise are functions of (seed, step), so the step number is all of their state.
+    """
+    finish_writing()
+    root = out / "checkpoints"
+    if rank == 0:
+        shutil.rmtree(root / "tmp", ignore_errors=True)
+        (root / "tmp").mkdir(parents=True)
+    barrier(world)
+    n_files = world if any(isinstance(p, DTensor) for p in trainable(model).values()) else 1
+    if rank >= n_files:
+        return
+    tensors = {name: nt_model.local(t).to("cpu", copy=True).contiguous()
+               for name, t in checkpoint_tensors(model, opts, ref).items()}
+    failed = []
+
+    def work():
+        try:
+            write_checkpoint(root, step, tensors, loss, rank, n_files)
+        except Exception as e:  # told by finish_writing
+            failed.append(e)
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    WRITING.append((thread, failed))
+
+
+def write_checkpoint(root, step, tensors, loss, rank, n_files):
+    """This rank's file and its checksum; rank 0 waits for those of all, and completes the folder."""
+    tmp = root / "tmp"
+    file = tmp / f"rank-{rank:05d}.safetensors"
+    save_file(tensors, file)
+    sync(file)
+    with open(file, "rb") as f:
+        write_atomic(file.with_suffix(".sha256"), hashlib.file_digest(f, "sha256").hexdigest())
+    if rank:
+        return
+    while len(list(tmp.glob("*.sha256"))) < n_files:
+        time.sleep(0.05)
+    sums = {f"{f.stem}.safetensors": f.read_text() for f in sorted(tmp.glob("*.sha256"))}
+    (tmp / "checksums.json").write_text(json.dumps({"loss": loss, "files": sums}))
+    sync(tmp / "checksums.json")
+    sync(tmp)
     shutil.rmtree(root / f"step-{step:06d}", ignore_errors=True)
     tmp.rename(root / f"step-{step:06d}")
-    for old in sorted(root.glob("step-*"))[:-2]:
-        shutil.rmtree(old)
+    sync(root)
+    folders = sorted(root.glob("step-*"))
+    best = min(folders, key=lambda f: intact(f, contents=False).get("loss", math.inf))
+    for old in folders[:-2]:
+        if old != best:
+            shutil.rmtree(old)
 
 
-def load_checkpoint(out, model, opts):
-    """Fill model and optimizer from the newest intact checkpoint;
-    returns the step to go on with (0: none).
-    """
+def sync(path):
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
+def finish_writing():
+    """Wait until the last checkpoint is on disk."""
+    while WRITING:
+        thread, failed = WRITING.pop()
+        thread.join()
+        if failed:
+            raise UserError(f"a checkpoint could not be written: {failed[0]}")
+
+
+def intact(folder, contents=True):
+    """What checksums.json says of a checkpoint, or {} where a byte is missing or wrong."""
+    try:
+        facts = json.loads((folder / "checksums.json").read_text())
+        for name, wanted in facts["files"].items() if contents else ():
+            with open(folder / name, "rb") as f:
+                if hashlib.file_digest(f, "sha256").hexdigest() != wanted:
+                    return {}
+        return facts
+    except (OSError, ValueError):
+        return {}
+
+
+def newest_checkpoint(out):
     for folder in sorted((out / "checkpoints").glob("step-*"), reverse=True):
-        try:
-            sums = json.loads((folder / "checksums.json").read_text())
-            intact = all(hashlib.sha256((folder / n).read_bytes()).hexdigest() == s for n, s in sums.items())
-        except (OSError, ValueError):
-            intact = False
-        if not intact:
-            print(f"warning: checkpoint {folder} is damaged, trying the one before", file=sys.stderr)
-            continue
-        stored, params = load_file(folder / "model.safetensors"), trainable(model)
-        if stored.keys() != params.keys():
-            raise UserError(f"{folder} does not fit this model: use another --out")
-        with torch.no_grad():
-            for name, p in params.items():
-                p.copy_(stored[name])
-        states = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
-        for opt, state in zip(opts, states):
-            opt.load_state_dict(state)
-        return int(folder.name.split("-")[1])
-    return 0
+        if intact(folder):
+            return folder
+        print(f"warning: checkpoint {folder} is damaged, trying the one before", file=sys.stderr)
+
+
+def load_checkpoint(out, model, opts, rank, world, ref=None):
+    """Fill model, optimizer and reference from the newest intact checkpoint, whatever the number of ranks
+    that wrote it; returns the step to go on with (0: none).
+    """
+    finish_writing()
+    found = [newest_checkpoint(out) if rank == 0 else None]
+    if world > 1:
+        dist.broadcast_object_list(found)
+    if found[0] is None:
+        return 0
+    files = [safe_open(f, framework="pt") for f in sorted(found[0].glob("rank-*.safetensors"))]
+    params, names = trainable(model), set(files[0].keys())
+    if {name for name in names if "/" not in name} != params.keys():
+        raise UserError(f"{found[0]} does not fit this model: use another --out")
+    owner = {p: opt for opt in opts for group in opt.param_groups for p in group["params"]}
+    for key in names:
+        parts, (name, _, slot) = [f.get_tensor(key) for f in files], key.partition("/")
+        p, whole = params[name], torch.cat(parts) if parts[0].ndim else parts[0]  # a shard is a range of rows
+        if slot == "reference":
+            nt_model.fill(ref[name], whole)
+        elif slot:  # AdamW's step counts are on the CPU
+            owner[p].state[p][slot] = torch.zeros_like(p) if whole.ndim else whole
+            nt_model.fill(owner[p].state[p][slot], whole)
+        else:
+            nt_model.fill(p, whole)
+    return int(found[0].name.split("-")[1])
+
+
+def training_steps(first, n_steps, rank):
+    """The steps, with their progress bar. SIGTERM now ends the run after a step, with a checkpoint."""
+    STOP.clear()
+    signal.signal(signal.SIGTERM, lambda *_: STOP.set())
+    return tqdm(range(first, n_steps), initial=first, total=n_steps, unit="step", desc="train",
+                disable=rank != 0)
+
+
+def stopped(step, rank, world):
+    """The end of a run that got SIGTERM (a preempted job): all ranks are at this step. Exit code 143."""
+    finish_writing()
+    barrier(world)
+    if rank == 0:
+        print(f"SIGTERM: stopped after step {step}; the same command continues", file=sys.stderr)
+    return 128 + signal.SIGTERM
 
 
 def save_final(cfg, model, final, rank):
-    """The trained adapter, or the whole model with its tokeniser:
-    written under another name, then renamed.
+    """The trained adapter, or the whole model with its tokeniser: written under another name, then renamed.
+    Every rank calls it; rank 0 gets a plain copy of the model, the others None.
     """
+    finish_writing()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    plain = lora.unsharded(model, keep=rank == 0)
     if rank != 0:
-        return
+        return None
     tmp = final.with_name("tmp-" + final.name)
     shutil.rmtree(tmp, ignore_errors=True)
     if final.name == "adapter":
-        lora.save(model, tmp, base=cfg.model)
+        lora.save(plain, tmp, base=cfg.model)
     else:
-        nt_model.save(model, tmp)
+        nt_model.save(plain, tmp)
         nt_model.copy_tokenizer(cfg.model, tmp, cfg.revision)
     shutil.rmtree(final, ignore_errors=True)  # saved before, and killed during the closing evaluation
     tmp.rename(final)
     print(f"saved {final}")
+    return plain
 
 
 def log(out, rank, row):
@@ -462,15 +677,6 @@ def log(out, rank, row):
         with open(out / "log.jsonl", "a") as f:
             f.write(json.dumps({**row, "seconds": round(now - log.last, 3)}) + "\n")
     log.last = now
-
-
-def over_ranks(total, world):
-    """Sums of every rank's parts of the loss; a rank without examples has none."""
-    gathered = [total]
-    if world > 1:
-        gathered = [None] * world
-        dist.all_gather_object(gathered, total)
-    return {k: sum(part.get(k, 0.0) for part in gathered) for part in gathered for k in part}
 
 
 def check_finite(loss, ids, out, step):
@@ -489,30 +695,52 @@ def shuffled(n, seed, epoch):
 # --- end boilerplate ---
 
 
-def collect(cfg, model, tok, out, world):
-    """The model's own rollouts, one token per forward; no ground truth, no filter."""
-    n_problems = cfg.n_problems or (1200 if cfg.data == "tiny" else None)
-    problems = load_problems(cfg.data, "train", n_problems)
+def problems_of(cfg):
+    return load_problems(cfg.data, "train", cfg.n_problems or (1200 if cfg.data == "tiny" else None))
+
+
+def collect(cfg, model, tok, out, world, round_=0):
+    """The model's own rollouts, one token per forward; no ground truth, no filter.
+    Every later round of --rounds has a folder of its own.
+    """
+    problems = problems_of(cfg)
     found = len(problems)
     problems = [p for p in problems if len(tok.prompt_ids(p["prompt"])) <= cfg.max_prompt]
     if len(problems) < found:
         print(f"{found - len(problems)} prompts are longer than --max_prompt {cfg.max_prompt}: left out")
     if len(problems) < cfg.batch_size:  # said before hours of decoding
         raise UserError(f"--batch_size {cfg.batch_size} exceeds the data ({len(problems)} problems)")
-    folder = Path(cfg.trajectories or out / "trajectories")
-    rollout(model, tok, problems, folder, cfg.model, False, cfg.collect_batch, cfg.allow_code_execution,
-            graded=False, gen_len=cfg.gen_len, block_len=cfg.block_len, policy="static", per_step=1,
+    folder, name = Path(cfg.trajectories or out / "trajectories"), cfg.model
+    if round_:
+        folder, name = out / f"trajectories-round-{round_}", f"{cfg.model}, trained for {round_} rounds"
+    rollout(model, tok, problems, folder, name, False, cfg.collect_batch, cfg.allow_code_execution,
+            graded=False, gen_len=cfg.gen_len,
+            block_len=model.cfg.block_len if round_ and model.cfg.block_len else cfg.block_len,
+            policy="static", per_step=1,
             cache=cfg.collect_cache, temperature=cfg.collect_temperature, seed=cfg.collect_seed)
     barrier(world)
     wanted = {p["id"] for p in problems}  # a shared folder may hold more
     return [r for r in read_trajectories(folder) if r["id"] in wanted]
 
 
+def collect_round(cfg, model, tok, out, world, round_, began, device, dtype):
+    """The trajectories of a later round: of the student as the round begins. A run that is continued within
+    the round finds them in its folder.
+    """
+    finish_writing()
+    if not began and len(read_trajectories(out / f"trajectories-round-{round_}")) < len(problems_of(cfg)):
+        raise UserError(f"{out}/trajectories-round-{round_} is not complete, and the weights it began with "
+                        f"are gone: choose another --out, or --overwrite")
+    records = collect(cfg, lora.unsharded(model, device, dtype).eval(), tok, out, world, round_)
+    model.train()
+    return records
+
+
 def check_config(cfg):
     """The settings that are used: the code's choices under --variant code."""
-    if min(cfg.batch_size, cfg.micro_batch, cfg.refresh) < 1:
+    if min(cfg.batch_size, cfg.micro_batch, cfg.refresh, cfg.rounds) < 1:
         raise UserError(f"--batch_size {cfg.batch_size}, --micro_batch {cfg.micro_batch}, "
-                        f"--refresh {cfg.refresh}: at least 1 each")
+                        f"--refresh {cfg.refresh}, --rounds {cfg.rounds}: at least 1 each")
     if cfg.save_every % cfg.refresh:  # a continued run then starts with a fresh reference, as the first did
         raise UserError(f"--save_every {cfg.save_every} must be a multiple of --refresh {cfg.refresh}")
     if not 0 <= cfg.rand_p <= 1:
@@ -536,6 +764,8 @@ def set_block(model, cfg):
 
 def main():
     cfg = check_config(parse_args(Config, PRESETS, __doc__))
+    if cfg.dry_run:
+        return dry_run(cfg, len(problems_of(cfg)), frozen_copy=cfg.loss != "naive_td")
     rank, world, device, dtype = setup(cfg)
     out = open_run(cfg, rank)
     barrier(world)
@@ -543,7 +773,7 @@ def main():
     if (out / "results.jsonl" if evaluates else final).exists():
         print(f"{out} is finished already; --overwrite starts anew")
         return
-    model = nt_model.load(cfg.model, device, torch.float32 if cfg.full else dtype, cfg.revision)
+    model = nt_model.load(cfg.model, device, dtype, cfg.revision)
     tok = load_tokenizer(cfg.model, cfg.revision)
 
     # 1. trajectories of the base model
@@ -551,12 +781,17 @@ def main():
 
     # 2. training
     torch.manual_seed(cfg.seed)
+    if shards(cfg):  # from the files to its ranks, block by block
+        model = nt_model.load(cfg.model, "cpu", dtype, cfg.revision)
     set_block(model, cfg)
     if not cfg.full:
         lora.add(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout)
-    opts = [torch.optim.AdamW(trainable(model).values(), lr=cfg.lr, weight_decay=cfg.weight_decay)]
+    model = for_training(cfg, model, device, cfg.full)
+    ref = None if cfg.loss == "naive_td" else build_reference(cfg, model, device, dtype)
+    opts = [torch.optim.AdamW(trainable(model).values(), lr=cfg.lr, eps=cfg.adam_eps,
+                              weight_decay=cfg.weight_decay)]
     opts[0].param_groups[0]["peak_lr"] = cfg.lr
-    first = load_checkpoint(out, model, opts)
+    first = load_checkpoint(out, model, opts, rank, world, ref and reference_tensors(ref))
     log(out, rank, first)
     if len(records) < cfg.batch_size:
         raise UserError(f"--batch_size {cfg.batch_size} exceeds the data ({len(records)} trajectories): "
@@ -564,34 +799,41 @@ def main():
     per_epoch = len(records) // cfg.batch_size
     n_steps = cfg.max_steps or cfg.epochs * per_epoch
     vocabulary = np.setdiff1d(np.arange(tok.n_vocab), [*tok.special.values(), model.cfg.mask_id])
-    ref = None
+    per_round, round_ = -(-n_steps // cfg.rounds), 0
     model.train()
-    bar = tqdm(range(first, n_steps), initial=first, total=n_steps, unit="step", desc="train",
-               disable=rank != 0)
+    bar, losses = training_steps(first, n_steps, rank), []
     for step in bar:
+        began = time.perf_counter()
         torch.manual_seed((cfg.seed * 1_000_003 + step) * world + rank)  # dropout
+        if step // per_round != round_:
+            round_ = step // per_round
+            records = collect_round(cfg, model, tok, out, world, round_, step % per_round == 0, device, dtype)
         if step % cfg.refresh == 0 and cfg.loss != "naive_td":
-            ref = snapshot(model, ref)  # checkpoints fall on these steps: a continued run starts here too
+            snapshot(model, reference_tensors(ref))
         epoch, at = divmod(step, per_epoch)
         chosen = shuffled(len(records), cfg.seed, epoch)[at * cfg.batch_size:(at + 1) * cfg.batch_size]
-        mine = chosen[rank::world]
         total = {}
-        for i in range(0, len(mine), cfg.micro_batch):
-            part = [records[n] for n in mine[i:i + cfg.micro_batch]]
-            rngs = [example_rng(cfg.seed, epoch, int(n)) for n in mine[i:i + cfg.micro_batch]]
+        for ns, weight in micro_batches(chosen, lambda n: len(records[n]["prompt_ids"]), cfg, rank, world):
+            part, rngs = [records[n] for n in ns], [example_rng(cfg.seed, epoch, n) for n in ns]
             loss, parts = training_loss(model, ref, part, rngs, cfg, vocabulary, device)
             check_finite(loss, [r["id"] for r in part], out, step)
-            loss.backward()
-            for key, value in {"loss": loss.item(), **parts}.items():
-                total[key] = total.get(key, 0.0) + value
+            parts["tokens"] = sum(len(r["prompt_ids"]) + len(r["x0"]) for r in part)
+            backward(model, loss, parts, weight, total, world)
         frac = lr_frac(step, n_steps, cfg)
-        norm = optimizer_step(model, opts, frac, cfg.clip, world)
-        bar.set_postfix_str(f"loss {total.get('loss', math.nan):.3f}", refresh=False)
+        norm, total, stop = optimizer_step(model, opts, frac, cfg.clip, world, total)
+        losses.append(total["loss"])
+        speed = pace(total, began, model, world)
+        bar.set_postfix(loss=total["loss"], **speed, refresh=False)
         if (step + 1) % cfg.log_every == 0 or step + 1 == n_steps:
-            log(out, rank, dict(step=step + 1, **over_ranks(total, world), grad_norm=norm, lr_frac=frac))
-        if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == n_steps):
-            save_checkpoint(out, step + 1, model, opts)
-    save_final(cfg, model, final, rank)
+            log(out, rank, dict(step=step + 1, **total, grad_norm=norm, lr_frac=frac, **speed))
+        if 0 in ((step + 1) % cfg.save_every, (step + 1) % per_round) or step + 1 == n_steps or stop:
+            between = ref and (step + 1) % cfg.refresh  # after SIGTERM only: else it is refreshed first
+            save_checkpoint(out, step + 1, model, opts, np.mean(losses), rank, world,
+                            reference_tensors(ref) if between else None)
+            losses = []
+        if stop:
+            return stopped(step + 1, rank, world)
+    model = save_final(cfg, model, final, rank)
 
     # 3. the same problems, the same decoding rules: base against T3D
     if rank == 0 and evaluates:

@@ -31,9 +31,12 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass, fields
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
@@ -42,7 +45,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import eval as nt_eval
@@ -89,6 +94,7 @@ class Config:
     lr_floor: float = 0.0  # share of the peak that the schedules end at
     warmup_steps: int = 50  # linear warm-up
     weight_decay: float = 0.01  # AdamW
+    adam_eps: float = 1e-8  # AdamW: added to the root of the second moment
     clip: float = 1.0  # gradient norm
     batch_size: int = 32  # trajectories per optimizer step over all ranks
     micro_batch: int = 4  # trajectories per forward
@@ -97,6 +103,10 @@ class Config:
     save_every: int = 100  # steps between checkpoints
     log_every: int = 10  # steps between log lines
     eval_problems: int = 300  # problems of the closing evaluation (tiny only; 0: none)
+    fsdp: bool = False  # LoRA: shard the frozen base over ranks, where it does not fit (--full always does)
+    checkpoint_blocks: bool = False  # keep only the inputs of blocks, compute the rest again: less memory
+    compile: bool = False  # compile every block for training
+    dry_run: bool = False  # print memory per GPU and the number of steps, load no weights
 
 
 PRESETS = {
@@ -198,7 +208,9 @@ def own_step_entropies(model, b, device):
 
 def training_loss(model, records, rngs, cfg, device):
     """Trajectories -> loss of one micro-batch."""
+    began = time.perf_counter()
     b = make_batch(records, rngs, cfg, model.cfg)
+    data_s = time.perf_counter() - began
     row, w = b["in_segment"].nonzero(as_tuple=True)
     pos = b["segment"][row, w]
     h = hidden_rows(model, b["prompts"], b["xt"], row, pos, device)
@@ -206,11 +218,15 @@ def training_loss(model, records, rngs, cfg, device):
                             b["x0"][row, pos].to(device)).unbind(1)
     if cfg.entropy_at == "own_step":
         entropy = own_step_entropies(model, b, device)
-    return tabom_loss(ce, entropy, b["in_segment"].to(device), cfg.batch_size, cfg)
+    loss, parts = tabom_loss(ce, entropy, b["in_segment"].to(device), cfg.batch_size, cfg)
+    return loss, {**parts, "data_s": data_s}
 
 
 # --- boilerplate: same in every method file ---
-FREE = ("out", "overwrite", "save_every", "log_every", "eval_problems")  # may change when a run is continued
+FREE = ("out", "overwrite", "save_every", "log_every", "eval_problems", "fsdp", "checkpoint_blocks",
+        "compile", "dry_run")  # may change when a run is continued
+WRITING = []  # the thread that writes a checkpoint, if any, with what went wrong in it
+STOP = threading.Event()  # set by SIGTERM while training
 
 
 def parse_args(cls, presets, doc):
@@ -234,15 +250,33 @@ def parse_args(cls, presets, doc):
 
 
 def setup(cfg):
-    """rank, world size, device, dtype. Under torchrun the process group is created here."""
+    """rank, world size, device, dtype. Under torchrun, and to train all weights or shard on a GPU,
+    the process group is created here.
+    """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+    if (world > 1 or (cuda and (cfg.full or cfg.fsdp))) and not dist.is_initialized():
+        # ranks wait for each other's collection and the closing evaluation; torchrun sees the ones that died
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12), rank=rank,
+                                world_size=world, store=None if world > 1 else dist.HashStore())
     return rank, world, device, torch.bfloat16 if cuda else torch.float32
+
+
+def shards(cfg):
+    """Is the model spread over the ranks? Otherwise each has all of it."""
+    return (cfg.full or cfg.fsdp) and dist.is_initialized()
+
+
+def for_training(cfg, model, device, train):
+    """A model as the settings ask for it: activations computed again, compiled blocks, sharded."""
+    model.checkpoint_blocks = cfg.checkpoint_blocks
+    if cfg.compile:
+        for block in model.blocks:
+            block.compile()
+    return nt_model.shard(model, device, train) if shards(cfg) else model
 
 
 def open_run(cfg, rank):
@@ -251,7 +285,8 @@ def open_run(cfg, rank):
     """
     out = Path(cfg.out or f"out/{Path(__file__).stem}-{Path(cfg.model).name}")
     if rank == 0:
-        if cfg.overwrite and (out / "config.json").exists():
+        again = any(int(os.environ.get(f"{by}_RESTART_COUNT", 0)) for by in ("TORCHELASTIC", "SLURM"))
+        if cfg.overwrite and not again and (out / "config.json").exists():
             shutil.rmtree(out)
         now = {k: v for k, v in vars(cfg).items() if k not in FREE}
         if (out / "config.json").exists():
@@ -294,94 +329,250 @@ def trainable(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def optimizer_step(model, opts, frac, clip, world):
-    """Sum gradients over ranks (losses are already divided by the global batch), clip, step.
-    Returns the norm.
+def micro_batches(chosen, length, cfg, rank, world):
+    """This rank's share of a batch in micro-batches, as (indices, 1). Forwards are collective where the model
+    is sharded, so every rank has equally many: a filler is (one index, 0), without weight.
+
+    Several micro-batches are cut from the examples in order of length(index): little padding then.
+    """
+    chosen = [int(n) for n in chosen]
+    if len(chosen) > cfg.micro_batch:
+        chosen.sort(key=length)
+    mine = chosen[rank::world]
+    for at in range(0, -(-len(chosen) // world), cfg.micro_batch):
+        part = mine[at:at + cfg.micro_batch]
+        yield (part, 1) if part else (chosen[:1], 0)
+
+
+def backward(model, loss, parts, weight, total, world):
+    """The gradient of a micro-batch, and its parts of the loss added to total. Losses are divided by the
+    global batch already; FSDP averages gradients over ranks, so these count world times.
+    """
+    averaged = any(isinstance(p, DTensor) for p in trainable(model).values())
+    (loss * (weight * world if averaged else weight)).backward()
+    for key, value in {"loss": loss.item(), **parts}.items():
+        total[key] = total.get(key, 0.0) + weight * value
+
+
+def optimizer_step(model, opts, frac, clip, world, total):
+    """Sum over ranks, in one bucket, the gradients that FSDP has not summed, the parts of the loss, and
+    whether to stop; clip by the global norm, step. Returns the norm, the sums, the ranks that are to stop.
     """
     params = list(trainable(model).values())
     for p in params:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    if world > 1:  # all of them in one bucket
-        bucket = torch.cat([p.grad.flatten() for p in params])
+    total = {**total, "stop": float(STOP.is_set())}
+    if world > 1:
+        grads = [p.grad for p in params if not isinstance(p, DTensor)]
+        grads.append(torch.tensor(list(total.values()), device=params[0].device))
+        bucket = torch.cat([g.flatten() for g in grads])
         dist.all_reduce(bucket)
-        for p, total in zip(params, bucket.split([p.numel() for p in params])):
-            p.grad.copy_(total.view_as(p))
+        for g, summed in zip(grads, bucket.split([g.numel() for g in grads])):
+            g.copy_(summed.view_as(g))
+        total = dict(zip(total, grads[-1].tolist()))
     norm = torch.nn.utils.clip_grad_norm_(params, clip)
     for opt in opts:
         for group in opt.param_groups:
             group["lr"] = group["peak_lr"] * frac
         opt.step()
         opt.zero_grad()
-    return float(norm)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm), total, total.pop("stop")
 
 
-def save_checkpoint(out, step, model, opts):
-    """One folder per step, complete or absent: written under another name, synced, renamed.
-    The last two are kept.
-
-    Learning rate, data order and noise are functions of (seed, step),
-    so the step number is all of their state.
+def pace(total, began, model, world):
+    """Speed of the step that began then, over all ranks; takes tokens (of prompts and responses) and data_s
+    out of total. data_wait: share of the time in which batches were built. mfu: of the 989 TFLOP/s of an H100
+    or H200, at 4 (LoRA) or 6 FLOP per parameter and token; a teacher's forward is not counted.
     """
-    root, tmp = out / "checkpoints", out / "checkpoints" / "tmp"
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    save_file({k: p.detach().cpu().contiguous() for k, p in trainable(model).items()},
-              tmp / "model.safetensors")
-    torch.save([opt.state_dict() for opt in opts], tmp / "optimizer.pt")
-    sums = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in tmp.iterdir()}
-    (tmp / "checksums.json").write_text(json.dumps(sums))
-    for f in [*tmp.iterdir(), tmp]:
-        fd = os.open(f, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
+    seconds = time.perf_counter() - began
+    tok_per_s = total.pop("tokens") / seconds
+    speed = dict(tok_per_s=round(tok_per_s, 1), data_wait=round(total.pop("data_s") / (world * seconds), 4))
+    if torch.cuda.is_available():
+        speed["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        if any(name in torch.cuda.get_device_name() for name in ("H100", "H200")):
+            flop = 6 if model.embed.weight.requires_grad else 4
+            n = sum(p.numel() for p in model.parameters())
+            speed["mfu"] = round(tok_per_s / world * flop * n / 989e12, 4)
+    return speed
+
+
+def dry_run(cfg, n_examples, targets=lora.ALL, frozen_copy=False):
+    """Print the number of steps and the memory that training takes, from config.json alone."""
+    with torch.device("meta"):
+        model = nt_model.Transformer(nt_model.config_of(cfg.model, cfg.revision))
+        if not cfg.full:
+            lora.add(model, cfg.lora_r, cfg.lora_alpha, 0.0, targets)
+    per_epoch = n_examples // cfg.batch_size
+    print(f"at most {n_examples:,} examples: {per_epoch:,} steps per epoch, "
+          f"{cfg.max_steps or cfg.epochs * per_epoch:,} steps in all")
+    nt_model.print_memory(model, cfg, frozen_copy)
+
+
+def checkpoint_tensors(model, opts, ref):
+    """name -> tensor: the trained weights; "name/slot": the optimizer's state, and T3D's reference."""
+    params = trainable(model)
+    names = {p: name for name, p in params.items()}
+    state = {f"{names[p]}/{slot}": t for opt in opts for p, slots in opt.state.items()
+             for slot, t in slots.items()}
+    return {**params, **state, **{f"{name}/reference": t for name, t in (ref or {}).items()}}
+
+
+def save_checkpoint(out, step, model, opts, loss, rank, world, ref=None):
+    """One folder per step, complete or absent: written under another name, synced, renamed. Kept are the last
+    two and the one with the lowest loss, the mean since the checkpoint before.
+
+    A thread writes while training goes on; every rank writes its rows, or rank 0 everything. Learning rate,
+    data order and noise are functions of (seed, step), so the step number is all of their state.
+    """
+    finish_writing()
+    root = out / "checkpoints"
+    if rank == 0:
+        shutil.rmtree(root / "tmp", ignore_errors=True)
+        (root / "tmp").mkdir(parents=True)
+    barrier(world)
+    n_files = world if any(isinstance(p, DTensor) for p in trainable(model).values()) else 1
+    if rank >= n_files:
+        return
+    tensors = {name: nt_model.local(t).to("cpu", copy=True).contiguous()
+               for name, t in checkpoint_tensors(model, opts, ref).items()}
+    failed = []
+
+    def work():
+        try:
+            write_checkpoint(root, step, tensors, loss, rank, n_files)
+        except Exception as e:  # told by finish_writing
+            failed.append(e)
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    WRITING.append((thread, failed))
+
+
+def write_checkpoint(root, step, tensors, loss, rank, n_files):
+    """This rank's file and its checksum; rank 0 waits for those of all, and completes the folder."""
+    tmp = root / "tmp"
+    file = tmp / f"rank-{rank:05d}.safetensors"
+    save_file(tensors, file)
+    sync(file)
+    with open(file, "rb") as f:
+        write_atomic(file.with_suffix(".sha256"), hashlib.file_digest(f, "sha256").hexdigest())
+    if rank:
+        return
+    while len(list(tmp.glob("*.sha256"))) < n_files:
+        time.sleep(0.05)
+    sums = {f"{f.stem}.safetensors": f.read_text() for f in sorted(tmp.glob("*.sha256"))}
+    (tmp / "checksums.json").write_text(json.dumps({"loss": loss, "files": sums}))
+    sync(tmp / "checksums.json")
+    sync(tmp)
     shutil.rmtree(root / f"step-{step:06d}", ignore_errors=True)
     tmp.rename(root / f"step-{step:06d}")
-    for old in sorted(root.glob("step-*"))[:-2]:
-        shutil.rmtree(old)
+    sync(root)
+    folders = sorted(root.glob("step-*"))
+    best = min(folders, key=lambda f: intact(f, contents=False).get("loss", math.inf))
+    for old in folders[:-2]:
+        if old != best:
+            shutil.rmtree(old)
 
 
-def load_checkpoint(out, model, opts):
-    """Fill model and optimizer from the newest intact checkpoint;
-    returns the step to go on with (0: none).
-    """
+def sync(path):
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
+def finish_writing():
+    """Wait until the last checkpoint is on disk."""
+    while WRITING:
+        thread, failed = WRITING.pop()
+        thread.join()
+        if failed:
+            raise UserError(f"a checkpoint could not be written: {failed[0]}")
+
+
+def intact(folder, contents=True):
+    """What checksums.json says of a checkpoint, or {} where a byte is missing or wrong."""
+    try:
+        facts = json.loads((folder / "checksums.json").read_text())
+        for name, wanted in facts["files"].items() if contents else ():
+            with open(folder / name, "rb") as f:
+                if hashlib.file_digest(f, "sha256").hexdigest() != wanted:
+                    return {}
+        return facts
+    except (OSError, ValueError):
+        return {}
+
+
+def newest_checkpoint(out):
     for folder in sorted((out / "checkpoints").glob("step-*"), reverse=True):
-        try:
-            sums = json.loads((folder / "checksums.json").read_text())
-            intact = all(hashlib.sha256((folder / n).read_bytes()).hexdigest() == s for n, s in sums.items())
-        except (OSError, ValueError):
-            intact = False
-        if not intact:
-            print(f"warning: checkpoint {folder} is damaged, trying the one before", file=sys.stderr)
-            continue
-        stored, params = load_file(folder / "model.safetensors"), trainable(model)
-        if stored.keys() != params.keys():
-            raise UserError(f"{folder} does not fit this model: use another --out")
-        with torch.no_grad():
-            for name, p in params.items():
-                p.copy_(stored[name])
-        states = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
-        for opt, state in zip(opts, states):
-            opt.load_state_dict(state)
-        return int(folder.name.split("-")[1])
-    return 0
+        if intact(folder):
+            return folder
+        print(f"warning: checkpoint {folder} is damaged, trying the one before", file=sys.stderr)
+
+
+def load_checkpoint(out, model, opts, rank, world, ref=None):
+    """Fill model, optimizer and reference from the newest intact checkpoint, whatever the number of ranks
+    that wrote it; returns the step to go on with (0: none).
+    """
+    finish_writing()
+    found = [newest_checkpoint(out) if rank == 0 else None]
+    if world > 1:
+        dist.broadcast_object_list(found)
+    if found[0] is None:
+        return 0
+    files = [safe_open(f, framework="pt") for f in sorted(found[0].glob("rank-*.safetensors"))]
+    params, names = trainable(model), set(files[0].keys())
+    if {name for name in names if "/" not in name} != params.keys():
+        raise UserError(f"{found[0]} does not fit this model: use another --out")
+    owner = {p: opt for opt in opts for group in opt.param_groups for p in group["params"]}
+    for key in names:
+        parts, (name, _, slot) = [f.get_tensor(key) for f in files], key.partition("/")
+        p, whole = params[name], torch.cat(parts) if parts[0].ndim else parts[0]  # a shard is a range of rows
+        if slot == "reference":
+            nt_model.fill(ref[name], whole)
+        elif slot:  # AdamW's step counts are on the CPU
+            owner[p].state[p][slot] = torch.zeros_like(p) if whole.ndim else whole
+            nt_model.fill(owner[p].state[p][slot], whole)
+        else:
+            nt_model.fill(p, whole)
+    return int(found[0].name.split("-")[1])
+
+
+def training_steps(first, n_steps, rank):
+    """The steps, with their progress bar. SIGTERM now ends the run after a step, with a checkpoint."""
+    STOP.clear()
+    signal.signal(signal.SIGTERM, lambda *_: STOP.set())
+    return tqdm(range(first, n_steps), initial=first, total=n_steps, unit="step", desc="train",
+                disable=rank != 0)
+
+
+def stopped(step, rank, world):
+    """The end of a run that got SIGTERM (a preempted job): all ranks are at this step. Exit code 143."""
+    finish_writing()
+    barrier(world)
+    if rank == 0:
+        print(f"SIGTERM: stopped after step {step}; the same command continues", file=sys.stderr)
+    return 128 + signal.SIGTERM
 
 
 def save_final(cfg, model, final, rank):
-    """The trained adapter, or the whole model with its tokeniser:
-    written under another name, then renamed.
+    """The trained adapter, or the whole model with its tokeniser: written under another name, then renamed.
+    Every rank calls it; rank 0 gets a plain copy of the model, the others None.
     """
+    finish_writing()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    plain = lora.unsharded(model, keep=rank == 0)
     if rank != 0:
-        return
+        return None
     tmp = final.with_name("tmp-" + final.name)
     shutil.rmtree(tmp, ignore_errors=True)
     if final.name == "adapter":
-        lora.save(model, tmp, base=cfg.model)
+        lora.save(plain, tmp, base=cfg.model)
     else:
-        nt_model.save(model, tmp)
+        nt_model.save(plain, tmp)
         nt_model.copy_tokenizer(cfg.model, tmp, cfg.revision)
     shutil.rmtree(final, ignore_errors=True)  # saved before, and killed during the closing evaluation
     tmp.rename(final)
     print(f"saved {final}")
+    return plain
 
 
 def log(out, rank, row):
@@ -397,15 +588,6 @@ def log(out, rank, row):
         with open(out / "log.jsonl", "a") as f:
             f.write(json.dumps({**row, "seconds": round(now - log.last, 3)}) + "\n")
     log.last = now
-
-
-def over_ranks(total, world):
-    """Sums of every rank's parts of the loss; a rank without examples has none."""
-    gathered = [total]
-    if world > 1:
-        gathered = [None] * world
-        dist.all_gather_object(gathered, total)
-    return {k: sum(part.get(k, 0.0) for part in gathered) for part in gathered for k in part}
 
 
 def check_finite(loss, ids, out, step):
@@ -424,10 +606,13 @@ def shuffled(n, seed, epoch):
 # --- end boilerplate ---
 
 
+def problems_of(cfg):
+    return load_problems(cfg.data, "train", cfg.n_problems or (1200 if cfg.data == "tiny" else None))
+
+
 def collect(cfg, model, tok, out, world):
     """The model's own trajectories, without privileged information; wrong answers dropped."""
-    n_problems = cfg.n_problems or (1200 if cfg.data == "tiny" else None)
-    problems = load_problems(cfg.data, "train", n_problems)
+    problems = problems_of(cfg)
     if len(problems) < cfg.batch_size:  # said before hours of decoding
         raise UserError(f"--batch_size {cfg.batch_size} exceeds the data ({len(problems)} problems)")
     folder = Path(cfg.trajectories or out / "trajectories")
@@ -459,6 +644,9 @@ def check_config(cfg):
 def main():
     cfg = parse_args(Config, PRESETS, __doc__)
     check_config(cfg)
+    targets = lora.ALL if cfg.lora_targets == "all" else tuple(cfg.lora_targets.split(","))
+    if cfg.dry_run:
+        return dry_run(cfg, len(problems_of(cfg)), targets)
     rank, world, device, dtype = setup(cfg)
     out = open_run(cfg, rank)
     barrier(world)
@@ -466,7 +654,7 @@ def main():
     if (out / "results.jsonl" if evaluates else final).exists():
         print(f"{out} is finished already; --overwrite starts anew")
         return
-    model = nt_model.load(cfg.model, device, torch.float32 if cfg.full else dtype, cfg.revision)
+    model = nt_model.load(cfg.model, device, dtype, cfg.revision)
     tok = load_tokenizer(cfg.model, cfg.revision)
 
     # 1. trajectories of the base model
@@ -474,12 +662,15 @@ def main():
 
     # 2. training
     torch.manual_seed(cfg.seed)
+    if shards(cfg):  # from the files to its ranks, block by block
+        model = nt_model.load(cfg.model, "cpu", dtype, cfg.revision)
     if not cfg.full:
-        targets = lora.ALL if cfg.lora_targets == "all" else tuple(cfg.lora_targets.split(","))
         lora.add(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets)
-    opts = [torch.optim.AdamW(trainable(model).values(), lr=cfg.lr, weight_decay=cfg.weight_decay)]
+    model = for_training(cfg, model, device, cfg.full)
+    opts = [torch.optim.AdamW(trainable(model).values(), lr=cfg.lr, eps=cfg.adam_eps,
+                              weight_decay=cfg.weight_decay)]
     opts[0].param_groups[0]["peak_lr"] = cfg.lr
-    first = load_checkpoint(out, model, opts)
+    first = load_checkpoint(out, model, opts, rank, world)
     log(out, rank, first)
     if len(records) < cfg.batch_size:
         raise UserError(f"--batch_size {cfg.batch_size} exceeds the data ({len(records)} trajectories): "
@@ -487,30 +678,32 @@ def main():
     per_epoch = len(records) // cfg.batch_size
     n_steps = cfg.max_steps or cfg.epochs * per_epoch
     model.train()
-    bar = tqdm(range(first, n_steps), initial=first, total=n_steps, unit="step", desc="train",
-               disable=rank != 0)
+    bar, losses = training_steps(first, n_steps, rank), []
     for step in bar:
+        began = time.perf_counter()
         torch.manual_seed((cfg.seed * 1_000_003 + step) * world + rank)  # dropout
         epoch, at = divmod(step, per_epoch)
         chosen = shuffled(len(records), cfg.seed, epoch)[at * cfg.batch_size:(at + 1) * cfg.batch_size]
-        mine = chosen[rank::world]
         total = {}
-        for i in range(0, len(mine), cfg.micro_batch):
-            part = [records[n] for n in mine[i:i + cfg.micro_batch]]
-            rngs = [example_rng(cfg.seed, epoch, int(n)) for n in mine[i:i + cfg.micro_batch]]
+        for ns, weight in micro_batches(chosen, lambda n: len(records[n]["prompt_ids"]), cfg, rank, world):
+            part, rngs = [records[n] for n in ns], [example_rng(cfg.seed, epoch, n) for n in ns]
             loss, parts = training_loss(model, part, rngs, cfg, device)
             check_finite(loss, [r["id"] for r in part], out, step)
-            loss.backward()
-            for key, value in {"loss": loss.item(), **parts}.items():
-                total[key] = total.get(key, 0.0) + value
+            parts["tokens"] = sum(len(r["prompt_ids"]) + len(r["x0"]) for r in part)
+            backward(model, loss, parts, weight, total, world)
         frac = lr_frac(step, n_steps, cfg)
-        norm = optimizer_step(model, opts, frac, cfg.clip, world)
-        bar.set_postfix_str(f"loss {total.get('loss', math.nan):.3f}", refresh=False)
+        norm, total, stop = optimizer_step(model, opts, frac, cfg.clip, world, total)
+        losses.append(total["loss"])
+        speed = pace(total, began, model, world)
+        bar.set_postfix(loss=total["loss"], **speed, refresh=False)
         if (step + 1) % cfg.log_every == 0 or step + 1 == n_steps:
-            log(out, rank, dict(step=step + 1, **over_ranks(total, world), grad_norm=norm, lr_frac=frac))
-        if rank == 0 and ((step + 1) % cfg.save_every == 0 or step + 1 == n_steps):
-            save_checkpoint(out, step + 1, model, opts)
-    save_final(cfg, model, final, rank)
+            log(out, rank, dict(step=step + 1, **total, grad_norm=norm, lr_frac=frac, **speed))
+        if (step + 1) % cfg.save_every == 0 or step + 1 == n_steps or stop:
+            save_checkpoint(out, step + 1, model, opts, np.mean(losses), rank, world)
+            losses = []
+        if stop:
+            return stopped(step + 1, rank, world)
+    model = save_final(cfg, model, final, rank)
 
     # 3. the same problems, the same decoding rules: base against TABOM
     if rank == 0 and evaluates:

@@ -2,66 +2,90 @@
 
 argv: a JSON file of {name: [script, *options]}, and the folder that rank 0 writes <name>.pt into: the trained
 tensors before the first step, the gradient of the global batch there, the tensors at the end, and the number
-of collectives in every step.
+of collectives of every kind in every step.
 """
 import importlib
 import json
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(1)
+import grade  # noqa: E402
+# what FSDP calls, by their names in torch 2.13 and before
+GATHER, SCATTER = (("all_gather_single", "reduce_scatter_single") if hasattr(dist, "all_gather_single")
+                   else ("all_gather_into_tensor", "reduce_scatter_tensor"))
+COUNTED = {"all_reduce": "reduce", GATHER: "gather", SCATTER: "scatter"}
+
+
+def flat(tensors):
+    """Whole tensors, also of sharded ones, as one vector."""
+    return torch.cat([(t.full_tensor() if isinstance(t, DTensor) else t).detach().flatten().double()
+                      for t in tensors])
 
 
 def run(name, script, options, folder):
-    module, seen = importlib.import_module(script), dict(calls=[], world=int(os.environ.get("WORLD_SIZE", 1)))
-    real = dict(clip=torch.nn.utils.clip_grad_norm_, reduce=dist.all_reduce, save=module.save_final,
-                step=module.optimizer_step, mask=getattr(module, "mask_response", None))
+    module = importlib.import_module(script)
+    seen = dict(calls=[Counter()], world=int(os.environ.get("WORLD_SIZE", 1)), rows=[])
+    real = {key: getattr(dist, key) for key in COUNTED}
+    clip, save = torch.nn.utils.clip_grad_norm_, module.save_final
+    step, mask = module.optimizer_step, getattr(module, "mask_response", None)
 
-    def flat(tensors):
-        return torch.cat([t.detach().flatten().double() for t in tensors])
+    def counted(key):
+        def call(*args, **kw):
+            seen["calls"][-1][COUNTED[key]] += 1
+            return real[key](*args, **kw)
+        return call
 
-    def clip(params, *args, **kw):
+    def clip_grad_norm_(params, *args, **kw):
+        calls = seen["calls"][-1].copy()
         if "grad" not in seen:
             seen["grad"], seen["start"] = flat(p.grad for p in params), flat(params)
-        return real["clip"](params, *args, **kw)
-
-    def all_reduce(*args, **kw):
-        seen["calls"][-1] += 1
-        return real["reduce"](*args, **kw)
+        seen["calls"][-1] = calls  # not those of this look
+        return clip(params, *args, **kw)
 
     def optimizer_step(*args, **kw):
-        seen["calls"].append(0)
-        return real["step"](*args, **kw)
+        done = step(*args, **kw)
+        seen["calls"].append(Counter())
+        return done
 
     def save_final(cfg, model, *args):
+        seen["sharded"] = any(isinstance(p, DTensor) for p in model.parameters())
         seen["end"] = flat(module.trainable(model).values())
-        return real["save"](cfg, model, *args)
+        return save(cfg, model, *args)
 
     def nothing_masked_in_most_examples(example, *args):
-        masked, w = real["mask"](example, *args)
+        masked, w = mask(example, *args)
         return masked & (sum(example["x0"]) % 4 == 0), w
-    torch.nn.utils.clip_grad_norm_, dist.all_reduce = clip, all_reduce
+    for key in COUNTED:
+        setattr(dist, key, counted(key))
+    torch.nn.utils.clip_grad_norm_ = clip_grad_norm_
     module.optimizer_step, module.save_final = optimizer_step, save_final
-    if name.endswith("empty"):
+    grade.is_correct = lambda problem, text: True  # a random model answers nothing
+    if "empty" in name:
         module.mask_response = nothing_masked_in_most_examples
     try:
         sys.argv = [f"{script}.py", *options, "--out", str(folder / name)]
         module.main()
     finally:
-        torch.nn.utils.clip_grad_norm_, dist.all_reduce = real["clip"], real["reduce"]
-        module.optimizer_step, module.save_final = real["step"], real["save"]
-        if real["mask"]:
-            module.mask_response = real["mask"]
+        for key in COUNTED:
+            setattr(dist, key, real[key])
+        torch.nn.utils.clip_grad_norm_ = clip
+        module.optimizer_step, module.save_final = step, save
+        if mask:
+            module.mask_response = mask
     if int(os.environ.get("RANK", 0)) == 0:
+        seen["calls"] = [dict(c) for c in seen["calls"][:-1]]
         torch.save(seen, folder / f"{name}.pt")
 
 
 if __name__ == "__main__":
     from model import run_cli
     jobs, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    run_cli(lambda: [run(name, script, options, out) for name, (script, *options) in jobs.items()])
+    run_cli(lambda: [run(name, script, options, out) for name, (script, *options) in jobs.items()] and None)

@@ -1,29 +1,41 @@
-"""World sizes 1, 2 and 4 (gloo) train the same thing: one launch each, all methods in it."""
+"""World sizes 1, 2 and 4 (gloo) train the same thing: one launch each, all methods in it. LoRA's gradients are
+summed in one bucket; --full and --fsdp shard (FSDP2).
+"""
 import json
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import CONFIGS, ROOT, random_model
 
-COMMON = ["--eval_problems", "0", "--max_steps", "5", "--lr", "1e-2", "--lr_schedule", "constant",
-          "--warmup_steps", "0", "--batch_size", "8", "--save_every", "50", "--lora_dropout", "0"]
+import model as nt_model
+
+COMMON = ["--data", "tiny", "--gen_len", "16", "--eval_problems", "0", "--max_steps", "5", "--lr", "1e-2",
+          "--lr_schedule", "constant", "--warmup_steps", "0", "--batch_size", "8", "--save_every", "50",
+          "--lora_dropout", "0", "--lora_r", "8", "--lora_alpha", "8"]
+N_BLOCKS, STEPS = 2, 5
+MODELS = {"tad": "shift", "t3d": "block", "tabom": "grouped", "trims": "qk_norm"}  # grouped: tied head
+VOCAB = dict(vocab_size=300, mask_token_id=279, eos_token_id=278, pad_token_id=278)  # the tiny tokeniser's
 
 
-def jobs(shared):
+def jobs(root):
     """name -> script, options: every method, adapters and all weights; accumulation; ranks without rows."""
-    own = ["--n_problems", "24", "--trajectories", str(shared / "own")]
-    methods = {"tad": ["--n_problems", "24", "--window", "8", "--trajectories", str(shared / "privileged")],
-               "t3d": ["--n_problems", "24", "--trajectories", str(shared / "rollouts")],
-               "tabom": own, "trims": ["--n_examples", "24"]}
+    own = ["--n_problems", "24", "--block_len", "8"]
+    methods = {"tad": [*own, "--window", "6", "--trajectories", str(root / "privileged")],
+               "t3d": [*own, "--trajectories", str(root / "rollouts")],
+               "tabom": [*own, "--trajectories", str(root / "own"), "--lora_targets", "all"],
+               "trims": ["--n_examples", "24", "--gen_len", "48"]}
     out = {}
     for name, options in methods.items():
-        for kind, flag in (("lora", "--no-full"), ("full", "--full")):
-            out[f"{name}-{kind}"] = [name, *COMMON, "--micro_batch", "8", *options, flag]
-        out[f"{name}-accumulated"] = [name, *COMMON, "--micro_batch", "1", *options]
-    out["trims-empty"] = ["trims", *COMMON, "--micro_batch", "8", "--trajectory_share", "0",
-                          *methods["trims"]]
+        options = [name, *COMMON, "--micro_batch", "8", "--model", str(root / MODELS[name]), *options]
+        out[f"{name}-lora"] = [*options, "--no-full"]
+        out[f"{name}-full"] = [*options, "--full"]
+        out[f"{name}-fsdp"] = [*options, "--no-full", "--fsdp", "--micro_batch", "1"]
+        out[f"{name}-full-accumulated"] = [*options, "--full", "--micro_batch", "1", "--batch_size", "6"]
+        out[f"{name}-lora-accumulated"] = [*options, "--no-full", "--micro_batch", "1", "--batch_size", "6"]
+    for kind, flag in (("lora", "--no-full"), ("full", "--full")):
+        out[f"trims-{kind}-empty"] = [*out["trims-lora"], "--trajectory_share", "0", flag]
     return out
 
 
@@ -31,6 +43,9 @@ def jobs(shared):
 def runs(tmp_path_factory):
     """{world: {name: what the driver recorded}}"""
     root = tmp_path_factory.mktemp("worlds")
+    for name in MODELS.values():
+        nt_model.save(random_model(**{**CONFIGS[name], **VOCAB, "max_position_embeddings": 512}), root / name)
+        nt_model.copy_tokenizer("tiny", root / name)
     (root / "jobs.json").write_text(json.dumps(jobs(root)))
     seen = {}
     for world in (1, 2, 4):
@@ -39,28 +54,48 @@ def runs(tmp_path_factory):
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
         driver = [str(ROOT / "tests/distributed_driver.py"), str(root / "jobs.json"), str(folder)]
         done = subprocess.run([sys.executable, *(torchrun if world > 1 else []), *driver],
-                              capture_output=True, text=True, timeout=600)
+                              capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr[-3000:]
         seen[world] = {name: torch.load(folder / f"{name}.pt") for name in jobs(root)}
     return seen
 
 
+def collectives(name, world):
+    """What a step must have called: one bucket, and FSDP's reductions of every unit in every micro-batch."""
+    n_micro = -(-6 // world) if "accumulated" in name else 1
+    return {"reduce": 1, **({"scatter": (N_BLOCKS + 1) * n_micro} if "full" in name else {})}
+
+
 @pytest.mark.parametrize("name", list(jobs(ROOT)))
 def test_worlds_agree(runs, name):
     one = runs[1][name]
-    assert one["world"] == 1 and set(one["calls"]) == {0}
     moved = (one["end"] - one["start"]).norm()
-    assert moved > 0.1
+    assert one["world"] == 1 and not any(one["calls"]) and moved > 0.1
     for world in (2, 4):
-        many = runs[world][name]
-        assert many["world"] == world and many["calls"] == [1] * 5  # one bucket per step
+        many, sharded = runs[world][name], "lora" not in name
+        assert many["world"] == world and many["sharded"] == sharded and len(many["calls"]) == STEPS
+        for calls in many["calls"]:
+            kept = {kind: n for kind, n in calls.items() if kind != "gather"}
+            assert ("gather" in calls) == sharded and kept == collectives(name, world)
         assert torch.equal(many["start"], one["start"])
         assert (many["grad"] - one["grad"]).norm() <= 1e-5 * one["grad"].norm()
-        # AdamW makes full steps of gradients that are no more than rounding; all weights have more of those
-        assert (many["end"] - one["end"]).norm() <= (5e-2 if name.endswith("full") else 2e-3) * moved
+        assert (many["end"] - one["end"]).norm() <= 1e-3 * moved
 
 
-def test_accumulation_changes_nothing(runs):
-    for method in ("tad", "t3d", "tabom", "trims"):
-        a, b = runs[1][f"{method}-lora"], runs[2][f"{method}-accumulated"]
+def test_accumulation_and_sharding_change_nothing(runs):
+    for method in MODELS:
+        a, b = runs[1][f"{method}-lora"], runs[2][f"{method}-fsdp"]  # in micro-batches of one
         assert (a["grad"] - b["grad"]).norm() <= 1e-5 * a["grad"].norm()
+        assert (a["end"] - b["end"]).norm() <= 1e-3 * (a["end"] - a["start"]).norm()
+
+
+def test_the_guards_see_what_is_broken(runs):
+    """The counts and tolerances above, on records as a broken script would leave them."""
+    good = runs[2]["trims-full"]
+    silent = {**good, "calls": [{}] * STEPS}  # nothing was summed
+    twice = {**good, "calls": [{**c, "reduce": 2} for c in good["calls"]]}  # a reduction per tensor
+    half = {**good, "grad": good["grad"] / 2}  # averaged over ranks instead of summed
+    unsynced = {**good, "end": good["end"] + 2e-3 * (good["end"] - good["start"])}
+    for broken in (silent, twice, half, unsynced):
+        with pytest.raises(AssertionError):
+            test_worlds_agree({**runs, 2: {**runs[2], "trims-full": broken}}, "trims-full")

@@ -1,0 +1,144 @@
+"""Processes that die, checkpoints that are cut: nothing is lost, nothing comes twice, the result is the same."""
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, random_model
+from safetensors.torch import load_file
+
+import lora
+import model as nt_model
+import tad
+from model import UserError
+
+VOCAB = dict(vocab_size=300, mask_token_id=279, eos_token_id=278, pad_token_id=278)
+OPTIONS = ["--n_problems", "8", "--gen_len", "8", "--block_len", "4", "--batch_size", "4", "--micro_batch", "1",
+           "--collect_batch", "2", "--max_steps", "10", "--refresh", "5", "--save_every", "5", "--lr", "1e-2",
+           "--log_every", "1", "--eval_problems", "0", "--lora_r", "4", "--lora_dropout", "0"]
+
+
+def launch(world, out, *options, faults=(), restarts=0):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}",
+                f"--max_restarts={restarts}"]
+    env = {**os.environ, "FAULTS": json.dumps(faults), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return subprocess.run([sys.executable, *(torchrun if world > 1 else []), str(ROOT / "tests/faults_driver.py"),
+                           "--out", str(out), *OPTIONS, *options], env=env, capture_output=True, text=True,
+                          timeout=600)
+
+
+def records(out):
+    lines = [json.loads(line) for f in sorted((out / "trajectories").glob("*.jsonl"))
+             for line in f.read_text().split("\n")[:-1]]
+    return {r["id"]: (r["x0"], r["order"]) for r in lines}, len(lines)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_killed_while_collecting_and_training(tmp_path, kind):
+    """torchrun restarts a run whose rank dies in a record, then at SIGTERM, then in a step; it is continued by
+    hand on two ranks (the same bits) and on one (the same up to rounding).
+    """
+    nt_model.save(random_model(max_position_embeddings=160, **VOCAB), tmp_path / "base")
+    nt_model.copy_tokenizer("tiny", tmp_path / "base")
+    options = ["--model", str(tmp_path / "base"), "--full" if kind == "full" else "--no-full"]
+    final = "model/model.safetensors" if kind == "full" else "adapter/adapter_model.safetensors"
+    whole, cut, alone = tmp_path / "whole", tmp_path / "cut", tmp_path / "alone"
+    clean = launch(2, whole, *options)
+    assert clean.returncode == 0, clean.stderr[-3000:]
+    faults = [dict(rank=1, at="record", n=2, signal=signal.SIGKILL),
+              dict(rank=1, at="step", n=3, signal=signal.SIGTERM),  # between two refreshes of the reference
+              dict(rank=0, at="step", n=8, signal=signal.SIGKILL)]
+    died = launch(2, cut, *options, "--overwrite", faults=faults, restarts=2)
+    assert died.returncode != 0 and not (cut / final).exists()
+    assert died.stderr.count("SIGTERM: stopped after step 3;") == 1, died.stderr[-3000:]
+    assert sorted(p.name for p in (cut / "checkpoints").glob("step*")) == ["step-000003", "step-000005"]
+    n_files = len(list((cut / "checkpoints/step-000003").glob("*.safetensors")))
+    assert n_files == (2 if kind == "full" else 1)
+    assert records(cut) == records(whole) and records(whole)[1] == 8
+    shutil.copytree(cut, alone)
+    same, other = load_file(whole / final), {}
+    for world, out in ((2, cut), (1, alone)):
+        run = launch(world, out, *options)
+        assert run.returncode == 0, run.stderr[-3000:]
+        other[world] = load_file(out / final)
+        steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
+        assert steps == list(range(1, 11))
+    assert all(torch.equal(same[k], other[2][k]) for k in same)
+    base = load_file(tmp_path / "base/model.safetensors") if kind == "full" else {}
+    moved, apart = (torch.cat([(t[k] - same[k]).flatten() for k in same]).norm()
+                    for t in ({k: base.get(k, torch.zeros(1)) for k in same}, other[1]))
+    assert 0 < apart <= 1e-3 * moved
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+def trained(seed=0):
+    model = lora.add(random_model(), 4, 4)
+    opts = [torch.optim.AdamW(tad.trainable(model).values(), lr=1e-2)]
+    for p in tad.trainable(model).values():
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
+    opts[0].step()
+    return model, opts
+
+
+@pytest.mark.parametrize("n_files", [1, 2])
+def test_a_checkpoint_cut_anywhere_is_not_used(tmp_path, capsys, n_files):
+    model, opts = trained()
+    tensors = {k: t.detach().clone() for k, t in tad.checkpoint_tensors(model, opts, None).items()}
+    for step in (5, 10):
+        (tmp_path / "checkpoints/tmp").mkdir(parents=True)
+        for rank in range(n_files)[::-1]:  # of two, each has half of the rows
+            mine = {k: t.chunk(n_files)[rank].contiguous() if t.ndim else t for k, t in tensors.items()}
+            tad.write_checkpoint(tmp_path / "checkpoints", step, mine, 1.0, rank, n_files)
+    newest, before = tmp_path / "checkpoints/step-000010", tmp_path / "checkpoints/step-000005"
+    files, draw = sorted(f for f in newest.iterdir() if f.suffix != ".sha256"), random.Random(0)
+    assert len(files) == n_files + 1 and tad.newest_checkpoint(tmp_path) == newest
+    for cut in [0, *(draw.random() for _ in range(40))]:
+        file = draw.choice(files)
+        raw = file.read_bytes()
+        file.write_bytes(raw[:int(cut * len(raw))])
+        assert tad.newest_checkpoint(tmp_path) == before
+        assert "damaged" in capsys.readouterr().err
+        file.write_bytes(raw)
+    for file in files:  # the last byte, a wrong one, the whole file
+        raw = file.read_bytes()
+        for broken in (raw[:-1], raw[:50] + bytes([raw[50] ^ 1]) + raw[51:], None):
+            file.unlink() if broken is None else file.write_bytes(broken)
+            assert tad.newest_checkpoint(tmp_path) == before or (file.suffix == ".json" and broken)
+            file.write_bytes(raw)
+    other, other_opts = trained(seed=1)
+    assert tad.load_checkpoint(tmp_path, other, other_opts, 0, 1) == 10
+    got = tad.checkpoint_tensors(other, other_opts, None)
+    assert got.keys() == tensors.keys() and all(torch.equal(got[k], tensors[k]) for k in tensors)
+
+
+def test_the_last_two_and_the_best_are_kept(tmp_path):
+    model, opts = trained()
+    for step, loss in enumerate((3.0, 1.0, 2.0, 2.5, 4.0), 1):
+        tad.save_checkpoint(tmp_path, step, model, opts, loss, 0, 1)
+    tad.finish_writing()
+    assert [p.name[-1] for p in sorted((tmp_path / "checkpoints").glob("step*"))] == ["2", "4", "5"]
+
+
+def test_saving_does_not_wait_for_the_disk_and_sees_the_weights_as_they_were(tmp_path, monkeypatch):
+    model, opts = trained()
+    want, inner = tad.checkpoint_tensors(model, opts, None), tad.save_file
+    want = {k: t.detach().clone() for k, t in want.items()}
+    gate = tad.threading.Event()
+    monkeypatch.setattr(tad, "save_file", lambda *a: gate.wait(60) and inner(*a))
+    tad.save_checkpoint(tmp_path, 1, model, opts, 1.0, 0, 1)  # returns while its thread waits at the gate
+    with torch.no_grad():
+        for p in tad.trainable(model).values():
+            p.add_(1)
+    assert not (tmp_path / "checkpoints/step-000001").exists()
+    gate.set()
+    assert tad.load_checkpoint(tmp_path, model, opts, 0, 1) == 1
+    assert all(torch.equal(t, want[k]) for k, t in tad.checkpoint_tensors(model, opts, None).items())
+    monkeypatch.setattr(tad, "save_file", lambda *a: 1 / 0)
+    tad.save_checkpoint(tmp_path, 2, model, opts, 1.0, 0, 1)
+    with pytest.raises(UserError, match="could not be written: division"):
+        tad.finish_writing()
