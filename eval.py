@@ -218,19 +218,24 @@ def warm_up(model, tok, prompts, settings, batch_size):
     list(decode_rows(model, tok, prompts[:batch_size if compiled else 1], settings, batch_size))
 
 
-def point_of(model, problems, rows, correct, settings, label, batch_size):
-    """One decoding rule's result: a dict of totals and per-problem lists. rows: in the order of problems."""
-    shards = Counter()  # several ranks decode at the same time
+def wall_seconds(rows):
+    """Of decoding: the ranks, a shard of rows each, decode at the same time."""
+    shards = Counter()
     for row in rows:
         shards[row.get("shard")] += row["seconds"]
+    return max(shards.values())
+
+
+def point_of(model, problems, rows, correct, settings, label, batch_size):
+    """One decoding rule's result: a dict of totals and per-problem lists. rows: in the order of problems."""
     weight = model.embed.weight
     device = torch.cuda.get_device_name() if weight.is_cuda else f"{platform.machine()} CPU"
     return dict(label=label, rule=rule_name(settings), settings=settings, ids=[p["id"] for p in problems],
                 correct=[int(x) for x in correct], tokens=[row["tokens"] for row in rows],
                 nfe=[row["nfe"] for row in rows], responses=[row["response"] for row in rows],
-                seconds=max(shards.values()), device=device, dtype=str(weight.dtype).removeprefix("torch."),
-                ms_per_forward=1000 * sum(shards.values()) / sum(row["forwards"] for row in rows),
-                batch_size=batch_size, ranks=len(shards))
+                seconds=wall_seconds(rows), device=device, dtype=str(weight.dtype).removeprefix("torch."),
+                ms_per_forward=1000 * sum(r["seconds"] for r in rows) / sum(r["forwards"] for r in rows),
+                batch_size=batch_size, ranks=len({row.get("shard") for row in rows}))
 
 
 def measure(model, tok, problems, settings, label, batch_size=64, allow_code=False):
@@ -803,9 +808,12 @@ def cut(text, until):
 def lm(model, tok, settings, batch_size=32, out=None, rank=0, world=1):
     """The model as an lm_eval LM for generative tasks: simple_evaluate(model=lm(...), tasks=[...]).
 
-    settings: of a protocol with one rule; they win over what a task asks for (max_gen_toks, temperature),
-    which is named once. out: folder that finished responses are kept in, so that the same call continues.
-    lm.spent: {context_id: (tokens, nfe)}; lm.seconds: of decoding on this rank.
+    settings: of a protocol and a rule; they win over what a task asks for (lm.asked: max_gen_toks ...).
+    out: folder that finished responses are kept in, so that the same call continues; needed by several ranks.
+    lm.rows: {context_id-repeat: row}, see decode_rows.
+
+    Under torchrun every rank sees all requests, as lm_eval's rank 0 of 1, and decodes its share of them: were
+    lm_eval to split the documents itself, their random few-shots would hang on the number of ranks.
     """
     try:
         from lm_eval.api.model import LM
@@ -817,8 +825,7 @@ def lm(model, tok, settings, batch_size=32, out=None, rank=0, world=1):
 
         def __init__(self):
             super().__init__()
-            self._rank, self._world_size, self._device = rank, world, torch.device("cpu")
-            self.spent, self.seconds, self.chats, self.asked = {}, 0.0, False, set()
+            self.rows, self.chats, self.asked = {}, False, set()
 
         def chat_template(self, chat_template=False):
             return tok.chat.turn
@@ -836,46 +843,32 @@ def lm(model, tok, settings, batch_size=32, out=None, rank=0, world=1):
 
         def generate_until(self, requests):
             ids, seen = [], Counter()
-            for r in requests:  # the same prompt again (repeats, padding of ranks) is new only if sampled
-                context = context_id(r.args[0])
+            for r in requests:
+                context = context_id(r.args[0])  # a prompt that comes again is decoded again only if sampled
                 ids.append(f"{context}-{seen[context] if settings.get('temperature') else 0}")
                 seen[context] += 1
                 self.asked |= {f"{k} {r.args[1][k]}" for k in ("max_gen_toks", "temperature", "top_p")
                                if r.args[1].get(k)}
-            rows = read_rows(out, "responses") if out else {}
-            todo = {i: self.prompt_ids(r.args[0]) for i, r in zip(ids, requests) if i not in rows}
-            streams = [int(i[:8], 16) + int(i.split("-")[1]) for i in todo]  # the same on any rank
-            how = (settings, batch_size, streams)
+            self.rows.update(read_rows(out, "responses") if out else {})
+            todo = {i: r.args[0] for i, r in zip(ids, requests) if i not in self.rows}
+            mine = list(todo)[rank::world]
+            prompts = [self.prompt_ids(todo[i]) for i in mine]
+            streams = [int(i[:8], 16) + int(i.split("-")[1]) for i in mine]  # the same on any rank
             barrier(world)  # all have read what there is
             if out:
-                finish_rows(model, tok, list(todo.values()), list(todo), out, "responses", *how, rank)
-                rows = read_rows(out, "responses")
+                finish_rows(model, tok, prompts, mine, out, "responses", settings, batch_size, streams, rank)
+                barrier(world)
+                self.rows.update(read_rows(out, "responses"))
             else:
-                names = list(todo)
-                rows = {names[i]: row for i, _, row in
-                        decode_rows(model, tok, list(todo.values()), *how, progress=rank == 0)}
-            self.spent |= {i.split("-")[0]: (rows[i]["tokens"], rows[i]["nfe"]) for i in ids}
-            self.seconds += sum(rows[i]["seconds"] for i in set(ids))
-            return [cut(rows[i]["response"], r.args[1].get("until")) for i, r in zip(ids, requests)]
+                done = decode_rows(model, tok, prompts, settings, batch_size, streams, progress=True)
+                self.rows.update((mine[i], row) for i, _, row in done)
+            return [cut(self.rows[i]["response"], r.args[1].get("until")) for i, r in zip(ids, requests)]
 
         def loglikelihood(self, requests):
             raise UserError("a masked diffusion model has no exact log-likelihoods: choose generative tasks "
                             "(output_type generate_until)")
 
         loglikelihood_rolling = loglikelihood
-
-        def all_gather(self, tensor):
-            parts = [torch.empty_like(tensor) for _ in range(world)]
-            dist.all_gather(parts, tensor)
-            return torch.stack(parts)
-
-        def gather_object(self, obj, dst=0):
-            parts = [None] * world if rank == dst else None
-            dist.gather_object(obj, parts, dst) if world > 1 else parts.__setitem__(0, obj)
-            return parts
-
-        def barrier(self):
-            barrier(world)
 
     return MaskedDiffusion()
 
@@ -886,7 +879,8 @@ def load_tasks(names, include_path, allow_code):
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise UserError("this needs lm_eval: pip install 'nanotraj[eval]'") from None
-    manager = TaskManager(include_path=include_path)
+    own = all(map(os.path.isfile, names))  # then its thousands need not be read
+    manager = TaskManager(include_path=include_path, include_defaults=not own)
     unknown = [n for n in names if n not in manager.all_tasks and not os.path.isfile(n)]
     if unknown:
         raise UserError(f"lm_eval has no task {', '.join(unknown)}: `lm_eval ls tasks` lists them, "
@@ -920,25 +914,25 @@ def evaluate_tasks(args, model, tok, protocol, label, config, rank, world):
         model=bridge, tasks=tasks, task_manager=manager, num_fewshot=args.num_fewshot, limit=args.limit,
         apply_chat_template=args.apply_chat_template, system_instruction=args.system_instruction,
         fewshot_as_multiturn=args.fewshot_as_multiturn, confirm_run_unsafe_code=args.allow_code_execution)
-    spent, seconds = bridge.gather_object(bridge.spent), bridge.gather_object(bridge.seconds)
     if rank > 0:
         return
-    spent = {key: v for part in spent for key, v in part.items()}
-    samples = results.pop("samples")
+    samples, _ = results.pop("samples"), results.pop("pretty_env_info", None)
     for name, rows in samples.items():
         for row in rows:
-            row["tokens"], row["nfe"] = spent[context_id(row["arguments"][0][0])]
+            first = bridge.rows[context_id(row["arguments"][0][0]) + "-0"]
+            row["tokens"], row["nfe"] = first["tokens"], first["nfe"]
         rows.sort(key=lambda row: (row["doc_id"], row["filter"]))
         lines = [json.dumps(row, default=str) + "\n" for row in rows]
         write_whole(out / f"samples-{name}.jsonl", "".join(lines))
-    (tokens, nfe), seconds = np.sum(list(spent.values()), 0).tolist(), max(seconds)
+    tokens, nfe = (sum(row[k] for row in bridge.rows.values()) for k in ("tokens", "nfe"))
+    seconds = wall_seconds(bridge.rows.values())
     speed = dict(tokens=tokens, nfe=nfe, tpf=tokens / nfe, seconds=seconds, tok_per_s=tokens / seconds)
     facts = provenance(**config)
     write_whole(out / "lm_eval.json",
                 json.dumps(dict(results, speed=speed, provenance=facts), indent=1, default=str) + "\n")
     from lm_eval.utils import make_table
     print(make_table(results))
-    print(f"{rule_name(settings)}: TPF {tokens / nfe:.2f}, {tokens / seconds:.1f} tok/s over {len(spent)} "
+    print(f"{rule_name(settings)}: TPF {tokens / nfe:.2f}, {tokens / seconds:.1f} tok/s over {len(bridge.rows)} "
           f"prompts (batch {args.batch_size}, {world} rank(s), up to {settings['gen_len']} tokens)")
     if bridge.asked:
         print(f"the tasks ask for {', '.join(sorted(bridge.asked))}; the protocol decides: gen_len "
@@ -971,7 +965,7 @@ def parser():
     c = sub.add_parser("curve", help="accuracy and TPF of one model over the rules of a protocol")
     c.add_argument("--y_max", type=float, help="of AUP, percent [the best accuracy of this curve]")
     e = sub.add_parser("lm_eval", help="tasks of lm_eval (extra `eval`), with the first rule of a protocol")
-    e.add_argument("--tasks", required=True, type=lambda s: s.split(","), help="lm_eval's names, with commas")
+    e.add_argument("--tasks", required=True, type=lambda s: s.split(","), help="lm_eval's names or YAML files, with commas")
     e.add_argument("--include_path", help="directory with task YAMLs of your own")
     e.add_argument("--num_fewshot", type=int, help="instead of the task's")
     e.add_argument("--limit", type=int, help="only the first problems of each task")
