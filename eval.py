@@ -737,8 +737,8 @@ def published(task, family):
     return rows
 
 
-def published_text(task, family, protocol, harness):
-    """The rows to stand beside a run of this protocol by this harness (own | lm_eval); "" if none."""
+def published_text(task, family, protocol, made_with):
+    """The rows to stand beside a run of this protocol made with own | lm_eval; "" if none."""
     rows = [r for r in published(known_task(task), family) if "acc" in r]
     if not rows:
         return ""
@@ -750,8 +750,8 @@ def published_text(task, family, protocol, harness):
         lines.append("{:<40} {:>10} {:>6} {:>6} {:>7}".format(r["method"], *cells)
                      + f"  {r['model']}, {r['source']}")
     for *made_by, source, setting in dict.fromkeys((*r["made_by"], r["source"], r["setting"]) for r in rows):
-        same = "the same protocol" if made_by == [protocol, harness] else "not the same protocol"
-        lines.append(f"{same} as this run's ({protocol}, {harness}): {source}: {setting}")
+        same = "the same protocol" if made_by == [protocol, made_with] else "not the same protocol"
+        lines.append(f"{same} as this run's ({protocol}, {made_with}): {source}: {setting}")
     return "\n".join(lines)
 
 
@@ -763,15 +763,26 @@ def contamination(task):
             "trained on it has seen them. Report math500 (lm_eval: minerva_math500), which is disjoint")
 
 
-def print_beside(tasks, family, protocol, harness):
+def print_beside(tasks, family, protocol, made_with):
     """What belongs beside a run's numbers."""
     for task in tasks:
-        for text in (contamination(task), published_text(task, family, protocol, harness)):
+        for text in (contamination(task), published_text(task, family, protocol, made_with)):
             if text:
                 print(text)
 
 
 # ---------------------------------------------------------------------------------------------------- lm_eval
+def harness():
+    """The package lm_eval, an optional extra."""
+    try:
+        import lm_eval.api.model
+        import lm_eval.tasks
+        import lm_eval.utils
+    except ImportError:
+        raise UserError("this needs lm_eval: pip install 'nanotraj[eval]'") from None
+    return lm_eval
+
+
 class Rendered(str):
     """A chat as lm_eval passes it on: its text, and the pieces that say which special tokens in it are real.
     Everything else that looks like one is text.
@@ -815,10 +826,7 @@ def lm(model, tok, settings, batch_size=32, out=None, rank=0, world=1):
     Under torchrun every rank sees all requests, as lm_eval's rank 0 of 1, and decodes its share of them: were
     lm_eval to split the documents itself, their random few-shots would hang on the number of ranks.
     """
-    try:
-        from lm_eval.api.model import LM
-    except ImportError:
-        raise UserError("this needs lm_eval: pip install 'nanotraj[eval]'") from None
+    LM = harness().api.model.LM
 
     class MaskedDiffusion(LM):
         tokenizer_name = f"nanotraj-{model.cfg.family}"
@@ -875,12 +883,8 @@ def lm(model, tok, settings, batch_size=32, out=None, rank=0, world=1):
 
 def load_tasks(names, include_path, allow_code):
     """Names of lm_eval's tasks, groups or tags, or YAML files -> its tasks, and its manager."""
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise UserError("this needs lm_eval: pip install 'nanotraj[eval]'") from None
     own = all(map(os.path.isfile, names))  # then its thousands need not be read
-    manager = TaskManager(include_path=include_path, include_defaults=not own)
+    manager = harness().tasks.TaskManager(include_path=include_path, include_defaults=not own)
     unknown = [n for n in names if n not in manager.all_tasks and not os.path.isfile(n)]
     if unknown:
         raise UserError(f"lm_eval has no task {', '.join(unknown)}: `lm_eval ls tasks` lists them, "
@@ -907,10 +911,9 @@ def evaluate_tasks(args, model, tok, protocol, label, config, rank, world):
     out = Path(args.out or f"out/lm_eval-{label}-{'-'.join(args.tasks)[:60]}")
     tasks, manager = load_tasks(args.tasks, args.include_path, args.allow_code_execution)
     open_folder(out, config, rank)
-    import lm_eval
     settings = {**protocol, **protocol["rules"][0]}
     bridge = lm(model.eval(), tok, settings, args.batch_size, out, rank, world)
-    results = lm_eval.simple_evaluate(
+    results = harness().simple_evaluate(
         model=bridge, tasks=tasks, task_manager=manager, num_fewshot=args.num_fewshot, limit=args.limit,
         apply_chat_template=args.apply_chat_template, system_instruction=args.system_instruction,
         fewshot_as_multiturn=args.fewshot_as_multiturn, confirm_run_unsafe_code=args.allow_code_execution)
@@ -930,10 +933,9 @@ def evaluate_tasks(args, model, tok, protocol, label, config, rank, world):
     facts = provenance(**config)
     write_whole(out / "lm_eval.json",
                 json.dumps(dict(results, speed=speed, provenance=facts), indent=1, default=str) + "\n")
-    from lm_eval.utils import make_table
-    print(make_table(results))
-    print(f"{rule_name(settings)}: TPF {tokens / nfe:.2f}, {tokens / seconds:.1f} tok/s over {len(bridge.rows)} "
-          f"prompts (batch {args.batch_size}, {world} rank(s), up to {settings['gen_len']} tokens)")
+    print(harness().utils.make_table(results))
+    print(f"{rule_name(settings)}: TPF {tokens / nfe:.2f}, {tokens / seconds:.1f} tok/s over "
+          f"{len(bridge.rows)} prompts (batch {args.batch_size}, {world} rank(s), up to {settings['gen_len']} tokens)")
     if bridge.asked:
         print(f"the tasks ask for {', '.join(sorted(bridge.asked))}; the protocol decides: gen_len "
               f"{settings['gen_len']}, temperature {settings.get('temperature', 0.0)}")
@@ -965,7 +967,8 @@ def parser():
     c = sub.add_parser("curve", help="accuracy and TPF of one model over the rules of a protocol")
     c.add_argument("--y_max", type=float, help="of AUP, percent [the best accuracy of this curve]")
     e = sub.add_parser("lm_eval", help="tasks of lm_eval (extra `eval`), with the first rule of a protocol")
-    e.add_argument("--tasks", required=True, type=lambda s: s.split(","), help="lm_eval's names or YAML files, with commas")
+    e.add_argument("--tasks", required=True, type=lambda s: s.split(","),
+                   help="lm_eval's names or YAML files, with commas")
     e.add_argument("--include_path", help="directory with task YAMLs of your own")
     e.add_argument("--num_fewshot", type=int, help="instead of the task's")
     e.add_argument("--limit", type=int, help="only the first problems of each task")
@@ -1098,14 +1101,10 @@ def choose_rules(rules, args):
 
 def check_problems(problems, args):
     """Before anything is loaded or decoded."""
-    ids = Counter(p["id"] for p in problems)
-    twice = [i for i, n in ids.items() if n > 1]
-    if not problems or twice:
-        raise UserError(f"{args.task}: id {twice[0]!r} stands for {ids[twice[0]]} problems: ids must differ"
-                        if twice else f"{args.task} has no problem to evaluate")
-    if any(p.get("grader") == "code" for p in problems) and not getattr(args, "allow_code_execution", False):
-        raise UserError(f"grading {args.task} runs the programs that the model writes: "
-                        f"--allow_code_execution permits it (README: what contains them)")
+    if not problems:
+        raise UserError(f"{args.task} has no problem to evaluate")
+    for p in problems:
+        grade.check(p, getattr(args, "allow_code_execution", False))
 
 
 if __name__ == "__main__":

