@@ -835,9 +835,6 @@ def lm(model, tok, settings, batch_size=32, out=None, rank=0, world=1):
             super().__init__()
             self.rows, self.chats, self.asked = {}, False, set()
 
-        def chat_template(self, chat_template=False):
-            return tok.chat.turn
-
         def apply_chat_template(self, chat_history, add_generation_prompt=True):
             self.chats = True
             turns = [(m["role"], m["content"]) for m in chat_history]
@@ -935,7 +932,8 @@ def evaluate_tasks(args, model, tok, protocol, label, config, rank, world):
                 json.dumps(dict(results, speed=speed, provenance=facts), indent=1, default=str) + "\n")
     print(harness().utils.make_table(results))
     print(f"{rule_name(settings)}: TPF {tokens / nfe:.2f}, {tokens / seconds:.1f} tok/s over "
-          f"{len(bridge.rows)} prompts (batch {args.batch_size}, {world} rank(s), up to {settings['gen_len']} tokens)")
+          f"{len(bridge.rows)} prompts (batch {args.batch_size}, {world} rank(s), up to "
+          f"{settings['gen_len']} tokens)")
     if bridge.asked:
         print(f"the tasks ask for {', '.join(sorted(bridge.asked))}; the protocol decides: gen_len "
               f"{settings['gen_len']}, temperature {settings.get('temperature', 0.0)}")

@@ -122,17 +122,18 @@ def test_teacher_nll_along_a_decoding():
 def tad_tables(family):
     """TAD Table 1 or 2 -> {method: row} of gsm8k, math, mbpp, humaneval and their average."""
     return [{r["method"]: r for r in nt_eval.published(t, family)
-             if r["source"] in ("TAD Table 1", "TAD Table 2")} for t in ("gsm8k", "math", "mbpp", "humaneval", "average")]
+             if r["source"] in ("TAD Table 1", "TAD Table 2")}
+            for t in ("gsm8k", "math", "mbpp", "humaneval", "average")]
 
 
 def test_aup_of_published_rows():
     """What of TAD's printed AUP values follows from its printed numbers.
 
     The four averages are the means of four printed values. Of a curve only one point is printed; joined with
-    a first point of the same accuracy at TPF 1, and y_max the best row of the table, it gives three LLaDA values
-    to 1%. The others do not follow: LLaDA's on MBPP and HumanEval are lower by far (they would fit a y_max from
-    the Dream models, which MATH's would not), Dream's differ by 2 to 16%; and the baselines' are copied from
-    d3LLM, whose y_max is another one.
+    a first point of the same accuracy at TPF 1, and y_max the best row of the table, it gives three LLaDA
+    values to 1%. The others do not follow: LLaDA's on MBPP and HumanEval are lower by far (they would fit a
+    y_max from the Dream models, which MATH's would not), Dream's differ by 2 to 16%; and the baselines' are
+    copied from d3LLM, whose y_max is another one.
     """
     gap = {}
     for family in ("llada", "dream"):
