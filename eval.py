@@ -213,9 +213,9 @@ def decode_and_grade(model, tok, problems, settings, batch_size):
 
 
 def warm_up(model, tok, prompts, settings, batch_size):
-    """What the clock must not see: a first batch where there is something to compile, else one prompt."""
-    compiled = settings.get("compiled") or model.embed.weight.is_cuda
-    list(decode_rows(model, tok, prompts[:batch_size if compiled else 1], settings, batch_size))
+    """What the clock must not see. Where there is something to compile: a batch of the shapes to come."""
+    n = batch_size if settings.get("compiled") or model.embed.weight.is_cuda else 1
+    list(decode_rows(model, tok, sorted(prompts, key=len)[-n:], settings, batch_size))
 
 
 def wall_seconds(rows):
@@ -385,9 +385,10 @@ def resumable_curve(model, tok, problems, protocol, label, out, config, batch_si
             data.drop_torn_line(file)
             append(file, {**point_of(model, problems, rows, correct, settings, label, batch_size),
                           "key": keys[-1], "provenance": facts})
-            for shard in out.glob(f"{name}.rank*.jsonl"):
-                shard.unlink()
         barrier(world)
+    for shard in out.glob("rows-*.jsonl") if rank == 0 else ():
+        if shard.name.split(".")[0][5:] in keys:
+            shard.unlink()
     points = {p["key"]: p for p in data.read_jsonl(out / "results.jsonl", tolerant=True)}
     return [points[key] for key in keys]
 
@@ -854,8 +855,8 @@ def lm(model, tok, settings, batch_size=32, out=None, rank=0, world=1):
                 seen[context] += 1
                 self.asked |= {f"{k} {r.args[1][k]}" for k in ("max_gen_toks", "temperature", "top_p")
                                if r.args[1].get(k)}
-            self.rows.update(read_rows(out, "responses") if out else {})
-            todo = {i: r.args[0] for i, r in zip(ids, requests) if i not in self.rows}
+            done = read_rows(out, "responses") if out else {}
+            todo = {i: r.args[0] for i, r in zip(ids, requests) if i not in done}
             mine = list(todo)[rank::world]
             prompts = [self.prompt_ids(todo[i]) for i in mine]
             streams = [int(i[:8], 16) + int(i.split("-")[1]) for i in mine]  # the same on any rank
@@ -863,10 +864,11 @@ def lm(model, tok, settings, batch_size=32, out=None, rank=0, world=1):
             if out:
                 finish_rows(model, tok, prompts, mine, out, "responses", settings, batch_size, streams, rank)
                 barrier(world)
-                self.rows.update(read_rows(out, "responses"))
+                done = read_rows(out, "responses")
             else:
-                done = decode_rows(model, tok, prompts, settings, batch_size, streams, progress=True)
-                self.rows.update((mine[i], row) for i, _, row in done)
+                rows = decode_rows(model, tok, prompts, settings, batch_size, streams, progress=True)
+                done = {mine[i]: row for i, _, row in rows}
+            self.rows.update((i, done[i]) for i in ids)
             return [cut(self.rows[i]["response"], r.args[1].get("until")) for i, r in zip(ids, requests)]
 
         def loglikelihood(self, requests):
@@ -889,8 +891,8 @@ def load_tasks(names, include_path, allow_code):
     try:
         loaded = manager.load(names)
     except Exception as e:  # a hub that cannot be reached, a package the task needs, a broken YAML
-        raise UserError(f"lm_eval cannot load {', '.join(names)} ({type(e).__name__}: "
-                        f"{str(e).strip().splitlines()[0] if str(e).strip() else 'no message'})") from None
+        why = next((line.strip() for line in str(e).splitlines() if re.search(r"\w", line)), "no message")
+        raise UserError(f"lm_eval cannot load {', '.join(names)} ({type(e).__name__}: {why})") from None
     for name, task in loaded["tasks"].items():
         if task.OUTPUT_TYPE != "generate_until":
             raise UserError(f"task {name} asks for {task.OUTPUT_TYPE}, not for text: a masked diffusion "
@@ -905,7 +907,7 @@ def load_tasks(names, include_path, allow_code):
 
 def evaluate_tasks(args, model, tok, protocol, label, config, rank, world):
     """`eval.py lm_eval`: -> lm_eval.json and samples-<task>.jsonl in the folder, and the scores in print."""
-    out = Path(args.out or f"out/lm_eval-{label}-{'-'.join(args.tasks)[:60]}")
+    out = Path(args.out or f"out/lm_eval-{label}-{'-'.join(Path(t).stem for t in args.tasks)[:60]}")
     tasks, manager = load_tasks(args.tasks, args.include_path, args.allow_code_execution)
     open_folder(out, config, rank)
     settings = {**protocol, **protocol["rules"][0]}
@@ -1051,14 +1053,18 @@ def main():
     family = nt_model.family_of(args.model, args.revision)
     if args.what in ("curve", "lm_eval"):
         args.protocol = args.protocol or ("tiny" if family == "tiny" else "thresholds")
-        task = args.task if args.what == "curve" else args.tasks[0]
-        protocol = protocol_of(args.protocol, family, task, **own)
+        tasks = [args.task] if args.what == "curve" else args.tasks
+        protocol, *others = (protocol_of(args.protocol, family, task, **own) for task in tasks)
+        if any(other != protocol for other in others):
+            raise UserError(f"protocol {args.protocol} differs between these tasks: run them one at a time")
         protocol["rules"] = choose_rules(protocol["rules"], args)
         trained = Path(args.adapter or args.model).resolve()  # out/RUN/adapter or out/RUN/model
         label = args.label or (trained.parent.name if trained.is_dir() else "base")
     if args.what != "lm_eval":
         problems = data.load_problems(args.task, args.split, args.n or (500 if args.task == "tiny" else None))
         check_problems(problems, args)
+    elif len(args.points or args.thresholds or [0]) > 1:
+        raise UserError("lm_eval takes one point at a time: a single --points or --thresholds")
     rank, world = join_ranks()
     model = nt_model.load(args.model, *nt_model.default_device(), args.revision)
     tok = data.load_tokenizer(args.model, args.revision)
@@ -1101,8 +1107,8 @@ def check_problems(problems, args):
     """Before anything is loaded or decoded."""
     if not problems:
         raise UserError(f"{args.task} has no problem to evaluate")
-    for p in problems:
-        grade.check(p, getattr(args, "allow_code_execution", False))
+    for p in problems if args.what == "curve" else ():
+        grade.check(p, args.allow_code_execution)
 
 
 if __name__ == "__main__":

@@ -202,6 +202,15 @@ def test_batch_ranks_and_a_second_run_agree(here, tmp_path, monkeypatch, capsys)
         nt_eval.main()
 
 
+def test_one_point_and_one_protocol_at_a_time(here, monkeypatch):
+    for more, match in ((["--thresholds", "0.1", "0.2"], "one point at a time"),
+                        (["--protocol", "tabom"], "differs between these tasks")):
+        monkeypatch.setattr(sys, "argv", ["eval.py", "lm_eval", "--model", str(here / "llada"), "--tasks",
+                                          "gsm8k,mbpp", *more])
+        with pytest.raises(UserError, match=match):
+            nt_eval.main()
+
+
 def test_tasks_that_cannot_be_run_are_one_line(here, tmp_path):
     with pytest.raises(UserError, match="no task gsm9k.yaml"):
         nt_eval.load_tasks(["gsm9k.yaml", str(here / "gsm8k.yaml")], str(tmp_path), False)
