@@ -577,8 +577,13 @@ class Tokenizer:
 
     def prompt_ids(self, text, system=""):
         """One user turn (after a system turn, if any) -> (P,) int64 ids, ready for the answer to follow."""
-        return torch.tensor([i for piece, special in chat_pieces(self.chat, text, system)
-                             for i in ([self.special[piece]] if special else self.encode(piece))])
+        return self.ids_of(chat_pieces(self.chat, text, system))
+
+    def ids_of(self, pieces):
+        """[(piece, is it a special token)] -> (P,) int64 ids."""
+        return torch.tensor([i for piece, special in pieces
+                             for i in ([self.special[piece]] if special else self.encode(piece))],
+                            dtype=torch.long)
 
     def response_ids(self, text):
         """A finished answer -> list of ids, the end of its turn included."""
@@ -595,7 +600,11 @@ def chat_pieces(chat, text, system=""):
     the pieces are what the family's own Jinja template renders.
     """
     system = system or chat.system
-    turns = [("system", system)] * bool(system) + [("user", text)]
+    return turn_pieces(chat, [("system", system)] * bool(system) + [("user", text)])
+
+
+def turn_pieces(chat, turns):
+    """The same for any turns [(role, text)]: the answer to the last one is open."""
     filled = [(chat.bos, "", ""), *((chat.turn, role, said) for role, said in turns), (chat.answer, "", "")]
     return [(piece, True) if SPECIAL.fullmatch(piece)
             else (piece.replace("{role}", role).replace("{text}", said.strip() if chat.trim else said), False)

@@ -2,6 +2,10 @@
 
     python eval.py curve --model tiny --n 500                          # the base model
     python eval.py curve --model tiny --adapter out/tad-tiny/adapter --label TAD --out out/tad-eval
+    python eval.py curve --model llada --task gsm8k --protocol tad     # or math500, humaneval, my.jsonl
+    python eval.py lm_eval --model dream --tasks gsm8k_cot_zeroshot --protocol tad --apply_chat_template
+    torchrun --nproc_per_node=8 eval.py curve ...                      # problems are split over the ranks
+    python eval.py protocols                                           # the papers' decoding settings
     python eval.py caches --n 200                                      # what the caches cost
     python eval.py nll --n 40                                          # TRIMS Fig. 7
     python eval.py compare out/tad-eval-* --base base --control SFT    # one table and one picture
@@ -12,47 +16,136 @@ Definitions, used everywhere:
     nfe     forwards of the model spent on a sample while it was unfinished, cache refreshes included
     tokens  response ids before the first EOS
     TPF     sum of tokens / sum of nfe over the problems
+    tok/s   sum of tokens / wall time of decoding; s/sample: that time / problems; ms/forward: that time /
+            forwards of the batch. They hang on device, dtype, batch size and response length: printed beside
     AUP     (d3LLM; TAD Eq. 26) points (rho_i = TPF, y_i = acc) sorted by rho, those with y < y_1 - 5 dropped:
             rho_1 y_1 + sum_i (rho_i - rho_{i-1}) (y_i W(y_i) + y_{i-1} W(y_{i-1})) / 2,
             W(y) = min(exp(-alpha (1 - y / y_max)), 1), alpha = 3. y_max is the best accuracy of any compared
             model on the task: AUP changes with it, so it is always shown.
 """
 import argparse
+import hashlib
 import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
 import warnings
+from collections import Counter
+from datetime import timedelta
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import data
 import grade
 import lora
 import model as nt_model
+import sample
 from model import UserError, run_cli
 from sample import generate
 
-# A protocol fixes everything about decoding; `rules` are the points of its curve.
+
+# A protocol fixes everything about decoding; `rules` are the points of its curve, the paper's own first.
+# "family" and "task" hold what differs between models and benchmarks.
+def at(*thresholds, **settings):
+    """One rule per threshold."""
+    return [dict(threshold=t, **settings) for t in thresholds]
+
+
+def dream_steps(n):
+    """TABOM on Dream: as many steps as tokens (Table 8), and half as many (Table 4)."""
+    return dict(gen_len=n, rules=[dict(steps=n), dict(steps=n // 2)])
+
+
+MULTIBLOCK = dict(gen_len=256, block_len=32, policy="multiblock", block_add=0.1, decoded=0.95, cache="none",
+                  temperature=0.0, early_stop=True)
+FAST_DLLM = dict(gen_len=256, block_len=32, policy="threshold", cache="none", temperature=0.0)
 PROTOCOLS = {
     "tiny": dict(**data.TINY_DECODING, rules=[
-        dict(policy="static", per_step=1), *(dict(policy="threshold", threshold=t)
-                                             for t in (0.97, 0.95, 0.93, 0.9, 0.8, 0.7, 0.5))]),
-    "tiny-thresholds": dict(**data.TINY_DECODING, rules=[  # without the slow token-by-token point
-        dict(policy="threshold", threshold=t) for t in (0.97, 0.95, 0.93, 0.9, 0.8)]),
+        dict(policy="static", per_step=1), *at(0.97, 0.95, 0.93, 0.9, 0.8, 0.7, 0.5, policy="threshold")]),
+    "tiny-thresholds": dict(**data.TINY_DECODING,  # without the slow token-by-token point
+                            rules=at(0.97, 0.95, 0.93, 0.9, 0.8, policy="threshold")),
     "tiny-table": dict(**data.TINY_DECODING, compiled=True, sync_every=1, rules=[  # sweep.py
-        *(dict(policy="static", per_step=k) for k in (1, 2, 4)),
-        *(dict(policy="threshold", threshold=t) for t in (0.95, 0.9, 0.8))]),
+        *(dict(policy="static", per_step=k) for k in (1, 2, 4)), *at(0.95, 0.9, 0.8, policy="threshold")]),
     "tiny-static": dict(gen_len=data.TINY_LEN, cache="none", policy="static", rules=[
         *(dict(block_len=data.TINY_BLOCK, per_step=k) for k in (1, 2, 4, 8)),
         dict(block_len=data.TINY_LEN, per_step=data.TINY_LEN)]),  # the last one: all at once
+    # no paper's: a curve for any model, and for your own problems
+    "thresholds": dict(**FAST_DLLM, rules=at(0.9, 0.95, 0.8, 0.7),
+                       family=dict(sdar=dict(block_len=4, cache="exact"), other={})),
+    # TAD, section 4.1 and Table 8: entropy 0.5. The other points of its curves are not published, ours are
+    # below it; nor are the cache (its H200 figures: none) and whether it stops at EOS (d3LLM's code can)
+    "tad": dict(**MULTIBLOCK, rules=at(0.5, 0.4, 0.3, 0.2, 0.1)),
+    # TAD's scripts instead of its paper
+    "tad-code": dict(**MULTIBLOCK, family=dict(
+        llada=dict(block_add=0.5, decoded=0.5, rules=at(0.5, 0.3, 0.1)),
+        dream=dict(rules=at(0.4, 0.2, 0.1)))),
+    # d3LLM's evaluation scripts; cache_delay and refresh are those of its cached variant (--cache prefix)
+    "d3llm": dict(**MULTIBLOCK, family=dict(
+        llada=dict(cache_delay=2, refresh=3, rules=at(0.5, 0.3, 0.1)),
+        dream=dict(cache_delay=1, rules=at(0.4, 0.2, 0.1),
+                   task=dict(humaneval=dict(rules=at(0.5, 0.3, 0.1)), other={})))),
+    # TRIMS, section 4.1: Fast-dLLM's sampler (0.9, 256, 32; it goes on behind EOS). The other points of its
+    # curves and its cache are not published
+    "trims": dict(**FAST_DLLM, early_stop=False, rules=at(0.9, 0.95, 0.8, 0.7, 0.6, 0.5)),
+    # TABOM, Table 8, the samplers of Dream and LLaDA. For other tasks than these four nothing is published:
+    # GSM8K's settings
+    "tabom": dict(cache="none", early_stop=False, family=dict(
+        dream=dict(policy="dream", score="entropy", temperature=0.1, top_p=0.9, task=dict(
+            gsm8k=dream_steps(256), math500=dream_steps(512), mbpp=dream_steps(1024),
+            humaneval=dream_steps(768), other=dream_steps(256))),
+        llada=dict(policy="static", temperature=0.0, rules=[dict(per_step=1)], task=dict(
+            gsm8k=dict(gen_len=512, block_len=8), math500=dict(gen_len=512, block_len=64),
+            mbpp=dict(gen_len=256, block_len=256), humaneval=dict(gen_len=512, block_len=512),
+            other=dict(gen_len=512, block_len=8))))),
+    # T3D: full decoding (Table 2), 2 and 4 tokens per step in blocks of 4 and 8 (Table 1), dynamic (Table 3)
+    "t3d": dict(gen_len=2000, temperature=0.1, early_stop=True, family=dict(sdar=dict(cache="exact")), rules=[
+        *(dict(policy="static", block_len=b, per_step=k, name=f"block {b}: {k} per forward")
+          for b, k in ((4, 1), (4, 2), (4, 4), (8, 2), (8, 4))),
+        dict(policy="threshold", block_len=4, threshold=0.9)]),
 }
+
+
+def protocol_of(name, family, task="", **own):
+    """PROTOCOLS[name] for a model family and a task: a dict of settings and `rules`. own: what replaces them.
+    Raises UserError if it has no settings for the family or they make no sense.
+    """
+    chosen = dict(PROTOCOLS[name])
+    for key, value in (("family", family), ("task", known_task(task) or "other")):
+        options = chosen.pop(key, None)
+        if options and value not in options and "other" not in options:
+            raise UserError(f"protocol {name} has no settings for {key} {value}: it is for "
+                            f"{', '.join(options)}")
+        chosen.update(options.get(value, options.get("other")) if options else {})
+    chosen.update(own)
+    chosen["rules"] = [{k: v for k, v in rule.items() if k not in own} for rule in chosen["rules"]]
+    for rule in chosen["rules"]:
+        decoding_of({**chosen, **rule})
+    return chosen
+
+
+HOW = ("compiled", "sync_every", "int8")  # of the decoder: how it computes, not what
+
+
+def decoding_of(settings):
+    """The settings of a protocol and a rule -> sample.Decoding."""
+    other = (*HOW, "progress", "rules", "name")
+    return sample.Decoding(**{k: v for k, v in settings.items() if k not in other})
+
+
+def known_task(task):
+    """A task's name here or in lm_eval -> its benchmark's in PROTOCOLS and published.json, or None."""
+    name = re.split(r"[=:]", str(task))[0].removeprefix("minerva_").removesuffix("_instruct")
+    name = {"gsm8k_cot": "gsm8k", "gsm8k_cot_zeroshot": "gsm8k"}.get(name, name)
+    return name if name in ("gsm8k", "math", "math500", "humaneval", "mbpp", "ifeval") else None
 
 
 def aup(pairs, y_max, alpha=3.0):
@@ -78,32 +171,80 @@ def aup(pairs, y_max, alpha=3.0):
 
 
 # ------------------------------------------------------------------------------------------------ measurement
-def rule_name(rule):
-    if rule["policy"] == "static":
-        return f"{rule.get('per_step', 1)} per forward"
-    return f"{rule['policy']} {rule['threshold']:g}"
+def rule_name(settings):
+    if settings.get("name"):
+        return settings["name"]
+    if settings["policy"] in ("static", "dream"):
+        s = decoding_of(settings)
+        steps = s.steps or (s.gen_len if s.policy == "dream" else 0)
+        return f"{s.block_len / steps if steps else s.per_step:g} per forward"  # dream has one block
+    return f"{settings['policy']} {settings['threshold']:g}"
+
+
+@torch.no_grad()
+def decode_rows(model, tok, prompts, settings, batch_size, streams=None, progress=False):
+    """Decode prompts (list of (P,) int64) and yield (prompt index, Output, row) as they finish. row: response
+    (text), tokens, nfe, and the seconds and forwards of the batch since the row before: they add up to the
+    wall time of decoding. An Output comes from the device, so that its work is done when the clock is read.
+    """
+    if not prompts:
+        return
+    began, forwards, s = time.perf_counter(), 0, decoding_of(settings)
+    sample.check_prompts(model.cfg, prompts, s)
+    how = {k: settings[k] for k in HOW if k in settings}
+    batch = sample.Batch(sample.in_blocks(model, s.block_len), [p.cpu() for p in prompts], s, batch_size,
+                         range(len(prompts)) if streams is None else streams, **how)
+    for i, out in sample.decode(batch, progress):
+        n, now = out.n_tokens(model.cfg.eos_ids), time.perf_counter()
+        yield i, out, dict(response=tok.decode(out.ids[:n].tolist()), tokens=n, nfe=out.nfe,
+                           seconds=now - began, forwards=batch.forwards - forwards)
+        began, forwards = time.perf_counter(), batch.forwards
 
 
 def decode_and_grade(model, tok, problems, settings, batch_size):
     """-> lists of Output, tokens, responses (text), correct (0 or 1), and the seconds of decoding."""
     prompts = [tok.prompt_ids(p["prompt"]) for p in problems]
-    began = time.perf_counter()
-    outs = generate(model, prompts, batch_size, **settings)
-    seconds = time.perf_counter() - began
-    tokens = [out.n_tokens(model.cfg.eos_ids) for out in outs]
-    responses = [tok.decode(out.ids[:n].tolist()) for out, n in zip(outs, tokens)]
-    correct = [int(grade.is_correct(p, r)) for p, r in zip(problems, responses)]
-    return outs, tokens, responses, correct, seconds
+    done = decode_rows(model, tok, prompts, settings, batch_size, progress=settings.get("progress", False))
+    done = sorted(done, key=lambda row: row[0])
+    outs, rows = [out for _, out, _ in done], [row for *_, row in done]
+    responses = [row["response"] for row in rows]
+    correct = [int(x) for x in grade.grade_all(problems, responses)]
+    return outs, [row["tokens"] for row in rows], responses, correct, sum(row["seconds"] for row in rows)
 
 
-def measure(model, tok, problems, settings, label, batch_size=64):
-    """Decode and grade all problems under one decoding rule
-    -> a point: a dict of totals and per-problem lists.
-    """
-    outs, tokens, responses, correct, seconds = decode_and_grade(model, tok, problems, settings, batch_size)
+def warm_up(model, tok, prompts, settings, batch_size):
+    """What the clock must not see. Where there is something to compile: a batch of the shapes to come."""
+    n = batch_size if settings.get("compiled") or model.embed.weight.is_cuda else 1
+    list(decode_rows(model, tok, sorted(prompts, key=len)[-n:], settings, batch_size))
+
+
+def wall_seconds(rows):
+    """Of decoding: the ranks, a shard of rows each, decode at the same time."""
+    shards = Counter()
+    for row in rows:
+        shards[row.get("shard")] += row["seconds"]
+    return max(shards.values())
+
+
+def point_of(model, problems, rows, correct, settings, label, batch_size):
+    """One decoding rule's result: a dict of totals and per-problem lists. rows: in the order of problems."""
+    weight = model.embed.weight
+    device = torch.cuda.get_device_name() if weight.is_cuda else f"{platform.machine()} CPU"
     return dict(label=label, rule=rule_name(settings), settings=settings, ids=[p["id"] for p in problems],
-                correct=correct, tokens=tokens, nfe=[out.nfe for out in outs], responses=responses,
-                seconds=seconds)
+                correct=[int(x) for x in correct], tokens=[row["tokens"] for row in rows],
+                nfe=[row["nfe"] for row in rows], responses=[row["response"] for row in rows],
+                seconds=wall_seconds(rows), device=device, dtype=str(weight.dtype).removeprefix("torch."),
+                ms_per_forward=1000 * sum(r["seconds"] for r in rows) / sum(r["forwards"] for r in rows),
+                batch_size=batch_size, ranks=len({row.get("shard") for row in rows}))
+
+
+def measure(model, tok, problems, settings, label, batch_size=64, allow_code=False):
+    """Decode and grade all problems under one decoding rule -> a point, see point_of."""
+    prompts = [tok.prompt_ids(p["prompt"]) for p in problems]
+    rows = {i: row for i, _, row in decode_rows(model, tok, prompts, settings, batch_size)}
+    rows = [rows[i] for i in range(len(problems))]
+    correct = grade.grade_all(problems, [row["response"] for row in rows], allow_code)
+    return point_of(model, problems, rows, correct, settings, label, batch_size)
 
 
 def curve(model, tok, problems, protocol, label, batch_size=64):
@@ -130,14 +271,146 @@ def best_accuracy(curves):
     return max(accuracy(point)[0] for _, points in curves for point in points)
 
 
+# -------------------------------------------------------------- measurement that can be interrupted and split
+def join_ranks():
+    """(rank, world size): torchrun's, or (0, 1). The ranks only exchange words, so gloo does on GPUs too."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("gloo", timeout=timedelta(days=7))  # one may wait long for another's decoding
+    return rank, world
+
+
+def barrier(world):
+    if world > 1:
+        dist.barrier()
+
+
+def digest(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def checksum(files):
+    """Of the content of files, in the order of their names."""
+    total = hashlib.sha256()
+    for file in sorted(files):
+        with open(file, "rb") as f:
+            total.update(hashlib.file_digest(f, "sha256").digest())
+    return total.hexdigest()[:16]
+
+
+def made_of(args, model):
+    """The facts about a model that decide what it answers. Files of a hub id are what its revision says."""
+    folder = nt_model.checkpoint_dir(args.model, args.revision)
+    adapter = args.adapter and checksum(Path(args.adapter).glob("adapter_*"))
+    return dict(model=str(args.model), revision=model.revision,
+                weights=None if model.revision else checksum(folder.glob("*.safetensors")), adapter=adapter,
+                dtype=str(model.embed.weight.dtype).removeprefix("torch."))
+
+
+def open_folder(out, config, rank):
+    """Make the folder of a run. One that holds another run's results is refused: the fields that differ are
+    named. Rules are no part of a run: a folder may get more of them.
+    """
+    file = out / "config.json"
+    if not file.exists() and (out / "results.jsonl").exists():
+        raise UserError(f"{out} holds results already: choose another --out or remove it")
+    then = nt_model.read_json(file) if file.exists() else config
+    if then != config:
+        differ = [k for k in {**config, **then} if config.get(k) != then.get(k)]
+        raise UserError(f"{out} holds results of another run ({', '.join(differ)} differ): choose another "
+                        f"--out or remove it")
+    out.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        write_whole(file, json.dumps(config, indent=1) + "\n")
+
+
+def write_whole(file, text):
+    """Under another name, then renamed: whole or absent."""
+    file.with_suffix(".tmp").write_text(text)
+    os.replace(file.with_suffix(".tmp"), file)
+
+
+def append(file, row):
+    """One line of a .jsonl, on the disk when this returns."""
+    with open(file, "ab", buffering=0) as f:
+        f.write((json.dumps(row) + "\n").encode())
+        os.fsync(f.fileno())
+
+
+def read_rows(out, name):
+    """{id: row} of all ranks' unfinished business under this name."""
+    return {row["id"]: {**row, "shard": shard.name} for shard in sorted(out.glob(f"{name}.rank*.jsonl"))
+            for row in data.read_jsonl(shard, tolerant=True)}
+
+
+def finish_rows(model, tok, prompts, ids, out, name, settings, batch_size, streams, rank=0):
+    """Decode prompts and append a row each, under its id, to this rank's shard: a kill loses at most the rows
+    being decoded.
+    """
+    shard = out / f"{name}.rank{rank}.jsonl"
+    data.drop_torn_line(shard)
+    warm_up(model, tok, prompts, settings, batch_size)
+    for i, _, row in decode_rows(model, tok, prompts, settings, batch_size, streams, progress=rank == 0):
+        append(shard, {"id": ids[i], **row})
+
+
+def resumable_curve(model, tok, problems, protocol, label, out, config, batch_size, rank=0, world=1,
+                    allow_code=False):
+    """curve(), written to `out` as it goes: a point per line of results.jsonl, its key a hash of all that it
+    hangs on; a point that is there is not computed again. Problems are split over the ranks; rank 0 grades.
+    """
+    open_folder(out, config, rank)
+    prompts, keys = {p["id"]: tok.prompt_ids(p["prompt"]) for p in problems}, []
+    common, facts = {k: v for k, v in protocol.items() if k != "rules"}, provenance(**config)
+    for rule in tqdm(protocol["rules"], unit="rule", desc=f"evaluate {label}", disable=rank > 0):
+        settings = {**common, **rule}
+        settings.update(vars(decoding_of(settings)))  # defaults are settings too
+        keys.append(digest([config, settings]))
+        name, file = f"rows-{keys[-1]}", out / "results.jsonl"
+        done = read_rows(out, name)
+        todo = [i for i, p in enumerate(problems) if p["id"] not in done][rank::world]
+        written = file.exists() and any(p["key"] == keys[-1] for p in data.read_jsonl(file, tolerant=True))
+        barrier(world)  # all have read what there is
+        if written:
+            continue
+        ids = [problems[i]["id"] for i in todo]
+        finish_rows(model, tok, [prompts[i] for i in ids], ids, out, name, settings, batch_size, todo, rank)
+        barrier(world)
+        if rank == 0:
+            rows = read_rows(out, name)
+            rows = [rows[p["id"]] for p in problems]
+            correct = grade.grade_all(problems, [row["response"] for row in rows], allow_code, progress=True)
+            data.drop_torn_line(file)
+            append(file, {**point_of(model, problems, rows, correct, settings, label, batch_size),
+                          "key": keys[-1], "provenance": facts})
+        barrier(world)
+    for shard in out.glob("rows-*.jsonl") if rank == 0 else ():
+        if shard.name.split(".")[0][5:] in keys:
+            shard.unlink()
+    points = {p["key"]: p for p in data.read_jsonl(out / "results.jsonl", tolerant=True)}
+    return [points[key] for key in keys]
+
+
 # ---------------------------------------------------------------------------------------------------- reports
-def provenance():
+def provenance(**facts):
+    """What a number needs to be traced and made again; facts: of the model, the data, the protocol."""
     def git(*args):
         run = subprocess.run(["git", *args], capture_output=True, text=True, cwd=nt_model.HERE)
         return run.stdout.strip() if run.returncode == 0 else None
+
+    def version(package):
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return None
     return dict(command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), commit=git("rev-parse", "HEAD"),
-                torch=torch.__version__, python=platform.python_version(),
-                device=torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine())
+                dirty=bool(git("status", "--porcelain", "--untracked-files=no")),
+                torch=torch.__version__, transformers=version("transformers"), lm_eval=version("lm_eval"),
+                python=platform.python_version(),
+                device=torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+                **facts)
 
 
 def report(curves, out):
@@ -152,27 +425,37 @@ def report(curves, out):
 def write_results(curves, out):
     """results.jsonl, a line per point: written under another name and renamed, so whole or absent."""
     out.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({**point, "provenance": provenance()}) for _, points in curves for point in points]
-    (out / "results.jsonl.tmp").write_text("\n".join(lines) + "\n")
-    os.replace(out / "results.jsonl.tmp", out / "results.jsonl")
+    facts = provenance()
+    lines = [json.dumps({**point, "provenance": facts}) for _, points in curves for point in points]
+    write_whole(out / "results.jsonl", "\n".join(lines) + "\n")
 
 
-def table(curves):
-    y_max = best_accuracy(curves)
-    lines = [f"{'model':<10} {'decoding rule':<16} {'accuracy %':>13} "
-             f"{'TPF':>6} {'forwards':>9} {'ms/sample':>10}"]
+def area_of(points, y_max):
+    """AUP of a curve's points, without the warning; NaN where nobody solves anything."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return aup([(tpf(p), accuracy(p)[0]) for p in points], y_max) if y_max > 0 else math.nan
+
+
+def table(curves, y_max=None):
+    """curves: [(label, points), ...]; y_max in percent [the best accuracy among them] -> text."""
+    y_max = best_accuracy(curves) if y_max is None else y_max
+    lines = [f"{'model':<10} {'decoding rule':<22} {'accuracy %':>13} {'TPF':>6} {'forwards':>9} "
+             f"{'tok/s':>8} {'s/sample':>9} {'ms/forward':>10}"]
     for label, points in curves:
         for p in points:
             acc, se = accuracy(p)
-            n = len(p["correct"])
-            lines.append(f"{label:<10} {p['rule']:<16} {acc:6.1f} +- {se:3.1f} {tpf(p):6.2f} "
-                         f"{np.mean(p['nfe']):9.1f} {1000 * p['seconds'] / n:10.1f}")
+            lines.append(f"{label:<10} {p['rule']:<22} {acc:6.1f} +- {se:3.1f} {tpf(p):6.2f} "
+                         f"{np.mean(p['nfe']):9.1f} {sum(p['tokens']) / p['seconds']:8.1f} "
+                         f"{p['seconds'] / len(p['correct']):9.4f} {p.get('ms_per_forward', math.nan):10.2f}")
     for label, points in curves:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            area = aup([(tpf(p), accuracy(p)[0]) for p in points], y_max)
-        lines.append(f"AUP {label}: {area:.1f}   (y_max {y_max:.1f}, {len(points[0]['correct'])} problems)")
-    return "\n".join(lines)
+        lines.append(f"AUP {label}: {area_of(points, y_max):.1f}   "
+                     f"(y_max {y_max:.1f}, {len(points[0]['correct'])} problems)")
+    where = sorted({f"{p['device']}, {p['dtype']}, batch {p['batch_size']}"
+                    + (f" on each of {p['ranks']} ranks" if p["ranks"] > 1 else "")
+                    + f", up to {p['settings'].get('gen_len', 256)} tokens"
+                    for _, points in curves for p in points if "device" in p})
+    return "\n".join(lines + [f"speed: {place}" for place in where])
 
 
 def plot(curves, path, title="accuracy against parallelism"):
@@ -370,13 +653,14 @@ def summarize(points, y_max, pick=slice(None)):
     return np.array(list(row.values()), dtype=float)
 
 
-def compare(runs, base, control, n_boot=1000, seed=0):
+def compare(runs, base, control, n_boot=1000, seed=0, y_max=None):
     """Table of every label's mean over runs and, paired, its ratio to base and difference from control.
 
     Intervals are 95% bootstrap percentiles, in the table half their width. A replicate draws problems (the
     same for every model) and, for models with several runs, run numbers (the same for every such model).
     """
-    y_max = best_accuracy([(None, filter(on_curve, points)) for rs in runs.values() for points in rs])
+    y_max = y_max or best_accuracy([(None, filter(on_curve, points))
+                                    for rs in runs.values() for points in rs])
     sets = {tuple(points[0]["ids"]) for rs in runs.values() for points in rs}
     draws = {label: [] for label in runs}
     for b in tqdm(range(n_boot + 1), unit="replicate", desc="bootstrap"):
@@ -426,7 +710,7 @@ def pooled(rs):
             for i, p in enumerate(rs[0]) if on_curve(p)]
 
 
-def report_comparison(folders, base, control, out):
+def report_comparison(folders, base, control, out, y_max=None):
     """Print the table of several result folders, write compare.md and compare.png into `out`. A label with a
     colon ("TAD: near only") is an ablation: in the table, not in the picture.
     """
@@ -434,57 +718,358 @@ def report_comparison(folders, base, control, out):
     if base not in runs:
         raise UserError(f"no run is labelled {base!r} (--base): there are {', '.join(runs)}")
     out.mkdir(parents=True, exist_ok=True)
-    text = compare(runs, base, control)
+    text = compare(runs, base, control, y_max=y_max)
     (out / "compare.md").write_text(text + "\n")
     plot([(label, pooled(rs)) for label, rs in runs.items() if ":" not in label], out / "compare.png")
     print(f"{text}\nwritten: {out / 'compare.md'}, {out / 'compare.png'}")
 
 
-def main():
+# ----------------------------------------------------------------------- published numbers, for the same task
+def published(task, family):
+    """The papers' rows for a benchmark and a model family -> [{method, model, source, setting, made_by, and
+    acc, tpf, aup, tok_s where the table has them}]. They are from published.json, nothing in it was run here.
+    """
+    rows = []
+    for t in nt_model.read_json(nt_model.HERE / "published.json"):
+        at = [(i, c.split()[1]) for i, c in enumerate(t["columns"], 1) if c.split()[0] == task]
+        if t["family"] == family and at:
+            rows += [dict(method=row[0], **{k: t[k] for k in ("model", "source", "setting", "made_by")},
+                          **{value: row[i] for i, value in at if row[i] is not None}) for row in t["rows"]]
+    return rows
+
+
+def published_text(task, family, protocol, made_with):
+    """The rows to stand beside a run of this protocol made with own | lm_eval; "" if none."""
+    rows = [r for r in published(known_task(task), family) if "acc" in r]
+    if not rows:
+        return ""
+    lines = [f"published, not run here ({known_task(task)}):",
+             f"{'method':<40} {'accuracy %':>10} {'TPF':>6} {'AUP':>6} {'tok/s':>7}  model, source"]
+    for r in rows:
+        cells = [f"{r[k]:.{d}f}" if k in r else "-"
+                 for k, d in (("acc", 2), ("tpf", 2), ("aup", 1), ("tok_s", 1))]
+        lines.append("{:<40} {:>10} {:>6} {:>6} {:>7}".format(r["method"], *cells)
+                     + f"  {r['model']}, {r['source']}")
+    for *made_by, source, setting in dict.fromkeys((*r["made_by"], r["source"], r["setting"]) for r in rows):
+        same = "the same protocol" if made_by == [protocol, made_with] else "not the same protocol"
+        lines.append(f"{same} as this run's ({protocol}, {made_with}): {source}: {setting}")
+    return "\n".join(lines)
+
+
+def contamination(task):
+    """A warning where a benchmark and training data overlap, else ""."""
+    if known_task(task) != "math":
+        return ""
+    return ("warning: PRM12K, which TAD and TABOM train on, holds 4,500 of MATH's test problems: a model "
+            "trained on it has seen them. Report math500 (lm_eval: minerva_math500), which is disjoint")
+
+
+def print_beside(tasks, family, protocol, made_with):
+    """What belongs beside a run's numbers."""
+    for task in tasks:
+        for text in (contamination(task), published_text(task, family, protocol, made_with)):
+            if text:
+                print(text)
+
+
+# ---------------------------------------------------------------------------------------------------- lm_eval
+def harness():
+    """The package lm_eval, an optional extra."""
+    try:
+        import lm_eval.api.model
+        import lm_eval.tasks
+        import lm_eval.utils
+    except ImportError:
+        raise UserError("this needs lm_eval: pip install 'nanotraj[eval]'") from None
+    return lm_eval
+
+
+class Rendered(str):
+    """A chat as lm_eval passes it on: its text, and the pieces that say which special tokens in it are real.
+    Everything else that looks like one is text.
+    """
+    pieces = ()
+
+
+def render(chat, turns, answer=""):
+    """[(role, text), ...] in a family's template -> Rendered. answer: how the reply already begins."""
+    if chat.system and turns[0][0] != "system":
+        turns = [("system", chat.system), *turns]
+    if len(turns) > 1 and "{role}" not in chat.turn:
+        raise UserError("the tiny model's template has a single turn: use --no-fewshot_as_multiturn, and no "
+                        "system text")
+    pieces = data.turn_pieces(chat, turns)
+    if answer:
+        last, special = pieces[-1]
+        pieces = [*pieces[:-1], (last + answer, False)] if not special else [*pieces, (answer, False)]
+    text = Rendered("".join(piece for piece, _ in pieces))
+    text.pieces = pieces
+    return text
+
+
+def context_id(context):
+    return hashlib.sha256(context.encode()).hexdigest()
+
+
+def cut(text, until):
+    """The text before the first of the stop strings."""
+    stops = [until] if isinstance(until, str) else until or []
+    return text[:min((text.find(stop) for stop in stops if stop and stop in text), default=len(text))]
+
+
+def lm(model, tok, settings, batch_size=32, out=None, rank=0, world=1):
+    """The model as an lm_eval LM for generative tasks: simple_evaluate(model=lm(...), tasks=[...]).
+
+    settings: of a protocol and a rule; they win over what a task asks for (lm.asked: max_gen_toks ...).
+    out: folder that finished responses are kept in, so that the same call continues; needed by several ranks.
+    lm.rows: {context_id-repeat: row}, see decode_rows.
+
+    Under torchrun every rank sees all requests, as lm_eval's rank 0 of 1, and decodes its share of them: were
+    lm_eval to split the documents itself, their random few-shots would hang on the number of ranks.
+    """
+    LM = harness().api.model.LM
+
+    class MaskedDiffusion(LM):
+        tokenizer_name = f"nanotraj-{model.cfg.family}"
+
+        def __init__(self):
+            super().__init__()
+            self.rows, self.chats, self.asked = {}, False, set()
+
+        def apply_chat_template(self, chat_history, add_generation_prompt=True):
+            self.chats = True
+            turns = [(m["role"], m["content"]) for m in chat_history]
+            return render(tok.chat, *((turns,) if add_generation_prompt else (turns[:-1], turns[-1][1])))
+
+        def prompt_ids(self, context):
+            if self.chats and not isinstance(context, Rendered):
+                raise UserError(f"a task changed its rendered chat, so that its special tokens are lost: "
+                                f"{context[-60:]!r}; run it without --apply_chat_template")
+            return tok.ids_of(context.pieces if self.chats else [(context, False)])
+
+        def generate_until(self, requests):
+            ids, seen = [], Counter()
+            for r in requests:
+                context = context_id(r.args[0])  # a prompt that comes again is decoded again only if sampled
+                ids.append(f"{context}-{seen[context] if settings.get('temperature') else 0}")
+                seen[context] += 1
+                self.asked |= {f"{k} {r.args[1][k]}" for k in ("max_gen_toks", "temperature", "top_p")
+                               if r.args[1].get(k)}
+            done = read_rows(out, "responses") if out else {}
+            todo = {i: r.args[0] for i, r in zip(ids, requests) if i not in done}
+            mine = list(todo)[rank::world]
+            prompts = [self.prompt_ids(todo[i]) for i in mine]
+            streams = [int(i[:8], 16) + int(i.split("-")[1]) for i in mine]  # the same on any rank
+            barrier(world)  # all have read what there is
+            if out:
+                finish_rows(model, tok, prompts, mine, out, "responses", settings, batch_size, streams, rank)
+                barrier(world)
+                done = read_rows(out, "responses")
+            else:
+                rows = decode_rows(model, tok, prompts, settings, batch_size, streams, progress=True)
+                done = {mine[i]: row for i, _, row in rows}
+            self.rows.update((i, done[i]) for i in ids)
+            return [cut(self.rows[i]["response"], r.args[1].get("until")) for i, r in zip(ids, requests)]
+
+        def loglikelihood(self, requests):
+            raise UserError("a masked diffusion model has no exact log-likelihoods: choose generative tasks "
+                            "(output_type generate_until)")
+
+        loglikelihood_rolling = loglikelihood
+
+    return MaskedDiffusion()
+
+
+def load_tasks(names, include_path, allow_code):
+    """Names of lm_eval's tasks, groups or tags, or YAML files -> its tasks, and its manager."""
+    own = all(map(os.path.isfile, names))  # then its thousands need not be read
+    manager = harness().tasks.TaskManager(include_path=include_path, include_defaults=not own)
+    unknown = [n for n in names if n not in manager.all_tasks and not os.path.isfile(n)]
+    if unknown:
+        raise UserError(f"lm_eval has no task {', '.join(unknown)}: `lm_eval ls tasks` lists them, "
+                        f"--include_path adds a directory of your own")
+    try:
+        loaded = manager.load(names)
+    except Exception as e:  # a hub that cannot be reached, a package the task needs, a broken YAML
+        why = next((line.strip() for line in str(e).splitlines() if re.search(r"\w", line)), "no message")
+        raise UserError(f"lm_eval cannot load {', '.join(names)} ({type(e).__name__}: {why})") from None
+    for name, task in loaded["tasks"].items():
+        if task.OUTPUT_TYPE != "generate_until":
+            raise UserError(f"task {name} asks for {task.OUTPUT_TYPE}, not for text: a masked diffusion "
+                            f"model has no exact log-likelihoods")
+        if getattr(task, "UNSAFE_CODE", False) and not allow_code:
+            raise UserError(f"task {name} runs the model's code, in this process: `eval.py curve --task "
+                            f"humaneval` contains it; --allow_code_execution insists")
+    groups = [g for name, g in loaded["groups"].items() if name in names]
+    inside = {name for g in groups for name in (t.task_name for t in g.get_all_tasks())}
+    return groups + [t for name, t in loaded["tasks"].items() if name not in inside], manager
+
+
+def evaluate_tasks(args, model, tok, protocol, label, config, rank, world):
+    """`eval.py lm_eval`: -> lm_eval.json and samples-<task>.jsonl in the folder, and the scores in print."""
+    out = Path(args.out or f"out/lm_eval-{label}-{'-'.join(Path(t).stem for t in args.tasks)[:60]}")
+    tasks, manager = load_tasks(args.tasks, args.include_path, args.allow_code_execution)
+    open_folder(out, config, rank)
+    settings = {**protocol, **protocol["rules"][0]}
+    bridge = lm(model.eval(), tok, settings, args.batch_size, out, rank, world)
+    results = harness().simple_evaluate(
+        model=bridge, tasks=tasks, task_manager=manager, num_fewshot=args.num_fewshot, limit=args.limit,
+        apply_chat_template=args.apply_chat_template, system_instruction=args.system_instruction,
+        fewshot_as_multiturn=args.fewshot_as_multiturn, confirm_run_unsafe_code=args.allow_code_execution)
+    if rank > 0:
+        return
+    samples, _ = results.pop("samples"), results.pop("pretty_env_info", None)
+    for name, rows in samples.items():
+        for row in rows:
+            first = bridge.rows[context_id(row["arguments"][0][0]) + "-0"]
+            row["tokens"], row["nfe"] = first["tokens"], first["nfe"]
+        rows.sort(key=lambda row: (row["doc_id"], row["filter"]))
+        lines = [json.dumps(row, default=str) + "\n" for row in rows]
+        write_whole(out / f"samples-{name}.jsonl", "".join(lines))
+    tokens, nfe = (sum(row[k] for row in bridge.rows.values()) for k in ("tokens", "nfe"))
+    seconds = wall_seconds(bridge.rows.values())
+    speed = dict(tokens=tokens, nfe=nfe, tpf=tokens / nfe, seconds=seconds, tok_per_s=tokens / seconds)
+    facts = provenance(**config)
+    write_whole(out / "lm_eval.json",
+                json.dumps(dict(results, speed=speed, provenance=facts), indent=1, default=str) + "\n")
+    print(harness().utils.make_table(results))
+    print(f"{rule_name(settings)}: TPF {tokens / nfe:.2f}, {tokens / seconds:.1f} tok/s over "
+          f"{len(bridge.rows)} prompts (batch {args.batch_size}, {world} rank(s), up to "
+          f"{settings['gen_len']} tokens)")
+    if bridge.asked:
+        print(f"the tasks ask for {', '.join(sorted(bridge.asked))}; the protocol decides: gen_len "
+              f"{settings['gen_len']}, temperature {settings.get('temperature', 0.0)}")
+    print_beside(list(samples), model.cfg.family, args.protocol, "lm_eval")
+    print(f"written: {out / 'lm_eval.json'}, {out / 'samples-*.jsonl'}")
+
+
+# ----------------------------------------------------------------------------------------------- command line
+def print_protocols():
+    """Every protocol, for each family and task that it tells apart."""
+    def show(name, entry, indent="  "):
+        inner = {k: entry[k] for k in ("family", "task") if k in entry}
+        fixed = {k: v for k, v in entry.items() if k not in ("rules", *inner)}
+        print(f"{indent}{name}: " + " ".join(f"{k}={v}" for k, v in fixed.items()))
+        for i, rule in enumerate(entry.get("rules", [])):
+            print(f"{indent}    point {i}: " + " ".join(f"{k}={v}" for k, v in rule.items()))
+        for options in inner.values():
+            for key, value in options.items():
+                show(key, value, indent + "  ")
+    print("settings of sample.Decoding (python sample.py --help explains them); point 0 is the paper's own")
+    for name, entry in PROTOCOLS.items():
+        show(name, entry)
+
+
+def parser():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sub = ap.add_subparsers(dest="what", required=True)
+    sub.add_parser("protocols", help="print the decoding settings behind --protocol")
     c = sub.add_parser("curve", help="accuracy and TPF of one model over the rules of a protocol")
-    c.add_argument("--protocol", default="tiny", choices=list(PROTOCOLS))
-    c.add_argument("--cache", choices=["none", "prefix", "dual"], help="instead of the protocol's")
-    c.add_argument("--label", help="name in tables and plots; default: base, or the run's directory")
-    c.add_argument("--out", help="directory of results.jsonl and curve.png [out/eval-<label>-<split>-<n>]")
+    c.add_argument("--y_max", type=float, help="of AUP, percent [the best accuracy of this curve]")
+    e = sub.add_parser("lm_eval", help="tasks of lm_eval (extra `eval`), with the first rule of a protocol")
+    e.add_argument("--tasks", required=True, type=lambda s: s.split(","),
+                   help="lm_eval's names or YAML files, with commas")
+    e.add_argument("--include_path", help="directory with task YAMLs of your own")
+    e.add_argument("--num_fewshot", type=int, help="instead of the task's")
+    e.add_argument("--limit", type=int, help="only the first problems of each task")
+    e.add_argument("--apply_chat_template", action="store_true", help="one chat per problem, not plain text")
+    e.add_argument("--fewshot_as_multiturn", action=argparse.BooleanOptionalAction, default=True,
+                   help="with a chat template: few-shots are turns of their own [yes]")
+    e.add_argument("--system_instruction", help="system text")
+    for p in (c, e):
+        p.add_argument("--protocol", choices=list(PROTOCOLS), help="[tiny for the tiny model, or thresholds]")
+        p.add_argument("--points", type=int, nargs="+",
+                       help="which points of the protocol, from 0 [curve: all; lm_eval: 0]")
+        p.add_argument("--thresholds", type=float, nargs="+", help="the points, instead of the protocol's")
+        p.add_argument("--cache", choices=["none", "prefix", "dual", "vicinity", "exact"],
+                       help="instead of the protocol's")
+        p.add_argument("--seed", type=int, default=0, help="of sampling, where the temperature is not 0 [0]")
+        p.add_argument("--label", help="name in tables and plots; default: base, or the run's directory")
+        p.add_argument("--out", help="directory of the results [out/eval-... or out/lm_eval-...]")
+        p.add_argument("--allow_code_execution", action="store_true",
+                       help="run the programs that the model writes (README: what contains them)")
     t = sub.add_parser("nll", help="an AR teacher's NLL of what each forward has revealed (TRIMS Fig. 7)")
     t.add_argument("--teacher", default="tiny-ar", help="hub id or directory of a causal LM")
     t.add_argument("--out", default="out", help="directory of trajectory_nll.png")
     k = sub.add_parser("caches", help="what each cache costs against cache none, at one threshold")
     k.add_argument("--threshold", type=float, default=0.9, help="confidence; above 1: one token per forward")
     for p in (c, k, t):
+        p.add_argument("--task", default="tiny", help="tiny, gsm8k, math500, humaneval, mbpp (data.py list "
+                       "has all), or a .jsonl with prompt and answer [tiny]")
+        p.add_argument("--split", default="test", choices=["train", "dev", "test"], help="of the task [test]")
+        p.add_argument("--n", "--n_problems", type=int,  # torchrun takes --n for one of its own options
+                       help="number of problems [500 of tiny, else all]")
+    for p in (c, e, k, t):
         p.add_argument("--model", default="tiny", help="preset name, hub id or directory")
         p.add_argument("--revision", help="commit, branch or tag of a hub id")
         p.add_argument("--adapter", help="directory of a LoRA adapter")
-        p.add_argument("--task", default="tiny", help="tiny, or a .jsonl with prompt and answer")
-        p.add_argument("--split", default="test", choices=["dev", "test"], help="of the tiny task")
-        p.add_argument("--n", type=int, default=500, help="number of problems")
         p.add_argument("--gen_len", type=int, help="response length, instead of the protocol's")
         p.add_argument("--block_len", type=int, help="block size, instead of the protocol's")
-        p.add_argument("--batch_size", type=int, default=64)
+        p.add_argument("--batch_size", type=int, default=64, help="problems decoded at once, per rank [64]")
     m = sub.add_parser("compare", help="one table and one picture over several results folders")
     m.add_argument("folders", nargs="+")
     m.add_argument("--base", default="base", help="label the AUP ratios refer to")
     m.add_argument("--control", default="SFT", help="label the differences refer to")
+    m.add_argument("--y_max", type=float, help="of AUP, percent [the best accuracy of all of them]")
     m.add_argument("--out", default="out/compare")
-    args = ap.parse_args()
+    return ap
+
+
+def evaluate_curve(args, model, tok, problems, protocol, label, config, rank, world):
+    """`eval.py curve`: -> results.jsonl, summary.json and curve.png in the folder, and the table in print."""
+    task = re.sub(r"\W+", "-", Path(re.split("[=:]", args.task)[0]).stem)
+    out = Path(args.out or f"out/eval-{label}-{task}-{args.split}-{len(problems)}")
+    points = resumable_curve(model, tok, problems, protocol, label, out, config, args.batch_size, rank, world,
+                             args.allow_code_execution)
+    if rank > 0:
+        return
+    y_max = args.y_max or best_accuracy([(label, points)])
+    print(table([(label, points)], y_max))
+    plot([(label, points)], out / "curve.png")
+    rows = [dict(rule=p["rule"], acc=accuracy(p)[0], se=accuracy(p)[1], tpf=tpf(p),
+                 nfe=float(np.mean(p["nfe"])), tok_per_s=sum(p["tokens"]) / p["seconds"],
+                 s_per_sample=p["seconds"] / len(problems), ms_per_forward=p["ms_per_forward"])
+            for p in points]
+    area = area_of(points, y_max)
+    write_whole(out / "summary.json", json.dumps(dict(
+        label=label, task=args.task, protocol=args.protocol, n=len(problems), y_max=y_max, alpha=3.0,
+        y_max_from="--y_max" if args.y_max else "the best of these points",
+        aup=None if math.isnan(area) else area, points=rows), indent=1) + "\n")
+    print_beside([args.task], model.cfg.family, args.protocol, "own")
+    print(f"written: {out / 'results.jsonl'}, {out / 'summary.json'}, {out / 'curve.png'}")
+
+
+def main():
+    args = parser().parse_args()
+    if args.what == "protocols":
+        return print_protocols()
     if args.what == "compare":
-        return report_comparison(args.folders, args.base, args.control, args.out)
-    if args.n < 1:
-        raise UserError(f"--n is {args.n}: at least one problem is needed")
-    own = {k: getattr(args, k) for k in ("cache", "gen_len", "block_len") if getattr(args, k, None)}
-    if args.what == "curve":
+        return report_comparison(args.folders, args.base, args.control, args.out, args.y_max)
+    for name in ("n", "batch_size", "limit", "y_max"):
+        if getattr(args, name, None) is not None and getattr(args, name) <= 0:
+            raise UserError(f"--{name} is {getattr(args, name)}: it must be above 0")
+    own = {k: getattr(args, k) for k in ("cache", "gen_len", "block_len", "seed")
+           if getattr(args, k, None) is not None}
+    family = nt_model.family_of(args.model, args.revision)
+    if args.what in ("curve", "lm_eval"):
+        args.protocol = args.protocol or ("tiny" if family == "tiny" else "thresholds")
+        tasks = [args.task] if args.what == "curve" else args.tasks
+        protocol, *others = (protocol_of(args.protocol, family, task, **own) for task in tasks)
+        if any(other != protocol for other in others):
+            raise UserError(f"protocol {args.protocol} differs between these tasks: run them one at a time")
+        protocol["rules"] = choose_rules(protocol["rules"], args)
         trained = Path(args.adapter or args.model).resolve()  # out/RUN/adapter or out/RUN/model
         label = args.label or (trained.parent.name if trained.is_dir() else "base")
-        out = Path(args.out or f"out/eval-{label}-{args.split}-{args.n}")
-        if (out / "results.jsonl").exists():
-            raise UserError(f"{out} holds results already: choose another --out or remove it")
+    if args.what != "lm_eval":
+        problems = data.load_problems(args.task, args.split, args.n or (500 if args.task == "tiny" else None))
+        check_problems(problems, args)
+    elif len(args.points or args.thresholds or [0]) > 1:
+        raise UserError("lm_eval takes one point at a time: a single --points or --thresholds")
+    rank, world = join_ranks()
     model = nt_model.load(args.model, *nt_model.default_device(), args.revision)
     tok = data.load_tokenizer(args.model, args.revision)
     if args.adapter:
         lora.load(model, args.adapter)
-    problems = data.load_problems(args.task, args.split, args.n)
     if args.what == "nll":
         teacher = nt_model.load_teacher(args.teacher, *nt_model.default_device())
         settings = {**data.TINY_DECODING, **own}
@@ -495,8 +1080,35 @@ def main():
         rule = dict(data.TINY_DECODING, policy="threshold", threshold=args.threshold, **own)
         print(compare_caches(model, tok, problems, rule, args.batch_size))
         return
-    protocol = {**PROTOCOLS[args.protocol], **own}
-    report([(label, curve(model, tok, problems, protocol, label, args.batch_size))], out)
+    config = dict(made_of(args, model), protocol=args.protocol, batch_size=args.batch_size, label=label)
+    if args.what == "curve":
+        config.update(task=args.task, problems=digest(problems), grader=checksum([grade.__file__]), **own)
+        return evaluate_curve(args, model, tok, problems, protocol, label, config, rank, world)
+    first = decoding_of({**protocol, **protocol["rules"][0]})
+    config.update(chat=args.apply_chat_template, decoding=vars(first))
+    evaluate_tasks(args, model, tok, protocol, label, config, rank, world)
+
+
+def choose_rules(rules, args):
+    """--points, --thresholds: which points of a protocol."""
+    if args.points:
+        if not all(0 <= i < len(rules) for i in args.points):
+            raise UserError(f"--points {args.points}: protocol {args.protocol} has 0 to {len(rules) - 1}")
+        rules = [rules[i] for i in args.points]
+    if args.thresholds:
+        takes = [rule for rule in rules if "threshold" in rule]
+        if not takes:
+            raise UserError(f"--thresholds: no point of protocol {args.protocol} has one")
+        rules = [{**takes[0], "threshold": t} for t in args.thresholds]
+    return rules
+
+
+def check_problems(problems, args):
+    """Before anything is loaded or decoded."""
+    if not problems:
+        raise UserError(f"{args.task} has no problem to evaluate")
+    for p in problems if args.what == "curve" else ():
+        grade.check(p, args.allow_code_execution)
 
 
 if __name__ == "__main__":

