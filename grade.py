@@ -258,7 +258,7 @@ def tests_of(problem):
 # A pass is a random word that the child process says after the last test, and exit code 0. The program and
 # its tests are one code object, which ends by itself or by an exception. While it runs the word is nowhere
 # but on the value stack of a suspended expression (see `run`): not in a file, the environment, the arguments,
-# a descriptor, a module or a frame's variables; an audit hook shuts gc, the tracers and calls through ctypes.
+# a descriptor, a module or a frame's variables; an audit hook shuts out tracers and calls through ctypes.
 # What no check in the same process can stop: a program that changes what the tests use (an object equal to
 # everything, a patched math.isclose), that reads the tests and returns what they expect, or that reads raw
 # memory (ctypes' pointers, numpy's as_strided, hand-made byte code).
@@ -371,10 +371,9 @@ def watch(pid, timeout):
     return TIMED_OUT if late else code if code >= 0 else 128 - code
 
 
-def shut(event, args, error=RuntimeError, doors=("ctypes.", "gc.get", "sys._current", "sys.settrace",
-                                                 "sys.setprofile", "sys.monitoring")):
-    """The audit hook, which Python code cannot take off. It uses no name that a program can change; dlopen
-    is all that importing ctypes needs.
+def shut(event, args, error=RuntimeError, doors=("ctypes.", "sys.settrace")):
+    """The audit hook, which Python code cannot take off and whose names it cannot change. A tracer could jump
+    over tests; of ctypes only dlopen is open, which importing it needs (pandas does).
     """
     if event.startswith(doors) and event != "ctypes.dlopen":
         raise error(f"{event} is not for a graded program")
@@ -397,7 +396,7 @@ def run(programs, tests, said):
         leave, write, execute = os._exit, os.write, exec
         sys.addaudithook(shut)
         # Everything is looked up before the program starts, the word as well: it waits on the value stack,
-        # which no Python code can see, until `execute` gives None and word[None:] is said.
+        # which neither frames nor gc show, until `execute` gives None and word[None:] is said.
         leave(write(said, take(WORD)[execute(code, scope):]) - WORD)
     except BaseException as e:  # the word is gone with the expression
         os.write(said, f"{type(e).__name__}: {e}".encode(errors="replace"))
@@ -405,7 +404,7 @@ def run(programs, tests, said):
         os._exit(1)
 
 
-# ---------------------------------------------------------- code: how the child contains itself (mostly Linux)
+# --------------------------------------------------------- code: how the child contains itself (mostly Linux)
 LINUX = sys.platform == "linux"
 NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 

@@ -20,7 +20,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import grade  # noqa: E402
 
-SOLVES_NOTHING, TESTS = "def f():\n    return 2\n", "assert f() == 1"
+SOLVES_NOTHING, TESTS = "def f():\n    return 2\n", "assert f() == 1\nassert callable(f)"
+JUMP = """
+import sys
+def trace(frame, event, arg):
+    if event == "line" and frame.f_lineno > HERE:  # the first test: go on with the second
+        frame.f_lineno += 1
+        sys.settrace(None)
+        frame.f_trace = None
+    return trace
+HERE = sys._getframe().f_lineno + 3
+sys._getframe().f_trace = trace
+sys.settrace(trace)
+"""
 FORGE = """
 import gc, os, re, sys, types
 WORD = "(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])"
@@ -75,8 +87,9 @@ ATTACKS = {
     "sleep": ("import time; time.sleep(60)", SLOW),
     "2 GB of memory": ("x = bytearray(2 << 30)", r"MemoryError"),
     "fork bomb": ("import os\nwhile True: os.fork()", DENIED),
-    "thread bomb": ("import threading, time\nwhile True:\n    threading.Thread(target=time.sleep, args=(9,)).start()",
-                    r"can't start new thread"),
+    "thread bomb": (
+        "import threading, time\nwhile True:\n    threading.Thread(target=time.sleep, args=(9,)).start()",
+        r"can't start new thread"),
     "sys.exit(0)": ("import sys; sys.exit(0)", r"SystemExit: 0"),
     "os._exit(0)": ("import os; os._exit(0)", ENDED),
     "prints PASS": ("import sys\nprint('PASS'); sys.stdout.flush(); raise SystemExit(0)", r"SystemExit"),
@@ -103,25 +116,37 @@ walk(list(frames()), 6, set(), texts)
 walk(dict(sys.modules), 5, set(), texts)
 forge(texts)""", ENDED),
     "word from gc": (FORGE + """
-texts = []
+texts = [x for x in gc.get_objects() if isinstance(x, bytes)]
 walk([gc.get_referents(frame) for frame in frames()], 3, set(), texts)
-forge(texts)""", r"gc.get_referents is not for"),
-    "word from gc, the hook attacked first": (FORGE + """
-import builtins
+walk(gc.get_referrers(*frames()), 3, set(), texts)
+forge(texts)""", ENDED),
+    "changes the variables of waiting frames": (FORGE + """
+for frame in list(frames())[1:]:
+    for names in (frame.f_locals, frame.f_globals):
+        for name in list(names):
+            try:
+                names[name] = lambda *a, **k: None
+            except Exception:
+                pass
+""", r"exit code 1|AssertionError"),
+    "word from other threads' frames": (FORGE + """
+texts = []
+walk(sys._current_frames(), 6, set(), texts)
+forge(texts)""", ENDED),
+    "jumps over tests with a tracer": (JUMP, r"settrace is not for"),
+    "jumps, the audit hook attacked first": ("""
+import builtins, sys
 builtins.RuntimeError = builtins.str = builtins.tuple = lambda *a: None
-for call in (gc.get_objects, gc.get_referrers, gc.get_referents):
-    try:
-        found = call(*frames()) if call is not gc.get_objects else call()
-        texts = []
-        walk(found, 3, set(), texts)
-        forge(texts)
-    except BaseException as e:
-        hook = e.__traceback__.tb_next.tb_frame if e.__traceback__.tb_next else None
-        hook and hook.f_globals.update(shut=None)
-gc.get_referents(sys._getframe())""", r"gc.get_referents is not for"),
-    "word from other threads' frames": (FORGE + "walk(sys._current_frames(), 6, set(), [])",
-                                        r"_current_frames is not for"),
-    "jumps over the tests by a trace": ("import sys\nsys.settrace(lambda *a: None)", r"settrace is not for"),
+try:
+    sys.settrace(print)
+except BaseException as e:
+    for frame in (e.__traceback__.tb_frame, e.__traceback__.tb_next.tb_frame):
+        for names in (frame.f_globals, frame.f_locals):
+            try:
+                names.update(shut=None, doors=(), error=None)
+            except Exception:
+                pass
+""" + JUMP, r"settrace is not for"),
     "calls C through ctypes": ("import ctypes\nctypes.CDLL(None).getpid()\nctypes.pythonapi.Py_Exit(0)",
                                r"ctypes\.\S+ is not for"),
     "kills its parent and group": (
@@ -141,19 +166,18 @@ gc.get_referents(sys._getframe())""", r"gc.get_referents is not for"),
                           DENIED + "|unreachable|refused"),
     "UDP to a listener": ("import socket\nsocket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', "
                           "('127.0.0.1', PORT))", DENIED + "|unreachable"),
-    "Unix socket": ("import socket\ns = socket.socket(socket.AF_UNIX)\ns.connect('VICTIM/socket')\ns.send(b'x')",
-                    DENIED),
+    "Unix socket": ("import socket\nsocket.socket(socket.AF_UNIX).connect('VICTIM/socket')", DENIED),
     "deep recursion": (
         "import sys\nsys.setrecursionlimit(10**9)\ndef g(): return max([1], key=lambda _: g())\ng()",
         r"RecursionError|MemoryError|exit code 139"),
     "daemon (two forks, setsid)": (
-        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(60)\n"
-        "    os._exit(0)\nos._exit(0)", DENIED),
+        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n"
+        "        time.sleep(60)\n    os._exit(0)\nos._exit(0)", DENIED),
     "starts a shell": ("import subprocess\nsubprocess.run(['/bin/sh', '-c', 'echo > VICTIM/mark'])", DENIED),
     "becomes another program": ("import os\nos.execv('/bin/true', ['true'])", DENIED),
     "atexit": ("import atexit, os\natexit.register(os._exit, 0)\nraise SystemExit(0)", r"SystemExit"),
-    "excepthook leaves with 0": ("import os, sys\nsys.excepthook = sys.unraisablehook = lambda *a: os._exit(0)",
-                                 r"AssertionError"),
+    "excepthook leaves with 0": (
+        "import os, sys\nsys.excepthook = sys.unraisablehook = lambda *a: os._exit(0)", r"AssertionError"),
     "patches builtins, os, sys": ("""
 import builtins, os, sys
 for name in ("print", "exec", "compile", "AssertionError", "BaseException", "Exception", "type", "id"):
@@ -175,7 +199,8 @@ import sys, types
 sys.modules["__main__"] = sys.modules["solution"] = sys.modules["builtins"] = types.ModuleType("x")
 globals()["__builtins__"] = {"f": lambda: 1}
 """, r"AssertionError"),
-    "raises its limits": ("import resource as r\nr.setrlimit(r.RLIMIT_AS, (-1, -1))", r"ValueError|" + DENIED),
+    "raises its limits": ("import resource as r\nr.setrlimit(r.RLIMIT_AS, (-1, -1))",
+                          r"ValueError|" + DENIED),
 }
 
 # What the runner does not and cannot stop, as README says: these do pass.

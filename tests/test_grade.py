@@ -261,8 +261,10 @@ def test_no_tests_no_pass():
     assert not grade.run_program("def f():\n    return 1", "    assert f() == 2").passed  # not f's last line
 
 
+FORGERIES = [n for n in attacks.ATTACKS if n.startswith(("word", "writes PASS", "sys.exit", "os._exit", "jumps"))]
 NO_LANDLOCK, NO_SECCOMP = ("LINUX and landlock()", "False"), ("LINUX and forbid_syscalls()", "False")
 NO_NAMESPACES, ROOT_STAYS = ('= enter_namespaces()', "= False"), ("= drop_root()", "= False")
+NO_HOOK = ("sys.addaudithook(shut)", "pass")
 NO_FORK_LIMIT = ("CORE=0, NPROC=0", "CORE=0")
 SAYS = "leave(write(said, take(WORD)[execute(code, scope):]) - WORD)"
 BROKEN = {  # attack: what must be broken in grade.py for it to get through; the attack is then seen
@@ -273,7 +275,7 @@ BROKEN = {  # attack: what must be broken in grade.py for it to get through; the
     "word from descriptors": [(SAYS, "leave(write(said, (execute(code, scope), take(WORD))[1]) - WORD)")],
     "word from frames, modules, functions": [
         (SAYS, "word = take(WORD); leave(write(said, word[execute(code, scope):]) - WORD)")],
-    "word from gc": [("sys.addaudithook(shut)", "pass")],
+    "jumps over tests with a tracer": [NO_HOOK], "calls C through ctypes": [NO_HOOK],
     "excepthook leaves with 0": [("said == word and code == 0", "code == 0"),
                                  ("    except BaseException as e:", "    except ImportError as e:"),
                                  ("    finally:\n        os._exit(1)", "    finally:\n        pass")],
@@ -307,4 +309,4 @@ def test_the_attacks_see_a_broken_guard(name, tmp_path):
         left = attacks.survivors(broken.__file__)
         for pid in left:
             os.kill(pid, 9)
-    assert not contained or left, seen
+    assert seen == "passed" if name in FORGERIES else not contained or left, seen
