@@ -7,7 +7,8 @@ problem["grader"] says how; without it, "code" where the problem has `tests`, el
     math     math-verify compares the whole response with the answer (LaTeX or plain text)
     code     the program in the response passes the tests; needs allow_code=True (--allow_code_execution)
 
-Run as a script this file is the runner's child process: it imports neither torch nor anything else of ours.
+Half of this file contains those programs. Run as a script it is the runner's child process, which is why it
+imports neither torch nor anything else of ours.
 """
 import ast
 import ctypes
@@ -36,7 +37,7 @@ def grader_of(problem):
     return problem.get("grader") or ("code" if problem.get("tests") else "final")
 
 
-def check(problem, allow_code):
+def check_gradable(problem, allow_code):
     """UserError if a problem has no grader or one that may not run."""
     grader = grader_of(problem)
     if grader not in GRADERS:
@@ -50,7 +51,7 @@ def is_correct(problem, text, allow_code=False):
     """problem: dict with `answer` or `tests` (see above); text: the response up to its first EOS -> bool.
     UserError for tests without allow_code: code that a model wrote never runs unasked.
     """
-    check(problem, allow_code)
+    check_gradable(problem, allow_code)
     return GRADERS[grader_of(problem)](problem, text)
 
 
@@ -58,7 +59,7 @@ def submit(problem, text, allow_code=False):
     """is_correct as a Future: a program runs beside the caller, anything else is graded before this returns.
     UserError is raised here, not by the Future.
     """
-    check(problem, allow_code)
+    check_gradable(problem, allow_code)
     if grader_of(problem) == "code":
         return pool().submit(code_correct, problem, text)
     done = Future()
@@ -72,7 +73,7 @@ def grade_all(problems, texts, allow_code=False, workers=None, progress=False):
     """
     from tqdm import tqdm
     for problem in problems:
-        check(problem, allow_code)
+        check_gradable(problem, allow_code)
     pairs, right = list(zip(problems, texts, strict=True)), [False] * len(problems)
     with (tqdm(total=len(pairs), unit="problem", desc="grade", disable=not progress) as bar,
           ThreadPoolExecutor(workers or n_cores()) as threads):
@@ -106,7 +107,7 @@ def pool():
 
 
 # --------------------------------------------------------------------------------------- numbers and formulas
-NUMBER = re.compile(r"(?<![\w.)])-?\$?\s?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?"
+NUMBER = re.compile(r"(?<![\w.)])-?(?:\$\s?)?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?"
                     r"|(?<![\w.)])-?\$?\.[0-9]+|[0-9]+(?:\.[0-9]+)?")
 
 
@@ -142,7 +143,7 @@ def final_answer(text):
     found = tail if mark else boxed(text)
     if found is None:
         number = last_number(text)
-        return None if number is None else str(number)
+        return None if number is None else f"{number:f}"
     return found.strip().rstrip(".").strip()
 
 
@@ -233,7 +234,7 @@ def tests_of(problem):
     source = "\n".join(setup + lines_of(problem["tests"]))
     try:
         body = ast.parse(source).body
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return ""
     functions = {n.name: n for n in body if isinstance(n, FUNCTION)}
     classes = {n.name: n for n in body if isinstance(n, ast.ClassDef) and n.name.startswith("Test")}
@@ -242,7 +243,7 @@ def tests_of(problem):
     calls += [f"{name}({n.name!r}).debug()" if c.bases else f"{name}().{n.name}()"
               for name, c in classes.items() for n in c.body
               if isinstance(n, ast.FunctionDef) and n.name.startswith("test")]
-    if "check" in functions and problem.get("entry_point"):
+    if "check" in functions and (problem.get("entry_point") or "").isidentifier():
         calls.append(f"check({problem['entry_point']})")
     source = "\n".join([source, *calls])
     body = ast.parse(source).body  # what runs: statements, and the functions and classes they call
@@ -311,12 +312,11 @@ def child_says(task, timeout, word=""):
         except subprocess.TimeoutExpired:
             return TIMED_OUT, ""
         finally:
-            if child.poll() is None:
-                os.killpg(child.pid, signal.SIGKILL) if os.name == "posix" else child.kill()
+            if child.poll() is None:  # what it forked dies with it (PR_SET_PDEATHSIG)
+                child.kill()
             child.wait()
         said.seek(0)
         return child.returncode, said.read(4096).decode(errors="replace")
-
 
 
 def child():
@@ -347,7 +347,7 @@ def take(n):
     """n bytes of standard input, unbuffered."""
     got = b""
     while len(got) < n:
-        got += os.read(0, n - len(got))
+        got += os.read(0, n - len(got)) or sys.exit("grade.py is run by itself only: import it")
     return got
 
 
@@ -423,7 +423,7 @@ def enter_namespaces():
             return False
         names += ", user"
         for file, line in dict(setgroups="deny", uid_map=f"{uid} {uid} 1", gid_map=f"{gid} {gid} 1").items():
-            with open(f"/proc/self/{file}", "w") as f:
+            with suppress(OSError), open(f"/proc/self/{file}", "w") as f:
                 f.write(line)
     private, plain, cwd = 0x4000 | 0x40000, 2 | 4 | 8, os.getcwd().encode()  # plain: no suid, device, exec
     if (libc.mount(None, b"/", None, private, None) == 0
