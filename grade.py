@@ -7,10 +7,13 @@ problem["grader"] says how; without it, "code" where the problem has `tests`, el
     math     math-verify compares the whole response with the answer (LaTeX or plain text)
     code     the program in the response passes the tests; needs allow_code=True (--allow_code_execution)
 
-Run as a script this file is the runner's child process: it imports neither torch nor anything else of ours.
+Half of this file contains those programs. Run as a script it is the runner's child process, which is why it
+imports neither torch nor anything else of ours.
 """
+import ast
 import ctypes
 import json
+import logging
 import os
 import re
 import secrets
@@ -22,11 +25,10 @@ import tempfile
 import threading
 import types
 from collections import namedtuple
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from decimal import Decimal
 from functools import lru_cache
-from textwrap import indent
 
 TIMEOUT = 10  # seconds a program and its tests may take, of wall time and of CPU time
 
@@ -35,49 +37,58 @@ def grader_of(problem):
     return problem.get("grader") or ("code" if problem.get("tests") else "final")
 
 
-def is_correct(problem, text, allow_code=False):
-    """problem: dict with `answer` or `tests` (see above); text: the response up to its first EOS -> bool.
-    UserError for tests without allow_code: code that a model wrote never runs unasked.
-    """
+def check_gradable(problem, allow_code):
+    """UserError if a problem has no grader or one that may not run."""
     grader = grader_of(problem)
     if grader not in GRADERS:
         raise user_error(f"problem {problem.get('id')}: no grader {grader!r}, there are {', '.join(GRADERS)}")
     if grader == "code" and not allow_code:
         raise user_error(f"problem {problem.get('id')} is graded by running the code in the response: give "
                          f"--allow_code_execution if this machine may (README says what is contained)")
-    return GRADERS[grader](problem, text)
+
+
+def is_correct(problem, text, allow_code=False):
+    """problem: dict with `answer` or `tests` (see above); text: the response up to its first EOS -> bool.
+    UserError for tests without allow_code: code that a model wrote never runs unasked.
+    """
+    check_gradable(problem, allow_code)
+    return GRADERS[grader_of(problem)](problem, text)
 
 
 def submit(problem, text, allow_code=False):
     """is_correct as a Future: a program runs beside the caller, anything else is graded before this returns.
-    Errors of the caller's (UserError) are raised here, not by the Future.
+    UserError is raised here, not by the Future.
     """
-    if grader_of(problem) == "code" and allow_code:
-        return pool().submit(is_correct, problem, text, True)
+    check_gradable(problem, allow_code)
+    if grader_of(problem) == "code":
+        return pool().submit(code_correct, problem, text)
     done = Future()
-    done.set_result(is_correct(problem, text, allow_code))
+    done.set_result(is_correct(problem, text))
     return done
 
 
 def grade_all(problems, texts, allow_code=False, workers=None, progress=False):
-    """is_correct of each pair, in order -> list of bool. Programs run on `workers` cores at once [all of
-    them], the rest is graded in the caller's thread. progress: a bar in problems.
+    """is_correct of each pair, in order -> list of bool. `workers` programs run at once [one per core], the
+    rest is graded in the caller's thread. progress: a bar in problems.
     """
     from tqdm import tqdm
-    bar = tqdm(total=len(problems), unit="problem", desc="grade", disable=not progress)
-    right = [False] * len(problems)
-    with bar, ThreadPoolExecutor(workers or n_cores()) as threads:
-        runs = {}
-        for i, (problem, text) in enumerate(zip(problems, texts, strict=True)):
-            if grader_of(problem) == "code" and allow_code:
-                runs[i] = threads.submit(is_correct, problem, text, True)
-                runs[i].add_done_callback(lambda _: bar.update())
-        for i, (problem, text) in enumerate(zip(problems, texts)):
-            if i not in runs:
-                right[i] = is_correct(problem, text, allow_code)
+    for problem in problems:
+        check_gradable(problem, allow_code)
+    pairs, right = list(zip(problems, texts, strict=True)), [False] * len(problems)
+    with (tqdm(total=len(pairs), unit="problem", desc="grade", disable=not progress) as bar,
+          ThreadPoolExecutor(workers or n_cores()) as threads):
+        try:
+            runs = {threads.submit(code_correct, *pair): i for i, pair in enumerate(pairs)
+                    if grader_of(pair[0]) == "code"}
+            for i in sorted(set(range(len(pairs))) - set(runs.values())):
+                right[i] = is_correct(*pairs[i])
                 bar.update()
-        for i, run in runs.items():
-            right[i] = run.result()
+            for run in as_completed(runs):
+                right[runs[run]] = run.result()
+                bar.update()
+        except BaseException:
+            threads.shutdown(cancel_futures=True)  # ctrl-c does not wait for what has not begun
+            raise
     return right
 
 
@@ -95,8 +106,8 @@ def pool():
     return ThreadPoolExecutor(n_cores())
 
 
-# ----------------------------------------------------------------------------------------- numbers and formulas
-NUMBER = re.compile(r"(?<![\w.)])-?\$?\s?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?"
+# --------------------------------------------------------------------------------------- numbers and formulas
+NUMBER = re.compile(r"(?<![\w.)])-?(?:\$\s?)?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?"
                     r"|(?<![\w.)])-?\$?\.[0-9]+|[0-9]+(?:\.[0-9]+)?")
 
 
@@ -109,7 +120,7 @@ def last_number(text):
     """The last number in a text -> Decimal, None if there is none. '$' and ',' between thousands are left
     out, a '%' behind is ignored; a minus after a digit, a letter or a bracket is an operator.
     """
-    found = NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
+    found = NUMBER.findall(re.sub(r"\{,\}|,\\!", ",", text.replace("\N{MINUS SIGN}", "-")))
     return value_of(found[-1]) if found else None
 
 
@@ -132,7 +143,7 @@ def final_answer(text):
     found = tail if mark else boxed(text)
     if found is None:
         number = last_number(text)
-        return None if number is None else str(number)
+        return None if number is None else f"{number:f}"
     return found.strip().rstrip(".").strip()
 
 
@@ -165,16 +176,18 @@ def math_correct(problem, text):
         from math_verify import parse, verify
     except ImportError:
         raise user_error("grader math needs math-verify: pip install math-verify") from None
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it reports every expression it gives up on
     alarms = os.name == "posix" and threading.current_thread() is threading.main_thread()
     seconds = 5 if alarms else None
     wanted = str(problem["answer"]).strip()
-    if not re.search(r"\$|\\boxed|\\\(|\\\[", wanted):
+    if not re.search(r"(?<!\\)\$|\\boxed|\\\(|\\\[", wanted):
         wanted = f"\\boxed{{{wanted}}}"
     gold = parse(wanted, parsing_timeout=seconds)
     return bool(verify(gold, parse(text, parsing_timeout=seconds), timeout_seconds=seconds))
 
 
-# -------------------------------------------------------------------------------------- code: reply -> program
+# ------------------------------------------------------------------------------------- code: reply -> program
+FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 FENCE = re.compile(r"```[ \t]*(\w*)[^\n]*\n(.*?)(?:```|\Z)", re.S)  # a last block may be cut off
 
 
@@ -195,14 +208,15 @@ def programs(problem, text):
     count, and a reply may be the body alone, even with the first line's indentation stripped.
     """
     blocks = [code for tag, code in FENCE.findall(text) if tag.lower() in ("", "py", "python", "python3")]
-    entry = problem.get("entry_point")
-    names = [entry] if entry else set(re.findall(r"\b([A-Za-z_]\w*)\(", "\n".join(lines_of(problem["tests"]))))
+    entry, tests = problem.get("entry_point"), "\n".join(lines_of(problem["tests"]))
+    called = set(re.findall(r"\b([A-Za-z_]\w*)\(", tests)) - set(re.findall(r"\bdef +(\w+)", tests))
+    names = [entry] if entry else called
     wanted = [b for b in blocks[::-1] if any(defines(b, name) for name in names)]
     ordered = wanted + sorted((b for b in blocks if b not in wanted), key=len, reverse=True) + [text]
     prompt = problem.get("prompt", "")
     heads = [h for h in (*(code for _, code in FENCE.findall(prompt)), prompt) if entry and defines(h, entry)]
-    return [p for code in ordered for head in heads[:1] for p in (f"{head}\n{code}", f"{head}\n    {code}")
-            ] + ordered
+    return [p for code in ordered
+            for p in (*(head + gap + code for head in heads[:1] for gap in ("\n", "\n    ")), code)]
 
 
 def lines_of(tests):
@@ -213,34 +227,41 @@ def tests_of(problem):
     """The tests as one program, to be run in the module of the solution -> source; '' if it checks nothing.
 
     tests: a list of assertions or lines (MBPP, T3D), or one source: `def check(candidate)` with entry_point
-    (HumanEval) or pytest functions `def test...():` (KodCode; their `from solution import f` works, fixtures
-    and parametrize do not). setup (or test_setup): source or list of sources that comes first.
+    (HumanEval), or pytest's functions and classes, unittest's too (KodCode; their `from solution import f`
+    works, fixtures and parametrize do not). setup (or test_setup): source or a list of it, comes first.
     """
-    import ast
     setup = lines_of(problem.get("setup") or problem.get("test_setup") or [])
     source = "\n".join(setup + lines_of(problem["tests"]))
     try:
         body = ast.parse(source).body
-    except SyntaxError as e:
-        raise user_error(f"problem {problem.get('id')}: its tests are no Python: {e}") from None
-    functions = {n.name: n for n in body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))}
-    calls = {name: f"{name}()" for name in functions if name.startswith("test")}
-    if "check" in functions and problem.get("entry_point"):
-        calls["check"] = f"check({problem['entry_point']})"
-    ran = [n for n in body if not isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
-    ran += [functions[name] for name in calls]
-    checks = any(isinstance(n, ast.Assert) or isinstance(n, ast.Attribute) and n.attr in ("raises", "fail")
-                 for top in ran for n in ast.walk(top))
-    return "\n".join([source, *calls.values()]) if checks else ""
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return ""
+    functions = {n.name: n for n in body if isinstance(n, FUNCTION)}
+    classes = {n.name: n for n in body if isinstance(n, ast.ClassDef) and n.name.startswith("Test")}
+    calls = [f"{name}()" if isinstance(n, ast.FunctionDef) else f"__import__('asyncio').run({name}())"
+             for name, n in functions.items() if name.startswith("test")]
+    calls += [f"{name}({n.name!r}).debug()" if c.bases else f"{name}().{n.name}()"
+              for name, c in classes.items() for n in c.body
+              if isinstance(n, ast.FunctionDef) and n.name.startswith("test")]
+    if "check" in functions and (problem.get("entry_point") or "").isidentifier():
+        calls.append(f"check({problem['entry_point']})")
+    source = "\n".join([source, *calls])
+    body = ast.parse(source).body  # what runs: statements, and the functions and classes they call
+    ran = [n for n in body if not isinstance(n, (*FUNCTION, ast.ClassDef))]
+    called = {n.id for top in ran for n in ast.walk(top) if isinstance(n, ast.Name)}
+    ran += [n for name, n in {**functions, **classes}.items() if name in called]
+    names = (getattr(n, "attr", getattr(n, "id", "")) for top in ran for n in ast.walk(top))
+    checks = any(isinstance(n, ast.Assert) for top in ran for n in ast.walk(top))
+    return source if checks or any(x == "raises" or x.startswith("assert") for x in names) else ""
 
 
 # ------------------------------------------------------------------------------------------ code: the runner
-# A pass is a random word that the child process says after the last test, and exit code 0. While the program
-# and its tests run, as one code object that can only end by itself or by an exception, the word is nowhere but
-# on the value stack of a suspended expression (see `run`): not in a file, the environment, the arguments, a
-# descriptor, a module or a frame's variables, and with gc's, ctypes' and the tracers' doors shut by an audit
-# hook. What no check in the same process can stop: a program that changes what the tests use (an object equal
-# to everything, a patched math.isclose), that reads the tests and returns what they expect, or that reads raw
+# A pass is a random word that the child process says after the last test, and exit code 0. The program and
+# its tests are one code object, which ends by itself or by an exception. While it runs the word is nowhere
+# but on the value stack of a suspended expression (see `run`): not in a file, the environment, the arguments,
+# a descriptor, a module or a frame's variables; an audit hook shuts out tracers and calls through ctypes.
+# What no check in the same process can stop: a program that changes what the tests use (an object equal to
+# everything, a patched math.isclose), that reads the tests and returns what they expect, or that reads raw
 # memory (ctypes' pointers, numpy's as_strided, hand-made byte code).
 Verdict = namedtuple("Verdict", "passed why")
 LIMITS = dict(AS=1 << 30, FSIZE=16 << 20, NOFILE=64, CORE=0, NPROC=0)  # bytes, bytes, and counts
@@ -254,7 +275,7 @@ def run_program(program, tests, timeout=TIMEOUT):
     """Run a program and then its tests in a contained child process -> Verdict(passed, why).
 
     program: source, or a list of which the first that compiles is run; it sees itself as module `solution`.
-    tests: source. Empty tests are a failure. timeout: seconds.
+    tests: source (see tests_of), run in the same module; empty: a failure. timeout: seconds.
     """
     if not tests.strip():
         return Verdict(False, "no test checks anything")
@@ -271,7 +292,7 @@ def run_program(program, tests, timeout=TIMEOUT):
 
 @lru_cache(maxsize=1)
 def containment():
-    """What contains a program on this machine -> {measure: True, False or words}, tried in a child process."""
+    """What contains a program on this machine -> {measure: True, False or words}: a child tells."""
     return json.loads(child_says(dict(report=True, timeout=TIMEOUT), TIMEOUT)[1])
 
 
@@ -282,26 +303,25 @@ def child_says(task, timeout, word=""):
     with (tempfile.TemporaryDirectory(prefix="nanotraj-", ignore_cleanup_errors=True) as cwd,
           tempfile.TemporaryFile() as said):
         env = {**ENV, **{k: os.environ[k] for k in ("SYSTEMROOT",) if k in os.environ}}  # Windows needs it
-        child = subprocess.Popen([sys.executable, "-I", "-B", "-X", "utf8", os.path.abspath(__file__)], cwd=cwd,
-                                 env=env, stdin=subprocess.PIPE, stdout=said, stderr=said,
+        command = [sys.executable, "-I", "-B", "-X", "utf8", os.path.abspath(__file__)]
+        child = subprocess.Popen(command, cwd=cwd, env=env, stdin=subprocess.PIPE, stdout=said, stderr=said,
                                  start_new_session=True)
         try:
             line = json.dumps(task)  # ASCII
-            child.communicate(f"{len(line):8}{line}{word}".encode(), timeout + 5)  # the child keeps time itself
+            child.communicate(f"{len(line):8}{line}{word}".encode(), timeout + 5)  # the child keeps the time
         except subprocess.TimeoutExpired:
             return TIMED_OUT, ""
         finally:
-            if child.poll() is None:
-                os.killpg(child.pid, signal.SIGKILL) if os.name == "posix" else child.kill()
+            if child.poll() is None:  # what it forked dies with it (PR_SET_PDEATHSIG)
+                child.kill()
             child.wait()
         said.seek(0)
         return child.returncode, said.read(4096).decode(errors="replace")
 
 
-
 def child():
-    """The child: reads its task, contains itself, runs the program. On POSIX it forks, because a pid namespace
-    begins with the next process and because someone has to keep the time.
+    """The child: reads its task, contains itself, runs the program. On POSIX it forks, because a pid
+    namespace begins with the next process and because someone has to keep the time.
     """
     task = json.loads(take(int(take(8))))  # the word stays in the pipe
     said, null = os.dup(1), os.open(os.devnull, os.O_WRONLY)
@@ -327,7 +347,7 @@ def take(n):
     """n bytes of standard input, unbuffered."""
     got = b""
     while len(got) < n:
-        got += os.read(0, n - len(got))
+        got += os.read(0, n - len(got)) or sys.exit("grade.py is run by itself only: import it")
     return got
 
 
@@ -339,7 +359,8 @@ def watch(pid, timeout):
 
     def kill(*_):
         late.append(True)
-        os.kill(pid, signal.SIGKILL)
+        with suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
     signal.signal(signal.SIGALRM, kill)
     signal.setitimer(signal.ITIMER_REAL, timeout)
     _, status = os.waitpid(pid, 0)
@@ -350,10 +371,9 @@ def watch(pid, timeout):
     return TIMED_OUT if late else code if code >= 0 else 128 - code
 
 
-def shut(event, args, error=RuntimeError, doors=("ctypes.", "gc.get", "sys._current", "sys.settrace",
-                                                 "sys.setprofile", "sys.monitoring")):
-    """The audit hook, which Python code cannot take off. It uses no name that a program can change; dlopen
-    is all that importing ctypes needs.
+def shut(event, args, error=RuntimeError, doors=("ctypes.", "sys.settrace")):
+    """The audit hook, which Python code cannot take off and whose names it cannot change. A tracer could jump
+    over tests; of ctypes only dlopen is open, which importing it needs (pandas does).
     """
     if event.startswith(doors) and event != "ctypes.dlopen":
         raise error(f"{event} is not for a graded program")
@@ -369,13 +389,14 @@ def run(programs, tests, said):
             except (SyntaxError, ValueError, RecursionError, MemoryError):
                 if i == len(programs) - 1:
                     raise
+        compile(tests, "tests.py", "exec")  # on their own, lest they become part of the program's last block
         solution = types.ModuleType("solution")
         sys.modules["__main__"] = sys.modules["solution"] = solution
         code, scope = compile(f"{program}\n{tests}", "solution.py", "exec"), vars(solution)
         leave, write, execute = os._exit, os.write, exec
         sys.addaudithook(shut)
         # Everything is looked up before the program starts, the word as well: it waits on the value stack,
-        # which no Python code can see, until `execute` gives None and word[None:] is said.
+        # which neither frames nor gc show, until `execute` gives None and word[None:] is said.
         leave(write(said, take(WORD)[execute(code, scope):]) - WORD)
     except BaseException as e:  # the word is gone with the expression
         os.write(said, f"{type(e).__name__}: {e}".encode(errors="replace"))
@@ -383,7 +404,7 @@ def run(programs, tests, said):
         os._exit(1)
 
 
-# ------------------------------------------------------------ code: how the child contains itself (Linux mostly)
+# --------------------------------------------------------- code: how the child contains itself (mostly Linux)
 LINUX = sys.platform == "linux"
 NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 
@@ -401,12 +422,12 @@ def enter_namespaces():
         if libc.unshare(flags | NEWUSER):
             return False
         names += ", user"
-        for file, line in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
-            with open(f"/proc/self/{file}", "w") as f:
+        for file, line in dict(setgroups="deny", uid_map=f"{uid} {uid} 1", gid_map=f"{gid} {gid} 1").items():
+            with suppress(OSError), open(f"/proc/self/{file}", "w") as f:
                 f.write(line)
-    private, plain, cwd = 0x4000 | 0x40000, 2 | 4 | 8, os.getcwd().encode()  # recursive; no suid, device, exec
-    if libc.mount(None, b"/", None, private, None) == 0 and not libc.mount(b"tmpfs", cwd, b"tmpfs", plain,
-                                                                           b"size=64m,mode=700"):
+    private, plain, cwd = 0x4000 | 0x40000, 2 | 4 | 8, os.getcwd().encode()  # plain: no suid, device, exec
+    if (libc.mount(None, b"/", None, private, None) == 0
+            and libc.mount(b"tmpfs", cwd, b"tmpfs", plain, b"size=64m,mode=700") == 0):
         os.chdir(cwd)
         names += "; 64 MB folder"
     return names
@@ -416,18 +437,17 @@ def drop_root():
     """Root becomes nobody, and every capability goes -> True, or False where root has to stay root.
     One is kept where the Python library cannot be read otherwise (a Python in /root): to read any file.
     """
-    keep, uid, libc = 0, os.geteuid(), LINUX and ctypes.CDLL(None)
-    if uid == 0:
-        os.chown(".", NOBODY, NOBODY)
-        path = os.path.dirname(os.path.realpath(os.__file__))
-        while path != os.path.dirname(path):
-            keep = keep if os.stat(path).st_mode & 0o5 == 0o5 else 1 << 2  # CAP_DAC_READ_SEARCH
-            path = os.path.dirname(path)
+    keep, libc = 0, LINUX and ctypes.CDLL(None)
+    if os.geteuid() == 0:
+        for path in map(os.path.realpath, (os.__file__, sys.prefix + "/lib")):
+            while (path := os.path.dirname(path)) != os.path.dirname(path):
+                keep = keep if os.stat(path).st_mode & 0o5 == 0o5 else 1 << 2  # CAP_DAC_READ_SEARCH
         with suppress(OSError):
             if LINUX:
                 libc.prctl(8, 1, 0, 0, 0)  # PR_SET_KEEPCAPS
             os.setgroups([])
             os.setgid(NOBODY)
+            os.chown(".", NOBODY, NOBODY)
             os.setuid(NOBODY)
     if LINUX:
         libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: ends with whoever keeps the time
@@ -450,8 +470,8 @@ def set_limits(timeout):
 
 
 def landlock():
-    """Write only in the folder, read only there and in Python's and the system's libraries; from ABI 4 no TCP,
-    from 6 no signal to a process outside -> words, or False where the kernel has none. Needs no privilege.
+    """Write only in the folder, read only there and in Python's and the system's libraries; from ABI 4 no
+    TCP, from 6 no signal to a process outside -> words, or False where the kernel has none.
     """
     libc = ctypes.CDLL(None)
     create, add, restrict = 444, 445, 446  # the same numbers on every architecture
@@ -459,8 +479,9 @@ def landlock():
     if abi < 1:
         return False
     files = (1 << (16 if abi >= 5 else 15 if abi >= 3 else 14 if abi >= 2 else 13)) - 1
-    rules = struct.pack("QQQ", files, 3 * (abi >= 4), 3 * (abi >= 6))[:24 if abi >= 6 else 16 if abi >= 4 else 8]
-    ruleset = libc.syscall(create, rules, len(rules), 0)
+    size = 24 if abi >= 6 else 16 if abi >= 4 else 8
+    rules = struct.pack("QQQ", files, 3, 3)[:size]  # files, TCP, what is outside
+    ruleset = libc.syscall(create, rules, size, 0)
     run_file, write_file, read_file, read_dir = 1, 2, 4, 8
     libraries = {"/usr", "/lib", "/lib64", sys.prefix, sys.base_prefix, os.path.realpath(sys.base_prefix)}
     allowed = {**dict.fromkeys(libraries, read_file | read_dir), ".": files & ~run_file,
@@ -478,9 +499,9 @@ def landlock():
     return f"ABI {abi}"
 
 
-# new processes and programs, sockets (a Unix one reaches out of a network namespace), other processes' memory,
-# and ways around these: fork vfork clone clone3 execve execveat socket ptrace process_vm_readv/writev
-# open_by_handle_at io_uring_setup, and x86's calls above 2^30
+# new processes and programs, sockets (a Unix one reaches out of a network namespace), the memory of others,
+# and ways around: fork vfork clone clone3 execve execveat socket ptrace process_vm_readv process_vm_writev
+# open_by_handle_at io_uring_setup
 SYSCALLS = {"x86_64": (0xC000003E, (57, 58, 56, 435, 59, 322, 41, 101, 310, 311, 304, 425)),
             "aarch64": (0xC00000B7, (220, 435, 221, 281, 198, 117, 270, 271, 265, 425))}
 
@@ -493,7 +514,7 @@ def forbid_syscalls():
     load, equal, greater, ret = 0x20, 0x15, 0x35, 0x06
     kill, deny, allow = 0x80000000, 0x00050001, 0x7FFF0000
     lines = [(load, 0, 0, 4), (equal, 1, 0, arch), (ret, 0, 0, kill), (load, 0, 0, 0)]
-    tests = [(greater, 1 << 30), *((equal, n) for n in numbers)]
+    tests = [(greater, 1 << 30), *((equal, n) for n in numbers)]  # above 2^30: x86's second table of calls
     lines += [(op, len(tests) - i, 0, k) for i, (op, k) in enumerate(tests)]  # jump to the last line
     lines += [(ret, 0, 0, allow), (ret, 0, 0, deny)]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in lines))

@@ -1,0 +1,312 @@
+"""Programs that attack the runner of grade.py, and what each of them would leave behind if it got through.
+
+    python tests/attacks.py        # the table of this machine and user; standard library only
+
+Every program solves nothing (`f` is wrong), so a pass is a forgery. An attack is contained if it does not
+pass, ends in time, is stopped by what should stop it, and leaves no mark: no process, no file outside its
+folder, no connection, no harm to the bystander, a process of the same user.
+"""
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import grade  # noqa: E402
+
+SOLVES_NOTHING, TESTS = "def f():\n    return 2\n", "assert f() == 1\nassert callable(f)"
+JUMP = """
+import sys
+def trace(frame, event, arg):
+    if event == "line" and frame.f_lineno > HERE:  # the first test: go on with the second
+        frame.f_lineno += 1
+        sys.settrace(None)
+        frame.f_trace = None
+    return trace
+HERE = sys._getframe().f_lineno + 3
+sys._getframe().f_trace = trace
+sys.settrace(trace)
+"""
+FORGE = """
+import gc, os, re, sys, types
+WORD = "(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])"
+def forge(texts):
+    texts = [t.decode(errors="replace") if isinstance(t, (bytes, bytearray)) else t for t in texts]
+    words = {w for t in texts if isinstance(t, str) for w in re.findall(WORD, t)}
+    for fd in range(1, 64):
+        try:
+            for word in list(words)[:1] or ["PASS"]:
+                os.write(fd, word.encode())
+        except OSError:
+            pass
+    os._exit(0)
+def read(path):
+    try:
+        with open(path, "rb") as file:
+            return file.read(1 << 20)
+    except OSError:
+        return b""
+def frames():
+    frame = sys._getframe(1)
+    while frame:
+        yield frame
+        frame = frame.f_back
+def walk(x, depth, seen, texts):
+    if id(x) in seen or depth < 0:
+        return
+    seen.add(id(x))
+    if isinstance(x, (str, bytes, bytearray)):
+        texts.append(x)
+    inner = ()
+    if isinstance(x, dict):
+        inner = x.values()
+    elif isinstance(x, (list, tuple, set, frozenset)):
+        inner = x
+    elif isinstance(x, types.ModuleType):
+        inner = [vars(x)]
+    elif isinstance(x, types.FrameType):
+        inner = [x.f_locals, x.f_globals, x.f_builtins, x.f_code.co_consts]
+    elif isinstance(x, types.FunctionType):
+        inner = [x.__globals__, x.__code__.co_consts, x.__defaults__]
+    for y in list(inner):
+        walk(y, depth - 1, seen, texts)
+"""
+SLOW = r"took more than"
+ENDED = r"ended before its tests, exit code 0"  # it left by itself, with whatever it had to say
+DENIED = r"PermissionError|Operation not permitted|Permission denied|BlockingIOError|temporarily unavailable"
+
+# name: (program, what the verdict must say)
+ATTACKS = {
+    "infinite loop": ("while True: pass", SLOW),
+    "sleep": ("import time; time.sleep(60)", SLOW),
+    "2 GB of memory": ("x = bytearray(2 << 30)", r"MemoryError"),
+    "fork bomb": ("import os\nwhile True: os.fork()", DENIED),
+    "thread bomb": (
+        "import threading, time\nwhile True:\n    threading.Thread(target=time.sleep, args=(9,)).start()",
+        r"can't start new thread"),
+    "sys.exit(0)": ("import sys; sys.exit(0)", r"SystemExit: 0"),
+    "os._exit(0)": ("import os; os._exit(0)", ENDED),
+    "prints PASS": ("import sys\nprint('PASS'); sys.stdout.flush(); raise SystemExit(0)", r"SystemExit"),
+    "writes PASS to every descriptor": (FORGE + "forge(['PASS'])", ENDED),
+    "word from environment, arguments, files": (FORGE + (
+        "forge([*os.environ.values(), *sys.argv, *sys.orig_argv, *map(read, os.listdir('.')), "
+        "read(sys.modules['json'].__file__)])"), ENDED),
+    "word from /proc": (FORGE + """
+pids = ["self", str(os.getppid()), *map(str, range(1, 200))]
+forge([read(f"/proc/{p}/{x}") for p in pids for x in ("cmdline", "environ", "stat", "fd/0", "fd/1", "mem")])
+""", ENDED),
+    "word from descriptors": (FORGE + """
+texts = []
+for fd in range(64):
+    try:
+        os.set_blocking(fd, False)
+        texts.append(os.pread(fd, 1 << 16, 0) if fd else os.read(fd, 1 << 16))
+    except OSError:
+        pass
+forge(texts)""", ENDED),
+    "word from frames, modules, functions": (FORGE + """
+texts = []
+walk(list(frames()), 6, set(), texts)
+walk(dict(sys.modules), 5, set(), texts)
+forge(texts)""", ENDED),
+    "word from gc": (FORGE + """
+texts = [x for x in gc.get_objects() if isinstance(x, bytes)]
+walk([gc.get_referents(frame) for frame in frames()], 3, set(), texts)
+walk(gc.get_referrers(*frames()), 3, set(), texts)
+forge(texts)""", ENDED),
+    "changes the variables of waiting frames": (FORGE + """
+for frame in list(frames())[1:]:
+    for names in (frame.f_locals, frame.f_globals):
+        for name in list(names):
+            try:
+                names[name] = lambda *a, **k: None
+            except Exception:
+                pass
+""", r"exit code 1|AssertionError"),
+    "word from other threads' frames": (FORGE + """
+texts = []
+walk(sys._current_frames(), 6, set(), texts)
+forge(texts)""", ENDED),
+    "jumps over tests with a tracer": (JUMP, r"settrace is not for"),
+    "jumps, the audit hook attacked first": ("""
+import builtins, sys
+builtins.RuntimeError = builtins.str = builtins.tuple = lambda *a: None
+try:
+    sys.settrace(print)
+except BaseException as e:
+    for frame in (e.__traceback__.tb_frame, e.__traceback__.tb_next.tb_frame):
+        for names in (frame.f_globals, frame.f_locals):
+            try:
+                names.update(shut=None, doors=(), error=None)
+            except Exception:
+                pass
+""" + JUMP, r"settrace is not for"),
+    "calls C through ctypes": ("import ctypes\nctypes.CDLL(None).getpid()\nctypes.pythonapi.Py_Exit(0)",
+                               r"ctypes\.\S+ is not for"),
+    "kills its parent and group": (
+        "import os, signal\nfor p in (os.getppid(), 0, -1):\n    try:\n        os.kill(p, signal.SIGKILL)\n"
+        "    except OSError:\n        pass\n", r"AssertionError|exit code (137|247)"),
+    "kills a bystander": ("import os\nos.kill(BYSTANDER, 9)", r"ProcessLookupError|" + DENIED),
+    "writes outside its folder": ("open('VICTIM/mark', 'w').write('x')", DENIED),
+    "writes through a link": ("import os\nos.symlink('VICTIM/mark', 'x')\nopen('x', 'w').write('x')", DENIED),
+    "empties a file outside": ("import os\nos.truncate('VICTIM/secret', 0)", DENIED),
+    "removes a file outside": ("import os\nos.remove('VICTIM/secret')", DENIED),
+    "reads a file outside": ("print(open('VICTIM/secret').read())", DENIED),
+    "100 MB file": ("with open('big', 'wb') as f:\n    for _ in range(100):\n        f.write(bytes(1 << 20))",
+                    r"File too large"),
+    "200 MB in many files": ("for i in range(20):\n    open(str(i), 'wb').write(bytes(10 << 20))",
+                             r"No space left"),
+    "TCP to a listener": ("import socket\nsocket.create_connection(('127.0.0.1', PORT), 2).send(b'x')",
+                          DENIED + "|unreachable|refused"),
+    "UDP to a listener": ("import socket\nsocket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', "
+                          "('127.0.0.1', PORT))", DENIED + "|unreachable"),
+    "Unix socket": ("import socket\nsocket.socket(socket.AF_UNIX).connect('VICTIM/socket')", DENIED),
+    "deep recursion": (
+        "import sys\nsys.setrecursionlimit(10**9)\ndef g(): return max([1], key=lambda _: g())\ng()",
+        r"RecursionError|MemoryError|exit code 139"),
+    "daemon (two forks, setsid)": (
+        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n"
+        "        time.sleep(60)\n    os._exit(0)\nos._exit(0)", DENIED),
+    "starts a shell": ("import subprocess\nsubprocess.run(['/bin/sh', '-c', 'echo > VICTIM/mark'])", DENIED),
+    "becomes another program": ("import os\nos.execv('/bin/true', ['true'])", DENIED),
+    "atexit": ("import atexit, os\natexit.register(os._exit, 0)\nraise SystemExit(0)", r"SystemExit"),
+    "excepthook leaves with 0": (
+        "import os, sys\nsys.excepthook = sys.unraisablehook = lambda *a: os._exit(0)", r"AssertionError"),
+    "patches builtins, os, sys": ("""
+import builtins, os, sys
+for name in ("print", "exec", "compile", "AssertionError", "BaseException", "Exception", "type", "id"):
+    setattr(builtins, name, lambda *a, **k: None)
+os.write = os._exit = sys.exit = lambda *a: os.system("true")
+""", r"exit code|AssertionError|TypeError"),
+    "a timer that raises SystemExit": ("""
+import signal, sys
+def leave(*_): raise SystemExit(0)
+signal.signal(signal.SIGALRM, leave)
+signal.setitimer(signal.ITIMER_REAL, 1e-4, 1e-4)
+while True: pass""", r"SystemExit|exit code|AssertionError"),
+    "closes every descriptor": ("import os\nos.closerange(0, 64)", r"ended before its tests, exit code 1"),
+    "puts its own file in every descriptor's place": (
+        "import os\nfd = os.open('mine', os.O_RDWR | os.O_CREAT)\nfor i in range(63):\n    os.dup2(fd, i)",
+        r"ended before its tests, exit code 1"),
+    "replaces __main__ and solution": ("""
+import sys, types
+sys.modules["__main__"] = sys.modules["solution"] = sys.modules["builtins"] = types.ModuleType("x")
+globals()["__builtins__"] = {"f": lambda: 1}
+""", r"AssertionError"),
+    "raises its limits": ("import resource as r\nr.setrlimit(r.RLIMIT_AS, (-1, -1))",
+                          r"ValueError|" + DENIED),
+}
+
+# What the runner does not and cannot stop, as README says: these do pass.
+CANNOT_STOP = {
+    "an object equal to everything": "class Any:\n    __eq__ = lambda *_: True\ndef f():\n    return Any()",
+    "reads what the tests expect": "import sys\nexpected = sys._getframe().f_code.co_consts\ndef f():\n"
+                                   "    return [x for x in expected if type(x) is int][-1]",
+}
+
+# What needs help of the system, and any of which suffices (on Linux); the rest holds everywhere.
+FILES, FORKS = ("Landlock",), ("seccomp", "unprivileged user")
+NEEDS = {
+    "writes outside its folder": FILES, "writes through a link": FILES, "empties a file outside": FILES,
+    "removes a file outside": FILES, "reads a file outside": FILES, "200 MB in many files": ("namespaces",),
+    "TCP to a listener": ("namespaces", "Landlock", "seccomp"), "UDP to a listener": ("namespaces", "seccomp"),
+    "Unix socket": ("seccomp",), "kills a bystander": ("namespaces", "Landlock"),
+    "kills its parent and group": ("namespaces", "Landlock"), "fork bomb": FORKS, "thread bomb": FORKS,
+    "daemon (two forks, setsid)": FORKS, "starts a shell": FORKS,
+    "becomes another program": ("Landlock", "seccomp")}
+
+
+class Scene:
+    """A folder anyone may write to, listeners, and a bystander; `marks` says what an attack has left."""
+
+    def __enter__(self):
+        self.folder = tempfile.TemporaryDirectory()
+        self.victim = Path(self.folder.name)
+        self.victim.chmod(0o777)
+        (self.victim / "secret").write_text("secret")
+        (self.victim / "secret").chmod(0o666)
+        self.tcp, self.udp = socket.socket(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.tcp.bind(("127.0.0.1", 0))
+        self.udp.bind(self.tcp.getsockname())
+        self.unix = socket.socket(socket.AF_UNIX)
+        self.unix.bind(str(self.victim / "socket"))
+        (self.victim / "socket").chmod(0o777)
+        self.bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        for s in (self.tcp, self.unix):
+            s.listen()
+        for s in (self.tcp, self.unix, self.udp):
+            s.setblocking(False)
+        return self
+
+    def __exit__(self, *_):
+        self.bystander.kill()
+        self.bystander.wait()
+        for s in (self.tcp, self.udp, self.unix):
+            s.close()
+        self.folder.cleanup()
+
+    def fill(self, program):
+        for word, value in (("VICTIM", self.victim), ("BYSTANDER", self.bystander.pid),
+                            ("PORT", self.tcp.getsockname()[1])):
+            program = program.replace(word, str(value))
+        return program
+
+    def marks(self):
+        found = []
+        if sorted(p.name for p in self.victim.iterdir()) != ["secret", "socket"]:
+            found.append("a file outside")
+        if (self.victim / "secret").exists() and (self.victim / "secret").read_text() != "secret":
+            found.append("a changed file")
+        for s, take in ((self.tcp, "accept"), (self.unix, "accept"), (self.udp, "recv")):
+            try:
+                getattr(s, take)(*[9] * (take == "recv"))
+                found.append("a connection")
+            except BlockingIOError:
+                pass
+        if self.bystander.poll() is not None:
+            found.append("a dead bystander")
+        if left := survivors():
+            found.append(f"processes {left}")
+        return ", ".join(found)
+
+
+def survivors(script=None):
+    """Processes of the runner that are still there -> pids (Linux)."""
+    script, found = str(script or Path(grade.__file__).resolve()).encode(), []
+    for line in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if script in line.read_bytes().split(b"\0"):
+                found.append(int(line.parent.name))
+        except OSError:
+            pass
+    return found
+
+
+def attack(runner, name, scene):
+    """-> (contained, what was seen). runner: the module grade, or a broken copy of it."""
+    program, expected = ATTACKS[name]
+    timeout = 1 if expected == SLOW else 5
+    began = time.perf_counter()
+    verdict = runner.run_program(SOLVES_NOTHING + scene.fill(program), TESTS, timeout)
+    spent, marks = time.perf_counter() - began, scene.marks()
+    stopped = re.search(expected, verdict.why) and spent < timeout + 4
+    seen = "passed" if verdict.passed else verdict.why
+    return bool(not verdict.passed and stopped and not marks), seen + (f"; left {marks}" if marks else "")
+
+
+def attack_all():
+    """-> {uid, containment, attacks: {name: (contained, what was seen)}}; without those nothing would stop."""
+    active = grade.containment()
+    names = [n for n in ATTACKS if n not in NEEDS or any(active[measure] for measure in NEEDS[n])]
+    with Scene() as scene:
+        return dict(uid=os.getuid(), containment=active, attacks={n: attack(grade, n, scene) for n in names})
+
+
+if __name__ == "__main__":
+    print(json.dumps(attack_all()))
