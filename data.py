@@ -17,7 +17,6 @@ needs to show the trade-off: tokens revealed together are chosen without knowing
 begin in one phrasing and end in another, or name a cup that nothing has established yet.
 """
 import argparse
-import ast
 import glob
 import gzip
 import json
@@ -27,7 +26,7 @@ import sys
 import time
 import unicodedata
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -210,7 +209,7 @@ def ling_coder_row(row):
     turns = [(m["role"].lower(), m["content"]) for m in row["messages"]]
     said = [text for role, text in turns if role in ("human", "user")]
     replies = [text for role, text in turns if role == "assistant"]
-    if "python" not in languages or not said or not replies or not parses(replies[0]):
+    if "python" not in languages or not said or not replies or not grade.parses(replies[0]):
         return None
     return dict(prompt=said[0], solution=replies[0])
 
@@ -218,13 +217,13 @@ def ling_coder_row(row):
 def s1k_row(row):
     """The response is `attempt`; thinking_trajectories: one trace; solution: gold, an answer or a proof."""
     return dict(prompt=row["question"], solution=row["attempt"], thinking=row["thinking_trajectories"][0],
-                answer=boxed(row["solution"]) or row["solution"].strip())
+                answer=grade.boxed(row["solution"]) or row["solution"].strip())
 
 
 def math_row(row):
     """MATH and MATH-500: problem, solution with its answer in \\boxed{}; MATH-500 has the answer apart."""
     return dict(id=row.get("unique_id"), question=row["problem"], prompt=f"{row['problem']}\n{BOXED}",
-                solution=row["solution"], answer=row.get("answer") or boxed(row["solution"]))
+                solution=row["solution"], answer=row.get("answer") or grade.boxed(row["solution"]))
 
 
 def t3d_math_row(row):
@@ -305,64 +304,18 @@ RECIPES = {
     "mbpp": Recipe(mbpp_row, "google-research-datasets/mbpp", TRAIN | dict(dev="validation") | TEST, "code",
                    "374 / 90 / 500", "CC BY 4.0", "full/*.parquet", ("full",)),
 }
-GRADERS = ("final", "number", "math", "code", "parses")
 OWN_FIELDS = ("id", "prompt", "question", "solution", "answer", "tests", "grader", "thinking", "entry_point",
               "setup")
 
 
-def boxed(text):
-    """What the last \\boxed{...} of a text holds, braces balanced (and \\boxed 7); '' if there is none."""
-    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
-    rest = re.sub(r"^\\(boxed|fbox)\s*", "", text[start:]) if start >= 0 else ""
-    if not rest.startswith("{"):
-        return re.split(r"[\s$]", rest, maxsplit=1)[0]
-    depth = 0
-    for i, c in enumerate(rest):
-        depth += (c == "{") - (c == "}")
-        if not depth:
-            return rest[1:i].strip()
-    return ""
-
-
-def parses(text):
-    """TABOM's validity where there are no tests: the Python in a reply (its fenced blocks, else the whole
-    text) parses and is more than words; a fence that is not closed is not valid.
-    """
-    blocks = re.findall(r"```[ \t]*(\w*)[^\n]*\n(.*?)```", text, re.S)
-    code = ([body for tag, body in blocks if tag.lower() in ("python", "py", "python3")]
-            or [body for tag, body in blocks if not tag] or ([] if blocks else [text]))
-    if text.count("```") % 2 or not code:
-        return False
-    try:
-        statements = [node for body in code for node in ast.parse(body).body]
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    words = (ast.Expr, ast.AnnAssign)  # 'Answer: 4' parses too
-    return any(not isinstance(s, words) or isinstance(s.value, ast.Call) for s in statements)
-
-
-def grader_of(problem):
-    """final | number | math | code | parses: the problem's own, else code where it has tests."""
-    return problem.get("grader") or ("code" if problem.get("tests") else "final")
-
-
 def about_code(problem):
     """Is code asked for? Then the privileged prompt is the one for code."""
-    return grader_of(problem) in ("code", "parses")
-
-
-def is_right(problem, text, allow_code=False):
-    """Is a reply right -> bool; None for a code problem whose tests may not run (see check_gradable)."""
-    if grader_of(problem) == "parses":
-        return parses(text)
-    if grader_of(problem) == "code" and not allow_code:
-        return None
-    return grade.is_correct(problem, text, allow_code)
+    return grade.grader_of(problem) in ("code", "parses")
 
 
 def check_gradable(problems, allow_code):
     """Say before hours of decoding that replies to these problems are graded by running them."""
-    code = [p["id"] for p in problems if grader_of(p) == "code"]
+    code = [p["id"] for p in problems if grade.grader_of(p) == "code"]
     if code and not allow_code:
         raise UserError(f"{len(code)} problems ({code[0]} ...) are graded by running the replies: "
                         f"give --allow_code_execution if this machine may")
@@ -418,8 +371,8 @@ def own_problems(source):
         for key in ("prompt", "answer"):
             if key not in p and not (key == "answer" and p.get("tests")):
                 raise UserError(f"{where} has no field {key!r}" + " or 'tests'" * (key == "answer"))
-        if not isinstance(p["prompt"], str) or grader_of(p) not in GRADERS:
-            raise UserError(f"{where}: prompt must be text and grader one of {', '.join(GRADERS)}")
+        if not isinstance(p["prompt"], str) or grade.grader_of(p) not in grade.GRADERS:
+            raise UserError(f"{where}: prompt must be text and grader one of {', '.join(grade.GRADERS)}")
         problems.append(p)
     if not problems:
         raise UserError(f"{source} is empty: at least one problem is needed")
@@ -870,6 +823,23 @@ def appended(folder, own, seen):
     return n
 
 
+def graded(outputs, problems, tok, eos_ids, allow_code, most=64):
+    """(problem index, Output) as they come -> (index, Output, tokens, correct), in that order. Programs run
+    beside the decoder, at most `most` are waited for; without allow_code their `correct` is None.
+    """
+    waiting = deque()
+    for i, out in outputs:
+        n = out.n_tokens(eos_ids)
+        runs = grade.grader_of(problems[i]) != "code" or allow_code
+        verdict = grade.submit(problems[i], tok.decode(out.ids[:n].tolist()), allow_code) if runs else None
+        waiting.append((i, out, n, verdict))
+        while waiting and (len(waiting) > most or waiting[0][3] is None or waiting[0][3].done()):
+            *row, verdict = waiting.popleft()
+            yield *row, verdict and verdict.result()
+    for *row, verdict in waiting:
+        yield *row, verdict and verdict.result()
+
+
 def collect(model, tok, problems, shard, model_name, settings, batch_size, streams, n_left, allow_code):
     """rollout()'s share of this rank; rank 0's bar counts the records of all, n_left of them."""
     privileged = settings["privileged"]
@@ -882,9 +852,8 @@ def collect(model, tok, problems, shard, model_name, settings, batch_size, strea
     bar = tqdm(total=n_left, unit="sample", desc="collect", smoothing=0, disable=not rank0)
     last = time.perf_counter()
     with open(shard, "ab", buffering=0) as f, open(shard.with_suffix(".seconds"), "ab", buffering=0) as spent:
-        for i, out in stream(model, prompts, batch_size, streams=streams, **decoding):
-            n = out.n_tokens(model.cfg.eos_ids)
-            correct = is_right(problems[i], tok.decode(out.ids[:n].tolist()), allow_code)
+        outputs = stream(model, prompts, batch_size, streams=streams, **decoding)
+        for i, out, n, correct in graded(outputs, problems, tok, model.cfg.eos_ids, allow_code):
             order, rank = (consecutive_tail(out, n) if decoding["early_stop"] and n < len(out.ids)
                            else (out.order, out.rank))
             record = dict(
@@ -952,7 +921,7 @@ def show_problems(problems):
         tests = "\n".join(map(str, tests)) if isinstance(tests, list) else tests
         rows = [("prompt", p["prompt"]),
                 ("privileged", privileged_prompt(p) if p["solution"] else "(there is no solution)"),
-                ("solution", p["solution"]), ("grader", grader_of(p)),
+                ("solution", p["solution"]), ("grader", grade.grader_of(p)),
                 ("tests" if tests else "answer", tests or str(p.get("answer", "")))]
         print("\n".join([p["id"], *(f"  {name:<10} " + text.replace("\n", "\n" + 13 * " ")
                                     for name, text in rows)]))
@@ -995,7 +964,7 @@ def spread(name, values):
 
 def problem_stats(problems, tok, against):
     """stats of data. against: (name, problems) of a benchmark, or None."""
-    kinds = Counter(grader_of(p) for p in problems)
+    kinds = Counter(grade.grader_of(p) for p in problems)
     print(f"{'problems':<16} {len(problems)}: " + ", ".join(f"{k} graded by {g}" for g, k in kinds.items()))
     spread("prompt tokens", [len(tok.prompt_ids(p["prompt"])) for p in problems])
     solved = [len(tok.response_ids(p["solution"])) for p in problems if p["solution"]]

@@ -74,7 +74,7 @@ PROTOCOLS = {
     "tiny-thresholds": dict(**data.TINY_DECODING,  # without the slow token-by-token point
                             rules=at(0.97, 0.95, 0.93, 0.9, 0.8, policy="threshold")),
     "tiny-table": dict(**data.TINY_DECODING, compiled=True, sync_every=1, rules=[  # sweep.py
-        *(dict(policy="static", per_step=k) for k in (1, 2, 4)), *at(0.95, 0.9, 0.8, policy="threshold")]),
+        *(dict(policy="static", per_step=k) for k in (1, 2, 4)), *at(0.95, 0.9, policy="threshold")]),
     "tiny-static": dict(gen_len=data.TINY_LEN, cache="none", policy="static", rules=[
         *(dict(block_len=data.TINY_BLOCK, per_step=k) for k in (1, 2, 4, 8)),
         dict(block_len=data.TINY_LEN, per_step=data.TINY_LEN)]),  # the last one: all at once

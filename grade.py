@@ -6,6 +6,7 @@ problem["grader"] says how; without it, "code" where the problem has `tests`, el
     number   the last number of the response is the last number of the answer (GSM8K's flexible-extract)
     math     math-verify compares the whole response with the answer (LaTeX or plain text)
     code     the program in the response passes the tests; needs allow_code=True (--allow_code_execution)
+    parses   there are no tests: the response holds Python that parses (TABOM)
 
 Half of this file contains those programs. Run as a script it is the runner's child process, which is why it
 imports neither torch nor anything else of ours.
@@ -125,13 +126,18 @@ def last_number(text):
 
 
 def boxed(text):
-    """Content of the last \\boxed{...} or \\fbox{...}, with balanced braces; None if absent or cut off."""
-    start = max(text.rfind("\\boxed{"), text.rfind("\\fbox{"))
-    depth, at = 0, text.find("{", start)
-    for i in range(at, len(text)) if start >= 0 else ():
-        depth += {"{": 1, "}": -1}.get(text[i], 0)
+    """Content of the last \\boxed{...} or \\fbox{...}, with balanced braces, or of a \\boxed 7; None if absent
+    or cut off.
+    """
+    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+    rest = re.sub(r"^\\(boxed|fbox)\s*", "", text[start:]) if start >= 0 else ""
+    if not rest.startswith("{"):
+        return re.split(r"[\s$]", rest, maxsplit=1)[0] or None
+    depth = 0
+    for i, c in enumerate(rest):
+        depth += (c == "{") - (c == "}")
         if not depth:
-            return text[at + 1:i].strip()
+            return rest[1:i].strip()
     return None
 
 
@@ -184,6 +190,23 @@ def math_correct(problem, text):
         wanted = f"\\boxed{{{wanted}}}"
     gold = parse(wanted, parsing_timeout=seconds)
     return bool(verify(gold, parse(text, parsing_timeout=seconds), timeout_seconds=seconds))
+
+
+def parses(text):
+    """TABOM's validity where there are no tests: the Python in a reply (its fenced blocks, else the whole
+    text) parses and is more than words; a fence that is not closed is not valid.
+    """
+    blocks = re.findall(r"```[ \t]*(\w*)[^\n]*\n(.*?)```", text, re.S)
+    code = ([body for tag, body in blocks if tag.lower() in ("python", "py", "python3")]
+            or [body for tag, body in blocks if not tag] or ([] if blocks else [text]))
+    if text.count("```") % 2 or not code:
+        return False
+    try:
+        statements = [node for body in code for node in ast.parse(body).body]
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    words = (ast.Expr, ast.AnnAssign)  # 'Answer: 4' parses too
+    return any(not isinstance(s, words) or isinstance(s.value, ast.Call) for s in statements)
 
 
 # ------------------------------------------------------------------------------------- code: reply -> program
@@ -525,7 +548,8 @@ def forbid_syscalls():
     return ctypes.CDLL(None).prctl(22, 2, ctypes.byref(filter), 0, 0) == 0
 
 
-GRADERS = dict(final=final_correct, number=number_correct, math=math_correct, code=code_correct)
+GRADERS = dict(final=final_correct, number=number_correct, math=math_correct, code=code_correct,
+               parses=lambda problem, text: parses(text))
 
 if __name__ == "__main__":
     child()

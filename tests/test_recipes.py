@@ -259,7 +259,7 @@ def test_own_fields_are_mapped(tmp_path):
         dict(id="my-0", source="my", solution="", q="1+1?", target=2, prompt="1+1?", answer=2),
         dict(id="b", source="my", solution="", q="2+2?", target=4, prompt="2+2?", answer=4)]
     tests = write(tmp_path / "t.jsonl", [dict(prompt="inc", tests=["assert inc(1) == 2"])])
-    assert data.grader_of(data.load_problems(str(tests))[0]) == "code"
+    assert data.grade.grader_of(data.load_problems(str(tests))[0]) == "code"
 
 
 @pytest.mark.parametrize("source, rows, words", [
@@ -301,14 +301,14 @@ def test_privileged_prompts_are_the_published_ones(tmp_path):
     ("It is 4.", False), ("hello", False), ("```bash\nls\n```", False), ("```python\n```", False),
     ("Answer: 4", False), ("x = 1\0", False), ("```python\n# nothing\n```", False)])
 def test_code_that_parses(text, valid):
-    assert data.parses(text) is valid
+    assert data.grade.parses(text) is valid
 
 
 @pytest.mark.parametrize("text, answer", [
     ("\\boxed{1}", "1"), ("\\boxed{1} and \\boxed{\\frac{2}{3}}.", "\\frac{2}{3}"), ("$\\boxed 7$", "7"),
     ("\\fbox{a b}", "a b"), ("none", ""), ("\\boxed{1", "")])
 def test_boxed(text, answer):
-    assert data.boxed(text) == answer
+    assert (data.grade.boxed(text) or "") == answer
 
 
 # ------------------------------------------------------------------------------------------------ collection
@@ -321,7 +321,7 @@ def test_code_runs_only_where_it_may(tmp_path, monkeypatch):
     problems = data.load_problems(str(write(tmp_path / "c.jsonl", rows)))
     tok, settings = data.load_tokenizer("tiny"), dict(gen_len=8, block_len=4, cache="none")
     ran = []
-    monkeypatch.setattr("grade.is_correct", lambda problem, text, allow: ran.append(allow) or True)
+    monkeypatch.setattr("grade.code_correct", lambda problem, text: ran.append(True) or True)
 
     def collect(folder, **how):
         return data.rollout(random_model(**VOCAB), tok, problems, tmp_path / folder, "random", **how,
@@ -336,8 +336,6 @@ def test_code_runs_only_where_it_may(tmp_path, monkeypatch):
     assert collect("b") == records and len(ran) == 2  # nothing is left to run
     with pytest.raises(UserError, match="ungraded"):
         collect("a", allow_code=True)
-    monkeypatch.setattr(data, "parses", lambda text: "asked")
-    assert data.is_right(dict(grader="parses"), "x") == "asked" and len(ran) == 2
 
 
 def test_tad_trains_on_a_local_copy(tmp_path, monkeypatch):
