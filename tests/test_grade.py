@@ -28,7 +28,8 @@ LINUX = sys.platform == "linux"
     (r"so \boxed{42}", "42", True), (r"\boxed{41} no, \boxed{42}.", "42", True),
     (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}", True), (r"\boxed{\frac{1}{2}} = 5", "5", False),
     (r"\boxed{4", "4", True), (r"\boxed{x", "x", False), (r"\fbox{\text{a}}", r"\text{a}", True),
-    ("the answer is 1,234", "1234", True), ("from 3 to 5 it is 7.", "7", True), ("7 of 9", "7", False), ("it is 0.0000000001", ".0000000001", True),
+    ("the answer is 1,234", "1234", True), ("from 3 to 5 it is 7.", "7", True), ("7 of 9", "7", False),
+    ("it is 0.0000000001", ".0000000001", True),
     ("#### 18", "9 * 2 = 18\n#### 18", True), ("#### 9", "9 * 2 = 18\n#### 18", False)])
 def test_final(text, answer, right):
     assert grade.is_correct({"answer": answer}, text) is right
@@ -71,21 +72,28 @@ MATH = [  # answer, response, what a mathematician says
     (r"\sqrt{8}", r"\boxed{2\sqrt{2}}", True), (r"\frac{\sqrt{3}}{3}", r"\boxed{\frac{1}{\sqrt{3}}}", True),
     (r"\sqrt[3]{54}", r"\boxed{3\sqrt[3]{2}}", True), (r"2+\sqrt{3}", r"\boxed{\sqrt{3}+2}", True),
     (r"\sqrt{2}", r"\boxed{\sqrt{3}}", False), (r"\sqrt{2}", r"\boxed{2}", False),
-    ("1.41", r"\boxed{\sqrt2}", False), (r"3\pi", r"\boxed{3 \pi}", True), (r"\frac{\pi}{4}", r"\boxed{45}", False),
+    ("1.41", r"\boxed{\sqrt2}", False), (r"3\pi", r"\boxed{3 \pi}", True),
+    (r"\frac{\pi}{4}", r"\boxed{45}", False),
     ("2^{10}", r"\boxed{1024}", True), ("6!", r"\boxed{720}", True), (r"\log_2 8", r"\boxed{3}", True),
     ("3+4i", r"\boxed{4i+3}", True), ("3+4i", r"\boxed{3-4i}", False), (r"\binom{5}{2}", r"\boxed{10}", True),
     # tuples, intervals, sets
-    (r"(3, \frac{\pi}{2})", r"\boxed{\left(3, \frac{\pi}{2}\right)}", True), ("(1,2)", r"\boxed{(2,1)}", False),
+    (r"(3, \frac{\pi}{2})", r"\boxed{\left(3, \frac{\pi}{2}\right)}", True),
+    ("(1,2)", r"\boxed{(2,1)}", False),
     ("(1,-2,3)", r"\boxed{(1, -2, 3)}", True), ("[0,1)", r"\boxed{[0, 1)}", True),
-    ("[0,1)", r"\boxed{[0, 1]}", False), (r"(-\infty,0)\cup(1,\infty)", r"\boxed{(-\infty,0) \cup (1,\infty)}", True),
+    ("[0,1)", r"\boxed{[0, 1]}", False),
+    (r"(-\infty,0)\cup(1,\infty)", r"\boxed{(-\infty,0) \cup (1,\infty)}", True),
     (r"x \in [1,3]", r"\boxed{[1,3]}", True), (r"\{1,2,3\}", r"\boxed{\{3, 2, 1\}}", True),
     (r"\{1,2,3\}", r"\boxed{\{1,2\}}", False), ("1,2,3", r"\boxed{3, 1, 2}", True),
     ("-1, 2", r"\boxed{x = -1 \text{ or } x = 2}", True),
     # units, percentages, thousands
-    ("10", r"\boxed{10 \text{ cm}}", True), ("5", r"\boxed{5^\circ}", True), (r"\$18.90", r"\boxed{18.90}", True),
-    ("70", r"\boxed{70\text{ miles per hour}}", True), (r"50\%", r"\boxed{0.5}", True), ("50", r"\boxed{50\%}", True),
-    (r"25\%", r"\boxed{52\%}", False), ("1,234,567", r"\boxed{1234567}", True), ("12345", r"\boxed{12,345}", True),
-    ("10{,}000", r"\boxed{10000}", True), (r"10,\!000", r"\boxed{10000}", True), ("1,234", r"\boxed{1235}", False),
+    ("10", r"\boxed{10 \text{ cm}}", True), ("5", r"\boxed{5^\circ}", True), 
+    (r"\$18.90", r"\boxed{18.90}", True),
+    ("70", r"\boxed{70\text{ miles per hour}}", True), (r"50\%", r"\boxed{0.5}", True),
+    ("50", r"\boxed{50\%}", True),
+    (r"25\%", r"\boxed{52\%}", False), ("1,234,567", r"\boxed{1234567}", True),
+    ("12345", r"\boxed{12,345}", True),
+    ("10{,}000", r"\boxed{10000}", True), (r"10,\!000", r"\boxed{10000}", True),
+    ("1,234", r"\boxed{1235}", False),
     # text
     (r"\text{Evelyn}", r"\boxed{Evelyn}", True), ("Evelyn", r"\boxed{\text{Evelyn}}", True),
     (r"\text{even}", r"\boxed{\text{odd}}", False), (r"\text{(C)}", r"\boxed{C}", True),
@@ -95,7 +103,8 @@ MATH = [  # answer, response, what a mathematician says
     (M12, rf"\boxed{{{M12.replace('pmatrix', 'bmatrix')}}}", True), (M12, rf"\boxed{{{M13}}}", False),
     ("5", r"\boxed{x=5}", True), ("x=5", r"\boxed{5}", True), ("y=2x+3", r"\boxed{y = 3 + 2x}", True),
     ("y=2x+3", r"\boxed{y=2x-3}", False), ("x^2+2x+1", r"\boxed{(x+1)^2}", True),
-    ("x^2+2x+1", r"\boxed{(x-1)^2}", False), ("5", "The total is 3 + 2 = 5", True), ("11", "**Answer:** 11", True),
+    ("x^2+2x+1", r"\boxed{(x-1)^2}", False), ("5", "The total is 3 + 2 = 5", True),
+    ("11", "**Answer:** 11", True),
     (r"Solving, $x=4$, so \boxed{4}.", r"\boxed{4}", True), ("$5$", r"\boxed{5}", True)]
 DISAGREEMENTS = [  # where math-verify 0.9 says otherwise, and what we would have said
     ("2.5", r"First \boxed{3}, but no: \boxed{2.5}", True),  # it takes all boxes of a response as one list
@@ -105,7 +114,8 @@ DISAGREEMENTS = [  # where math-verify 0.9 says otherwise, and what we would hav
 
 def test_math():
     pytest.importorskip("math_verify")
-    wrong = [(a, r) for a, r, right in MATH if grade.is_correct({"answer": a, "grader": "math"}, r) is not right]
+    wrong = [(answer, response) for answer, response, right in MATH
+             if grade.is_correct({"answer": answer, "grader": "math"}, response) is not right]
     assert not wrong and len(MATH) >= 40
 
 
@@ -159,11 +169,12 @@ PYTEST = "from solution import add\nimport pytest\n\n\ndef test_add():\n    asse
     (dict(ADD, tests="def test_add(x):\n    assert add(1, 2) == 3\n"), RIGHT, False),  # fixtures: no
     (dict(ADD, tests="async def test_add():\n    assert add(1, 2) == 3\n"), RIGHT, True),
     (dict(ADD, tests="async def test_add():\n    assert add(1, 2) == 4\n"), RIGHT, False),
-    (dict(ADD, tests="class TestAdd:\n    def test_add(self):\n        assert add(1, 2) == 4\n"), RIGHT, False),
+    (dict(ADD, tests="class TestAdd:\n    def test(self):\n        assert add(1, 2) == 4\n"), RIGHT, False),
     (dict(ADD, tests="import unittest\nclass TestAdd(unittest.TestCase):\n    def setUp(self):\n"
-                     "        self.n = 2\n    def test_add(self):\n        self.assertEqual(add(1, self.n), 3)\n"
+                     "        self.n = 2\n    def test(self):\n        self.assertEqual(add(1, self.n), 3)\n"
                      "if __name__ == '__main__':\n    unittest.main()\n"), RIGHT, True),
-    (dict(ADD, tests="    assert add(1, 2) == 4\n"), RIGHT, False), (dict(ADD, tests="assert ("), RIGHT, False),
+    (dict(ADD, tests="    assert add(1, 2) == 4\n"), RIGHT, False),
+    (dict(ADD, tests="assert ("), RIGHT, False),
     (ADD, "def add(a, b):\n    return a + b\n\x00", False), (ADD, "(" * 10**5, False)])
 def test_code(problem, reply, right):
     assert grade.is_correct(problem, reply, allow_code=True) is right
@@ -223,7 +234,8 @@ def test_attacks_are_contained():
 
 def readable_python():
     """A Python that any user may run: ours, or the system's."""
-    for python in map(os.path.realpath, filter(None, (sys.executable, shutil.which("python3", path="/usr/bin")))):
+    found = (sys.executable, shutil.which("python3", path="/usr/bin"))
+    for python in map(os.path.realpath, filter(None, found)):
         folders = [p for p in Path(python).parents if not p.stat().st_mode & 0o001]
         version = subprocess.run([python, "-c", "import sys; print(sys.version_info >= (3, 11))"],
                                  capture_output=True, text=True).stdout.strip()
@@ -236,8 +248,9 @@ def test_attacks_are_contained_for_a_normal_user():
     python = readable_python()
     if not python or any(not p.stat().st_mode & 0o001 for p in ROOT.parents):
         pytest.skip("a normal user can read no Python of 3.11 or newer, or not this folder")
-    out = subprocess.run([python, "-B", str(ROOT / "tests" / "attacks.py")], user=grade.NOBODY, group=grade.NOBODY,
-                         extra_groups=[], cwd="/", env={}, capture_output=True, text=True, check=True).stdout
+    somebody = dict(user=grade.NOBODY, group=grade.NOBODY, extra_groups=[], cwd="/", env={})
+    out = subprocess.run([python, "-B", str(ROOT / "tests" / "attacks.py")], **somebody, capture_output=True,
+                         text=True, check=True).stdout
     found = json.loads(out)
     assert found["uid"] == grade.NOBODY and found["containment"]["unprivileged user"] and not report(found)
 
@@ -252,7 +265,7 @@ def test_no_tests_no_pass():
     assert not grade.run_program("def f():\n    return 1", "    assert f() == 2").passed  # not f's last line
 
 
-FORGERIES = [n for n in attacks.ATTACKS if n.startswith(("word", "writes PASS", "sys.exit", "os._exit", "jumps"))]
+FORGED = "word", "writes PASS", "sys.exit", "os._exit", "jumps"  # how the names of such attacks begin
 NO_LANDLOCK, NO_SECCOMP = ("LINUX and landlock()", "False"), ("LINUX and forbid_syscalls()", "False")
 NO_NAMESPACES, ROOT_STAYS = ('= enter_namespaces()', "= False"), ("= drop_root()", "= False")
 NO_HOOK = ("sys.addaudithook(shut)", "pass")
@@ -260,7 +273,8 @@ NO_FORK_LIMIT = ("CORE=0, NPROC=0", "CORE=0")
 SAYS = "leave(write(said, take(WORD)[execute(code, scope):]) - WORD)"
 BROKEN = {  # attack: what must be broken in grade.py for it to get through; the attack is then seen
     "os._exit(0)": [("said == word and code == 0", "code == 0")],
-    "sys.exit(0)": [("said == word and code == 0", "code == 0"), ("os._exit(1)\n\n\n#", "os._exit(0)\n\n\n#")],
+    "sys.exit(0)": [("said == word and code == 0", "code == 0"),
+                    ("    finally:\n        os._exit(1)", "    finally:\n        os._exit(0)")],
     "writes PASS to every descriptor": [("said == word and code == 0", "said and code == 0")],
     "word from environment, arguments, files": [("env = {**ENV,", "env = {**ENV, 'WORD': word,")],
     "word from descriptors": [(SAYS, "leave(write(said, (execute(code, scope), take(WORD))[1]) - WORD)")],
@@ -300,4 +314,4 @@ def test_the_attacks_see_a_broken_guard(name, tmp_path):
         left = attacks.survivors(broken.__file__)
         for pid in left:
             os.kill(pid, 9)
-    assert seen == "passed" if name in FORGERIES else not contained or left, seen
+    assert seen == "passed" if name.startswith(FORGED) else not contained or left, seen
