@@ -1108,7 +1108,7 @@ def check_problems(problems, args):
     if not problems:
         raise UserError(f"{args.task} has no problem to evaluate")
     for p in problems if args.what == "curve" else ():
-        grade.check(p, args.allow_code_execution)
+        grade.check_gradable(p, args.allow_code_execution)
 
 
 if __name__ == "__main__":

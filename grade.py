@@ -10,7 +10,7 @@ def final_answer(text):
     return tail.strip().rstrip(".").strip() if mark else None
 
 
-def check(problem, allow_code):
+def check_gradable(problem, allow_code):
     if problem.get("grader") == "code" and not allow_code:
         raise UserError("grading this task runs the model's code: --allow_code_execution permits it")
 
@@ -19,7 +19,7 @@ def is_correct(problem, text, allow_code=False):
     """problem: dict with `answer`; text: the response up to its first EOS -> bool.
     Exact match of the final answer.
     """
-    check(problem, allow_code)
+    check_gradable(problem, allow_code)
     if problem.get("grader") == "code":  # stands in for the runner of branch `grade`: nothing is run
         return False
     return final_answer(text) == str(problem["answer"]).strip()
