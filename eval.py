@@ -733,8 +733,9 @@ def published(task, family):
     for t in nt_model.read_json(nt_model.HERE / "published.json"):
         columns = [(i, c.split()[1]) for i, c in enumerate(t["columns"], 1) if c.split()[0] == task]
         if t["family"] == family and columns:
-            rows += [dict(method=row[0], **{k: t[k] for k in ("model", "source", "setting", "made_by")},
-                          **{value: row[i] for i, value in columns if row[i] is not None}) for row in t["rows"]]
+            about = {k: t[k] for k in ("model", "source", "setting", "made_by")}
+            rows += [dict(about, method=row[0], **{value: row[i] for i, value in columns if row[i] is not None})
+                     for row in t["rows"]]
     return rows
 
 
