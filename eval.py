@@ -731,10 +731,11 @@ def published(task, family):
     """
     rows = []
     for t in nt_model.read_json(nt_model.HERE / "published.json"):
-        at = [(i, c.split()[1]) for i, c in enumerate(t["columns"], 1) if c.split()[0] == task]
-        if t["family"] == family and at:
-            rows += [dict(method=row[0], **{k: t[k] for k in ("model", "source", "setting", "made_by")},
-                          **{value: row[i] for i, value in at if row[i] is not None}) for row in t["rows"]]
+        columns = [(i, c.split()[1]) for i, c in enumerate(t["columns"], 1) if c.split()[0] == task]
+        if t["family"] == family and columns:
+            about = {k: t[k] for k in ("model", "source", "setting", "made_by")}
+            rows += [dict(about, method=row[0], **{value: row[i] for i, value in columns if row[i] is not None})
+                     for row in t["rows"]]
     return rows
 
 
@@ -751,7 +752,8 @@ def published_text(task, family, protocol, made_with):
         lines.append("{:<40} {:>10} {:>6} {:>6} {:>7}".format(r["method"], *cells)
                      + f"  {r['model']}, {r['source']}")
     for *made_by, source, setting in dict.fromkeys((*r["made_by"], r["source"], r["setting"]) for r in rows):
-        same = "the same protocol" if made_by == [protocol, made_with] else "not the same protocol"
+        same = ("the same protocol, but for options given here," if made_by == [protocol, made_with] else
+                "not the same protocol")
         lines.append(f"{same} as this run's ({protocol}, {made_with}): {source}: {setting}")
     return "\n".join(lines)
 
@@ -1108,7 +1110,7 @@ def check_problems(problems, args):
     if not problems:
         raise UserError(f"{args.task} has no problem to evaluate")
     for p in problems if args.what == "curve" else ():
-        grade.check(p, args.allow_code_execution)
+        grade.check_gradable(p, args.allow_code_execution)
 
 
 if __name__ == "__main__":

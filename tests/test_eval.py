@@ -163,7 +163,7 @@ def test_published_numbers_are_consistent_and_marked():
     assert [r["acc"] for r in tabom] == [60.36, 58.54, 45.73]
     text = nt_eval.published_text("gsm8k_cot_zeroshot", "llada", "tad", "lm_eval")
     assert text.startswith("published, not run here (gsm8k)") and "451.8" in text
-    assert "\nthe same protocol as this run's (tad, lm_eval): TAD Table 1" in text
+    assert "\nthe same protocol, but" in text and "(tad, lm_eval): TAD Table 1: " in text
     assert "not the same protocol as this run's (tad, own): TAD Table 1" in nt_eval.published_text(
         "gsm8k", "llada", "tad", "own")
     assert nt_eval.published_text("tiny", "tiny", "tiny", "own") == ""
