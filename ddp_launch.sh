@@ -15,9 +15,10 @@ two machines       on both:  bash ddp_launch.sh --nodes 2 --rdzv node0:29400 tad
 Slurm              sbatch --nodes 2 --ntasks-per-node 1 --gpus-per-node 8 --requeue --open-mode append \
                        --wrap "srun bash ddp_launch.sh tad.py ..."
 
-A run continues where it stopped: on a restart by --max-restarts, when a preempted job is requeued, and when the
-same command is given again, with any number of processes. --out (and the trajectories) must be on a disk that
-all machines share. On SIGTERM a run finishes its step and saves a checkpoint; torchrun kills it after 30 s.
+A run continues where it stopped: on a restart by --max-restarts, when a preempted job is requeued, and when
+the same command is given again, with any number of processes. --out (and the trajectories) must be on a disk
+that all machines share. On SIGTERM a run finishes its step and saves a checkpoint; torchrun kills it after
+30 s.
 TEXT
 }
 
@@ -48,7 +49,7 @@ if [ "$nodes" -gt 1 ]; then
 else
     meet=(--standalone)
 fi
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # with it shared, processes that restart may meet at a stale address
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # shared, restarted processes may meet at a stale address
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( ($(nproc) + gpus - 1) / gpus ))}"
 exec "${PYTHON:-python}" -m torch.distributed.run "${meet[@]}" --nproc-per-node "$gpus" \
     --max-restarts "$restarts" "$@"

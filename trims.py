@@ -607,7 +607,7 @@ def intact(folder, contents=True):
                 if hashlib.file_digest(f, "sha256").hexdigest() != wanted:
                     return {}
         return facts
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
@@ -647,11 +647,15 @@ def load_checkpoint(out, model, opts, rank, world, ref=None):
 
 
 def training_steps(first, n_steps, rank):
-    """The steps, with their progress bar. SIGTERM now ends the run after a step, with a checkpoint."""
+    """The steps, each with the progress bar. SIGTERM then ends the run after its step, with a checkpoint."""
     STOP.clear()
-    signal.signal(signal.SIGTERM, lambda *_: STOP.set())
-    return tqdm(range(first, n_steps), initial=first, total=n_steps, unit="step", desc="train",
-                disable=rank != 0)
+    before = signal.signal(signal.SIGTERM, lambda *_: STOP.set())
+    bar = tqdm(range(first, n_steps), initial=first, total=n_steps, unit="step", desc="train",
+               disable=rank != 0)
+    try:
+        yield from ((step, bar) for step in bar)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def stopped(step, rank, world):
@@ -668,7 +672,6 @@ def save_final(cfg, model, final, rank):
     Every rank calls it; rank 0 gets a plain copy of the model, the others None.
     """
     finish_writing()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     plain = lora.unsharded(model, keep=rank == 0)
     if rank != 0:
         return None
@@ -789,8 +792,8 @@ def main():
     n_steps = cfg.max_steps or cfg.epochs * per_epoch
     cfg = replace(cfg, warmup_steps=round(cfg.warmup_ratio * n_steps) or cfg.warmup_steps)
     model.train()
-    bar, losses = training_steps(first, n_steps, rank), []
-    for step in bar:
+    losses = []
+    for step, bar in training_steps(first, n_steps, rank):
         began = time.perf_counter()
         torch.manual_seed((cfg.seed * 1_000_003 + step) * world + rank)  # dropout
         epoch, at = divmod(step, per_epoch)

@@ -1,5 +1,5 @@
-"""World sizes 1, 2 and 4 (gloo) train the same thing: one launch each, all methods in it. LoRA's gradients are
-summed in one bucket; --full and --fsdp shard (FSDP2).
+"""World sizes 1, 2 and 4 (gloo) train the same thing: one launch each, all methods in it. Gradients of
+adapters are summed in one bucket; --full and --fsdp shard (FSDP2).
 """
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Processes that die, checkpoints that are cut: nothing is lost, nothing comes twice, the result is the same."""
+"""Processes that die, checkpoints that are cut: nothing is lost or comes twice, the result is the same."""
 import json
 import os
 import random
@@ -18,18 +18,18 @@ import tad
 from model import UserError
 
 VOCAB = dict(vocab_size=300, mask_token_id=279, eos_token_id=278, pad_token_id=278)
-OPTIONS = ["--n_problems", "8", "--gen_len", "8", "--block_len", "4", "--batch_size", "4", "--micro_batch", "1",
-           "--collect_batch", "2", "--max_steps", "10", "--refresh", "5", "--save_every", "5", "--lr", "1e-2",
-           "--log_every", "1", "--eval_problems", "0", "--lora_r", "4", "--lora_dropout", "0"]
+OPTIONS = ["--n_problems", "8", "--gen_len", "8", "--block_len", "4", "--batch_size", "4", "--micro_batch",
+           "1", "--collect_batch", "2", "--max_steps", "10", "--refresh", "5", "--save_every", "5", "--lr",
+           "1e-2", "--log_every", "1", "--eval_problems", "0", "--lora_r", "4", "--lora_dropout", "0"]
 
 
 def launch(world, out, *options, faults=(), restarts=0):
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}",
                 f"--max_restarts={restarts}"]
     env = {**os.environ, "FAULTS": json.dumps(faults), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    return subprocess.run([sys.executable, *(torchrun if world > 1 else []), str(ROOT / "tests/faults_driver.py"),
-                           "--out", str(out), *OPTIONS, *options], env=env, capture_output=True, text=True,
-                          timeout=600)
+    driver = [str(ROOT / "tests/faults_driver.py"), "--out", str(out), *OPTIONS, *options]
+    return subprocess.run([sys.executable, *(torchrun if world > 1 else []), *driver], env=env,
+                          capture_output=True, text=True, timeout=600)
 
 
 def records(out):
@@ -40,8 +40,8 @@ def records(out):
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_killed_while_collecting_and_training(tmp_path, kind):
-    """torchrun restarts a run whose rank dies in a record, then at SIGTERM, then in a step; it is continued by
-    hand on two ranks (the same bits) and on one (the same up to rounding).
+    """torchrun restarts a run whose rank dies in a record, then at SIGTERM, then in a step; it is continued
+    by hand on two ranks (the same bits) and on one (the same up to rounding).
     """
     nt_model.save(random_model(max_position_embeddings=160, **VOCAB), tmp_path / "base")
     nt_model.copy_tokenizer("tiny", tmp_path / "base")

@@ -1,16 +1,21 @@
 """Real shapes, random weights, on a GPU. `pytest -m gpu -s tests/test_gpu.py` prints the rows of BENCH.md."""
+import copy
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 import torch.nn.functional as F
 from checkpoints import raw_config
-from conftest import prompts_of
+from conftest import ROOT, prompts_of
 
 import bench
+import data
 import lora
 import model as nt_model
 import sample
+import tad
 
 PARAMETERS = {"llada-8b": 8_015_581_184, "dream-7b": 7_615_616_512, "sdar-4b": 4_411_424_256}
 cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -53,6 +58,52 @@ def small_model(family="llada", **kw):
     return bench.random_weights(nt_model.config_from_json(raw_config(family)), std=0.3, **kw)
 
 
+def tad_micro_batch(model, teacher, examples, cfg, device, plain):
+    """Loss of one TAD micro-batch, half of the response revealed. plain: as one would write it first, with
+    the logits of all positions and a copied teacher.
+    """
+    if not plain:
+        return tad.training_loss(model, teacher, examples, [None] * len(examples), cfg, 8, None, device)[0]
+    b = tad.make_batch(examples, [None] * len(examples), cfg, 8, model.cfg)
+    inputs, cols = data.response_inputs(model.cfg, b["plain"], b["xt"])
+    inputs = {k: None if t is None else t.to(device) for k, t in inputs.items()}
+    row, j = b["masked"].nonzero(as_tuple=True)
+    with torch.no_grad():
+        teacher_logits = teacher(**inputs).float()
+    logits = model(**inputs).float()
+    at, x0 = (row.to(device), cols[row, j].to(device)), b["x0"][b["masked"]].to(device)
+    ce, kl = tad.token_terms(logits[at], teacher_logits[at], x0, cfg).unbind(1)
+    return tad.tad_loss(ce, kl, b["near"][b["masked"]].to(device), row.to(device), len(examples), cfg)[0]
+
+
+def lora_steps(base, device, batch, length, plain, n=5):
+    """-> seconds of a LoRA step (r = 128, all matrices; AdamW), the losses of n steps."""
+    torch.manual_seed(0)
+    teacher = copy.deepcopy(base) if plain else None
+    model = lora.add(base, 128, 128).train()
+    teacher, half = teacher or model, length // 2
+    g = torch.Generator().manual_seed(0)
+    texts = torch.randint(0, 250, (batch, length), generator=g).tolist()
+    examples = [(dict(prompt_ids=text[:half], x0=text[half:], order=list(range(half))), half // 2)
+                for text in texts]
+    cfg = tad.Config(batch_size=batch, teacher_prompt="plain")
+    opt, losses = torch.optim.AdamW(tad.trainable(model).values(), lr=1e-3), []
+
+    def step():
+        loss = tad_micro_batch(model, teacher, examples, cfg, device, plain)
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        losses.append(loss.item())
+    return milliseconds(step, device, n) / 1000, losses
+
+
+def test_the_chunked_step_is_the_plain_step_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(nt_model.by_chunks, "__kwdefaults__", {"chunk_bytes": 4 * 272 * 3})  # three rows
+    chunked, plain = (lora_steps(small_model(), "cpu", 2, 32, plain, n=2)[1] for plain in (False, True))
+    assert len(set(plain)) == 3 and all(abs(a - b) < 1e-4 for a, b in zip(chunked, plain))
+
+
 def test_the_measurement_itself_on_a_cpu():
     forward_ms, step_ms, finite = forward_and_lora_step(small_model(), "cpu", length=32)
     assert finite and forward_ms > 0 and step_ms > 0
@@ -79,6 +130,29 @@ class TestOnAGpu:
         assert finite
         del model
         torch.cuda.empty_cache()
+
+    @pytest.mark.parametrize("batch, length", [(4, 512), (1, 2048)])
+    def test_lora_step_against_the_plain_one(self, batch, length):
+        n = PARAMETERS["llada-8b"]
+        for plain in (False, True):
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            base = bench.random_weights(bench.SHAPES["llada-8b"], "cuda", torch.bfloat16)
+            seconds, losses = lora_steps(base, "cuda", batch, length, plain)
+            tok_per_s, peak = batch * length / seconds, torch.cuda.max_memory_allocated() / 2**30
+            print(f"\n| {'plain' if plain else 'tad.py'} | {torch.cuda.get_device_name()} "
+                  f"| {batch} x {length} | {tok_per_s:.0f} tok/s | MFU {tok_per_s * 4 * n / 989e12:.1%} "
+                  f"| {peak:.1f} GiB |")
+            assert torch.tensor(losses).isfinite().all()
+            del base
+
+    @pytest.mark.parametrize("flags", [["--full"], ["--fsdp"], []])
+    def test_nccl_with_one_process(self, tmp_path, flags):
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1",
+             str(ROOT / "tad.py"), "--n_problems", "24", "--max_steps", "4", "--eval_problems", "8", "--out",
+             str(tmp_path / "run"), *flags], capture_output=True, text=True)
+        assert done.returncode == 0 and "AUP TAD" in done.stdout, done.stderr[-3000:]
 
     @pytest.mark.parametrize("family", ["llada", "dream", "sdar"])
     @pytest.mark.parametrize("compiled", [False, True])

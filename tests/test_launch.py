@@ -44,8 +44,8 @@ def test_two_nodes_train_one_model(tmp_path):
         for n in range(8)))
     command = [*SCRIPT, "--nodes", "2", "--gpus", "1", "--rdzv", f"localhost:{free_port()}", "--max-restarts",
                "0", str(ROOT / "trims.py"), "--model", str(tmp_path / "base"), "--data",
-               str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "run"), "--gen_len", "8", "--max_steps", "2",
-               "--trajectory_share", "0", "--batch_size", "4", "--micro_batch", "2", "--full", "--log_every", "1"]
+               str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "run"), "--gen_len", "8", "--max_steps",
+               "2", "--trajectory_share", "0", "--batch_size", "4", "--micro_batch", "2", "--full"]
     env = {**os.environ, "PYTHON": sys.executable}
     nodes = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
              for _ in range(2)]
@@ -64,7 +64,7 @@ def test_two_nodes_train_one_model(tmp_path):
 def test_rounds_collect_with_the_student_and_continue(tmp_path, monkeypatch):
     """Three rounds; interrupted in the second's collection and training, the same weights come out."""
     folder, final = official_checkpoint(tmp_path / "base", "sdar"), "adapter/adapter_model.safetensors"
-    (tmp_path / "p.jsonl").write_text("".join(f'{{"prompt": "{n} + {n}?", "answer": "x"}}\n' for n in range(6)))
+    (tmp_path / "p.jsonl").write_text("".join(f'{{"prompt": "{n}?", "answer": "x"}}\n' for n in range(6)))
 
     def run(name, *extra):
         args = ["t3d.py", "--model", folder, "--data", tmp_path / "p.jsonl", "--out", tmp_path / name,
@@ -109,7 +109,7 @@ def test_rounds_collect_with_the_student_and_continue(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_checkpointed_and_compiled_blocks_have_the_same_gradient(name):
-    """Compiled with the backend that only captures: one graph per use, no more when adapters go on and off."""
+    """Compiled with a backend that only captures: one graph per use, no more as adapters go on and off."""
     ids, valid = torch.randint(0, 30, (2, 12)), torch.ones(2, 12, dtype=torch.bool)
     valid[0, :3] = False
     grads = {}
@@ -131,7 +131,7 @@ def test_checkpointed_and_compiled_blocks_have_the_same_gradient(name):
             model.zero_grad()
             loss.backward()
         grads[kind] = torch.cat([p.grad.flatten() for p in tad.trainable(model).values()])
-        assert len(graphs) == (4 if kind == "compiled" else 0), len(graphs)  # (2 blocks x) student, teacher
+        assert len(graphs) == (2 if kind == "compiled" else 0), len(graphs)
     for kind in ("checkpointed", "compiled"):
         assert (grads[kind] - grads["plain"]).norm() <= 1e-5 * grads["plain"].norm()
 
