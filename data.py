@@ -313,14 +313,6 @@ def about_code(problem):
     return grade.grader_of(problem) in ("code", "parses")
 
 
-def check_gradable(problems, allow_code):
-    """Say before hours of decoding that replies to these problems are graded by running them."""
-    code = [p["id"] for p in problems if grade.grader_of(p) == "code"]
-    if code and not allow_code:
-        raise UserError(f"{len(code)} problems ({code[0]} ...) are graded by running the replies: "
-                        f"give --allow_code_execution if this machine may")
-
-
 def load_problems(source, split="train", n=None):
     """Problems {id, source, prompt, solution, answer or tests, grader ...}; at most n of each joined source.
 
@@ -797,7 +789,8 @@ def rollout(model, tok, problems, folder, model_name, privileged=False, batch_si
     if graded and any(r["correct"] is None for r in done.values()):
         raise UserError(f"{folder} holds trajectories that were collected ungraded: choose another folder")
     left = [i for i in range(len(problems)) if problems[i]["id"] not in done]
-    check_gradable([problems[i] for i in left], allow_code or not graded)
+    for i in left:  # said before hours of decoding
+        grade.check_gradable(problems[i], allow_code or not graded)
     if dist.is_initialized():
         dist.barrier()  # all ranks have read the same shards before one appends
         todo = left[rank::world]
@@ -1003,7 +996,8 @@ def trajectory_stats(records, eos_ids, seconds):
 
 def rollout_command(args, problems):
     """rollout: collection alone; static, one token per forward, unless told otherwise."""
-    check_gradable(problems, args.allow_code_execution or args.ungraded)
+    for p in problems:
+        grade.check_gradable(p, args.allow_code_execution or args.ungraded)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     model, tok = load(args.model, *default_device(), args.revision), load_tokenizer(args.model, args.revision)

@@ -326,7 +326,7 @@ def test_code_runs_only_where_it_may(tmp_path, monkeypatch):
     def collect(folder, **how):
         return data.rollout(random_model(**VOCAB), tok, problems, tmp_path / folder, "random", **how,
                             **settings)
-    with pytest.raises(UserError, match="2 problems .* give --allow_code_execution"):
+    with pytest.raises(UserError, match="c-0 is graded by running .* give --allow_code_execution"):
         collect("a")
     assert [r["correct"] for r in collect("a", graded=False)] == [None, None] and not ran
     records = collect("b", allow_code=True)
