@@ -734,7 +734,7 @@ def published(task, family):
         columns = [(i, c.split()[1]) for i, c in enumerate(t["columns"], 1) if c.split()[0] == task]
         if t["family"] == family and columns:
             about = {k: t[k] for k in ("model", "source", "setting", "made_by")}
-            rows += [dict(about, method=row[0], **{value: row[i] for i, value in columns if row[i] is not None})
+            rows += [dict(about, method=row[0], **{k: row[i] for i, k in columns if row[i] is not None})
                      for row in t["rows"]]
     return rows
 
