@@ -177,6 +177,7 @@ def number_correct(problem, text):
 def math_correct(problem, text):
     """math-verify on the whole response. Its time limits (5 s each for reading and comparing) are alarms, so
     they only exist in the main thread of a POSIX process; elsewhere a hard expression takes what it takes.
+    Percent signs are left out, as MATH's graders do: whether it can read them hangs on its parser's version.
     """
     try:
         from math_verify import parse, verify
@@ -185,7 +186,7 @@ def math_correct(problem, text):
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it reports every expression it gives up on
     alarms = os.name == "posix" and threading.current_thread() is threading.main_thread()
     seconds = 5 if alarms else None
-    wanted = str(problem["answer"]).strip()
+    wanted, text = (re.sub(r"\\?%", "", t).strip() for t in (str(problem["answer"]), text))
     if not re.search(r"(?<!\\)\$|\\boxed|\\\(|\\\[", wanted):
         wanted = f"\\boxed{{{wanted}}}"
     gold = parse(wanted, parsing_timeout=seconds)
