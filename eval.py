@@ -418,7 +418,7 @@ def report(curves, out):
     out = Path(out)
     write_results(curves, out)
     print(table(curves))
-    plot(curves, out / "curve.png")
+    plot({"accuracy against parallelism": curves}, out / "curve.png")
     print(f"written: {out / 'results.jsonl'}, {out / 'curve.png'}")
 
 
@@ -458,8 +458,10 @@ def table(curves, y_max=None):
     return "\n".join(lines + [f"speed: {place}" for place in where])
 
 
-def plot(curves, path, title="accuracy against parallelism"):
-    """One line per model: accuracy (with standard errors) against TPF."""
+def plot(panels, path):
+    """panels: {title: curves}, side by side; in each one line per model: accuracy (with standard errors)
+    against TPF.
+    """
     try:
         import matplotlib
         matplotlib.use("Agg")
@@ -467,18 +469,20 @@ def plot(curves, path, title="accuracy against parallelism"):
     except ImportError:
         print(f"no {path}: drawing needs matplotlib (pip install 'nanotraj[plot]')")
         return
-    fig, ax = plt.subplots(figsize=(6.4, 4.2), dpi=140)
-    for label, points in curves:
-        points = sorted(points, key=tpf)
-        ys = [accuracy(p) for p in points]
-        ax.errorbar([tpf(p) for p in points], [y for y, _ in ys], [e for _, e in ys], label=label, marker="o",
-                    markersize=4, capsize=2, linewidth=1.5)
-    ax.set_xlabel("tokens per forward (TPF)")
-    ax.set_ylabel("accuracy, %")
-    ax.set_ylim(bottom=0)
-    ax.set_title(title, fontsize=10)
-    ax.grid(alpha=0.3)
-    ax.legend()
+    fig, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 4.2), dpi=140, sharey=True,
+                             squeeze=False)
+    for ax, (title, curves) in zip(axes[0], panels.items()):
+        for label, points in curves:
+            points = sorted(points, key=tpf)
+            ys = [accuracy(p) for p in points]
+            ax.errorbar([tpf(p) for p in points], [y for y, _ in ys], [e for _, e in ys], label=label,
+                        marker="o", markersize=4, capsize=2, linewidth=1.5)
+        ax.set_xlabel("tokens per forward (TPF)")
+        ax.set_title(title, fontsize=10)
+        ax.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("accuracy, %")
+    axes[0, 0].set_ylim(bottom=0)
+    axes[0, -1].legend()
     fig.tight_layout()
     fig.savefig(path)
     plt.close(fig)
@@ -704,10 +708,10 @@ def compare(runs, base, control, n_boot=1000, seed=0, y_max=None):
     return "\n".join(lines)
 
 
-def pooled(rs):
+def pooled(rs, keep):
     """The points of a label's runs as one: every point with the problems of all runs, run after run."""
     return [{**p, **{k: sum((run[i][k] for run in rs), []) for k in ("correct", "tokens", "nfe")}}
-            for i, p in enumerate(rs[0]) if on_curve(p)]
+            for i, p in enumerate(rs[0]) if keep(p)]
 
 
 def report_comparison(folders, base, control, out, y_max=None):
@@ -720,7 +724,12 @@ def report_comparison(folders, base, control, out, y_max=None):
     out.mkdir(parents=True, exist_ok=True)
     text = compare(runs, base, control, y_max=y_max)
     (out / "compare.md").write_text(text + "\n")
-    plot([(label, pooled(rs)) for label, rs in runs.items() if ":" not in label], out / "compare.png")
+    rules = {"thresholds, and token by token": on_curve,
+             "a fixed number of tokens per forward": lambda p: p["rule"].endswith("per forward")}
+    panels = {title: [(label, pooled(rs, keep)) for label, rs in runs.items() if ":" not in label]
+              for title, keep in rules.items()}
+    plot({title: curves for title, curves in panels.items() if all(len(points) > 1 for _, points in curves)},
+         out / "compare.png")
     print(f"{text}\nwritten: {out / 'compare.md'}, {out / 'compare.png'}")
 
 
@@ -1027,7 +1036,7 @@ def evaluate_curve(args, model, tok, problems, protocol, label, config, rank, wo
         return
     y_max = args.y_max or best_accuracy([(label, points)])
     print(table([(label, points)], y_max))
-    plot([(label, points)], out / "curve.png")
+    plot({"accuracy against parallelism": [(label, points)]}, out / "curve.png")
     rows = [dict(rule=p["rule"], acc=accuracy(p)[0], se=accuracy(p)[1], tpf=tpf(p),
                  nfe=float(np.mean(p["nfe"])), tok_per_s=sum(p["tokens"]) / p["seconds"],
                  s_per_sample=p["seconds"] / len(problems), ms_per_forward=p["ms_per_forward"])
