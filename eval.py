@@ -8,6 +8,7 @@
     python eval.py protocols                                           # the papers' decoding settings
     python eval.py caches --n 200                                      # what the caches cost
     python eval.py nll --n 40                                          # TRIMS Fig. 7
+    python eval.py tds --trajectories out/tabom-tiny/trajectories      # TABOM Fig. 2
     python eval.py compare out/tad-eval-* --base base --control SFT    # one table and one picture
                                                                        # over runs and seeds
 
@@ -22,6 +23,8 @@ Definitions, used everywhere:
             rho_1 y_1 + sum_i (rho_i - rho_{i-1}) (y_i W(y_i) + y_{i-1} W(y_{i-1})) / 2,
             W(y) = min(exp(-alpha (1 - y / y_max)), 1), alpha = 3. y_max is the best accuracy of any compared
             model on the task: AUP changes with it, so it is always shown.
+    TDS     (TABOM Eq. 10, 11; tds) at each forward of a trajectory, the variance of the predictive entropies
+            of what is still masked, in nats^2; its mean over trajectories and forwards
 """
 import argparse
 import hashlib
@@ -547,7 +550,8 @@ def report_tds(models, records, out):
     curves = {}
     for label, model in models:
         mean, curves[label] = mean_tds(model, records, label)
-        print(f"TDS {label}: {mean:.4f} nats^2, mean over the steps of {len(records)} training trajectories")
+        print(f"TDS {label}: {mean:.4f} nats^2, mean over the steps of {len(records)} trajectories")
+    Path(out).mkdir(parents=True, exist_ok=True)
     plot_per_forward(curves, "variance of predictive entropy, nats$^2$", Path(out) / "tds.png")
 
 
@@ -1002,6 +1006,10 @@ def parser():
     t = sub.add_parser("nll", help="an AR teacher's NLL of what each forward has revealed (TRIMS Fig. 7)")
     t.add_argument("--teacher", default="tiny-ar", help="hub id or directory of a causal LM")
     t.add_argument("--out", default="out", help="directory of trajectory_nll.png")
+    d = sub.add_parser("tds", help="how much the entropies of masked tokens differ (TABOM Eq. 10, 11)")
+    d.add_argument("--trajectories", required=True, help="folder that rollout or a method collected")
+    d.add_argument("--n", type=int, default=64, help="how many of them [64]")
+    d.add_argument("--out", default="out", help="directory of tds.png")
     k = sub.add_parser("caches", help="what each cache costs against cache none, at one threshold")
     k.add_argument("--threshold", type=float, default=0.9, help="confidence; above 1: one token per forward")
     for p in (c, k, t):
@@ -1010,10 +1018,11 @@ def parser():
         p.add_argument("--split", default="test", choices=["train", "dev", "test"], help="of the task [test]")
         p.add_argument("--n", "--n_problems", type=int,  # torchrun takes --n for one of its own options
                        help="number of problems [500 of tiny, else all]")
-    for p in (c, e, k, t):
+    for p in (c, e, k, t, d):
         p.add_argument("--model", default="tiny", help="preset name, hub id or directory")
         p.add_argument("--revision", help="commit, branch or tag of a hub id")
         p.add_argument("--adapter", help="directory of a LoRA adapter")
+    for p in (c, e, k, t):
         p.add_argument("--gen_len", type=int, help="response length, instead of the protocol's")
         p.add_argument("--block_len", type=int, help="block size, instead of the protocol's")
         p.add_argument("--batch_size", type=int, default=64, help="problems decoded at once, per rank [64]")
@@ -1071,7 +1080,11 @@ def main():
         protocol["rules"] = choose_rules(protocol["rules"], args)
         trained = Path(args.adapter or args.model).resolve()  # out/RUN/adapter or out/RUN/model
         label = args.label or (trained.parent.name if trained.is_dir() else "base")
-    if args.what != "lm_eval":
+    if args.what == "tds":
+        records = data.read_trajectories(args.trajectories)[:args.n]
+        if not records:
+            raise UserError(f"{args.trajectories} holds no trajectory")
+    elif args.what != "lm_eval":
         problems = data.load_problems(args.task, args.split, args.n or (500 if args.task == "tiny" else None))
         check_problems(problems, args)
     elif len(args.points or args.thresholds or [0]) > 1:
@@ -1081,6 +1094,8 @@ def main():
     tok = data.load_tokenizer(args.model, args.revision)
     if args.adapter:
         lora.load(model, args.adapter)
+    if args.what == "tds":
+        return report_tds([(args.adapter or args.model, model)], records, args.out)
     if args.what == "nll":
         teacher = nt_model.load_teacher(args.teacher, *nt_model.default_device())
         settings = {**data.TINY_DECODING, **own}

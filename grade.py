@@ -126,8 +126,8 @@ def last_number(text):
 
 
 def boxed(text):
-    """Content of the last \\boxed{...} or \\fbox{...}, with balanced braces, or of a \\boxed 7; None if absent
-    or cut off.
+    """Content of the last \\boxed{...} or \\fbox{...}, braces balanced, or of a \\boxed 7; None if absent or
+    cut off.
     """
     start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
     rest = re.sub(r"^\\(boxed|fbox)\s*", "", text[start:]) if start >= 0 else ""

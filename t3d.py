@@ -11,10 +11,10 @@ lower it on the reference's own guesses (fake). The reference is the student of 
     p_theta, p_ref logp, logp_ref (N,): log-probabilities of the rows' tokens under student and reference
     fake x0        x_hat (N,): drawn from p_ref's factorised prediction on the same x_t
     ratio(x)       beta times the mean over the masked rows of log p_theta(x_i | x_t) - log p_ref(x_i | x_t)
-    Eq. 5          naive_td: mean of -log p_theta(x0_i | x_t)                                    (t3d_loss)
+    Eq. 5          --loss naive_td --lam 0: mean of -log p_theta(x0_i | x_t)                      (t3d_loss)
     Eq. 6-7        real = -log sigma(ratio(x0)), fake = -alpha log(1 - sigma(ratio(x_hat)))      (t3d_loss)
     Eq. 8          path: -w_i log p_theta(x0_i | x_t)                                            (t3d_loss)
-    Eq. 9          w_i = (K - pi_i + 1) / K, K the response tokens of i's block              (path_weights)
+    Eq. 9          w_i = (B - pi_i + 1) / B, B the response tokens of i's block              (path_weights)
     Eq. 10         real + fake + lambda path (t3d_loss); App. C.1: rand_p; App. C.2: beta, refresh
 
 What differs from the published code, and why: ids and order are stored together (it re-tokenises decoded
@@ -83,7 +83,7 @@ class Config:
     collect_batch: int = 64  # problems decoded at once per rank
     # --- loss
     variant: Literal["paper", "code"] = "paper"  # code: fake argmax, and mask_order, state_dist, path code
-    loss: Literal["t3d", "naive_td"] = "t3d"  # naive_td: cross-entropy (Eq. 5) instead of DDO
+    loss: Literal["t3d", "naive_td"] = "t3d"  # naive_td: Eq. 5 instead of DDO; --lam 0: alone
     train_block: int = 8  # block B of training on block-causal models (0: the model's own), tokens
     beta: float = 0.1  # scale of the log-ratio (App. C.2)
     alpha: float = 0.5  # weight of the fake term (code; Eq. 7 has 1)

@@ -7,9 +7,12 @@ margin. The pairwise ranking is the tractable form of matching a Boltzmann distr
 
     glossary (paper -> code)
     tau           record["x0"], record["rank"] (L,): one index per position, ties within a forward by entropy
-    U_t           the positions of xt that are not masked: rank below that of the segment's first
+    U_t           the positions of xt that are not masked: rank below that of the segment's first (make_batch)
     Delta         segment (B, W) int64: the next W positions in the order they were revealed; -1 = none left
-    h(r)  Eq. 5   entropy (B, W): predictive entropy in nats, at U_t or at r's own step (--entropy_at)
+                  (draw_segment)
+    h(r)  Eq. 5   entropy (B, W): predictive entropy in nats, at U_t (entropy_of) or at r's own step
+                  (--entropy_at own_step; own_step_entropies)
+    P             pair (B, W, W): both in Delta, r before s              (tabom_loss)
     gamma, lambda cfg.gamma, cfg.lam
     L_recon       mean over Delta of -log p(x0 | U_t)                    (tabom_loss)
     L_rank        Eq. 8: mean of the hinges over the pairs               (tabom_loss)
@@ -18,6 +21,7 @@ margin. The pairwise ranking is the tractable form of matching a Boltzmann distr
 What differs from the published code, and why: token ids and their order are stored together (stored text is
 not re-tokenised); all pairs of a segment are ranked at once instead of in a W x W loop; a segment shorter
 than W is normalised by its own counts; entropies can be taken at each token's own step, as Eq. 5 has it.
+TDS, Eq. 10 and 11, is eval.tds: `python eval.py tds`.
 
     python tabom.py                                              # tiny model on a laptop CPU
     python tabom.py --model dream --data problems.jsonl          # one GPU
@@ -114,7 +118,8 @@ PRESETS = {
                  lr_schedule="tail", warmup_steps=10, batch_size=64, micro_batch=64, max_steps=150,
                  save_every=50, eval_problems=128),
     "llada": dict(data="prm12k", gamma=0.2),  # math; code: --data ling-coder --gamma 0.3
-    "dream": dict(data="prm12k", collect_score="entropy", gamma=0.1),  # code: ling-coder, --lam 2 --lr 1e-4
+    "dream": dict(data="prm12k", block_len=256, collect_score="entropy",  # as Dream decodes: no blocks
+                  gamma=0.1),  # code: --data ling-coder --lam 2 --lr 1e-4
     "sdar": dict(data="prm12k", block_len=4, collect_cache="exact"),  # not in the paper
 }
 

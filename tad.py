@@ -79,7 +79,9 @@ class Config:
     gen_len: int = 256  # response length L, tokens
     block_len: int = 32  # decoding block, tokens
     collect_cache: Literal["none", "prefix", "dual", "vicinity", "exact"] = "none"  # of the collector
+    collect_score: Literal["confidence", "entropy"] = "confidence"  # what it ranks positions by
     collect_temperature: float = 0.0  # (code) LLaDA 0.7 for math, 0 for code; Dream 0.2
+    collect_top_p: float = 1.0  # (code) Dream 0.95
     collect_seed: int = 0  # of the collector's draws
     collect_batch: int = 64  # problems decoded at once per rank
     # --- loss
@@ -120,8 +122,10 @@ PRESETS = {
     "tiny": dict(gen_len=48, block_len=16, window="auto-quality", lora_r=32, lora_alpha=32,
                  lora_dropout=0.0, lr=1e-3, lr_schedule="tail", warmup_steps=10, batch_size=64,
                  micro_batch=64, max_steps=150, save_every=50, eval_problems=128),
-    "llada": dict(data=PAPER, window="20", collect_temperature=0.7),
-    "dream": dict(data=PAPER, collect_temperature=0.2),
+    # collection as in the code; it decodes KodCode at 0: collect that set by itself (data.py rollout) for it
+    "llada": dict(data=PAPER, window="20", collect_temperature=0.7),  # speed; quality: --window 8
+    "dream": dict(data=PAPER, collect_score="entropy", collect_temperature=0.2,
+                  collect_top_p=0.95),  # quality: --window 6
     "sdar": dict(data=PAPER, block_len=4, collect_cache="exact"),  # its own block; not in the paper
 }
 
@@ -713,8 +717,8 @@ def collect(cfg, model, tok, out, world):
     folder = Path(cfg.trajectories or out / "trajectories")
     rollout(model, tok, problems, folder, cfg.model, cfg.source != "no_privilege",
             cfg.collect_batch, cfg.allow_code_execution, gen_len=cfg.gen_len, block_len=cfg.block_len,
-            policy="static", per_step=1, cache=cfg.collect_cache, temperature=cfg.collect_temperature,
-            seed=cfg.collect_seed)
+            policy="static", per_step=1, cache=cfg.collect_cache, score=cfg.collect_score,
+            temperature=cfg.collect_temperature, top_p=cfg.collect_top_p, seed=cfg.collect_seed)
     barrier(world)
     wanted = {p["id"] for p in problems}  # a shared folder may hold more
     kept = [r for r in read_trajectories(folder) if r["correct"] and r["id"] in wanted]

@@ -5,10 +5,10 @@ The idea: good parallel decoding settles the hard tokens first. So no trajectori
 an autoregressive teacher says how hard every token of the data is, and a share of the random masks gives way
 to masks that follow that order, hard tokens visible, easy ones masked. The loss stays as it is:
 
-    loss = 1/L  sum over masked i of  1/t * -log p(x0_i | prompt, xt)      (LLaDA, arXiv 2502.09992, Eq. 3)
+    loss = 1/L  sum over masked i of  1/t * -log p(x0_i | prompt, xt)      (LLaDA, arXiv 2502.09992, SFT)
 
     glossary (paper -> code)
-    d_i           difficulty: -log p_teacher(x_i | s, x_<i), or the teacher's entropy (--metric)
+    d_i           difficulty: -log p_teacher(x_i | s, x_<i), or the teacher's entropy (difficulty)
     b_i, K        bucket 1..n_buckets of equal mass over all tokens of the data; harder = lower      (buckets)
     k             threshold, uniform over 0..K-1: buckets <= k are context, the others future
     p_context, p_future   masking probabilities of the two: the masking rule                 (trajectory_mask)

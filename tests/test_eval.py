@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import official_checkpoint
@@ -320,3 +321,24 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, words, match):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=match):
         cli(monkeypatch, "curve", *words)
+
+
+def test_tds_command(tmp_path, monkeypatch, capsys):
+    """What it prints is the mean over the trajectories of a folder, of one hand-written record here."""
+    p = data.load_problems("tiny", "train", 1)[0]
+    tok = data.load_tokenizer("tiny")
+    x0 = data.pad_response(tok.response_ids(p["solution"]), 48, tok.eos_id)
+    record = dict(id="a", source="tiny", prompt=p["prompt"], prompt_ids=tok.prompt_ids(p["prompt"]).tolist(),
+                  x0=x0, order=list(range(48)), rank=list(range(48)), nfe=48, solution="", answer="",
+                  correct=True, model="tiny", decoding={}, schema=1)
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t/rank0.jsonl").write_text(json.dumps(record) + "\n")
+    monkeypatch.setattr("sys.argv", ["eval.py", "tds", "--trajectories", str(tmp_path / "t"), "--out",
+                                     str(tmp_path / "o")])
+    nt_eval.main()
+    want = np.nanmean(nt_eval.tds(nt_model.load("tiny"), record))
+    assert f"{want:.4f} nats^2" in capsys.readouterr().out
+    assert (tmp_path / "o/tds.png").stat().st_size > 5000
+    monkeypatch.setattr("sys.argv", ["eval.py", "tds", "--trajectories", str(tmp_path / "none")])
+    with pytest.raises(nt_model.UserError, match="no trajectory"):
+        nt_eval.main()
