@@ -729,7 +729,7 @@ def run_cli(main):
         gc.collect()  # without this order some processes abort when they exit
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-    if code:
+    if isinstance(code, int):
         sys.exit(code)
 
 

@@ -138,7 +138,7 @@ def test_checkpointed_blocks_have_the_same_gradient(name):
 @pytest.mark.parametrize("name, broken", [("plain", False), ("all", False), ("plain", True)])
 def test_compiled_blocks_are_three_graphs(name, broken):
     """However many layers, steps, switches of the adapters: the student's first block, whose input has no
-    gradient, its others, and the teacher's. broken: blocks that know which layer they are.
+    gradient, its others, and the teacher's. broken: blocks that are compiled each for itself.
     """
     facts = dict(CONFIGS[name], num_hidden_layers=4)
     want, model, graphs = gradient(with_adapters(**facts)), with_adapters(**facts), []
@@ -147,11 +147,8 @@ def test_compiled_blocks_are_three_graphs(name, broken):
         graphs.append(graph)
         return graph.forward
     torch._dynamo.reset()
-    for i, block in enumerate(model.blocks):
-        if broken:
-            inner = block.forward
-            block.forward = lambda x, *args, i=i, inner=inner: inner(x + 0 * i, *args)
-        block.compile(backend=capture, fullgraph=True)
+    for block in model.blocks:
+        block.compile(backend=(lambda *args: capture(*args)) if broken else capture, fullgraph=True)
     got = gradient(model)
     assert (got - want).norm() <= 1e-5 * want.norm()
     assert (len(graphs) > 3) if broken else (len(graphs) == 3), len(graphs)
@@ -244,6 +241,7 @@ print(peak.grown())
 LOADING = PEAK + """
 dist.init_process_group('gloo')
 cpu, how = torch.device('cpu'), sys.argv[2]
+model.shard(model.load('tiny'), cpu, train=True)  # what is imported and set up once
 peak.start(); time.sleep(0.05)
 m = model.load(sys.argv[1], cpu, torch.bfloat16 if how == 'mapped' else torch.float32)
 m = model.shard(m, cpu, train=True)
@@ -270,7 +268,7 @@ def test_peak_memory_of_the_loss(tmp_path):
 
 def test_peak_memory_of_loading_shards(tmp_path):
     """A bf16 checkpoint to fp32 shards on two ranks: mapped and block by block, or loaded in fp32 first."""
-    folder = official_checkpoint(tmp_path / "base", "dream", tokenizer=False, vocab_size=8_000,
+    folder = official_checkpoint(tmp_path / "base", "dream", tokenizer=False, vocab_size=4_000,
                                  hidden_size=512, intermediate_size=1408, num_hidden_layers=12,
                                  num_attention_heads=8, num_key_value_heads=4, dtype=torch.bfloat16)
     (tmp_path / "loading.py").write_text(LOADING)
@@ -279,4 +277,4 @@ def test_peak_memory_of_loading_shards(tmp_path):
     for how in ("mapped", "fp32"):
         peaks[how], shard = measured("", tmp_path / "loading.py", folder, how, torchrun=torchrun)
     print(f"\n| {shard} MiB | {peaks['mapped']} MiB | {peaks['fp32']} MiB |")
-    assert shard < peaks["mapped"] < peaks["fp32"] / 1.5
+    assert shard <= peaks["mapped"] < 1.5 * shard and peaks["fp32"] > 1.9 * shard
