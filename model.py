@@ -412,7 +412,8 @@ class Transformer(nn.Module):
         again = self.checkpoint_blocks and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
             last = layer == len(self.blocks) - 1
-            args = (x, cos, sin, attn_mask, cache, layer, cols, rows, out if last else None)
+            at = layer if cache is not None else 0  # a compiled block is then one graph for all layers
+            args = (x, cos, sin, attn_mask, cache, at, cols, rows, out if last else None)
             x = checkpoint(block, *args, use_reentrant=False) if again else block(*args)
         x = self.norm(x)
         if out is None and cfg.shift:
@@ -728,7 +729,7 @@ def run_cli(main):
         gc.collect()  # without this order some processes abort when they exit
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-    if code:
+    if isinstance(code, int):
         sys.exit(code)
 
 

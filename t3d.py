@@ -105,7 +105,6 @@ class Config:
     lr_floor: float = 0.1  # share of the peak that the schedules end at
     warmup_steps: int = 20  # linear warm-up
     weight_decay: float = 0.01  # AdamW
-    adam_eps: float = 1e-8  # AdamW: added to the root of the second moment
     clip: float = 1.0  # gradient norm
     batch_size: int = 256  # trajectories per optimizer step over all ranks
     micro_batch: int = 4  # trajectories per forward
@@ -791,8 +790,7 @@ def main():
         lora.add(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout)
     model = for_training(cfg, model, device, cfg.full)
     ref = None if cfg.loss == "naive_td" else build_reference(cfg, model, device, dtype)
-    opts = [torch.optim.AdamW(trainable(model).values(), lr=cfg.lr, eps=cfg.adam_eps,
-                              weight_decay=cfg.weight_decay)]
+    opts = [torch.optim.AdamW(trainable(model).values(), lr=cfg.lr, weight_decay=cfg.weight_decay)]
     opts[0].param_groups[0]["peak_lr"] = cfg.lr
     first = load_checkpoint(out, model, opts, rank, world, ref and reference_tensors(ref))
     log(out, rank, first)

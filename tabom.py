@@ -98,7 +98,6 @@ class Config:
     lr_floor: float = 0.0  # share of the peak that the schedules end at
     warmup_steps: int = 50  # linear warm-up
     weight_decay: float = 0.01  # AdamW
-    adam_eps: float = 1e-8  # AdamW: added to the root of the second moment
     clip: float = 1.0  # gradient norm
     batch_size: int = 32  # trajectories per optimizer step over all ranks
     micro_batch: int = 4  # trajectories per forward
@@ -675,8 +674,7 @@ def main():
     if not cfg.full:
         lora.add(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets)
     model = for_training(cfg, model, device, cfg.full)
-    opts = [torch.optim.AdamW(trainable(model).values(), lr=cfg.lr, eps=cfg.adam_eps,
-                              weight_decay=cfg.weight_decay)]
+    opts = [torch.optim.AdamW(trainable(model).values(), lr=cfg.lr, weight_decay=cfg.weight_decay)]
     opts[0].param_groups[0]["peak_lr"] = cfg.lr
     first = load_checkpoint(out, model, opts, rank, world)
     log(out, rank, first)

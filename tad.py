@@ -101,7 +101,6 @@ class Config:
     lr_floor: float = 0.0  # share of the peak that the schedules end at
     warmup_steps: int = 0  # linear warm-up
     weight_decay: float = 0.01  # AdamW
-    adam_eps: float = 1e-8  # AdamW: added to the root of the second moment
     clip: float = 1.0  # gradient norm
     batch_size: int = 256  # (trajectory, state) pairs per optimizer step over all ranks
     micro_batch: int = 4  # pairs per forward
@@ -788,8 +787,7 @@ def main():
     else:
         teacher = lora.add(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout)
     model = for_training(cfg, model, device, cfg.full)
-    opts = [torch.optim.AdamW(trainable(model).values(), lr=cfg.lr, eps=cfg.adam_eps,
-                              weight_decay=cfg.weight_decay)]
+    opts = [torch.optim.AdamW(trainable(model).values(), lr=cfg.lr, weight_decay=cfg.weight_decay)]
     opts[0].param_groups[0]["peak_lr"] = cfg.lr
     first = load_checkpoint(out, model, opts, rank, world)
     log(out, rank, first)

@@ -105,7 +105,6 @@ class Config:
     warmup_steps: int = 20  # linear warm-up
     warmup_ratio: float = 0.0  # share of all steps, instead of warmup_steps
     weight_decay: float = 0.01  # AdamW (not published)
-    adam_eps: float = 1e-8  # AdamW: added to the root of the second moment
     beta2: float = 0.999  # AdamW
     clip: float = 1.0  # gradient norm
     batch_size: int = 128  # examples per optimizer step over all ranks
@@ -737,7 +736,7 @@ def build_optimizers(cfg, model):
     params, betas = trainable(model), (0.9, cfg.beta2)
     muon = [p for n, p in params.items() if cfg.muon_lr and p.ndim == 2 and n.startswith("blocks")]
     rest = [p for p in params.values() if not any(p is q for q in muon)]
-    opts = [torch.optim.AdamW(rest, lr=cfg.lr, betas=betas, eps=cfg.adam_eps, weight_decay=cfg.weight_decay)]
+    opts = [torch.optim.AdamW(rest, lr=cfg.lr, betas=betas, weight_decay=cfg.weight_decay)]
     if muon and any(isinstance(p, DTensor) for p in muon):
         raise UserError("--muon_lr needs whole matrices on every rank: leave out --full "
                         "(--init scratch trains all weights without it)")

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(1)
 import grade  # noqa: E402
+import model as nt_model  # noqa: E402
 # what FSDP calls, by their names in torch 2.13 and before
 GATHER, SCATTER = (("all_gather_single", "reduce_scatter_single") if hasattr(dist, "all_gather_single")
                    else ("all_gather_into_tensor", "reduce_scatter_tensor"))
@@ -70,6 +71,8 @@ def run(name, script, options, folder):
     grade.is_correct = lambda problem, text: True  # a random model answers nothing
     if "empty" in name:
         module.mask_response = nothing_masked_in_most_examples
+    if seen["world"] > 1:  # the head in chunks of 20 rows, and again in the backward pass
+        nt_model.by_chunks.__kwdefaults__["chunk_bytes"] = 20 * 4 * 300
     try:
         sys.argv = [f"{script}.py", *options, "--out", str(folder / name)]
         module.main()
@@ -86,6 +89,9 @@ def run(name, script, options, folder):
 
 
 if __name__ == "__main__":
-    from model import run_cli
     jobs, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    run_cli(lambda: [run(name, script, options, out) for name, (script, *options) in jobs.items()] and None)
+
+    def main():
+        for name, (script, *options) in jobs.items():
+            run(name, script, options, out)
+    nt_model.run_cli(main)

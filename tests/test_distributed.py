@@ -31,8 +31,9 @@ def jobs(root):
         options = [name, *COMMON, "--micro_batch", "8", "--model", str(root / MODELS[name]), *options]
         out[f"{name}-lora"] = [*options, "--no-full"]
         out[f"{name}-full"] = [*options, "--full"]
-        out[f"{name}-fsdp"] = [*options, "--no-full", "--fsdp", "--micro_batch", "1"]
-        out[f"{name}-full-accumulated"] = [*options, "--full", "--micro_batch", "1", "--batch_size", "6"]
+        out[f"{name}-fsdp"] = [*options, "--no-full", "--fsdp", "--micro_batch", "1", "--checkpoint_blocks"]
+        out[f"{name}-full-accumulated"] = [*options, "--full", "--micro_batch", "1", "--batch_size", "6",
+                                           "--checkpoint_blocks"]
         out[f"{name}-lora-accumulated"] = [*options, "--no-full", "--micro_batch", "1", "--batch_size", "6"]
     for kind, flag in (("lora", "--no-full"), ("full", "--full")):
         out[f"trims-{kind}-empty"] = [*out["trims-lora"], "--trajectory_share", "0", flag]

@@ -115,7 +115,7 @@ def test_method_files_share_their_boilerplate():
         return re.search(r"# --- boilerplate: .*?# --- end boilerplate ---", text, re.S)[0]
     assert len({block(f"{name}.py") for name in ("tad", "trims", "t3d", "tabom")}) == 1
     assert len(block("tad.py")) > 3000
-    for name in ("adam_eps", "fsdp", "checkpoint_blocks", "compile", "dry_run"):  # which it reads
+    for name in ("fsdp", "checkpoint_blocks", "compile", "dry_run"):  # which it reads
         assert len({re.search(rf"^    {name}: .*$", (ROOT / f"{f}.py").read_text(), re.M)[0]
                     for f in ("tad", "trims", "t3d", "tabom")}) == 1
 
