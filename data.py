@@ -357,18 +357,32 @@ def own_problems(source):
         for key in names.values():
             if key not in row:
                 raise UserError(f"{where} has no field {key!r}")
-        p = {"id": f"{stem}-{i}", "source": stem, "solution": "", **row,
-             **{field: row[name] for field, name in names.items()}}
+        row = {**row, **{field: row[name] for field, name in names.items()}}
+        p = {"id": f"{stem}-{i}", "source": stem, "solution": "",
+             **{k: v for k, v in row.items() if v is not None}}
         p["id"] = str(p["id"])
-        for key in ("prompt", "answer"):
-            if key not in p and not (key == "answer" and p.get("tests")):
-                raise UserError(f"{where} has no field {key!r}" + " or 'tests'" * (key == "answer"))
-        if not isinstance(p["prompt"], str) or grade.grader_of(p) not in grade.GRADERS:
-            raise UserError(f"{where}: prompt must be text and grader one of {', '.join(grade.GRADERS)}")
+        check_own(p, where)
         problems.append(p)
     if not problems:
         raise UserError(f"{source} is empty: at least one problem is needed")
     return problems
+
+
+def check_own(p, where):
+    """Raise UserError if a field of a user's own problem is absent, empty or of another type."""
+    for key in ("prompt", "question", "solution", "thinking", "entry_point", "grader"):
+        if not isinstance(p.get(key, ""), str):
+            raise UserError(f"{where}: {key} must be text, it is {str(p[key])[:40]!r}")
+    if grade.grader_of(p) not in grade.GRADERS:
+        raise UserError(f"{where}: grader must be one of {', '.join(grade.GRADERS)}")
+    tests = p.get("tests", [])
+    if not isinstance(tests, str) and not (isinstance(tests, list) and all(isinstance(t, str) for t in tests)):
+        raise UserError(f"{where}: tests must be text or a list of texts")
+    for key in ("prompt", "answer"):
+        absent = str(p.get(key, "")).strip() == ""
+        if absent and not (key == "answer" and (tests or p.get("grader") == "parses")):
+            raise UserError(f"{where} has no field {key!r}" + " or 'tests'" * (key == "answer")
+                            + " or it is empty" * (key in p))
 
 
 def recipe_problems(name, split, n, path=None):
@@ -502,6 +516,8 @@ def read_text(path):
     try:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as f:
             return f.read()
+    except FileNotFoundError:
+        raise UserError(f"no file {path}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:

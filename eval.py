@@ -204,14 +204,14 @@ def decode_rows(model, tok, prompts, settings, batch_size, streams=None, progres
         began, forwards = time.perf_counter(), batch.forwards
 
 
-def decode_and_grade(model, tok, problems, settings, batch_size):
+def decode_and_grade(model, tok, problems, settings, batch_size, allow_code=False):
     """-> lists of Output, tokens, responses (text), correct (0 or 1), and the seconds of decoding."""
     prompts = [tok.prompt_ids(p["prompt"]) for p in problems]
     done = decode_rows(model, tok, prompts, settings, batch_size, progress=settings.get("progress", False))
     done = sorted(done, key=lambda row: row[0])
     outs, rows = [out for _, out, _ in done], [row for *_, row in done]
     responses = [row["response"] for row in rows]
-    correct = [int(x) for x in grade.grade_all(problems, responses)]
+    correct = [int(x) for x in grade.grade_all(problems, responses, allow_code)]
     return outs, [row["tokens"] for row in rows], responses, correct, sum(row["seconds"] for row in rows)
 
 
@@ -232,11 +232,10 @@ def wall_seconds(rows):
 def point_of(model, problems, rows, correct, settings, label, batch_size):
     """One decoding rule's result: a dict of totals and per-problem lists. rows: in the order of problems."""
     weight = model.embed.weight
-    device = torch.cuda.get_device_name() if weight.is_cuda else f"{platform.machine()} CPU"
     return dict(label=label, rule=rule_name(settings), settings=settings, ids=[p["id"] for p in problems],
                 correct=[int(x) for x in correct], tokens=[row["tokens"] for row in rows],
                 nfe=[row["nfe"] for row in rows], responses=[row["response"] for row in rows],
-                seconds=wall_seconds(rows), device=device, dtype=str(weight.dtype).removeprefix("torch."),
+                seconds=wall_seconds(rows), device=device_name(), dtype=str(weight.dtype).removeprefix("torch."),
                 ms_per_forward=1000 * sum(r["seconds"] for r in rows) / sum(r["forwards"] for r in rows),
                 batch_size=batch_size, ranks=len({row.get("shard") for row in rows}))
 
@@ -307,9 +306,12 @@ def made_of(args, model):
     """The facts about a model that decide what it answers. Files of a hub id are what its revision says."""
     folder = nt_model.checkpoint_dir(args.model, args.revision)
     adapter = args.adapter and checksum(Path(args.adapter).glob("adapter_*"))
+    ours = [nt_model.HERE / f"{name}.py" for name in ("model", "sample", "layers", "lora", "data", "grade")]
     return dict(model=str(args.model), revision=model.revision,
                 weights=None if model.revision else checksum(folder.glob("*.safetensors")), adapter=adapter,
-                dtype=str(model.embed.weight.dtype).removeprefix("torch."))
+                dtype=str(model.embed.weight.dtype).removeprefix("torch."), code=checksum(ours),
+                torch=torch.__version__, math_verify=version("math-verify"), lm_eval=version("lm_eval"),
+                device=device_name())
 
 
 def open_folder(out, config, rank):
@@ -397,23 +399,27 @@ def resumable_curve(model, tok, problems, protocol, label, out, config, batch_si
 
 
 # ---------------------------------------------------------------------------------------------------- reports
+def version(package):
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def device_name():
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+
+
 def provenance(**facts):
     """What a number needs to be traced and made again; facts: of the model, the data, the protocol."""
     def git(*args):
         run = subprocess.run(["git", *args], capture_output=True, text=True, cwd=nt_model.HERE)
         return run.stdout.strip() if run.returncode == 0 else None
 
-    def version(package):
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            return None
     return dict(command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), commit=git("rev-parse", "HEAD"),
                 dirty=bool(git("status", "--porcelain", "--untracked-files=no")),
-                torch=torch.__version__, transformers=version("transformers"), lm_eval=version("lm_eval"),
-                python=platform.python_version(),
-                device=torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-                **facts)
+                transformers=version("transformers"), python=platform.python_version(),
+                **{"torch": torch.__version__, "device": device_name(), **facts})
 
 
 def report(curves, out):
@@ -491,7 +497,7 @@ def plot(panels, path):
     plt.close(fig)
 
 
-def compare_caches(model, tok, problems, rule, batch_size=64):
+def compare_caches(model, tok, problems, rule, batch_size=64, allow_code=False):
     """How approximate each cache is: a table of accuracy, forwards, the share of problems with an unchanged
     response, and order agreement (the share of positions revealed by the same forward), against cache none.
     """
@@ -501,7 +507,8 @@ def compare_caches(model, tok, problems, rule, batch_size=64):
              "|---|---|---|---|---|---|"]
     for cache in caches:
         settings = {**rule, "cache": cache, "progress": True}
-        outs[cache], n, _, correct, _ = decode_and_grade(model, tok, problems, settings, batch_size)
+        outs[cache], n, _, correct, _ = decode_and_grade(model, tok, problems, settings, batch_size,
+                                                         allow_code)
         pairs, nfe = list(zip(outs[cache], outs["none"])), sum(out.nfe for out in outs[cache])
         same = np.mean([torch.equal(a.ids, b.ids) for a, b in pairs])
         order = np.mean([(a.order == b.order).float().mean().item() for a, b in pairs])
@@ -621,7 +628,7 @@ def read_runs(folders):
     runs = {}
     for folder in folders:
         by_label = {}
-        for point in data.read_jsonl(Path(folder) / "results.jsonl"):
+        for point in data.read_jsonl(Path(folder) / "results.jsonl", tolerant=True):
             by_label.setdefault(point["label"], []).append(point)
         for label, points in by_label.items():
             runs.setdefault(label, []).append(points)
@@ -657,7 +664,7 @@ def summarize(points, y_max, pick=slice(None)):
                 "collecting, min": run.get("collect_s", np.nan) / 60})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        row["AUP"] = aup(pairs, y_max)
+        row["AUP"] = aup(pairs, y_max) if y_max > 0 else np.nan
     return np.array(list(row.values()), dtype=float)
 
 
@@ -1011,6 +1018,7 @@ def parser():
     d.add_argument("--n", type=int, default=64, help="how many of them [64]")
     d.add_argument("--out", default="out", help="directory of tds.png")
     k = sub.add_parser("caches", help="what each cache costs against cache none, at one threshold")
+    k.add_argument("--allow_code_execution", action="store_true", help="as for curve")
     k.add_argument("--threshold", type=float, default=0.9, help="confidence; above 1: one token per forward")
     for p in (c, k, t):
         p.add_argument("--task", default="tiny", help="tiny, gsm8k, math500, humaneval, mbpp (data.py list "
@@ -1038,7 +1046,8 @@ def parser():
 def evaluate_curve(args, model, tok, problems, protocol, label, config, rank, world):
     """`eval.py curve`: -> results.jsonl, summary.json and curve.png in the folder, and the table in print."""
     task = re.sub(r"\W+", "-", Path(re.split("[=:]", args.task)[0]).stem)
-    out = Path(args.out or f"out/eval-{label}-{task}-{args.split}-{len(problems)}")
+    name = Path(args.model).name
+    out = Path(args.out or f"out/eval-{label}-{name}-{task}-{args.protocol}-{args.split}-{len(problems)}")
     points = resumable_curve(model, tok, problems, protocol, label, out, config, args.batch_size, rank, world,
                              args.allow_code_execution)
     if rank > 0:
@@ -1063,16 +1072,19 @@ def main():
     args = parser().parse_args()
     if args.what == "protocols":
         return print_protocols()
-    if args.what == "compare":
-        return report_comparison(args.folders, args.base, args.control, args.out, args.y_max)
     for name in ("n", "batch_size", "limit", "y_max"):
         if getattr(args, name, None) is not None and getattr(args, name) <= 0:
             raise UserError(f"--{name} is {getattr(args, name)}: it must be above 0")
+    if args.what == "compare":
+        return report_comparison(args.folders, args.base, args.control, args.out, args.y_max)
     own = {k: getattr(args, k) for k in ("cache", "gen_len", "block_len", "seed")
            if getattr(args, k, None) is not None}
     family = nt_model.family_of(args.model, args.revision)
+    usual = "tiny" if family == "tiny" else "thresholds"
+    if args.what in ("nll", "caches"):
+        plain = {k: v for k, v in protocol_of(usual, family, args.task, **own).items() if k != "rules"}
     if args.what in ("curve", "lm_eval"):
-        args.protocol = args.protocol or ("tiny" if family == "tiny" else "thresholds")
+        args.protocol = args.protocol or usual
         tasks = [args.task] if args.what == "curve" else args.tasks
         protocol, *others = (protocol_of(args.protocol, family, task, **own) for task in tasks)
         if any(other != protocol for other in others):
@@ -1098,17 +1110,17 @@ def main():
         return report_tds([(args.adapter or args.model, model)], records, args.out)
     if args.what == "nll":
         teacher = nt_model.load_teacher(args.teacher, *nt_model.default_device())
-        settings = {**data.TINY_DECODING, **own}
+        settings = {k: plain[k] for k in ("gen_len", "block_len", "cache")}
         teacher_tok = data.load_teacher_tokenizer(args.teacher)
         models = [(args.adapter or args.model, model)]
         return report_trajectory_nll(models, teacher, teacher_tok, tok, problems, settings, args.out)
     if args.what == "caches":
-        rule = dict(data.TINY_DECODING, policy="threshold", threshold=args.threshold, **own)
-        print(compare_caches(model, tok, problems, rule, args.batch_size))
+        rule = dict(plain, policy="threshold", threshold=args.threshold)
+        print(compare_caches(model, tok, problems, rule, args.batch_size, args.allow_code_execution))
         return
     config = dict(made_of(args, model), protocol=args.protocol, batch_size=args.batch_size, label=label)
     if args.what == "curve":
-        config.update(task=args.task, problems=digest(problems), grader=checksum([grade.__file__]), **own)
+        config.update(task=args.task, problems=digest(problems), **own)
         return evaluate_curve(args, model, tok, problems, protocol, label, config, rank, world)
     first = decoding_of({**protocol, **protocol["rules"][0]})
     config.update(chat=args.apply_chat_template, decoding=vars(first))
@@ -1124,8 +1136,10 @@ def choose_rules(rules, args):
     if args.thresholds:
         takes = [rule for rule in rules if "threshold" in rule]
         if not takes:
-            raise UserError(f"--thresholds: no point of protocol {args.protocol} has one")
-        rules = [{**takes[0], "threshold": t} for t in args.thresholds]
+            raise UserError(f"--thresholds: no chosen point of protocol {args.protocol} has one")
+        if not all(math.isfinite(t) and t >= 0 for t in args.thresholds):
+            raise UserError(f"--thresholds {args.thresholds}: finite numbers from 0 on")
+        rules = [{**takes[0], "threshold": t} for t in dict.fromkeys(args.thresholds)]
     return rules
 
 
@@ -1133,7 +1147,7 @@ def check_problems(problems, args):
     """Before anything is loaded or decoded."""
     if not problems:
         raise UserError(f"{args.task} has no problem to evaluate")
-    for p in problems if args.what == "curve" else ():
+    for p in problems if args.what in ("curve", "caches") else ():
         grade.check_gradable(p, args.allow_code_execution)
 
 

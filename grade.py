@@ -39,10 +39,20 @@ def grader_of(problem):
 
 
 def check_gradable(problem, allow_code):
-    """UserError if a problem has no grader or one that may not run."""
-    grader = grader_of(problem)
+    """UserError, before anything is decoded, if a problem has no grader, one that may not run, or nothing to
+    compare with.
+    """
+    grader, name = grader_of(problem), f"problem {problem.get('id')}"
     if grader not in GRADERS:
-        raise user_error(f"problem {problem.get('id')}: no grader {grader!r}, there are {', '.join(GRADERS)}")
+        raise user_error(f"{name}: no grader {grader!r}, there are {', '.join(GRADERS)}")
+    if grader == "code" and not problem.get("tests"):
+        raise user_error(f"{name}: grader code, but no tests")
+    if grader in ("final", "number", "math") and str(problem.get("answer") or "").strip() == "":
+        raise user_error(f"{name}: grader {grader}, but no answer")
+    if grader == "number" and last_number(str(problem["answer"])) is None:
+        raise user_error(f"{name}: grader number, but no number in the answer {problem['answer']!r}")
+    if grader == "math":
+        math_verify()
     if grader == "code" and not allow_code:
         raise user_error(f"problem {problem.get('id')} is graded by running the code in the response: give "
                          f"--allow_code_execution if this machine may (README says what is contained)")
@@ -167,11 +177,16 @@ def final_correct(problem, text):
 
 def number_correct(problem, text):
     """The last numbers of both; the answer may be GSM8K's whole worked solution, which ends in '#### n'."""
-    wanted = last_number(str(problem["answer"]))
-    if wanted is None:
-        raise user_error(f"problem {problem.get('id')}: grader number, but no number in the answer "
-                         f"{problem['answer']!r}")
-    return last_number(text) == wanted
+    return last_number(text) == last_number(str(problem["answer"]))
+
+
+def math_verify():
+    """The library's parse and verify."""
+    try:
+        from math_verify import parse, verify
+    except ImportError:
+        raise user_error("grader math needs math-verify: pip install math-verify") from None
+    return parse, verify
 
 
 def math_correct(problem, text):
@@ -179,10 +194,7 @@ def math_correct(problem, text):
     they only exist in the main thread of a POSIX process; elsewhere a hard expression takes what it takes.
     Percent signs are left out, as MATH's graders do: whether it can read them hangs on its parser's version.
     """
-    try:
-        from math_verify import parse, verify
-    except ImportError:
-        raise user_error("grader math needs math-verify: pip install math-verify") from None
+    parse, verify = math_verify()
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it reports every expression it gives up on
     alarms = os.name == "posix" and threading.current_thread() is threading.main_thread()
     seconds = 5 if alarms else None
@@ -264,9 +276,7 @@ def tests_of(problem):
     classes = {n.name: n for n in body if isinstance(n, ast.ClassDef) and n.name.startswith("Test")}
     calls = [f"{name}()" if isinstance(n, ast.FunctionDef) else f"__import__('asyncio').run({name}())"
              for name, n in functions.items() if name.startswith("test")]
-    calls += [f"{name}({n.name!r}).debug()" if c.bases else f"{name}().{n.name}()"
-              for name, c in classes.items() for n in c.body
-              if isinstance(n, ast.FunctionDef) and n.name.startswith("test")]
+    calls += [call for name, c in classes.items() for call in class_calls(name, c)]
     if "check" in functions and (problem.get("entry_point") or "").isidentifier():
         calls.append(f"check({problem['entry_point']})")
     source = "\n".join([source, *calls])
@@ -277,6 +287,17 @@ def tests_of(problem):
     names = (getattr(n, "attr", getattr(n, "id", "")) for top in ran for n in ast.walk(top))
     checks = any(isinstance(n, ast.Assert) for top in ran for n in ast.walk(top))
     return source if checks or any(x == "raises" or x.startswith("assert") for x in names) else ""
+
+
+def class_calls(name, c):
+    """One line of source per test of a class: unittest's run themselves, pytest's after setup_method."""
+    methods = {n.name: n for n in c.body if isinstance(n, ast.FunctionDef)}
+    tests = [n for n in methods if n.startswith("test")]
+    if c.bases:
+        return [f"{name}({n!r}).debug()" for n in tests]
+    setup = methods.get("setup_method")
+    before = f"one.setup_method({'None' if len(setup.args.args) > 1 else ''}); " if setup else ""
+    return [f"one = {name}(); {before}one.{n}()" for n in tests]
 
 
 # ------------------------------------------------------------------------------------------ code: the runner

@@ -279,7 +279,7 @@ def test_five_problems_of_your_own(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     cli(monkeypatch, "curve", "--task", "mine.jsonl")
     assert "AUP base: " in capsys.readouterr().out
-    points = content(tmp_path / "out/eval-base-mine-test-5")
+    points = content(tmp_path / "out/eval-base-tiny-mine-tiny-test-5")
     assert len(points) == 8 and points[0]["ids"] == [f"mine-{i}" for i in range(5)]
     assert sum(points[0]["correct"]) >= 4  # token by token the tiny model is nearly always right
 
