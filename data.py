@@ -378,11 +378,10 @@ def check_own(p, where):
     tests = p.get("tests", [])
     if not isinstance(tests, str) and not (isinstance(tests, list) and all(isinstance(t, str) for t in tests)):
         raise UserError(f"{where}: tests must be text or a list of texts")
-    for key in ("prompt", "answer"):
-        absent = str(p.get(key, "")).strip() == ""
-        if absent and not (key == "answer" and (tests or p.get("grader") == "parses")):
-            raise UserError(f"{where} has no field {key!r}" + " or 'tests'" * (key == "answer")
-                            + " or it is empty" * (key in p))
+    if not p.get("prompt", "").strip():
+        raise UserError(f"{where} has no field 'prompt'" + " or it is empty" * ("prompt" in p))
+    if "answer" not in p and not tests and p.get("grader") != "parses":
+        raise UserError(f"{where} has no field 'answer' or 'tests'")
 
 
 def recipe_problems(name, split, n, path=None):

@@ -409,7 +409,7 @@ def test_save_load_save_of_the_families(tmp_path, family):
 def test_tad_trains_two_steps_on_every_family(tmp_path, monkeypatch, family, full):
     """From an official-format checkpoint: collect, train, save; then the result loads and decodes."""
     folder = official_checkpoint(tmp_path / "base", family)
-    problems = [dict(prompt=f"{n} + {n}?", solution=f"it is {2 * n}", answer="") for n in range(6)]
+    problems = [dict(prompt=f"{n} + {n}?", solution=f"it is {2 * n}", answer="x") for n in range(6)]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(p) + "\n" for p in problems))
     monkeypatch.setattr("grade.is_correct", lambda *_: True)  # a random model is never right
     args = ["--model", str(folder), "--data", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "run"),

@@ -267,7 +267,7 @@ def test_own_fields_are_mapped(tmp_path):
     ("{}:promt=q", [dict(q="a", answer=1)], "no field 'promt' to fill; there are id, prompt"),
     ("{}", [dict(prompt="a")], "line 1 has no field 'answer' or 'tests'"),
     ("{}", [dict(prompt=["a"], answer=1)], "prompt must be text"),
-    ("{}", [dict(prompt="a", answer=1, grader="luck")], "grader one of final, number"),
+    ("{}", [dict(prompt="a", answer=1, grader="luck")], "grader must be one of final, number"),
     ("{}", ["a"], "line 1 is not an object"), ("gsm8k={}", [dict(q="a")], "row 1 has no field 'answer'"),
     ("kodcode={}", [dict(question="a", solution="b", test=3)], "can be used .*malformed"),
     ("{}", [dict(prompt="a", answer=1, id=i) for i in "bb"], "has the id 'b' more than once"),
@@ -280,6 +280,29 @@ def test_bad_data_is_one_line(tmp_path, source, rows, words):
 
 
 # --------------------------------------------------------------------------------------------------- prompts
+@pytest.mark.parametrize("row, words", [
+    (dict(prompt="a", answer="1", solution=5), "solution must be text"),
+    (dict(prompt="a", answer="1", grader=["number"]), "grader must be text"),
+    (dict(prompt="a", tests={"x": 1}), "tests must be text or a list"),
+    (dict(prompt=" ", answer="1"), "no field 'prompt' or it is empty"),
+    (dict(prompt="a", answer=None), "no field 'answer' or 'tests'"),
+])
+def test_odd_fields_of_an_own_file_are_one_line(tmp_path, row, words):
+    with pytest.raises(UserError, match=words):
+        data.load_problems(str(write(tmp_path / "f.jsonl", [row])))
+    good = data.load_problems(str(write(tmp_path / "g.jsonl", [dict(prompt="a", answer=1, solution=None)])))
+    assert good[0]["solution"] == ""
+
+
+@pytest.mark.parametrize("problem, words", [
+    (dict(id=1, grader="code", answer="1"), "but no tests"), (dict(id=1, answer=" "), "but no answer"),
+    (dict(id=1, grader="number", answer="five"), "no number in the answer 'five'"),
+])
+def test_what_cannot_be_graded_is_said_before_decoding(problem, words):
+    with pytest.raises(UserError, match=words):
+        data.grade.check_gradable(problem, True)
+
+
 def test_privileged_prompts_are_the_published_ones(tmp_path):
     math, code = (data.load_problems(f"{n}={write(tmp_path / 'x.jsonl', [ROWS[n][0][0]])}")[0]
                   for n in ("gsm8k", "kodcode"))
@@ -342,7 +365,7 @@ def test_tad_trains_on_a_local_copy(tmp_path, monkeypatch):
     """The recipe's prompts reach the records, and two steps are taken, on a checkpoint in LLaDA's format."""
     folder = official_checkpoint(tmp_path / "base", "llada")
     rows = [dict(question=f"{i} + {i}?", answer=f"it is {2 * i}\n#### {2 * i}") for i in range(6)]
-    monkeypatch.setattr("grade.is_correct", lambda problem, text, allow: problem["answer"] == "6")
+    monkeypatch.setattr("grade.is_correct", lambda problem, *_: problem["answer"] == "6")
     monkeypatch.setattr("sys.argv", [
         "tad.py", "--model", str(folder), "--data", f"gsm8k={write(tmp_path / 'train.jsonl', rows)}", "--out",
         str(tmp_path / "run"), "--gen_len", "8", "--block_len", "4", "--window", "2", "--batch_size", "4",
