@@ -376,7 +376,8 @@ def check_own(p, where):
     if grade.grader_of(p) not in grade.GRADERS:
         raise UserError(f"{where}: grader must be one of {', '.join(grade.GRADERS)}")
     tests = p.get("tests", [])
-    if not isinstance(tests, str) and not (isinstance(tests, list) and all(isinstance(t, str) for t in tests)):
+    if not isinstance(tests, str) and not (isinstance(tests, list)
+                                           and all(isinstance(t, str) for t in tests)):
         raise UserError(f"{where}: tests must be text or a list of texts")
     if not p.get("prompt", "").strip():
         raise UserError(f"{where} has no field 'prompt'" + " or it is empty" * ("prompt" in p))
@@ -781,7 +782,8 @@ def rollout(model, tok, problems, folder, model_name, privileged=False, batch_si
     Returns all records.
 
     Append-only, one shard per rank, flushed and synced per record: a kill loses at most the rows being
-    decoded, and the same command continues, on any number of ranks: what no shard has is dealt out anew.
+    decoded, and the same command continues, on any number of ranks: what no shard has is dealt out anew
+    (without a process group, by its number: another number of ranks rebalances).
     Every position is decoded (early_stop=False), as the papers do, unless asked otherwise. privileged: the
     model sees the reference solution; the record keeps the plain prompt as well. allow_code: the tests of
     code problems may run; without it, graded=False records `correct: null` for them, and graded=True is

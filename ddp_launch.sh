@@ -12,23 +12,26 @@ usage: bash ddp_launch.sh [options] tad.py --model dream --data problems.jsonl .
 
 one machine        bash ddp_launch.sh tad.py --model llada --data problems.jsonl
 two machines       on both:  bash ddp_launch.sh --nodes 2 --rdzv node0:29400 tad.py ...
-Slurm              sbatch --nodes 2 --ntasks-per-node 1 --gpus-per-node 8 --requeue --open-mode append \
-                       --wrap "srun bash ddp_launch.sh tad.py ..."
+Slurm              sbatch --nodes 2 --ntasks-per-node 1 --gpus-per-node 8 --exclusive --requeue \
+                       --open-mode append --wrap "srun --cpu-bind=none bash ddp_launch.sh tad.py ..."
 
 A run continues where it stopped: on a restart by --max-restarts, when a preempted job is requeued, and when
 the same command is given again, with any number of processes. --out (and the trajectories) must be on a disk
 that all machines share. On SIGTERM a run finishes its step and saves a checkpoint; torchrun kills it after
-30 s.
+30 s, which a large checkpoint may not meet: the one before then counts. An error of the settings is repeated
+by every restart.
 TEXT
 }
+
+value() { [ $# -gt 1 ] || { echo "error: $1 needs a value; see --help" >&2; exit 2; }; }
 
 gpus="" nodes="${SLURM_JOB_NUM_NODES:-1}" rdzv="" restarts=3
 while [ $# -gt 0 ]; do
     case "$1" in
-        --gpus) gpus="$2"; shift 2 ;;
-        --nodes) nodes="$2"; shift 2 ;;
-        --rdzv) rdzv="$2"; shift 2 ;;
-        --max-restarts) restarts="$2"; shift 2 ;;
+        --gpus) value "$@"; gpus="$2"; shift 2 ;;
+        --nodes) value "$@"; nodes="$2"; shift 2 ;;
+        --rdzv) value "$@"; rdzv="$2"; shift 2 ;;
+        --max-restarts) value "$@"; restarts="$2"; shift 2 ;;
         --help|-h) usage; exit 0 ;;
         *.py) break ;;
         *) echo "error: unknown option $1 before the script; see --help" >&2; exit 2 ;;

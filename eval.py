@@ -235,7 +235,8 @@ def point_of(model, problems, rows, correct, settings, label, batch_size):
     return dict(label=label, rule=rule_name(settings), settings=settings, ids=[p["id"] for p in problems],
                 correct=[int(x) for x in correct], tokens=[row["tokens"] for row in rows],
                 nfe=[row["nfe"] for row in rows], responses=[row["response"] for row in rows],
-                seconds=wall_seconds(rows), device=device_name(), dtype=str(weight.dtype).removeprefix("torch."),
+                seconds=wall_seconds(rows), device=device_name(),
+                dtype=str(weight.dtype).removeprefix("torch."),
                 ms_per_forward=1000 * sum(r["seconds"] for r in rows) / sum(r["forwards"] for r in rows),
                 batch_size=batch_size, ranks=len({row.get("shard") for row in rows}))
 

@@ -517,9 +517,12 @@ def print_memory(model, cfg, frozen_copy):
         weights = (4 * n_all if cfg.full else 2 * (n_all - n_trained)) / (n if sharded else 1)
         weights += 0 if cfg.full else 4 * n_trained
         weights += 2 * n_all / n if cfg.full and frozen_copy else 0
-        weights += 2 * (n_all - (facts.n_layer - 2) * n_block) if sharded else 0  # gathered: two blocks, head
+        rest = n_all - facts.n_layer * n_block  # embedding, norm, head: whole from hidden() to the last gradient
+        weights += 2 * (rest + 2 * n_block) if sharded else 0  # gathered, with two blocks
+        weights += 2 * rest if cfg.full and frozen_copy else 0  # the frozen copy's, too
         trained = n_trained / (n if cfg.full else 1)
-        parts = [weights, 4 * trained, 8 * trained, per_token * tokens, 6 * CHUNK_BYTES]
+        gathered = 6 * rest if cfg.full else 0  # their gradients, in bf16 and in fp32 to be summed
+        parts = [weights, 4 * trained + gathered, 8 * trained, per_token * tokens, 6 * CHUNK_BYTES]
         print(f"{n:>4}" + "".join(f"{p / 2**30:>{w}.1f}" for p, w in zip([*parts, sum(parts)],
                                                                         (10, 11, 11, 13, 8, 8))))
 

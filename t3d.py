@@ -374,6 +374,9 @@ def open_run(cfg, rank):
     out = Path(cfg.out or f"out/{Path(__file__).stem}-{Path(cfg.model).name}")
     if rank == 0:
         again = any(int(os.environ.get(f"{by}_RESTART_COUNT", 0)) for by in ("TORCHELASTIC", "SLURM"))
+        if cfg.overwrite and int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+            raise UserError("--overwrite on several nodes: the nodes that did not fail cannot tell a restart "
+                            "from a start; remove the directory instead")
         if cfg.overwrite and not again and (out / "config.json").exists():
             shutil.rmtree(out)
         now = {k: v for k, v in vars(cfg).items() if k not in FREE}
@@ -398,6 +401,14 @@ def write_atomic(path, text):
 def barrier(world):
     if world > 1:
         dist.barrier()
+
+
+def agreed(value, world):
+    """Rank 0's value, on every rank."""
+    values = [value]
+    if world > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
 def lr_frac(step, n_steps, cfg):
@@ -530,7 +541,7 @@ def save_checkpoint(out, step, model, opts, loss, rank, world, ref=None):
             write_checkpoint(root, step, tensors, loss, rank, n_files)
         except Exception as e:  # told by finish_writing
             failed.append(e)
-    thread = threading.Thread(target=work, daemon=True)
+    thread = threading.Thread(target=work)  # no daemon: a run that ends with an error waits for it
     thread.start()
     WRITING.append((thread, failed))
 
@@ -601,15 +612,13 @@ def load_checkpoint(out, model, opts, rank, world, ref=None):
     that wrote it; returns the step to go on with (0: none).
     """
     finish_writing()
-    found = [newest_checkpoint(out) if rank == 0 else None]
-    if world > 1:
-        dist.broadcast_object_list(found)
-    if found[0] is None:
+    found = agreed(newest_checkpoint(out) if rank == 0 else None, world)
+    if found is None:
         return 0
-    files = [safe_open(f, framework="pt") for f in sorted(found[0].glob("rank-*.safetensors"))]
+    files = [safe_open(f, framework="pt") for f in sorted(found.glob("rank-*.safetensors"))]
     params, names = trainable(model), set(files[0].keys())
     if {name for name in names if "/" not in name} != params.keys():
-        raise UserError(f"{found[0]} does not fit this model: use another --out")
+        raise UserError(f"{found} does not fit this model: use another --out")
     owner = {p: opt for opt in opts for group in opt.param_groups for p in group["params"]}
     for key in names:
         parts, (name, _, slot) = [f.get_tensor(key) for f in files], key.partition("/")
@@ -621,7 +630,7 @@ def load_checkpoint(out, model, opts, rank, world, ref=None):
             nt_model.fill(owner[p].state[p][slot], whole)
         else:
             nt_model.fill(p, whole)
-    return int(found[0].name.split("-")[1])
+    return int(found.name.split("-")[1])
 
 
 def training_steps(first, n_steps, rank):
@@ -730,7 +739,9 @@ def collect_round(cfg, model, tok, out, world, round_, began, device, dtype):
     the round finds them in its folder.
     """
     finish_writing()
-    if not began and len(read_trajectories(out / f"trajectories-round-{round_}")) < len(problems_of(cfg)):
+    wanted = {p["id"] for p in problems_of(cfg) if len(tok.prompt_ids(p["prompt"])) <= cfg.max_prompt}
+    found = {r["id"] for r in read_trajectories(out / f"trajectories-round-{round_}")}
+    if not began and not wanted <= found:
         raise UserError(f"{out}/trajectories-round-{round_} is not complete, and the weights it began with "
                         f"are gone: choose another --out, or --overwrite")
     records = collect(cfg, lora.unsharded(model, device, dtype).eval(), tok, out, world, round_)
@@ -772,7 +783,7 @@ def main():
     out = open_run(cfg, rank)
     barrier(world)
     final, evaluates = out / ("model" if cfg.full else "adapter"), cfg.eval_problems and cfg.data == "tiny"
-    if (out / "results.jsonl" if evaluates else final).exists():
+    if agreed((out / "results.jsonl" if evaluates else final).exists(), world):
         print(f"{out} is finished already; --overwrite starts anew")
         return
     model = nt_model.load(cfg.model, device, dtype, cfg.revision)

@@ -30,10 +30,16 @@ def test_help_and_mistakes():
     shown = subprocess.run([*SCRIPT, "--help"], capture_output=True, text=True)
     assert shown.returncode == 0 and "--max-restarts" in shown.stdout and "sbatch" in shown.stdout
     for args, words in (([], "no script"), (["--gpu", "1", "tad.py"], "unknown option --gpu"),
-                        (["--nodes", "2", "tad.py"], "--rdzv HOST:PORT")):
+                        (["--nodes", "2", "tad.py"], "--rdzv HOST:PORT"), (["--gpus"], "needs a value")):
         wrong = subprocess.run([*SCRIPT, *args], capture_output=True, text=True)
         assert wrong.returncode == 2 and words in wrong.stderr and "--help" in wrong.stderr
     assert len((ROOT / "ddp_launch.sh").read_text().splitlines()) <= 60
+
+
+def test_overwrite_is_refused_on_several_nodes(tmp_path, monkeypatch):
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    with pytest.raises(nt_model.UserError, match="--overwrite on several nodes"):
+        t3d.open_run(t3d.Config(out=str(tmp_path), overwrite=True), 0)
 
 
 def test_two_nodes_train_one_model(tmp_path):
@@ -64,13 +70,14 @@ def test_two_nodes_train_one_model(tmp_path):
 def test_rounds_collect_with_the_student_and_continue(tmp_path, monkeypatch):
     """Three rounds; interrupted in the second's collection and training, the same weights come out."""
     folder, final = official_checkpoint(tmp_path / "base", "sdar"), "adapter/adapter_model.safetensors"
-    (tmp_path / "p.jsonl").write_text("".join(f'{{"prompt": "{n}?", "answer": "x"}}\n' for n in range(6)))
+    prompts = [*(f"{n}?" for n in range(6)), "too long " * 50]
+    (tmp_path / "p.jsonl").write_text("".join(f'{{"prompt": "{p}", "answer": "x"}}\n' for p in prompts))
 
     def run(name, *extra):
         args = ["t3d.py", "--model", folder, "--data", tmp_path / "p.jsonl", "--out", tmp_path / name,
                 "--no-full", "--gen_len", "8", "--block_len", "4", "--batch_size", "4", "--lr", "1e-2",
                 "--max_steps", "6", "--rounds", "3", "--refresh", "2", "--save_every", "4",
-                "--warmup_steps", "0", *extra]
+                "--warmup_steps", "0", "--max_prompt", "100", *extra]
         monkeypatch.setattr("sys.argv", [str(a) for a in args])
         return t3d.main()
     run("whole")
