@@ -744,7 +744,9 @@ def collect_round(cfg, model, tok, out, world, round_, began, device, dtype):
     if not began and not wanted <= found:
         raise UserError(f"{out}/trajectories-round-{round_} is not complete, and the weights it began with "
                         f"are gone: choose another --out, or --overwrite")
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # records are on disk as they finish: stop at once
     records = collect(cfg, lora.unsharded(model, device, dtype).eval(), tok, out, world, round_)
+    signal.signal(signal.SIGTERM, before)
     model.train()
     return records
 
