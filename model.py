@@ -497,7 +497,7 @@ def fill(t, whole):
 
 def print_memory(model, cfg, frozen_copy):
     """What a GPU holds in training, in GiB, for 1, 8 and 16 of them. model: on the meta device, with adapters
-    unless cfg.full; frozen_copy: --full keeps a frozen model beside it. bf16, with fp32 for what is trained;
+    unless all is trained; frozen_copy: --full keeps a frozen model beside it. bf16, with fp32 for what is trained;
     prompts of 256 tokens; activations are a rough count of what the backward pass reads.
     """
     n_all, n_trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or every)
@@ -505,7 +505,8 @@ def print_memory(model, cfg, frozen_copy):
     n_block, facts = sum(p.numel() for p in model.blocks[0].parameters()), model.cfg
     per_token = 2 * (16 * facts.d_model + 3 * (facts.n_head + 2 * facts.n_kv_head) * facts.head_dim
                      + 4 * facts.d_mlp)
-    if not cfg.full:  # the inputs of adapters, in fp32
+    everything = n_trained == n_all
+    if not everything:  # the inputs of adapters, in fp32
         per_token += 4 * (6 * facts.d_model + facts.d_mlp)
     per_token = (facts.n_layer * 2 * facts.d_model + per_token if cfg.checkpoint_blocks
                  else facts.n_layer * per_token)
@@ -514,8 +515,8 @@ def print_memory(model, cfg, frozen_copy):
           f"GPUs   weights  gradients  optimizer  activations  logits   total")
     for n in (1, 8, 16):
         sharded = cfg.full or cfg.fsdp
-        weights = (4 * n_all if cfg.full else 2 * (n_all - n_trained)) / (n if sharded else 1)
-        weights += 0 if cfg.full else 4 * n_trained
+        weights = (4 * n_all if everything else 2 * (n_all - n_trained)) / (n if sharded else 1)
+        weights += 0 if everything else 4 * n_trained
         weights += 2 * n_all / n if cfg.full and frozen_copy else 0
         rest = n_all - facts.n_layer * n_block  # embedding, norm, head: whole from hidden() to the last gradient
         weights += 2 * (rest + 2 * n_block) if sharded else 0  # gathered, with two blocks

@@ -411,11 +411,11 @@ def pace(total, began, model, world):
     return speed
 
 
-def dry_run(cfg, n_examples, targets=lora.ALL, frozen_copy=False):
+def dry_run(cfg, n_examples, targets=lora.ALL, frozen_copy=False, scratch=False):
     """Print the number of steps and the memory that training takes, from config.json alone."""
     with torch.device("meta"):
         model = nt_model.Transformer(nt_model.config_of(cfg.model, cfg.revision))
-        if not cfg.full:
+        if not (cfg.full or scratch):
             lora.add(model, cfg.lora_r, cfg.lora_alpha, 0.0, targets)
     per_epoch = n_examples // cfg.batch_size
     print(f"at most {n_examples:,} examples: {per_epoch:,} steps per epoch, "

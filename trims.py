@@ -516,11 +516,11 @@ def pace(total, began, model, world):
     return speed
 
 
-def dry_run(cfg, n_examples, targets=lora.ALL, frozen_copy=False):
+def dry_run(cfg, n_examples, targets=lora.ALL, frozen_copy=False, scratch=False):
     """Print the number of steps and the memory that training takes, from config.json alone."""
     with torch.device("meta"):
         model = nt_model.Transformer(nt_model.config_of(cfg.model, cfg.revision))
-        if not cfg.full:
+        if not (cfg.full or scratch):
             lora.add(model, cfg.lora_r, cfg.lora_alpha, 0.0, targets)
     per_epoch = n_examples // cfg.batch_size
     print(f"at most {n_examples:,} examples: {per_epoch:,} steps per epoch, "
@@ -773,7 +773,8 @@ def main():
     cfg = parse_args(Config, PRESETS, __doc__)
     check_config(cfg)
     if cfg.dry_run:
-        return dry_run(cfg, len(load_examples(cfg, load_tokenizer(cfg.model, cfg.revision))))
+        return dry_run(cfg, len(load_examples(cfg, load_tokenizer(cfg.model, cfg.revision))),
+                       scratch=cfg.init == "scratch")
     rank, world, device, dtype = setup(cfg)
     out = open_run(cfg, rank)
     barrier(world)
