@@ -26,11 +26,13 @@ import tempfile
 import threading
 import types
 from collections import namedtuple
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from decimal import Decimal
 from functools import lru_cache
+from multiprocessing import get_context
 
+MANY = 100  # formulas from which on processes are worth their start
 TIMEOUT = 10  # seconds a program and its tests may take, of wall time and of CPU time
 
 
@@ -79,18 +81,23 @@ def submit(problem, text, allow_code=False):
 
 
 def grade_all(problems, texts, allow_code=False, workers=None, progress=False):
-    """is_correct of each pair, in order -> list of bool. `workers` programs run at once [one per core], the
-    rest is graded in the caller's thread. progress: a bar in problems.
+    """is_correct of each pair, in order -> list of bool. `workers` programs run at once [one per core], many
+    formulas are compared in as many processes, the rest in the caller's thread. progress: a bar in problems.
     """
     from tqdm import tqdm
     for problem in problems:
         check_gradable(problem, allow_code)
     pairs, right = list(zip(problems, texts, strict=True)), [False] * len(problems)
+    n, graders = workers or n_cores(), [grader_of(problem) for problem in problems]
     with (tqdm(total=len(pairs), unit="problem", desc="grade", disable=not progress) as bar,
-          ThreadPoolExecutor(workers or n_cores()) as threads):
+          ThreadPoolExecutor(n) as threads,
+          ProcessPoolExecutor(n, mp_context=get_context("spawn")) as processes):  # none until one is needed
+        beside = {"code": (threads, code_correct)}
+        if graders.count("math") >= MANY:
+            beside["math"] = (processes, math_correct)
         try:
-            runs = {threads.submit(code_correct, *pair): i for i, pair in enumerate(pairs)
-                    if grader_of(pair[0]) == "code"}
+            runs = {pool.submit(grade, *pair): i for i, pair in enumerate(pairs)
+                    for pool, grade in [beside.get(graders[i], (None, None))] if pool}
             for i in sorted(set(range(len(pairs))) - set(runs.values())):
                 right[i] = is_correct(*pairs[i])
                 bar.update()
@@ -98,7 +105,8 @@ def grade_all(problems, texts, allow_code=False, workers=None, progress=False):
                 right[runs[run]] = run.result()
                 bar.update()
         except BaseException:
-            threads.shutdown(cancel_futures=True)  # ctrl-c does not wait for what has not begun
+            for pool in (threads, processes):
+                pool.shutdown(cancel_futures=True)  # ctrl-c does not wait for what has not begun
             raise
     return right
 

@@ -188,6 +188,15 @@ def test_code_never_runs_unasked(tmp_path, monkeypatch):
             call(ADD, RIGHT)
 
 
+def test_many_formulas_are_compared_in_processes(monkeypatch):
+    pytest.importorskip("math_verify")
+    monkeypatch.setattr(grade, "MANY", 4)
+    monkeypatch.setattr(grade, "is_correct", None)  # the caller's thread compares nothing
+    pairs = [("4", r"\boxed{4}"), ("4", r"\boxed{5}"), (r"\frac{1}{2}", r"\boxed{0.5}"), ("x", r"\boxed{y}")]
+    problems = [dict(id=i, answer=a, grader="math") for i, (a, _) in enumerate(pairs)]
+    assert grade.grade_all(problems, [t for _, t in pairs], workers=2) == [True, False, True, False]
+
+
 def test_grade_all_and_submit():
     problems = [ADD, {"answer": 5}, ADD, {"answer": "5", "grader": "number"}]
     texts = [RIGHT, "#### 5", "def add(a, b): return 0", "it is 6"]
