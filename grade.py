@@ -26,11 +26,10 @@ import tempfile
 import threading
 import types
 from collections import namedtuple
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from decimal import Decimal
 from functools import lru_cache
-from multiprocessing import get_context
 
 MANY = 100  # formulas from which on processes are worth their start
 TIMEOUT = 10  # seconds a program and its tests may take, of wall time and of CPU time
@@ -84,6 +83,9 @@ def grade_all(problems, texts, allow_code=False, workers=None, progress=False):
     """is_correct of each pair, in order -> list of bool. `workers` programs run at once [one per core], many
     formulas are compared in as many processes, the rest in the caller's thread. progress: a bar in problems.
     """
+    from concurrent.futures import ProcessPoolExecutor  # not where this file is the runner's child
+    from multiprocessing import get_context
+
     from tqdm import tqdm
     for problem in problems:
         check_gradable(problem, allow_code)
