@@ -781,10 +781,9 @@ def published_text(task, family, protocol, made_with):
 
 def contamination(task):
     """A warning where a benchmark and training data overlap, else ""."""
-    if known_task(task) != "math":
-        return ""
-    return ("warning: PRM12K, which TAD and TABOM train on, holds 4,500 of MATH's test problems: a model "
-            "trained on it has seen them. Report math500 (lm_eval: minerva_math500), which is disjoint")
+    known = data.contamination("prm12k", known_task(task) or "")
+    return known and (f"warning: TAD and TABOM train on PRM12K. {known}. "
+                      f"Report math500 (lm_eval: minerva_math500) instead")
 
 
 def print_beside(tasks, family, protocol, made_with):
