@@ -329,13 +329,7 @@ def open_folder(out, config, rank):
                         f"--out or remove it")
     out.mkdir(parents=True, exist_ok=True)
     if rank == 0:
-        write_whole(file, json.dumps(config, indent=1) + "\n")
-
-
-def write_whole(file, text):
-    """Under another name, then renamed: whole or absent."""
-    file.with_suffix(".tmp").write_text(text)
-    os.replace(file.with_suffix(".tmp"), file)
+        nt_model.write_whole(file, json.dumps(config, indent=1) + "\n")
 
 
 def append(file, row):
@@ -437,7 +431,7 @@ def write_results(curves, out):
     out.mkdir(parents=True, exist_ok=True)
     facts = provenance()
     lines = [json.dumps({**point, "provenance": facts}) for _, points in curves for point in points]
-    write_whole(out / "results.jsonl", "\n".join(lines) + "\n")
+    nt_model.write_whole(out / "results.jsonl", "\n".join(lines) + "\n")
 
 
 def area_of(points, y_max):
@@ -947,12 +941,12 @@ def evaluate_tasks(args, model, tok, protocol, label, config, rank, world):
             row["tokens"], row["nfe"] = first["tokens"], first["nfe"]
         rows.sort(key=lambda row: (row["doc_id"], row["filter"]))
         lines = [json.dumps(row, default=str) + "\n" for row in rows]
-        write_whole(out / f"samples-{name}.jsonl", "".join(lines))
+        nt_model.write_whole(out / f"samples-{name}.jsonl", "".join(lines))
     tokens, nfe = (sum(row[k] for row in bridge.rows.values()) for k in ("tokens", "nfe"))
     seconds = wall_seconds(bridge.rows.values())
     speed = dict(tokens=tokens, nfe=nfe, tpf=tokens / nfe, seconds=seconds, tok_per_s=tokens / seconds)
     facts = provenance(**config)
-    write_whole(out / "lm_eval.json",
+    nt_model.write_whole(out / "lm_eval.json",
                 json.dumps(dict(results, speed=speed, provenance=facts), indent=1, default=str) + "\n")
     print(harness().utils.make_table(results))
     print(f"{rule_name(settings)}: TPF {tokens / nfe:.2f}, {tokens / seconds:.1f} tok/s over "
@@ -1060,7 +1054,7 @@ def evaluate_curve(args, model, tok, problems, protocol, label, config, rank, wo
                  s_per_sample=p["seconds"] / len(problems), ms_per_forward=p["ms_per_forward"])
             for p in points]
     area = area_of(points, y_max)
-    write_whole(out / "summary.json", json.dumps(dict(
+    nt_model.write_whole(out / "summary.json", json.dumps(dict(
         label=label, task=args.task, protocol=args.protocol, n=len(problems), y_max=y_max, alpha=3.0,
         y_max_from="--y_max" if args.y_max else "the best of these points",
         aup=None if math.isnan(area) else area, points=rows), indent=1) + "\n")

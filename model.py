@@ -674,6 +674,13 @@ def read_json(path):
         raise UserError(f"{path} is not valid JSON ({e})") from None
 
 
+def write_whole(path, text):
+    """Under another name, then renamed: whole or absent."""
+    tmp = path.with_name(path.name + ".tmp")
+    tmp.write_text(text)
+    os.replace(tmp, path)
+
+
 def save(model, folder, dtype=None):
     """Write config.json and model.safetensors with the official names
     (the official code can load the result).

@@ -6,8 +6,8 @@
 
 All runs have the same number of steps, batch, adapter rank, learning rate and schedule (COMMON): the rows
 differ in what is masked and in the loss. Nothing is tuned. Each is trained by its own script, as a user
-would; trajectories are collected once for all. Seed s trains with --seed s and is evaluated on test problems
-of its own, --n of them: 3 seeds see 3 n problems.
+would; trajectories are collected and difficulties scored once for all. Seed s trains with --seed s and is
+evaluated on test problems of its own, --n of them: 3 seeds see 3 n problems.
 """
 import argparse
 import subprocess
@@ -24,21 +24,21 @@ import model as nt_model
 from model import UserError, run_cli
 
 COMMON = "--max_steps 200 --batch_size 16 --micro_batch 16 --lr 1e-3 --lr_schedule tail --warmup_steps 10"
-BATCH = 48  # problems decoded at once: 334 fill seven such batches
+BATCH = 32  # problems decoded at once
 N_TRAJECTORIES = 1000
 PROBLEMS = f"--n_problems {N_TRAJECTORIES} --trajectories"
 PRIVILEGED, OWN, ROLLOUTS = (f"{PROBLEMS} {{root}}/trajectories-{name}"
                              for name in ("privileged", "own", "rollouts"))
-SFT = "--trajectory_share 0"
+SFT, SCORES = "--trajectory_share 0", "--scores {root}/difficulty"
 METHODS = {  # label -> script and its options; a label with a colon is an ablation
     "base": None,
     "SFT-GT": f"trims.py {SFT}",
     "SFT-SD": f"trims.py {SFT} --data {{root}}/trajectories-own",
     "Naive TD": f"t3d.py --loss naive_td --lam 0 {ROLLOUTS}",
     "dInfer-like": f"tabom.py --segment two_steps --lam 0 {OWN}",
-    "TRIMS": "trims.py",
-    "TRIMS: easy first": "trims.py --ordering ascending",
-    "TRIMS: random order": "trims.py --ordering random",
+    "TRIMS": f"trims.py {SCORES}",
+    "TRIMS: easy first": f"trims.py --ordering ascending {SCORES}",
+    "TRIMS: random order": f"trims.py --ordering random {SCORES}",
     "TAD": f"tad.py --window auto-quality {PRIVILEGED}",
     "TAD: speed": f"tad.py --window auto-speed {PRIVILEGED}",
     "TAD: near only": f"tad.py --window auto-quality --distant none {PRIVILEGED}",
@@ -72,13 +72,12 @@ def train(label, seed, root):
 
 
 def costs(label, seed, root):
-    """Seconds of training and of collecting, from the run's own log and its trajectories."""
+    """Seconds of training and of collecting, from the run's own log and the folder that it reads."""
     folder = run_folder(label, seed, root)
     log = data.read_jsonl(folder / "log.jsonl")
     config = nt_model.read_json(folder / "config.json")
-    sources = [config.get("trajectories") or config["data"], folder / "difficulty"]  # TRIMS scores instead
-    return dict(train_s=sum(row["seconds"] for row in log),
-                collect_s=sum(map(data.collection_seconds, sources)))
+    source = config.get("scores") or config.get("trajectories") or config["data"]  # TRIMS scores instead
+    return dict(train_s=sum(row["seconds"] for row in log), collect_s=data.collection_seconds(source))
 
 
 def evaluate(label, seed, root, tok, problems, records):

@@ -70,7 +70,7 @@ class Config:
     seed: int = 0  # of the segments drawn, the data order and the adapters
     # --- trajectories
     data: str = "tiny"  # data set by name, or a .jsonl with prompt and answer; see data.py --help
-    n_problems: int = 0  # problems to collect on (0: all; tiny: 1200)
+    n_problems: int = 0  # problems to collect on (0: all; tiny: 1000)
     allow_code_execution: bool = False  # run the tests of code problems on this machine
     trajectories: str = ""  # folder to collect into, which runs may share; default: the run's own
     gen_len: int = 256  # response length L, tokens
@@ -304,14 +304,8 @@ def open_run(cfg, rank):
                 raise UserError(f"{out} belongs to another configuration ({'; '.join(differ)}): "
                                 f"choose another --out, or --overwrite")
         out.mkdir(parents=True, exist_ok=True)
-        write_atomic(out / "config.json", json.dumps(now, indent=2) + "\n")
+        nt_model.write_whole(out / "config.json", json.dumps(now, indent=2) + "\n")
     return out
-
-
-def write_atomic(path, text):
-    tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text(text)
-    os.replace(tmp, path)
 
 
 def barrier(world):
@@ -469,7 +463,7 @@ def write_checkpoint(root, step, tensors, loss, rank, n_files):
     save_file(tensors, file)
     sync(file)
     with open(file, "rb") as f:
-        write_atomic(file.with_suffix(".sha256"), hashlib.file_digest(f, "sha256").hexdigest())
+        nt_model.write_whole(file.with_suffix(".sha256"), hashlib.file_digest(f, "sha256").hexdigest())
     if rank:
         return
     while len(list(tmp.glob("*.sha256"))) < n_files:
@@ -599,7 +593,7 @@ def log(out, rank, row):
     if rank == 0 and isinstance(row, int):
         lines = (out / "log.jsonl").read_text().splitlines(True) if (out / "log.jsonl").exists() else []
         kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= row]
-        write_atomic(out / "log.jsonl", "".join(kept))
+        nt_model.write_whole(out / "log.jsonl", "".join(kept))
     elif rank == 0:
         with open(out / "log.jsonl", "a") as f:
             f.write(json.dumps({**row, "seconds": round(now - log.last, 3)}) + "\n")
@@ -623,7 +617,7 @@ def shuffled(n, seed, epoch):
 
 
 def problems_of(cfg):
-    return load_problems(cfg.data, "train", cfg.n_problems or (1200 if cfg.data == "tiny" else None))
+    return load_problems(cfg.data, "train", cfg.n_problems or (1000 if cfg.data == "tiny" else None))
 
 
 def collect(cfg, model, tok, out, world):

@@ -72,7 +72,7 @@ class Config:
     seed: int = 0  # of the states drawn, the data order and the adapters
     # --- trajectories
     data: str = "tiny"  # data set by name, or a .jsonl with prompt, solution and answer; see data.py --help
-    n_problems: int = 0  # problems to collect on (0: all; tiny: 1200)
+    n_problems: int = 0  # problems to collect on (0: all; tiny: 1000)
     source: Literal["full", "no_privilege", "traj_random", "gt_random"] = "full"  # Table 4: what to train on
     allow_code_execution: bool = False  # run the tests of code problems on this machine
     trajectories: str = ""  # folder to collect into, which runs may share; default: the run's own
@@ -314,7 +314,7 @@ def choose_window(cfg, model, records, out, rank, world, device):
     if rank == 0:
         print(f"confidence by forwards ahead: {' '.join(f'{p:.2f}' for p in decay[:16])} ...  W = {window}")
         kept = dict(window=window, decay=[None if np.isnan(p) else round(float(p), 4) for p in decay])
-        write_atomic(out / "window.json", json.dumps(kept) + "\n")
+        nt_model.write_whole(out / "window.json", json.dumps(kept) + "\n")
         plot_decay(decay, window, out / "window.png")
     return agreed(window, world)
 
@@ -397,14 +397,8 @@ def open_run(cfg, rank):
                 raise UserError(f"{out} belongs to another configuration ({'; '.join(differ)}): "
                                 f"choose another --out, or --overwrite")
         out.mkdir(parents=True, exist_ok=True)
-        write_atomic(out / "config.json", json.dumps(now, indent=2) + "\n")
+        nt_model.write_whole(out / "config.json", json.dumps(now, indent=2) + "\n")
     return out
-
-
-def write_atomic(path, text):
-    tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text(text)
-    os.replace(tmp, path)
 
 
 def barrier(world):
@@ -562,7 +556,7 @@ def write_checkpoint(root, step, tensors, loss, rank, n_files):
     save_file(tensors, file)
     sync(file)
     with open(file, "rb") as f:
-        write_atomic(file.with_suffix(".sha256"), hashlib.file_digest(f, "sha256").hexdigest())
+        nt_model.write_whole(file.with_suffix(".sha256"), hashlib.file_digest(f, "sha256").hexdigest())
     if rank:
         return
     while len(list(tmp.glob("*.sha256"))) < n_files:
@@ -692,7 +686,7 @@ def log(out, rank, row):
     if rank == 0 and isinstance(row, int):
         lines = (out / "log.jsonl").read_text().splitlines(True) if (out / "log.jsonl").exists() else []
         kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= row]
-        write_atomic(out / "log.jsonl", "".join(kept))
+        nt_model.write_whole(out / "log.jsonl", "".join(kept))
     elif rank == 0:
         with open(out / "log.jsonl", "a") as f:
             f.write(json.dumps({**row, "seconds": round(now - log.last, 3)}) + "\n")
@@ -716,7 +710,7 @@ def shuffled(n, seed, epoch):
 
 
 def problems_of(cfg):
-    return load_problems(cfg.data, "train", cfg.n_problems or (1200 if cfg.data == "tiny" else None))
+    return load_problems(cfg.data, "train", cfg.n_problems or (1000 if cfg.data == "tiny" else None))
 
 
 def collect(cfg, model, tok, out, world):
