@@ -536,7 +536,7 @@ def tds(model, record):
 
 
 def mean_tds(model, records, label=""):
-    """TDS of a model on trajectories -> its mean over all steps, and the mean of every step (T,); nats^2."""
+    """TDS of a model on trajectories -> its mean over the steps, and that of every step (T,); nats^2."""
     model.eval()
     rows = [tds(model, r) for r in tqdm(records, unit="trajectory", desc=f"TDS {label}")]
     grid = np.full((len(rows), max(map(len, rows))), np.nan)
@@ -544,7 +544,8 @@ def mean_tds(model, records, label=""):
         grid[i, :len(row)] = row
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # NaN where no trajectory has two masks left
-        return float(np.nanmean(grid)), np.nanmean(grid, 0)
+        curve = np.nanmean(grid, 0)  # Eq. 11
+        return float(np.nanmean(curve)), curve
 
 
 def report_tds(models, records, out):
@@ -668,6 +669,7 @@ def compare(runs, base, control, n_boot=1000, seed=0, y_max=None):
 
     Intervals are 95% bootstrap percentiles, in the table half their width. A replicate draws problems (the
     same for every model) and, for models with several runs, run numbers (the same for every such model).
+    Where every run has problems of its own, that counts their spread twice: the intervals are then too wide.
     """
     y_max = y_max or best_accuracy([(None, filter(on_curve, points))
                                     for rs in runs.values() for points in rs])
@@ -677,7 +679,8 @@ def compare(runs, base, control, n_boot=1000, seed=0, y_max=None):
         rng = np.random.default_rng([seed, b])
         picks = {ids: rng.integers(len(ids), size=len(ids)) if b else slice(None) for ids in sorted(sets)}
         for label, rs in runs.items():
-            which = np.random.default_rng([seed, b]).integers(len(rs), size=len(rs)) if b else range(len(rs))
+            turn = np.random.default_rng([seed, b, 1])  # the same runs of every label
+            which = turn.integers(len(rs), size=len(rs)) if b else range(len(rs))
             rows = [summarize(rs[i], y_max, picks[tuple(rs[i][0]["ids"])]) for i in which]
             draws[label].append(np.mean(rows, 0))
     draws = {label: np.array(rows) for label, rows in draws.items()}  # (replicates, columns)
@@ -706,8 +709,10 @@ def compare(runs, base, control, n_boot=1000, seed=0, y_max=None):
         if base in runs and label != base:
             lines.append(f"AUP {label} / {base}: {text(areas[label] / areas[base])}")
         if control in runs and label not in (base, control):
-            for name in ("AUP", "TPF at 0.9", "at 0.9, %"):
-                d = draws[label][:, COLUMNS.index(name)] - draws[control][:, COLUMNS.index(name)]
+            for j in [j for j in shown if COLUMNS[j] == "AUP" or COLUMNS[j].endswith(("%", "at 0.9"))]:
+                name, d = COLUMNS[j], draws[label][:, j] - draws[control][:, j]
+                if name.startswith("tok/s") or np.isnan(d).any():
+                    continue
                 spread = d[1:].std()
                 lines.append(f"{name}, {label} - {control}: {text(d)}"
                              + (f", {d[0] / spread:.1f} standard errors" if spread else ""))

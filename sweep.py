@@ -4,10 +4,10 @@
     python sweep.py --only TAD T3D         # some of the rows
     python sweep.py --dry_run              # the training commands, to run one by hand
 
-All runs have the same number of steps, batch, adapter rank, learning rate and schedule (COMMON): the rows
-differ in what is masked and in the loss. Nothing is tuned. Each is trained by its own script, as a user
-would; trajectories are collected and difficulties scored once for all. Seed s trains with --seed s and is
-evaluated on test problems of its own, --n of them: 3 seeds see 3 n problems.
+All runs have the same number of steps, batch, learning rate and schedule (COMMON) and the adapter rank of the
+tiny presets: the rows differ in their data, in what is masked and in the loss. Nothing is tuned. Each is
+trained by its own script, as a user would; trajectories are collected once for all. Seed s trains with --seed
+s and is evaluated on test problems of its own, --n of them: 3 seeds see 3 n problems.
 """
 import argparse
 import subprocess
@@ -24,21 +24,22 @@ import model as nt_model
 from model import UserError, run_cli
 
 COMMON = "--max_steps 200 --batch_size 16 --micro_batch 16 --lr 1e-3 --lr_schedule tail --warmup_steps 10"
-BATCH = 32  # problems decoded at once
+BATCH = 48  # problems decoded at once: 334 fill seven such batches
 N_TRAJECTORIES = 1000
 PROBLEMS = f"--n_problems {N_TRAJECTORIES} --trajectories"
 PRIVILEGED, OWN, ROLLOUTS = (f"{PROBLEMS} {{root}}/trajectories-{name}"
                              for name in ("privileged", "own", "rollouts"))
-SFT, SCORES = "--trajectory_share 0", "--scores {root}/difficulty"
+SFT = "--trajectory_share 0"
 METHODS = {  # label -> script and its options; a label with a colon is an ablation
     "base": None,
     "SFT-GT": f"trims.py {SFT}",
     "SFT-SD": f"trims.py {SFT} --data {{root}}/trajectories-own",
+    "SFT-SD privileged": f"trims.py {SFT} --data {{root}}/trajectories-privileged",  # TAD's responses
     "Naive TD": f"t3d.py --loss naive_td --lam 0 {ROLLOUTS}",
     "dInfer-like": f"tabom.py --segment two_steps --lam 0 {OWN}",
-    "TRIMS": f"trims.py {SCORES}",
-    "TRIMS: easy first": f"trims.py --ordering ascending {SCORES}",
-    "TRIMS: random order": f"trims.py --ordering random {SCORES}",
+    "TRIMS": "trims.py",
+    "TRIMS: easy first": "trims.py --ordering ascending",
+    "TRIMS: random order": "trims.py --ordering random",
     "TAD": f"tad.py --window auto-quality {PRIVILEGED}",
     "TAD: speed": f"tad.py --window auto-speed {PRIVILEGED}",
     "TAD: near only": f"tad.py --window auto-quality --distant none {PRIVILEGED}",
@@ -72,12 +73,13 @@ def train(label, seed, root):
 
 
 def costs(label, seed, root):
-    """Seconds of training and of collecting, from the run's own log and the folder that it reads."""
+    """Seconds of training and of collecting, from the run's own log and its trajectories."""
     folder = run_folder(label, seed, root)
     log = data.read_jsonl(folder / "log.jsonl")
     config = nt_model.read_json(folder / "config.json")
-    source = config.get("scores") or config.get("trajectories") or config["data"]  # TRIMS scores instead
-    return dict(train_s=sum(row["seconds"] for row in log), collect_s=data.collection_seconds(source))
+    sources = [config.get("trajectories") or config["data"], folder / "difficulty"]  # TRIMS scores instead
+    return dict(train_s=sum(row["seconds"] for row in log),
+                collect_s=sum(map(data.collection_seconds, sources)))
 
 
 def evaluate(label, seed, root, tok, problems, records):
@@ -119,11 +121,13 @@ def main():
     nt_eval.curve(model, tok, problems[:BATCH], nt_eval.PROTOCOLS["tiny-table"], "warm-up", BATCH)
     for label, seed in tqdm(jobs, unit="run", desc="sweep"):
         folder, began = run_folder(label, seed, root), time.perf_counter()
+        mine = problems[seed * args.n:(seed + 1) * args.n]
         if (folder / "results.jsonl").exists():
+            if data.read_jsonl(folder / "results.jsonl")[0]["ids"] != [p["id"] for p in mine]:
+                raise UserError(f"{folder} has results on other problems: repeat its --n, or another --out")
             continue
         if METHODS[label]:
             train(label, seed, root)
-        mine = problems[seed * args.n:(seed + 1) * args.n]
         evaluate(label, seed, root, tok, mine, own[:32])
         print(f"{label}, seed {seed}: {time.perf_counter() - began:.0f} s")
     folders = [run_folder(label, seed, root) for label in labels for seed in range(args.seeds)]

@@ -9,10 +9,11 @@ lower it on the reference's own guesses (fake). The reference is the student of 
     x0, pi         record["x0"], record["rank"]: pi_i is the 1-based rank within i's training block
     x_t            xt (B, L): the first j tokens of every block revealed, the others masked
     p_theta, p_ref logp, logp_ref (N,): log-probabilities of the rows' tokens under student and reference
-    fake x0        x_hat (N,): drawn from p_ref's factorised prediction on the same x_t
+    fake x0        x_hat (N,): drawn from p_ref's factorised prediction on the same x_t       (token_terms)
     ratio(x)       beta times the mean over the masked rows of log p_theta(x_i | x_t) - log p_ref(x_i | x_t)
     Eq. 5          --loss naive_td --lam 0: mean of -log p_theta(x0_i | x_t)                      (t3d_loss)
-    Eq. 6-7        real = -log sigma(ratio(x0)), fake = -alpha log(1 - sigma(ratio(x_hat)))      (t3d_loss)
+    Eq. 6          mean over states x_t of Eq. 7: drawn anew every epoch                       (make_batch)
+    Eq. 7          real = -log sigma(ratio(x0)), fake = -alpha log(1 - sigma(ratio(x_hat)))      (t3d_loss)
     Eq. 8          path: -w_i log p_theta(x0_i | x_t)                                            (t3d_loss)
     Eq. 9          w_i = (B - pi_i + 1) / B, B the response tokens of i's block              (path_weights)
     Eq. 10         real + fake + lambda path (t3d_loss); App. C.1: rand_p; App. C.2: beta, refresh
@@ -150,8 +151,8 @@ def t3d_loss(logp, logp_ref, logp_fake, logp_fake_ref, path_w, example, n_exampl
     here = (n > 0).float()  # an example without masked rows has no ratio
     ratio = cfg.beta * per_example(logp - logp_ref, cfg.logratio == "mean")
     ratio_fake = cfg.beta * per_example(logp_fake - logp_fake_ref, cfg.logratio == "mean")
-    real = (F.softplus(-ratio) * here).sum() / n_examples  # Eq. 6, 7: -log sigma(ratio)
-    fake = cfg.alpha * (F.softplus(ratio_fake) * here).sum() / n_examples  # Eq. 6, 7: -log(1 - sigma(ratio))
+    real = (F.softplus(-ratio) * here).sum() / n_examples  # Eq. 7: -log sigma(ratio)
+    fake = cfg.alpha * (F.softplus(ratio_fake) * here).sum() / n_examples  # Eq. 7: -log(1 - sigma(ratio))
     loss = real + fake + cfg.lam * path  # Eq. 10
     return loss, dict(real=real.item(), fake=fake.item(), path=path.item())
 

@@ -14,7 +14,8 @@ margin. The pairwise ranking is the tractable form of matching a Boltzmann distr
                   (--entropy_at own_step; own_step_entropies)
     P             pair (B, W, W): both in Delta, r before s              (tabom_loss)
     gamma, lambda cfg.gamma, cfg.lam
-    L_recon       mean over Delta of -log p(x0 | U_t)                    (tabom_loss)
+    L_recon       first term of Eq. 9: mean over Delta of -log p(x0 | U_t)               (tabom_loss)
+    Eq. 6-7       why ranking: the KL to a Boltzmann distribution, and the order of entropies it asks for
     L_rank        Eq. 8: mean of the hinges over the pairs               (tabom_loss)
     L             Eq. 9: L_recon + lambda L_rank                         (tabom_loss)
 

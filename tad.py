@@ -11,8 +11,8 @@ teacher is the base model: LoRA off.
     s, s + y*            plain prompt, privileged prompt (the collector's, with the reference solution)
     trajectory (x0, pi)  record["x0"] (L,), record["order"] (L,): which forward revealed each position
     x_t                  xt (B, L): x0 where order < t, else MASK (data.state_at)
-    N_t  Eq. 10          near (N,) bool: t <= order < t + W, cut at block edges for SDAR  (make_batch)
-    D_t  Eq. 11          the other masked rows: order >= t + W
+    N_t  Eq. 10          near (B, L) bool: t <= order < t + W, cut at block edges for SDAR (make_batch)
+    D_t  Eq. 11          the other masked positions: order >= t + W                       (make_batch)
     L_near     Eq. 12    cross-entropy on x0; mean over near rows           (token_terms, tad_loss)
     L_distant  Eq. 13    tau^2 KL(teacher || student); mean over the others (token_terms, tad_loss)
     L          Eq. 14    L_near + lambda L_distant                          (tad_loss)
@@ -312,7 +312,8 @@ def choose_window(cfg, model, records, out, rank, world, device):
     decay = confidence_decay(model, records, device)
     window = int(cfg.window) if fixed else auto_window(decay, cfg.window)
     if rank == 0:
-        print(f"confidence by forwards ahead: {' '.join(f'{p:.2f}' for p in decay[:16])} ...  W = {window}")
+        print(f"confidence by forwards ahead: {' '.join(f'{p:.2f}' for p in decay[:16])} ...  W = {window}"
+              + (" (never below the level: all tokens are near)" if window == len(decay) else ""))
         kept = dict(window=window, decay=[None if np.isnan(p) else round(float(p), 4) for p in decay])
         nt_model.write_whole(out / "window.json", json.dumps(kept) + "\n")
         plot_decay(decay, window, out / "window.png")

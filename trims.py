@@ -11,7 +11,7 @@ to masks that follow that order, hard tokens visible, easy ones masked. The loss
     d_i           difficulty: -log p_teacher(x_i | s, x_<i), or the teacher's entropy (difficulty)
     b_i, K        bucket 1..n_buckets of equal mass over all tokens of the data; harder = lower      (buckets)
     k             threshold, uniform over 0..K-1: buckets <= k are context, the others future
-    p_context, p_future   masking probabilities of the two: the masking rule                 (trajectory_mask)
+    masking rule  P(i masked) = p_context if b_i <= k else p_future                          (trajectory_mask)
     x0            clean response (L,); xt noised, masked (L,) bool, t masking probability
     loss_w        1 / t, or 1 / masked fraction where no t exists (--trajectory_weight)       (mask_response);
                   make_batch divides it by L and the batch size
@@ -20,10 +20,10 @@ to masks that follow that order, hard tokens visible, easy ones masked. The loss
 a trajectory folder; the embedded base model was made this way. All responses are EOS-filled to one length, so
 LLaDA's normalisation (by a response's own length) and the batch's token count are the same number.
 
-Not published, and chosen on the tiny model (SFT on its own responses, 200 steps of 16, accuracy at 4 tokens
-per forward on 300 dev problems, one run each, standard error 2.6): trajectory_share 0.5, the largest that is
-within error of the best (0: 75.0%, 0.25: 71.7, 0.5: 72.7, 0.75: 63.7, 1: 55.0); LoRA alpha = r = 32 (16: 69.7,
-64: 71.7); weight decay 0.01 (0: 72.7, 0.1: 73.0).
+Not published, and chosen on the tiny model (trained on its own responses, 200 steps of 16, lr 1e-3; accuracy
+at 4 tokens per forward on 300 dev problems, one run each, standard error 2.6): trajectory_share 0.5, the
+largest within error of none (0: 75.0%, 0.25: 71.7, 0.5: 72.7, 0.75: 63.7, 1: 55.0); LoRA alpha = r = 32 (16:
+69.7, 64: 71.7); weight decay 0.01 (0: 72.7, 0.1: 73.0).
 
 Teacher and student may have different tokenisers: scores move through UTF-8 bytes (see `spread`).
 
@@ -94,7 +94,6 @@ class Config:
     p_future: float = 0.95  # masking probability of the others
     trajectory_weight: Literal["mean", "none"] = "mean"  # loss weight: 1 / masked fraction, or 1
     score_batch: int = 16  # examples per teacher forward
-    scores: str = ""  # folder to keep the difficulty in, which runs may share; default: the run's own
     # --- standard masks
     block_share: float = 0.0  # share of samples masked as in block decoding: earlier clean, later all masked
     block_len: int = 32  # block size of those samples, tokens
@@ -194,11 +193,11 @@ def difficulty(examples, tok, teacher, teacher_tok, metric, device):
 
 
 def score_examples(examples, tok, cfg, out, rank, world, device, dtype):
-    """The difficulty of every example, computed once and kept in --scores or out/difficulty; each rank scores
-    its share and an interrupted run goes on -> list of float lists, in order.
+    """The difficulty of every example, computed once and kept in out/difficulty; each rank scores its share
+    and an interrupted run goes on -> list of float lists, in order.
     """
-    folder = Path(cfg.scores or out / "difficulty")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = out / "difficulty"
+    folder.mkdir(exist_ok=True)
 
     def key(e):  # everything the scores hang on
         what = json.dumps([cfg.teacher, cfg.metric, e["prompt"], [int(i) for i in e["x0"]]])
@@ -260,7 +259,9 @@ def buckets(scores, n_buckets, ordering, seed=0):
 
 # ---------------------------------------------------------------------------------------------- batch builder
 def trajectory_mask(bucket, cfg, rng):
-    """The masking rule -> masked (L,) bool, loss_w (L,) before the normalisation over L. bucket: L ints."""
+    """The masking rule: i is masked with p_context if its bucket <= k, else with p_future -> masked (L,)
+    bool, loss_w (L,) before the normalisation over L. bucket: L ints.
+    """
     bucket, k = np.asarray(bucket), rng.integers(cfg.n_buckets)  # uniform over 0..K-1
     p = np.where(bucket <= k, cfg.p_context, cfg.p_future)
     masked = rng.random(len(bucket)) < p

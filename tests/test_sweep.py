@@ -55,6 +55,9 @@ def test_a_sweep_is_resumed_and_makes_the_table(small, monkeypatch, capsys):
     for column in nt_eval.COLUMNS:
         assert "±" in rows["TAD: near only"][rows["model"].index(column)], column
     assert (small / "compare.png").stat().st_size > 5000
+    monkeypatch.setattr("sys.argv", ["sweep.py", "--seeds", "2", "--n", "3", "--out", str(small)])
+    with pytest.raises(UserError, match="other problems"):  # never shown as the table of --n 3
+        sweep.main()
     # disjoint problems per seed, the same for every row; the SFT trained on the shared trajectories
     ids = {p.parent.name: data.read_jsonl(p)[0]["ids"] for p in small.glob("*/results.jsonl")}
     assert ids["base-0"] == ids["sft-sd-0"] == ids["tad-near_only-0"]
