@@ -615,6 +615,7 @@ def report_trajectory_nll(models, teacher, teacher_tok, tok, problems, settings,
 # what `compare` says of a run; a column that no run has is left out
 COLUMNS = ("token by token, %", "2 per forward, %", "4 per forward, %", "at 0.9, %", "TPF at 0.9", "AUP",
            "TDS, nats^2", "tok/s at 0.9", "training, min", "collecting, min")
+PAIRED = COLUMNS[:6]  # whose differences from the control are printed
 
 
 def read_runs(folders):
@@ -709,9 +710,9 @@ def compare(runs, base, control, n_boot=1000, seed=0, y_max=None):
         if base in runs and label != base:
             lines.append(f"AUP {label} / {base}: {text(areas[label] / areas[base])}")
         if control in runs and label not in (base, control):
-            for j in [j for j in shown if COLUMNS[j] == "AUP" or COLUMNS[j].endswith(("%", "at 0.9"))]:
-                name, d = COLUMNS[j], draws[label][:, j] - draws[control][:, j]
-                if name.startswith("tok/s") or np.isnan(d).any():
+            for j, name in enumerate(PAIRED):
+                d = draws[label][:, j] - draws[control][:, j]
+                if np.isnan(d).any():  # the protocol lacks this rule
                     continue
                 spread = d[1:].std()
                 lines.append(f"{name}, {label} - {control}: {text(d)}"

@@ -497,8 +497,8 @@ def fill(t, whole):
 
 def print_memory(model, cfg, frozen_copy):
     """What a GPU holds in training, in GiB, for 1, 8 and 16 of them. model: on the meta device, with adapters
-    unless all is trained; frozen_copy: --full keeps a frozen model beside it. bf16, with fp32 for what is trained;
-    prompts of 256 tokens; activations are a rough count of what the backward pass reads.
+    unless all is trained; frozen_copy: --full keeps a frozen model beside it. bf16, with fp32 for what is
+    trained; prompts of 256 tokens; activations are a rough count of what the backward pass reads.
     """
     n_all, n_trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or every)
                         for every in (True, False))
@@ -518,7 +518,7 @@ def print_memory(model, cfg, frozen_copy):
         weights = (4 * n_all if everything else 2 * (n_all - n_trained)) / (n if sharded else 1)
         weights += 0 if everything else 4 * n_trained
         weights += 2 * n_all / n if cfg.full and frozen_copy else 0
-        rest = n_all - facts.n_layer * n_block  # embedding, norm, head: whole from hidden() to the last gradient
+        rest = n_all - facts.n_layer * n_block  # embedding, norm, head: whole until the last gradient
         weights += 2 * (rest + 2 * n_block) if sharded else 0  # gathered, with two blocks
         weights += 2 * rest if cfg.full and frozen_copy else 0  # the frozen copy's, too
         trained = n_trained / (n if cfg.full else 1)

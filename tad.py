@@ -312,8 +312,9 @@ def choose_window(cfg, model, records, out, rank, world, device):
     decay = confidence_decay(model, records, device)
     window = int(cfg.window) if fixed else auto_window(decay, cfg.window)
     if rank == 0:
+        never = not fixed and window == len(decay)
         print(f"confidence by forwards ahead: {' '.join(f'{p:.2f}' for p in decay[:16])} ...  W = {window}"
-              + (" (never below the level: all tokens are near)" if window == len(decay) else ""))
+              + " (never below the level: all tokens are near)" * never)
         kept = dict(window=window, decay=[None if np.isnan(p) else round(float(p), 4) for p in decay])
         nt_model.write_whole(out / "window.json", json.dumps(kept) + "\n")
         plot_decay(decay, window, out / "window.png")
