@@ -50,7 +50,7 @@ class LoRALinear(nn.Module):
         if not self.enabled:
             return y
         h = F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype)
-        return y + (self.alpha / self.r * F.linear(F.linear(h, self.lora_A), self.lora_B)).to(y.dtype)
+        return y + F.linear(self.alpha / self.r * F.linear(h, self.lora_A), self.lora_B).to(y.dtype)
 
     def merged(self):
         """A plain nn.Linear with W + alpha/r B A: added in fp32, rounded once to the weight's dtype."""

@@ -67,6 +67,11 @@ def run_folder(label, seed, root):
 def train(label, seed, root):
     """Run the method's script unless it is finished; the script itself continues what was interrupted."""
     script, *options = command(label, seed, root)
+    scores = run_folder(label, seed, root) / "difficulty"
+    if label.startswith("TRIMS") and not scores.exists():  # one set of examples: the teacher scores it once
+        for folder in (root / "difficulty", scores.parent):
+            folder.mkdir(exist_ok=True)
+        scores.symlink_to("../difficulty")
     done = subprocess.run([sys.executable, str(nt_model.HERE / script), *options])
     if done.returncode:
         raise UserError(f"{label}, seed {seed}: {script} ended with {done.returncode}; its message is above")
@@ -85,7 +90,7 @@ def costs(label, seed, root):
 def evaluate(label, seed, root, tok, problems, records):
     """One run -> results.jsonl in its folder: the points of the protocol, TDS, and what the run cost."""
     folder = run_folder(label, seed, root)
-    model, run = nt_model.load("tiny").eval(), {}
+    model, run = nt_model.load("tiny").requires_grad_(False), {}  # as an adapter leaves it: no new graph
     if METHODS[label]:
         lora.load(model, folder / "adapter")
         run = costs(label, seed, root)
@@ -113,7 +118,7 @@ def main():
             print("python", *(command(label, seed, root) if METHODS[label] else ["(base: no training)"]))
         return
     root.mkdir(parents=True, exist_ok=True)
-    tok, model = data.load_tokenizer("tiny"), nt_model.load("tiny")
+    tok, model = data.load_tokenizer("tiny"), nt_model.load("tiny").requires_grad_(False)
     problems = data.load_problems("tiny", "test", args.seeds * args.n)
     own = data.rollout(model, tok, data.load_problems("tiny", "train", N_TRAJECTORIES),
                        root / "trajectories-own", "tiny", policy="static", per_step=1, **data.TINY_DECODING)

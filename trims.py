@@ -813,15 +813,16 @@ def main():
         for part, weight in micro_batches(chosen, lambda n: len(examples[n]["prompt_ids"]), cfg, rank, world):
             rngs = [example_rng(cfg.seed, epoch, n) for n in part]
             waited = time.perf_counter()
-            inputs, *batch = make_batch([examples[n] for n in part], rngs, cfg, model.cfg)
-            parts = dict(data_s=time.perf_counter() - waited, tokens=sum(
-                len(examples[n]["prompt_ids"]) + cfg.gen_len for n in part))
+            drawn = [examples[n] for n in part]
+            inputs, *batch = make_batch(drawn, rngs, cfg, model.cfg)
+            parts = dict(data_s=time.perf_counter() - waited,
+                         tokens=sum(len(e["prompt_ids"]) + cfg.gen_len for e in drawn))
             cols, x0, masked, loss_w = (t.to(device) for t in batch)
             h = model.hidden(**{k: None if t is None else t.to(device) for k, t in inputs.items()})
             row, j = (masked & (loss_w > 0)).nonzero(as_tuple=True)
             loss = by_chunks(lambda h, x0, w: mdlm_loss(model.head(h), x0, w)[None], model.cfg.vocab_size,
                              h[row, cols[row, j]], x0[row, j], loss_w[row, j]).sum()
-            check_finite(loss, [examples[n]["id"] for n in part], out, step)
+            check_finite(loss, [e["id"] for e in drawn], out, step)
             backward(model, loss, parts, weight, total, world)
         frac = lr_frac(step, n_steps, cfg)
         norm, total, stop = optimizer_step(model, opts, frac, cfg.clip, world, total)

@@ -1,4 +1,7 @@
+import ctypes
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -275,3 +278,28 @@ def test_hidden_of_chosen_columns(facts):
     want = whole.gather(1, cols[..., None].expand(-1, -1, whole.shape[-1]))
     real = valid.gather(1, cols)
     assert n == [4] and torch.allclose(some[real], want[real], atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------- command lines
+def page_faults(prepare):
+    """Pages that the kernel hands out while four arrays of 8 MiB are made and freed 50 times, in a new process."""
+    code = f"""
+import resource, torch, model
+{prepare}
+def work():  # as a layer does: several at once, then none
+    arrays = [torch.ones(2**21) for _ in range(4)]
+for n in (5, 50):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(n):
+        work()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    return int(subprocess.run([sys.executable, "-c", code], cwd=nt_model.HERE, check=True, capture_output=True,
+                              text=True).stdout)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the setting is glibc's")
+def test_a_command_line_does_not_fault_its_arrays_in_anew():
+    anew = page_faults("")
+    assert anew > 500  # the guard sees them; with huge pages each is 2 MiB, else 4 KiB
+    assert page_faults("model.run_cli(lambda: None)") < anew / 20

@@ -66,6 +66,21 @@ def test_a_sweep_is_resumed_and_makes_the_table(small, monkeypatch, capsys):
     assert config["data"] == str(small / "trajectories-own") and config["seed"] == 0
 
 
+def test_the_teacher_scores_once_for_all_trims_runs(monkeypatch, tmp_path, capfd):
+    monkeypatch.setattr(sweep, "METHODS", {"TRIMS": "trims.py --n_examples 8",
+                                            "SFT-GT": "trims.py --trajectory_share 0 --n_examples 8"})
+    monkeypatch.setattr(sweep, "COMMON", "--max_steps 1 --batch_size 4 --micro_batch 4")
+    sweep.train("TRIMS", 0, tmp_path)
+    assert "difficulty: " in capfd.readouterr().err
+    sweep.train("TRIMS", 1, tmp_path)
+    assert "difficulty: " not in capfd.readouterr().err
+    assert len(data.read_jsonl(tmp_path / "difficulty/rank0.jsonl")) == 8
+    spent = [sweep.costs("TRIMS", seed, tmp_path)["collect_s"] for seed in (0, 1)]
+    assert spent[0] == spent[1] > 0  # each would have had to
+    sweep.train("SFT-GT", 0, tmp_path)
+    assert sweep.costs("SFT-GT", 0, tmp_path)["collect_s"] == 0
+
+
 def test_a_run_that_fails_stops_the_sweep(small, monkeypatch):
     monkeypatch.setattr(sweep, "METHODS", {"base": None, "broken": "tad.py --window never"})
     with pytest.raises(UserError, match="broken, seed 0: tad.py ended with 2"):
