@@ -6,8 +6,9 @@
 
 All runs have the same number of steps, batch, learning rate and schedule (COMMON) and the adapter rank of the
 tiny presets: the rows differ in their data, in what is masked and in the loss. Nothing is tuned. Each is
-trained by its own script, as a user would; trajectories are collected once for all. Seed s trains with --seed
-s and is evaluated on test problems of its own, --n of them: 3 seeds see 3 n problems.
+trained by its own script, as a user would; trajectories are collected, and TRIMS's examples scored, once for
+all. Seed s trains with --seed s and is evaluated on test problems of its own, --n of them: 3 seeds see 3 n
+problems.
 """
 import argparse
 import subprocess
@@ -64,14 +65,22 @@ def run_folder(label, seed, root):
     return root / f"{label.lower().replace(': ', '-').replace(' ', '_')}-{seed}"
 
 
+def collect(name, model, tok, root):
+    """The trajectories that several scripts train on: token by token, as TAD and TABOM collect theirs."""
+    return data.rollout(model, tok, data.load_problems("tiny", "train", N_TRAJECTORIES),
+                        root / f"trajectories-{name}", "tiny", privileged=name == "privileged",
+                        policy="static", per_step=1, **data.TINY_DECODING)
+
+
 def train(label, seed, root):
     """Run the method's script unless it is finished; the script itself continues what was interrupted."""
     script, *options = command(label, seed, root)
     scores = run_folder(label, seed, root) / "difficulty"
-    if label.startswith("TRIMS") and not scores.exists():  # one set of examples: the teacher scores it once
+    if label.startswith("TRIMS"):  # one set of examples: the teacher scores it once
         for folder in (root / "difficulty", scores.parent):
             folder.mkdir(exist_ok=True)
-        scores.symlink_to("../difficulty")
+        if not scores.exists():
+            scores.symlink_to("../difficulty")
     done = subprocess.run([sys.executable, str(nt_model.HERE / script), *options])
     if done.returncode:
         raise UserError(f"{label}, seed {seed}: {script} ended with {done.returncode}; its message is above")
@@ -90,7 +99,7 @@ def costs(label, seed, root):
 def evaluate(label, seed, root, tok, problems, records):
     """One run -> results.jsonl in its folder: the points of the protocol, TDS, and what the run cost."""
     folder = run_folder(label, seed, root)
-    model, run = nt_model.load("tiny").requires_grad_(False), {}  # as an adapter leaves it: no new graph
+    model, run = nt_model.load("tiny").requires_grad_(False), {}  # as under adapters: one graph for all
     if METHODS[label]:
         lora.load(model, folder / "adapter")
         run = costs(label, seed, root)
@@ -120,8 +129,9 @@ def main():
     root.mkdir(parents=True, exist_ok=True)
     tok, model = data.load_tokenizer("tiny"), nt_model.load("tiny").requires_grad_(False)
     problems = data.load_problems("tiny", "test", args.seeds * args.n)
-    own = data.rollout(model, tok, data.load_problems("tiny", "train", N_TRAJECTORIES),
-                       root / "trajectories-own", "tiny", policy="static", per_step=1, **data.TINY_DECODING)
+    own = collect("own", model, tok, root)
+    if any("trajectories-privileged" in (METHODS[label] or "") for label in labels):
+        collect("privileged", model, tok, root)
     # compile what the runs will share, so that tokens per second are those of decoding
     nt_eval.curve(model, tok, problems[:BATCH], nt_eval.PROTOCOLS["tiny-table"], "warm-up", BATCH)
     for label, seed in tqdm(jobs, unit="run", desc="sweep"):

@@ -1,5 +1,6 @@
-"""The command behind the README's comparison, with three rows, one step and four problems."""
+"""The command behind the README's comparison, with four rows, one step and four problems."""
 import json
+import shutil
 import subprocess
 
 import pytest
@@ -12,7 +13,7 @@ from model import UserError
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    rows = ("base", "SFT-SD", "TAD: near only")
+    rows = ("base", "SFT-SD", "SFT-SD privileged", "TAD: near only")
     few = {label: command and command.replace("--n_problems 1000", "--n_problems 8")
            for label, command in sweep.METHODS.items() if label in rows}
     monkeypatch.setattr(sweep, "METHODS", few)
@@ -43,10 +44,10 @@ def test_a_sweep_is_resumed_and_makes_the_table(small, monkeypatch, capsys):
     with pytest.raises(KeyboardInterrupt):
         sweep.main()
     n, stamps = len(trained), {p: p.stat().st_mtime_ns for p in small.glob("*/results.jsonl")}
-    assert n == 3 and len(stamps) == 4  # seed 0 whole, seed 1: the base
+    assert n == 4 and len(stamps) == 5  # seed 0 whole, seed 1: the base
     monkeypatch.setattr(sweep, "evaluate", inner)
     sweep.main()
-    assert len(trained) == 5 and all(p.stat().st_mtime_ns == t for p, t in stamps.items())
+    assert len(trained) == 7 and all(p.stat().st_mtime_ns == t for p, t in stamps.items())
     text = (small / "compare.md").read_text()
     assert text in capsys.readouterr().out and text.startswith("8 problems")
     lines = [line.strip("| ").split(" | ") for line in text.splitlines() if "|" in line]
@@ -77,6 +78,10 @@ def test_the_teacher_scores_once_for_all_trims_runs(monkeypatch, tmp_path, capfd
     assert len(data.read_jsonl(tmp_path / "difficulty/rank0.jsonl")) == 8
     spent = [sweep.costs("TRIMS", seed, tmp_path)["collect_s"] for seed in (0, 1)]
     assert spent[0] == spent[1] > 0  # each would have had to
+    shutil.rmtree(tmp_path / "difficulty")  # a link to nothing is no error
+    shutil.rmtree(tmp_path / "trims-1/adapter")
+    sweep.train("TRIMS", 1, tmp_path)
+    assert "difficulty: " in capfd.readouterr().err
     sweep.train("SFT-GT", 0, tmp_path)
     assert sweep.costs("SFT-GT", 0, tmp_path)["collect_s"] == 0
 
