@@ -52,6 +52,7 @@ import grade
 import lora
 import model as nt_model
 import sample
+from layers import for_decoding
 from model import UserError, run_cli
 from sample import generate
 
@@ -537,7 +538,7 @@ def tds(model, record):
 
 def mean_tds(model, records, label=""):
     """TDS of a model on trajectories -> its mean over the steps, and that of every step (T,); nats^2."""
-    model.eval()
+    model = for_decoding(model.eval())
     rows = [tds(model, r) for r in tqdm(records, unit="trajectory", desc=f"TDS {label}")]
     grid = np.full((len(rows), max(map(len, rows))), np.nan)
     for i, row in enumerate(rows):

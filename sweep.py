@@ -1,13 +1,13 @@
 """Every method, its ablations and its baselines on the tiny model, side by side: one table, one picture.
 
-    python sweep.py                        # 3 seeds; interrupted, the same command continues
+    python sweep.py                        # 4 seeds; interrupted, the same command continues
     python sweep.py --only TAD T3D         # some of the rows
     python sweep.py --dry_run              # the training commands, to run one by hand
 
 All runs have the same number of steps, batch, learning rate and schedule (COMMON) and the adapter rank of the
 tiny presets: the rows differ in their data, in what is masked and in the loss. Nothing is tuned. Each is
 trained by its own script, as a user would; trajectories are collected, and TRIMS's examples scored, once for
-all. Seed s trains with --seed s and is evaluated on test problems of its own, --n of them: 3 seeds see 3 n
+all. Seed s trains with --seed s and is evaluated on test problems of its own, --n of them: 4 seeds see 4 n
 problems.
 """
 import argparse
@@ -25,7 +25,7 @@ import model as nt_model
 from model import UserError, run_cli
 
 COMMON = "--max_steps 200 --batch_size 16 --micro_batch 16 --lr 1e-3 --lr_schedule tail --warmup_steps 10"
-BATCH = 48  # problems decoded at once: 334 fill seven such batches
+BATCH = 51  # problems decoded at once: 251 nearly fill five such batches
 N_TRAJECTORIES = 1000
 PROBLEMS = f"--n_problems {N_TRAJECTORIES} --trajectories"
 PRIVILEGED, OWN, ROLLOUTS = (f"{PROBLEMS} {{root}}/trajectories-{name}"
@@ -66,10 +66,11 @@ def run_folder(label, seed, root):
 
 
 def collect(name, model, tok, root):
-    """The trajectories that several scripts train on: token by token, as TAD and TABOM collect theirs."""
+    """The trajectories that several scripts train on: token by token, as the scripts collect them."""
     return data.rollout(model, tok, data.load_problems("tiny", "train", N_TRAJECTORIES),
                         root / f"trajectories-{name}", "tiny", privileged=name == "privileged",
-                        policy="static", per_step=1, **data.TINY_DECODING)
+                        policy="static", per_step=1, temperature=0.1 if name == "rollouts" else 0.0,
+                        **data.TINY_DECODING)
 
 
 def train(label, seed, root):
@@ -110,8 +111,8 @@ def evaluate(label, seed, root, tok, problems, records):
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--seeds", type=int, default=3, help="runs of every method")
-    ap.add_argument("--n", type=int, default=334, help="test problems per seed")
+    ap.add_argument("--seeds", type=int, default=4, help="runs of every method")
+    ap.add_argument("--n", type=int, default=251, help="test problems per seed")
     ap.add_argument("--only", nargs="+", metavar="LABEL", help=f"of: {', '.join(METHODS)}; base always is")
     ap.add_argument("--out", default="out/sweep", help="directory of the runs, compare.md and compare.png")
     ap.add_argument("--dry_run", action="store_true", help="print the training commands and stop")
@@ -130,8 +131,9 @@ def main():
     tok, model = data.load_tokenizer("tiny"), nt_model.load("tiny").requires_grad_(False)
     problems = data.load_problems("tiny", "test", args.seeds * args.n)
     own = collect("own", model, tok, root)
-    if any("trajectories-privileged" in (METHODS[label] or "") for label in labels):
-        collect("privileged", model, tok, root)
+    for name in ("privileged", "rollouts"):
+        if any(f"trajectories-{name}" in (METHODS[label] or "") for label in labels):
+            collect(name, model, tok, root)
     # compile what the runs will share, so that tokens per second are those of decoding
     nt_eval.curve(model, tok, problems[:BATCH], nt_eval.PROTOCOLS["tiny-table"], "warm-up", BATCH)
     for label, seed in tqdm(jobs, unit="run", desc="sweep"):

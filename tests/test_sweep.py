@@ -1,4 +1,4 @@
-"""The command behind the README's comparison, with four rows, one step and four problems."""
+"""The command behind the README's comparison, with five rows, one step and four problems."""
 import json
 import shutil
 import subprocess
@@ -13,7 +13,7 @@ from model import UserError
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    rows = ("base", "SFT-SD", "SFT-SD privileged", "TAD: near only")
+    rows = ("base", "SFT-SD", "SFT-SD privileged", "TAD: near only", "T3D")
     few = {label: command and command.replace("--n_problems 1000", "--n_problems 8")
            for label, command in sweep.METHODS.items() if label in rows}
     monkeypatch.setattr(sweep, "METHODS", few)
@@ -30,7 +30,9 @@ def test_a_sweep_is_resumed_and_makes_the_table(small, monkeypatch, capsys):
     trained, real = [], subprocess.run
 
     def run(words, **kw):
-        if words[1].endswith(".py"):
+        if words[1].endswith(".py"):  # what the runs share is there before the first one
+            for name in ("own", "privileged", "rollouts"):
+                assert len(data.read_trajectories(small / f"trajectories-{name}")) == 8
             trained.append(words)
         return real(words, **kw)
     monkeypatch.setattr(subprocess, "run", run)
@@ -44,10 +46,10 @@ def test_a_sweep_is_resumed_and_makes_the_table(small, monkeypatch, capsys):
     with pytest.raises(KeyboardInterrupt):
         sweep.main()
     n, stamps = len(trained), {p: p.stat().st_mtime_ns for p in small.glob("*/results.jsonl")}
-    assert n == 4 and len(stamps) == 5  # seed 0 whole, seed 1: the base
+    assert n == 5 and len(stamps) == 6  # seed 0 whole, seed 1: the base
     monkeypatch.setattr(sweep, "evaluate", inner)
     sweep.main()
-    assert len(trained) == 7 and all(p.stat().st_mtime_ns == t for p, t in stamps.items())
+    assert len(trained) == 9 and all(p.stat().st_mtime_ns == t for p, t in stamps.items())
     text = (small / "compare.md").read_text()
     assert text in capsys.readouterr().out and text.startswith("8 problems")
     lines = [line.strip("| ").split(" | ") for line in text.splitlines() if "|" in line]
