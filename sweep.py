@@ -16,12 +16,14 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 import data
 import eval as nt_eval
 import lora
 import model as nt_model
+import trims
 from model import UserError, run_cli
 
 COMMON = "--max_steps 200 --batch_size 16 --micro_batch 16 --lr 1e-3 --lr_schedule tail --warmup_steps 10"
@@ -73,15 +75,19 @@ def collect(name, model, tok, root):
                         **data.TINY_DECODING)
 
 
+def score(tok, root):
+    """The teacher's scores of the examples that every TRIMS run trains on, into root/difficulty."""
+    cfg = trims.Config(**trims.PRESETS["tiny"])
+    trims.score_examples(trims.load_examples(cfg, tok), tok, cfg, root, 0, 1, "cpu", torch.float32)
+
+
 def train(label, seed, root):
     """Run the method's script unless it is finished; the script itself continues what was interrupted."""
     script, *options = command(label, seed, root)
     scores = run_folder(label, seed, root) / "difficulty"
-    if label.startswith("TRIMS"):  # one set of examples: the teacher scores it once
-        for folder in (root / "difficulty", scores.parent):
-            folder.mkdir(exist_ok=True)
-        if not scores.exists():
-            scores.symlink_to("../difficulty")
+    if label.startswith("TRIMS") and not scores.exists():
+        scores.parent.mkdir(exist_ok=True)
+        scores.symlink_to("../difficulty")
     done = subprocess.run([sys.executable, str(nt_model.HERE / script), *options])
     if done.returncode:
         raise UserError(f"{label}, seed {seed}: {script} ended with {done.returncode}; its message is above")
@@ -134,6 +140,8 @@ def main():
     for name in ("privileged", "rollouts"):
         if any(f"trajectories-{name}" in (METHODS[label] or "") for label in labels):
             collect(name, model, tok, root)
+    if any(label.startswith("TRIMS") for label in labels):
+        score(tok, root)
     # compile what the runs will share, so that tokens per second are those of decoding
     nt_eval.curve(model, tok, problems[:BATCH], nt_eval.PROTOCOLS["tiny-table"], "warm-up", BATCH)
     for label, seed in tqdm(jobs, unit="run", desc="sweep"):
