@@ -81,16 +81,37 @@ def score(tok, root):
     trims.score_examples(trims.load_examples(cfg, tok), tok, cfg, root, 0, 1, "cpu", torch.float32)
 
 
+def prepare(labels, model, tok, root):
+    """What several of these runs share, before the first one -> the own trajectories, for TDS."""
+    own = collect("own", model, tok, root)
+    for name in ("privileged", "rollouts"):
+        if any(f"trajectories-{name}" in (METHODS[label] or "") for label in labels):
+            collect(name, model, tok, root)
+    if any(label.startswith("TRIMS") for label in labels):
+        score(tok, root)
+    return own
+
+
 def train(label, seed, root):
     """Run the method's script unless it is finished; the script itself continues what was interrupted."""
     script, *options = command(label, seed, root)
     scores = run_folder(label, seed, root) / "difficulty"
-    if label.startswith("TRIMS") and not scores.exists():
+    if label.startswith("TRIMS") and not (scores.is_symlink() or scores.exists()):
         scores.parent.mkdir(exist_ok=True)
         scores.symlink_to("../difficulty")
     done = subprocess.run([sys.executable, str(nt_model.HERE / script), *options])
     if done.returncode:
         raise UserError(f"{label}, seed {seed}: {script} ended with {done.returncode}; its message is above")
+
+
+def finished(label, seed, root, problems):
+    """Whether the run has its results. Raises UserError if they are on other problems."""
+    folder = run_folder(label, seed, root)
+    if not (folder / "results.jsonl").exists():
+        return False
+    if data.read_jsonl(folder / "results.jsonl")[0]["ids"] != [p["id"] for p in problems]:
+        raise UserError(f"{folder} has results on other problems: repeat its --n, or another --out")
+    return True
 
 
 def costs(label, seed, root):
@@ -133,27 +154,20 @@ def main():
         for label, seed in jobs:
             print("python", *(command(label, seed, root) if METHODS[label] else ["(base: no training)"]))
         return
-    root.mkdir(parents=True, exist_ok=True)
-    tok, model = data.load_tokenizer("tiny"), nt_model.load("tiny").requires_grad_(False)
     problems = data.load_problems("tiny", "test", args.seeds * args.n)
-    own = collect("own", model, tok, root)
-    for name in ("privileged", "rollouts"):
-        if any(f"trajectories-{name}" in (METHODS[label] or "") for label in labels):
-            collect(name, model, tok, root)
-    if any(label.startswith("TRIMS") for label in labels):
-        score(tok, root)
-    # compile what the runs will share, so that tokens per second are those of decoding
-    nt_eval.curve(model, tok, problems[:BATCH], nt_eval.PROTOCOLS["tiny-table"], "warm-up", BATCH)
-    for label, seed in tqdm(jobs, unit="run", desc="sweep"):
-        folder, began = run_folder(label, seed, root), time.perf_counter()
-        mine = problems[seed * args.n:(seed + 1) * args.n]
-        if (folder / "results.jsonl").exists():
-            if data.read_jsonl(folder / "results.jsonl")[0]["ids"] != [p["id"] for p in mine]:
-                raise UserError(f"{folder} has results on other problems: repeat its --n, or another --out")
-            continue
+    problems = [problems[seed * args.n:(seed + 1) * args.n] for seed in range(args.seeds)]
+    left = [(label, seed) for label, seed in jobs if not finished(label, seed, root, problems[seed])]
+    if left:
+        root.mkdir(parents=True, exist_ok=True)
+        tok, model = data.load_tokenizer("tiny"), nt_model.load("tiny").requires_grad_(False)
+        own = prepare({label for label, _ in left}, model, tok, root)
+        # compile what the runs will share, so that tokens per second are those of decoding
+        nt_eval.curve(model, tok, problems[0][:BATCH], nt_eval.PROTOCOLS["tiny-table"], "warm-up", BATCH)
+    for label, seed in tqdm(left, unit="run", desc="sweep", initial=len(jobs) - len(left), total=len(jobs)):
+        began = time.perf_counter()
         if METHODS[label]:
             train(label, seed, root)
-        evaluate(label, seed, root, tok, mine, own[:32])
+        evaluate(label, seed, root, tok, problems[seed], own[:32])
         print(f"{label}, seed {seed}: {time.perf_counter() - began:.0f} s")
     folders = [run_folder(label, seed, root) for label in labels for seed in range(args.seeds)]
     nt_eval.report_comparison(folders, "base", "SFT-SD", root)

@@ -7,6 +7,7 @@ import pytest
 
 import data
 import eval as nt_eval
+import model as nt_model
 import sweep
 import trims
 from model import UserError
@@ -14,10 +15,11 @@ from model import UserError
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    rows = ("base", "SFT-SD", "SFT-SD privileged", "TAD: near only", "T3D")
+    rows = ("base", "SFT-SD", "TRIMS", "TAD: near only", "T3D")
     few = {label: command and command.replace("--n_problems 1000", "--n_problems 8")
            for label, command in sweep.METHODS.items() if label in rows}
-    monkeypatch.setattr(sweep, "METHODS", few)
+    monkeypatch.setattr(sweep, "METHODS", {**few, "TRIMS": few["TRIMS"] + " --n_examples 8"})
+    monkeypatch.setitem(trims.PRESETS, "tiny", {**trims.PRESETS["tiny"], "n_examples": 8})
     monkeypatch.setattr(sweep, "N_TRAJECTORIES", 8)
     monkeypatch.setattr(sweep, "COMMON", sweep.COMMON.replace("200", "1").replace("16", "4"))
     protocol = {**nt_eval.PROTOCOLS["tiny-table"], "compiled": False}
@@ -34,6 +36,7 @@ def test_a_sweep_is_resumed_and_makes_the_table(small, monkeypatch, capsys):
         if words[1].endswith(".py"):  # what the runs share is there before the first one
             for name in ("own", "privileged", "rollouts"):
                 assert len(data.read_trajectories(small / f"trajectories-{name}")) == 8
+            assert len(data.read_jsonl(small / "difficulty/rank0.jsonl")) == 8
             trained.append(words)
         return real(words, **kw)
     monkeypatch.setattr(subprocess, "run", run)
@@ -59,6 +62,9 @@ def test_a_sweep_is_resumed_and_makes_the_table(small, monkeypatch, capsys):
     for column in nt_eval.COLUMNS:
         assert "±" in rows["TAD: near only"][rows["model"].index(column)], column
     assert (small / "compare.png").stat().st_size > 5000
+    monkeypatch.setattr(sweep, "prepare", None)  # what is finished is only shown
+    sweep.main()
+    assert (small / "compare.md").read_text() == text
     monkeypatch.setattr("sys.argv", ["sweep.py", "--seeds", "2", "--n", "3", "--out", str(small)])
     with pytest.raises(UserError, match="other problems"):  # never shown as the table of --n 3
         sweep.main()
@@ -87,6 +93,12 @@ def test_the_teacher_scores_once_for_all_trims_runs(monkeypatch, tmp_path, capfd
     sweep.train("TRIMS", 1, tmp_path)  # the link is there
     sweep.train("SFT-GT", 0, tmp_path)
     assert sweep.costs("SFT-GT", 0, tmp_path)["collect_s"] == 0
+
+
+def test_only_what_the_rows_share_is_prepared(small, tmp_path):
+    model, tok = nt_model.load("tiny"), data.load_tokenizer("tiny")
+    assert len(sweep.prepare({"base", "SFT-SD"}, model, tok, tmp_path)) == 8
+    assert [p.name for p in tmp_path.iterdir()] == ["trajectories-own"]
 
 
 def test_a_run_that_fails_stops_the_sweep(small, monkeypatch):
