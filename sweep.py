@@ -23,6 +23,7 @@ import data
 import eval as nt_eval
 import lora
 import model as nt_model
+import t3d
 import trims
 from model import UserError, run_cli
 
@@ -71,8 +72,8 @@ def collect(name, model, tok, root):
     """The trajectories that several scripts train on: token by token, as the scripts collect them."""
     return data.rollout(model, tok, data.load_problems("tiny", "train", N_TRAJECTORIES),
                         root / f"trajectories-{name}", "tiny", privileged=name == "privileged",
-                        policy="static", per_step=1, temperature=0.1 if name == "rollouts" else 0.0,
-                        **data.TINY_DECODING)
+                        temperature=t3d.Config.collect_temperature if name == "rollouts" else 0.0,
+                        policy="static", per_step=1, **data.TINY_DECODING)
 
 
 def score(tok, root):

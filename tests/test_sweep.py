@@ -89,8 +89,12 @@ def test_the_teacher_scores_once_for_all_trims_runs(monkeypatch, tmp_path, capfd
     assert len(data.read_jsonl(tmp_path / "difficulty/rank0.jsonl")) == 8
     spent = [sweep.costs("TRIMS", seed, tmp_path)["collect_s"] for seed in (0, 1)]
     assert spent[0] == spent[1] > 0  # each would have had to
+    shutil.rmtree(tmp_path / "difficulty")  # a link to nothing is no error: scored again before the runs
     shutil.rmtree(tmp_path / "trims-1/adapter")
-    sweep.train("TRIMS", 1, tmp_path)  # the link is there
+    sweep.score(data.load_tokenizer("tiny"), tmp_path)
+    assert "difficulty: " in capfd.readouterr().err
+    sweep.train("TRIMS", 1, tmp_path)
+    assert (tmp_path / "trims-1/difficulty/rank0.jsonl").exists()
     sweep.train("SFT-GT", 0, tmp_path)
     assert sweep.costs("SFT-GT", 0, tmp_path)["collect_s"] == 0
 
