@@ -1,5 +1,9 @@
 """Small random models that mix every fact of the families, so that nothing is only true of weights/tiny."""
+import bz2
+import hashlib
+import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,7 +15,8 @@ sys.path.insert(0, str(ROOT))
 
 import model as nt_model  # noqa: E402
 
-FIXTURES = ROOT.parent / "shared" / "fixtures"
+FIXTURES = ROOT / "tests" / "fixtures"  # their README says what each folder is
+DREAM_VOCAB = "87a257b04b17642a0688c98cd1df89c398bda4fee532d6f88b38a659ecb4ac8d"  # sha256 of its vocab.json
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process per core
     os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
@@ -48,6 +53,24 @@ def random_model(seed=0, scale=4.0, **facts):
 @pytest.fixture(params=list(CONFIGS))
 def any_model(request):
     return random_model(**CONFIGS[request.param])
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory):
+    """The real checkpoints' small files: a copy of tests/fixtures/hub, unpacked."""
+    import data
+    root = shutil.copytree(FIXTURES / "hub", tmp_path_factory.mktemp("fixtures") / "hub")
+    for packed in [*root.rglob("*.bz2")]:
+        packed.with_suffix("").write_bytes(bz2.decompress(packed.read_bytes()))
+        packed.unlink()
+    # Dream's ids are the 256 bytes, then the merges in their order: its vocab.json follows, to the byte
+    _, *merges = (root / "dream/merges.txt").read_text(encoding="utf-8").splitlines()
+    tokens = [*data.printable_bytes(), *(merge.replace(" ", "") for merge in merges)]
+    vocab = json.dumps({token: i for i, token in enumerate(tokens)}, indent=2, sort_keys=True,
+                       ensure_ascii=False).encode() + b"\n"
+    assert hashlib.sha256(vocab).hexdigest() == DREAM_VOCAB
+    (root / "dream/vocab.json").write_bytes(vocab)
+    return root
 
 
 def prompts_of(lengths, vocab=38, seed=0):

@@ -20,8 +20,6 @@ import trims
 from model import UserError
 from sample import generate, reference
 
-HUB = FIXTURES / "hub"
-needs_fixtures = pytest.mark.skipif(not FIXTURES.exists(), reason="shared fixtures absent")
 FAMILIES = ["llada", "dream", "sdar"]
 TURN = {  # one user turn, rendered
     "llada": "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
@@ -75,7 +73,7 @@ def test_text_cannot_smuggle_in_special_tokens(tmp_path, family):
 
 
 def test_qwen_tokeniser_equals_transformers(tmp_path):
-    """On a small vocabulary with merges, so that this runs without the fixtures."""
+    """On a small vocabulary with merges."""
     from transformers import Qwen2Tokenizer
     merges = ["Ġ t", "h e", "Ġt he", "a a", "aa aa", "1 2", "Ċ Ċ", "č Ċ", "Ġ Ġ", "Ã ©", "ä ¸", "ä¸ Ń"]
     vocab = {c: b for c, b in data.printable_bytes().items()}
@@ -96,10 +94,9 @@ def same_tokens(ours, theirs):
         assert ours.encode(text) == theirs.encode(text, split_special_tokens=True), text
 
 
-@needs_fixtures
-def test_dreams_own_tokeniser_equals_transformers():
+def test_dreams_own_tokeniser_equals_transformers(hub):
     from transformers import Qwen2Tokenizer
-    ours, theirs = data.load_tokenizer(HUB / "dream"), Qwen2Tokenizer.from_pretrained(HUB / "dream")
+    ours, theirs = data.load_tokenizer(hub / "dream"), Qwen2Tokenizer.from_pretrained(hub / "dream")
     same_tokens(ours, theirs)
     for text in ["What is 2 + 2?", " spaced ", "\nnewline first", "中文"]:
         turns = [dict(role="user", content=text)]
@@ -110,13 +107,12 @@ def test_dreams_own_tokeniser_equals_transformers():
     assert ours.special["<|mask|>"] == 151666 and ours.decode([151645]) == "<|im_end|>"
 
 
-@needs_fixtures
 @pytest.mark.parametrize("folder, family", [("llada", "llada"), ("dream", "dream"), ("sdar-4b", "sdar"),
                                             ("sdar-1.7b", "sdar")])
-def test_templates_equal_the_checkpoints_own_jinja(folder, family):
-    config = json.loads((HUB / folder / "tokenizer_config.json").read_text())
-    jinja = HUB / folder / "chat_template.jinja"
-    source = jinja.read_text() if jinja.exists() else config["chat_template"]
+def test_templates_equal_the_checkpoints_own_jinja(hub, folder, family):
+    config = json.loads((hub / folder / "tokenizer_config.json").read_text())
+    jinja = hub / folder / "chat_template.jinja"
+    source = jinja.read_text() if family == "sdar" else config["chat_template"]
     env = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
     for system in ("", "Be brief."):
         for text in ("What is 2 + 2?", " spaced\n", "two\n\nlines"):
@@ -174,16 +170,15 @@ def test_tokeniser_errors(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------- configs
-@needs_fixtures
 @pytest.mark.parametrize("folder, n_parameters", [("llada", 8_015_581_184), ("dream", 7_615_616_512),
                                                   ("sdar-4b", 4_411_424_256), ("sdar-1.7b", None)])
-def test_real_configs_on_the_meta_device(folder, n_parameters):
-    cfg = nt_model.config_from_json(json.loads((HUB / folder / "config.json").read_text()))
+def test_real_configs_on_the_meta_device(hub, folder, n_parameters):
+    cfg = nt_model.config_from_json(json.loads((hub / folder / "config.json").read_text()))
     with torch.device("meta"):
         model = nt_model.Transformer(cfg)
     n = sum(p.numel() for p in model.parameters())
     if n_parameters:
-        index = json.loads((HUB / folder / "model.safetensors.index.json").read_text())
+        index = json.loads((hub / folder / "model.safetensors.index.json").read_text())
         assert {nt_model.official_name(cfg, name) for name in model.state_dict()} == set(index["weight_map"])
         assert n == n_parameters
         assert index["metadata"]["total_size"] in (2 * n, 4 * n)
@@ -213,7 +208,6 @@ def test_rope_theta_where_newer_transformers_writes_it():
 
 # ---------------------------------------------------------------------------------- SDAR's training layout
 @torch.no_grad()
-@needs_fixtures
 def test_training_layout_equals_the_official_forward():
     model = nt_model.load(FIXTURES / "sdar_A")
     want = load_file(FIXTURES / "sdar_A/expected_train.safetensors")
@@ -245,7 +239,6 @@ def test_training_layout_sees_what_decoding_sees(facts):
 
 
 # ------------------------------------------------------------------------------------------------- AR teacher
-@needs_fixtures
 def test_teacher_nll_equals_the_fixture():
     teacher = nt_model.load_teacher(FIXTURES / "qwen3_A")
     want = load_file(FIXTURES / "qwen3_A/expected.safetensors")

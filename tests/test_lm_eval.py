@@ -7,7 +7,7 @@ from pathlib import Path
 import jinja2
 import pytest
 from checkpoints import official_checkpoint
-from conftest import FIXTURES, ROOT
+from conftest import ROOT
 
 import data
 import eval as nt_eval
@@ -16,7 +16,6 @@ from model import UserError
 
 lm_eval = pytest.importorskip("lm_eval", reason="extra `eval`")
 TASKS = Path(lm_eval.__file__).parent / "tasks"
-HUB = FIXTURES / "hub"
 SHOTS = [("Ann has 2 pens and buys 3. How many?", "2 + 3 = 5\n#### 5"),
          ("Bob had 9 and lost 4. How many?", "9 - 4 = 5\n#### 5")]
 GSM8K = [  # question, target, reply, right by strict-match, by flexible-extract
@@ -141,12 +140,11 @@ def test_only_the_template_makes_special_tokens(tmp_path, family):
         bridge.loglikelihood([])
 
 
-@pytest.mark.skipif(not HUB.exists(), reason="no shared fixtures")
 @pytest.mark.parametrize("folder, family", [("llada", "llada"), ("dream", "dream"), ("sdar-4b", "sdar")])
-def test_several_turns_equal_the_checkpoints_own_jinja(folder, family):
-    config = json.loads((HUB / folder / "tokenizer_config.json").read_text())
-    jinja = HUB / folder / "chat_template.jinja"
-    source = jinja.read_text() if jinja.exists() else config["chat_template"]
+def test_several_turns_equal_the_checkpoints_own_jinja(hub, folder, family):
+    config = json.loads((hub / folder / "tokenizer_config.json").read_text())
+    jinja = hub / folder / "chat_template.jinja"
+    source = jinja.read_text() if family == "sdar" else config["chat_template"]
     turns = [("user", "1 + 1?"), ("assistant", "2"), ("user", "2 + 2?")]
     for turns in (turns, [("system", "Be brief."), *turns]):
         want = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(source).render(

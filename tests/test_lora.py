@@ -81,7 +81,6 @@ def test_save_load_in_pefts_layout(tmp_path, name):
     assert not re.fullmatch(config["target_modules"], "model.layers.0.mlp.up_proj")
 
 
-@pytest.mark.skipif(not FIXTURES.exists(), reason="shared fixtures absent")
 @pytest.mark.parametrize("name", ["llada_A", "dream_A", "sdar_A"])
 def test_official_module_names(tmp_path, name):
     model = trained(nt_model.load(FIXTURES / name))

@@ -119,7 +119,6 @@ def llada_name(llama_name):
     return f"model.transformer.{LLADA_NAMES[stem]}.{kind}"
 
 
-@pytest.mark.skipif(not FIXTURES.exists(), reason="shared fixtures absent")
 @pytest.mark.parametrize("name", ["llada_A", "dream_A", "sdar_A"])
 @torch.no_grad()
 def test_equals_the_official_code(name):
@@ -130,7 +129,7 @@ def test_equals_the_official_code(name):
 
     want = load_file(FIXTURES / name / "expected.safetensors")
     assert close(model(want["input_ids"]), unshift(want["logits"]))
-    if (FIXTURES / name / "expected_leftpad.safetensors").exists():
+    if name != "sdar_A":  # no padded logits were made for it
         want = load_file(FIXTURES / name / "expected_leftpad.safetensors")
         valid = want["attention_mask"].bool()
         compared = valid.clone()

@@ -380,7 +380,6 @@ def llada_settings(case):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.skipif(not LLADA.exists(), reason="shared fixtures absent")
 def test_llada_official_samplers(compiled, graphs):
     """Same ids and number of forwards as LLaDA's generate(), Fast-dLLM's three and its factor mode."""
     model = nt_model.load(LLADA)
@@ -403,7 +402,6 @@ def test_llada_official_samplers(compiled, graphs):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.skipif(not FIXTURES.exists(), reason="shared fixtures absent")
 def test_dreams_official_sampler(compiled, graphs):
     """diffusion_generate(): same ids and forwards for entropy, maskgit_plus, topk_margin; batches too."""
     model, n = nt_model.load(FIXTURES / "dream_A"), 0
@@ -425,7 +423,6 @@ def test_dreams_official_sampler(compiled, graphs):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.skipif(not FIXTURES.exists(), reason="shared fixtures absent")
 def test_sdars_official_sampler(compiled, graphs):
     """block_diffusion_generate(), static and dynamic: same ids; its prefill and commits are fused here."""
     model, n = nt_model.load(FIXTURES / "sdar_A"), 0
