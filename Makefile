@@ -1,5 +1,6 @@
 # make demo   sets up a virtual environment here and runs TAD end to end on the embedded tiny model (CPU)
 # make test   sets one up, with what only the tests need, and runs the tests on all cores
+# make check  the tests that start no process and compile nothing: under two minutes
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -19,7 +20,10 @@ demo: .venv/ready
 test: .venv/test-ready
 	$(BIN)/python -m pytest -rs -q -n auto --dist loadfile tests
 
+check: .venv/test-ready
+	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow and not gpu" tests
+
 clean:
 	rm -rf .venv out
 
-.PHONY: demo test clean
+.PHONY: demo test check clean

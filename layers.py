@@ -30,9 +30,11 @@ class PackedLinear(torch.nn.Module):
 
     def __init__(self, weight, bias):
         super().__init__()
-        self.tag, self.bias = torch.empty(len(weight)), bias
-        PACKED[self.tag.data_ptr()] = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-        weakref.finalize(self.tag, PACKED.pop, self.tag.data_ptr())
+        self.bias = bias
+        self.tag = torch.empty(len(weight))
+        address = self.tag.data_ptr()
+        PACKED[address] = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+        weakref.finalize(self.tag, PACKED.pop, address)
 
     def forward(self, x):
         return torch.ops.nanotraj.packed_linear(x, self.tag, self.bias)
@@ -45,10 +47,12 @@ class Int8Linear(torch.nn.Module):
 
     def __init__(self, weight, bias):
         super().__init__()
-        scale = weight.detach().float().abs().amax(1) / 127
-        self.scale, self.bias = scale.to(weight.dtype).clamp(min=1e-6), bias  # also in fp16 not zero
-        steps = (weight.detach().float() / self.scale.float()[:, None]).round()
-        self.weight = steps.clamp(-127, 127).to(torch.int8)
+        self.bias = bias
+        weight = weight.detach()
+        scale = weight.float().abs().amax(1) / 127
+        self.scale = scale.to(weight.dtype).clamp(min=1e-6)  # also in fp16 not zero
+        steps = weight.float() / self.scale.float()[:, None]
+        self.weight = steps.round().clamp(-127, 127).to(torch.int8)
 
     def forward(self, x):
         y = F.linear(x, self.weight.to(x.dtype)) * self.scale

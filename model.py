@@ -4,52 +4,35 @@
     logits = model(ids)                     # (B, T) -> (B, T, V); logits[:, i] scores token i
     logits = model(ids, valid=valid)        # valid (B, T) bool: False = padding, left or right
 
-LLaDA, Dream, SDAR and the tiny model differ in a handful of facts (`Config`) and in the names of their
-tensors (`NAMES`); nothing else in this code base asks which family it is running. The module names below are
-our own and neutral; official names exist only at the file boundary (`load`, `save`, LoRA adapters).
-
     python model.py --model DIR             # what was loaded, and one forward
+
+Families differ in their entry of `FAMILIES` only. Module names are our own; official names exist only at the
+file boundary (`load`, `save`, adapters).
 """
-import argparse
-import ctypes
-import gc
 import json
 import os
 import shutil
-import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
+
+import cli
+from cli import UserError, read_json, run_cli
 
 HERE = Path(__file__).resolve().parent
 
-PRESETS = {  # --model NAME -> embedded directory or hub id
-    "tiny": str(HERE / "weights" / "tiny"),
-    "tiny-ar": str(HERE / "weights" / "tiny-ar"),  # TRIMS's teacher for it
-    "llada": "GSAI-ML/LLaDA-8B-Instruct",
-    "dream": "Dream-org/Dream-v0-Instruct-7B",
-    "sdar-1.7b": "JetLM/SDAR-1.7B-Chat",
-    "sdar-4b": "JetLM/SDAR-4B-Chat",
-}
 
-
-class UserError(ValueError):
-    """Bad input: one line that names the thing, the value and the fix.
-    Command lines print it and exit with 2.
-    """
-
-
-# --------------------------------------------------------------------------------------------- family facts
 @dataclass(frozen=True)
 class Config:
-    family: str           # tiny | llada | dream | sdar
+    family: str           # its name in FAMILIES
     vocab_size: int       # rows of the embedding
     n_layer: int
     n_head: int
@@ -72,9 +55,6 @@ class Config:
     raw: dict = field(default_factory=dict, compare=False, repr=False)  # config.json as it was, for save()
 
 
-EXTRA_EOS = {"llada": (126348,), "dream": (151645,), "sdar": (151645,)}  # <|eot_id|>, <|im_end|>
-
-
 @dataclass(frozen=True)
 class Chat:
     """A chat template without code: what stands around the turns. <...> are special tokens."""
@@ -86,115 +66,142 @@ class Chat:
     trim: bool = False  # white space around a text is dropped
 
 
-_IM = dict(bos="", turn="<|im_start|>{role}\n{text}<|im_end|>\n", answer="<|im_start|>assistant\n",
-           end="<|im_end|>")
-CHAT = {
-    "llada": Chat("<|startoftext|>", "<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>",
+@dataclass(frozen=True)
+class Family:
+    """What is true of one family of checkpoints and not of the others; nothing else asks for its name."""
+    presets: dict         # --model NAME -> hub id or embedded directory
+    model_type: str       # of config.json
+    chat: Chat
+    names: dict = field(default_factory=lambda: HF_NAMES)  # our module name -> official module name
+    keys: dict = field(default_factory=lambda: HF_KEYS)  # field of Config -> key of config.json
+    optional: dict = field(default_factory=lambda: HF_OPTIONAL)  # the same; may be absent or null
+    facts: dict = field(default_factory=dict)  # fields of Config that its config.json need not say
+    extra_eos: tuple = ()  # ids that end a response beside those of config.json
+    decoding: dict = field(default_factory=dict)  # fields of sample.Decoding, unless told otherwise
+    task: str = ""        # the built-in task that it was trained on: what a training run measures at its end
+    teachers: str = ""    # in words, the causal LMs with this template: TRIMS's teachers
+
+
+HF_KEYS = dict(
+    vocab_size="vocab_size", n_layer="num_hidden_layers", n_head="num_attention_heads",
+    d_model="hidden_size", d_mlp="intermediate_size", max_len="max_position_embeddings",
+    norm_eps="rms_norm_eps", mask_id="mask_token_id", eos_ids="eos_token_id")
+HF_OPTIONAL = dict(
+    n_kv_head="num_key_value_heads", head_dim="head_dim", tied="tie_word_embeddings", pad_id="pad_token_id")
+HF_NAMES = dict(
+    embed="model.embed_tokens", norm="model.norm", head="lm_head", block="model.layers",
+    attn_norm="input_layernorm", mlp_norm="post_attention_layernorm",
+    q_proj="self_attn.q_proj", k_proj="self_attn.k_proj", v_proj="self_attn.v_proj",
+    o_proj="self_attn.o_proj", q_norm="self_attn.q_norm", k_norm="self_attn.k_norm",
+    gate_proj="mlp.gate_proj", up_proj="mlp.up_proj", down_proj="mlp.down_proj")
+IM_CHAT = dict(
+    bos="", turn="<|im_start|>{role}\n{text}<|im_end|>\n", answer="<|im_start|>assistant\n", end="<|im_end|>")
+
+FAMILIES = {
+    "tiny": Family(
+        presets={"tiny": str(HERE / "weights" / "tiny"), "tiny-ar": str(HERE / "weights" / "tiny-ar")},
+        model_type="tiny",
+        optional=dict(qkv_bias="qkv_bias", qk_norm="qk_norm", shift="shift", block_len="block_size",
+                      **HF_OPTIONAL),  # every fact, so that tests can mix them
+        chat=Chat("<bos>", "{text}", "<sep>", "<eos>"),
+        decoding=dict(gen_len=48, block_len=16, cache="none"),  # stale caches cost accuracy here
+        task="tiny",
+        teachers="tiny-ar"),
+    "llada": Family(
+        presets={"llada": "GSAI-ML/LLaDA-8B-Instruct"},
+        model_type="llada",
+        names=dict(
+            embed="model.transformer.wte", norm="model.transformer.ln_f", head="model.transformer.ff_out",
+            block="model.transformer.blocks", attn_norm="attn_norm", mlp_norm="ff_norm",
+            q_proj="q_proj", k_proj="k_proj", v_proj="v_proj", o_proj="attn_out",
+            gate_proj="ff_proj", up_proj="up_proj", down_proj="ff_out"),
+        keys={**HF_KEYS, **dict(
+            n_layer="n_layers", n_head="n_heads", d_model="d_model", d_mlp="mlp_hidden_size",
+            max_len="max_sequence_length", tied="weight_tying")},
+        optional=dict(vocab_size="embedding_size", n_kv_head="n_kv_heads", pad_id="pad_token_id"),
+        facts=dict(rope_fp32=True),
+        chat=Chat("<|startoftext|>", "<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>",
                   "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>", trim=True),
-    "dream": Chat(**_IM, system="You are a helpful assistant."),
-    "sdar": Chat(**_IM),
-    "tiny": Chat("<bos>", "{text}", "<sep>", "<eos>"),
+        extra_eos=(126348,)),  # <|eot_id|>
+    "dream": Family(
+        presets={"dream": "Dream-org/Dream-v0-Instruct-7B"},
+        model_type="Dream",
+        facts=dict(qkv_bias=True, shift=True),
+        chat=Chat(**IM_CHAT, system="You are a helpful assistant."),
+        extra_eos=(151645,)),  # <|im_end|>
+    "sdar": Family(
+        presets={"sdar-1.7b": "JetLM/SDAR-1.7B-Chat", "sdar-4b": "JetLM/SDAR-4B-Chat"},
+        model_type="sdar",
+        optional=dict(qkv_bias="attention_bias", block_len="block_size", **HF_OPTIONAL),
+        facts=dict(qk_norm=True, block_len=4),
+        chat=Chat(**IM_CHAT),
+        extra_eos=(151645,),
+        decoding=dict(cache="exact"),
+        teachers="a Qwen2 or Qwen3 chat model"),
 }
 
 
+def presets():
+    """{--model NAME: hub id or embedded directory} of all families."""
+    return {name: where for family in FAMILIES.values() for name, where in family.presets.items()}
+
+
+def decoding_defaults(cfg):
+    """What a model decodes with unless told otherwise: fields of sample.Decoding."""
+    own_blocks = dict(block_len=cfg.block_len) if cfg.block_len else {}
+    return {**own_blocks, **FAMILIES[cfg.family].decoding}
+
+
 def config_from_json(raw):
-    """config.json (dict) -> Config. Raises UserError on an unknown model_type or a missing key."""
-    if not isinstance(raw, dict):
-        raise UserError(f"config.json holds a {type(raw).__name__}, not an object")
-    family = {"llada": "llada", "Dream": "dream", "sdar": "sdar", "tiny": "tiny"}.get(raw.get("model_type"))
-    if family is None:
-        raise UserError(f"config.json has model_type {raw.get('model_type')!r}; "
-                        f"supported are llada, Dream, sdar, tiny")
+    """config.json (dict) -> Config. Raises UserError for what is missing, wrong or not built."""
+    known = {entry.model_type: name for name, entry in FAMILIES.items()}
+    kind = raw.get("model_type") if isinstance(raw, dict) else None
+    if kind not in known:
+        raise UserError(f"config.json has model_type {kind!r}; supported are {', '.join(known)}")
+    name, family = known[kind], FAMILIES[known[kind]]
     try:
-        facts = _llada_facts(raw) if family == "llada" else _hf_facts(raw, family)
-        eos, mask_id = raw["eos_token_id"], raw["mask_token_id"]
+        facts = {**family.facts, **{ours: raw[theirs] for ours, theirs in family.keys.items()}}
+        given = {ours: raw.get(theirs) for ours, theirs in family.optional.items()}
+        facts.update({ours: value for ours, value in given.items() if value is not None})
+        theta = raw.get("rope_theta") or (raw.get("rope_parameters") or {})["rope_theta"]
+        eos = facts["eos_ids"] if isinstance(facts["eos_ids"], list) else [facts["eos_ids"]]
+        more = [i for i in family.extra_eos if i < facts["vocab_size"] and i not in eos]
+        defaults = dict(rope_theta=float(theta), n_kv_head=facts["n_head"], pad_id=eos[0])
+        if "head_dim" not in facts:
+            defaults["head_dim"] = facts["d_model"] // facts["n_head"]
     except KeyError as e:
-        raise UserError(f"config.json of a {family} model lacks the key {e}") from None
-    except (TypeError, ValueError, ZeroDivisionError) as e:
-        raise UserError(f"config.json of a {family} model holds a value of the wrong type ({e})") from None
-    eos = tuple(eos) if isinstance(eos, list) else (eos,)
-    eos += tuple(i for i in EXTRA_EOS.get(family, ()) if i < facts["vocab_size"] and i not in eos)
-    pad = raw.get("pad_token_id")
-    cfg = Config(family=family, mask_id=mask_id, eos_ids=eos, pad_id=eos[0] if pad is None else pad,
-                 raw=raw, **facts)
-    _check_config(cfg)
-    return cfg
-
-
-def _check_config(cfg):
-    """Refuse what would fail later without a clear word, or load and then be silently wrong."""
+        raise UserError(f"config.json of a {name} model lacks the key {e}") from None
+    except (TypeError, ValueError, ZeroDivisionError, IndexError) as e:
+        raise UserError(f"config.json of a {name} model holds a value of the wrong type ({e})") from None
+    cfg = Config(name, raw=raw, **{**defaults, **facts, "eos_ids": (*eos, *more)})
     for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "head_dim", "d_model", "d_mlp", "max_len"):
         value = getattr(cfg, name)
         if not isinstance(value, int) or value < 1:
             raise UserError(f"config.json: {name} is {value!r}, not a positive whole number")
-    for name, ids in (("mask_token_id", [cfg.mask_id]), ("eos_token_id", cfg.eos_ids),
-                      ("pad_token_id", [cfg.pad_id])):
+    tokens = {"mask_token_id": [cfg.mask_id], "eos_token_id": cfg.eos_ids, "pad_token_id": [cfg.pad_id]}
+    for name, ids in tokens.items():
         if not all(isinstance(i, int) and 0 <= i < cfg.vocab_size for i in ids):
-            raise UserError(f"config.json has {name} {cfg.raw.get(name)!r}, "
+            raise UserError(f"config.json has {name} {raw.get(name)!r}, "
                             f"outside its vocabulary of {cfg.vocab_size}")
-    rope = cfg.raw.get("rope_scaling") or cfg.raw.get("rope_parameters") or {}
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise UserError(f"config.json asks for scaled RoPE ({rope}): only the default RoPE is built")
-    if cfg.raw.get("use_sliding_window"):
+    if raw.get("use_sliding_window"):
         raise UserError("config.json asks for sliding-window attention (use_sliding_window): it is not built")
-
-
-def _llada_facts(raw):
-    n_head = raw["n_heads"]
-    return dict(
-        vocab_size=raw.get("embedding_size") or raw["vocab_size"], n_layer=raw["n_layers"], n_head=n_head,
-        n_kv_head=raw.get("n_kv_heads") or n_head, head_dim=raw["d_model"] // n_head, d_model=raw["d_model"],
-        d_mlp=raw["mlp_hidden_size"], max_len=raw["max_sequence_length"], rope_theta=float(raw["rope_theta"]),
-        norm_eps=raw["rms_norm_eps"], tied=raw["weight_tying"], rope_fp32=True)
-
-
-def _hf_facts(raw, family):
-    n_head, d_model = raw["num_attention_heads"], raw["hidden_size"]
-    theta = raw.get("rope_theta") or (raw.get("rope_parameters") or {})["rope_theta"]
-    facts = dict(
-        vocab_size=raw["vocab_size"], n_layer=raw["num_hidden_layers"], n_head=n_head,
-        n_kv_head=raw.get("num_key_value_heads") or n_head, head_dim=raw.get("head_dim") or d_model // n_head,
-        d_model=d_model, d_mlp=raw["intermediate_size"], max_len=raw["max_position_embeddings"],
-        rope_theta=float(theta), norm_eps=raw["rms_norm_eps"], tied=raw.get("tie_word_embeddings", False))
-    if family == "dream":
-        facts.update(qkv_bias=True, shift=True)
-    elif family == "sdar":
-        facts.update(qk_norm=True, block_len=raw.get("block_size", 4),
-                     qkv_bias=raw.get("attention_bias", False))
-    else:  # tiny: every fact may be written into its config.json, so that tests can mix them
-        facts.update(qkv_bias=raw.get("qkv_bias", False), qk_norm=raw.get("qk_norm", False),
-                     shift=raw.get("shift", False), block_len=raw.get("block_size", 0))
-    return facts
-
-
-_HF = dict(embed="model.embed_tokens", norm="model.norm", head="lm_head",
-           attn_norm="input_layernorm", mlp_norm="post_attention_layernorm", block="model.layers",
-           **{m: f"self_attn.{m}" for m in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")},
-           **{m: f"mlp.{m}" for m in ("gate_proj", "up_proj", "down_proj")})
-_LLADA = dict(embed="model.transformer.wte", norm="model.transformer.ln_f", head="model.transformer.ff_out",
-              attn_norm="attn_norm", mlp_norm="ff_norm", block="model.transformer.blocks",
-              q_proj="q_proj", k_proj="k_proj", v_proj="v_proj", o_proj="attn_out",
-              gate_proj="ff_proj", up_proj="up_proj", down_proj="ff_out")
-NAMES = {"llada": _LLADA, "dream": _HF, "sdar": _HF, "tiny": _HF}  # our module name -> official module name
+    return cfg
 
 
 def official_name(cfg, name):
-    """Our tensor or module name ('blocks.3.q_proj.weight') -> the checkpoint's
-    ('model.layers.3.self_attn.q_proj…').
-    """
-    names, parts = NAMES[cfg.family], name.split(".")
-    if parts[0] == "blocks":
-        return ".".join([names["block"], parts[1], names[parts[2]], *parts[3:]])
-    return ".".join([names[parts[0]], *parts[1:]])
+    """Our module or tensor name -> the checkpoint's: blocks.3.q_proj -> model.layers.3.self_attn.q_proj."""
+    names, (first, *rest) = FAMILIES[cfg.family].names, name.split(".")
+    if first == "blocks":
+        layer, part, *rest = rest
+        return ".".join([names["block"], layer, names[part], *rest])
+    return ".".join([names[first], *rest])
 
 
-# ------------------------------------------------------------------------------------------------ the network
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """Statistics in fp32, cast down, then times the weight in the model's dtype."""
-
-    def __init__(self, dim, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x):
         y = x.float()
@@ -205,8 +212,7 @@ class RMSNorm(nn.Module):
 def rope_angles(cfg, positions):
     """positions (B, T) -> cos, sin (B, 1, T, head_dim) fp32."""
     even = torch.arange(0, cfg.head_dim, 2, device=positions.device).float()
-    inv_freq = cfg.rope_theta ** (-even / cfg.head_dim)
-    angles = positions[:, None, :, None].float() * inv_freq  # (B, 1, T, head_dim / 2)
+    angles = positions[:, None, :, None].float() * cfg.rope_theta ** (-even / cfg.head_dim)
     angles = torch.cat([angles, angles], -1)
     return angles.cos(), angles.sin()
 
@@ -235,81 +241,74 @@ class Block(nn.Module):
 
     def qkv(self, x, cos, sin):
         """x (B, T, C) -> rotated q (B, H, T, hd), rotated k and plain v (B, H_kv, T, hd)."""
-        cfg, (B, T, _), x = self.cfg, x.shape, self.attn_norm(x)
-        q = self.q_proj(x).view(B, T, cfg.n_head, cfg.head_dim)
-        k = self.k_proj(x).view(B, T, cfg.n_kv_head, cfg.head_dim)
-        v = self.v_proj(x).view(B, T, cfg.n_kv_head, cfg.head_dim).transpose(1, 2)
-        if cfg.qk_norm:
+        x = self.attn_norm(x)
+        heads = (*x.shape[:2], -1, self.cfg.head_dim)
+        q, k, v = (proj(x).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.cfg.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        dtype = torch.float32 if cfg.rope_fp32 else q.dtype
+        dtype = torch.float32 if self.cfg.rope_fp32 else q.dtype
         cos, sin = cos.to(dtype), sin.to(dtype)
         q, k = (rotate(t.transpose(1, 2).to(dtype), cos, sin).to(v.dtype) for t in (q, k))
-        return q, k, v
+        return q, k, v.transpose(1, 2)
 
     def mix(self, x, q, k, v, attn_mask):
-        """Attention of q over k, v, then the MLP, both residual.
-        attn_mask (B, T_q, T_k) bool, True = attend; or None.
-        """
-        B, _, T, _ = q.shape
-        y = F.scaled_dot_product_attention(q, k, v,
-                                           attn_mask=None if attn_mask is None else attn_mask[:, None],
-                                           enable_gqa=self.cfg.n_head != self.cfg.n_kv_head)
-        x = x + self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        """Attention, then the MLP, both residual. attn_mask (B, T_q, T_k) bool, True = attend; or None."""
+        attn_mask = None if attn_mask is None else attn_mask[:, None]
+        grouped = self.cfg.n_head != self.cfg.n_kv_head
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, enable_gqa=grouped)
+        x = x + self.o_proj(y.transpose(1, 2).flatten(2))
         h = self.mlp_norm(x)
         return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
 
-    def forward(self, x, cos, sin, attn_mask, cache=None, layer=0, cols=None, rows=None, out=None):
+    def forward(self, x, cos, sin, attn_mask, store=None, out=None):
+        """x (B, T, C) -> (B, T, C). store: own k, v -> those attended to. out (B, K): columns that go on."""
         q, k, v = self.qkv(x, cos, sin)
-        if cache is not None:
-            k, v = cache.write(layer, k, v, cols) if rows is None else cache.refresh(layer, k, v, rows)
-        if out is not None:  # only these columns go on: (B, K)
-            x, q = take(x, out), take(q.transpose(1, 2), out).transpose(1, 2)
+        if store is not None:
+            k, v = store(k, v)
+        if out is not None:
+            x = take(x, out)
+            q = take(q.transpose(1, 2), out).transpose(1, 2)
             attn_mask = None if attn_mask is None else take(attn_mask, out)
         return self.mix(x, q, k, v, attn_mask)
 
 
 def take(x, cols):
     """x (B, T, ...), cols (B, K) int64 -> (B, K, ...)."""
-    return x.gather(1, cols.view(*cols.shape, *[1] * (x.ndim - 2)).expand(*cols.shape, *x.shape[2:]))
+    rest = x.shape[2:]
+    index = cols.view(*cols.shape, *[1] * len(rest))
+    return x.gather(1, index.expand(*cols.shape, *rest))
 
 
 class KVCache:
-    """Rotated keys and values of whole canvases, allocated once: per layer k, v (B, S, H_kv, head_dim). One
-    tensor per layer, since torch.compile writes into a whole tensor in place but copies it for a view.
-
-    `valid` (B, S) bool and `positions` (B, S) int64 describe the canvas's columns.
-    """
+    """Rotated keys and values of canvases: per layer k, v (B, S, H_kv, head_dim). valid, positions (B, S)."""
 
     def __init__(self, cfg, valid, positions, dtype):
-        shape, dev = (*valid.shape, cfg.n_kv_head, cfg.head_dim), valid.device
-        self.k = [torch.zeros(shape, dtype=dtype, device=dev) for _ in range(cfg.n_layer)]
-        self.v = [torch.zeros(shape, dtype=dtype, device=dev) for _ in range(cfg.n_layer)]
+        shape = (*valid.shape, cfg.n_kv_head, cfg.head_dim)
+        # one tensor per layer: torch.compile writes into a whole tensor in place but copies it for a view
+        self.k, self.v = ([valid.new_zeros(shape, dtype=dtype) for _ in range(cfg.n_layer)] for _ in "kv")
         self.valid, self.positions = valid, positions
-        self.cos, self.sin = (t[0, 0] for t in rope_angles(cfg, torch.arange(shape[1], device=dev)[None]))
+        cos, sin = rope_angles(cfg, torch.arange(valid.shape[1], device=valid.device)[None])
+        self.cos, self.sin = cos[0, 0], sin[0, 0]
 
     def angles(self, positions):
         """rope_angles() from a table."""
         return self.cos[positions][:, None], self.sin[positions][:, None]
 
-    def refresh(self, layer, k, v, rows):
-        """Overwrite whole rows (N,) int64 of one layer with k, v (N, H_kv, S, head_dim)."""
-        self.k[layer][rows], self.v[layer][rows] = k.transpose(1, 2), v.transpose(1, 2)
-        return k, v
-
-    def write(self, layer, k, v, cols):
-        """Overwrite columns cols (B, W) of one layer; return its full (B, H_kv, S, head_dim) keys, values."""
-        rows = torch.arange(k.shape[0], device=k.device)[:, None]
-        self.k[layer][rows, cols], self.v[layer][rows, cols] = k.transpose(1, 2), v.transpose(1, 2)
+    def store(self, layer, rows, cols, k, v):
+        """Overwrite whole rows (N,) int64 of a layer, or columns cols (B, W) of all rows where rows is None,
+        with k, v (.., H_kv, .., head_dim). Returns the keys and values of these rows' whole canvases.
+        """
+        at = rows if cols is None else (torch.arange(k.shape[0], device=k.device)[:, None], cols)
+        self.k[layer][at] = k.transpose(1, 2)
+        self.v[layer][at] = v.transpose(1, 2)
+        if cols is None:
+            return k, v
         return self.k[layer].transpose(1, 2), self.v[layer].transpose(1, 2)
 
 
 def attention_mask(cfg, q_pos, q_col, k_pos, k_col, k_valid):
-    """Who sees whom: (B, T_q, T_k) bool.
-    Keys must be real tokens and, for block-causal models, in no later block.
-
-    Positions count from the row's first real token, so blocks have the same origin in training and in
-    decoding. Every token also sees itself: a padded query would otherwise average over nothing and
-    spread NaN.
+    """Who sees whom, (B, T_q, T_k) bool: keys are real tokens, and in no later block of a block-causal model.
+    Every token sees itself, or a padded query would spread NaN. Positions count from the first real token.
     """
     keep = k_valid[:, None, :]
     if cfg.block_len:
@@ -318,35 +317,30 @@ def attention_mask(cfg, q_pos, q_col, k_pos, k_col, k_valid):
 
 
 def block_diffusion_layout(cfg, prompts, xt, x0):
-    """Training layout of block-causal models: [prompt blocks | noisy response | clean response], so that one
-    forward scores every noisy block behind clean earlier ones (SDAR; T3D).
-
-    prompts: list of id lists; xt, x0 (B, L) -> the arguments of hidden(): ids, positions (B, T),
-    attn_mask (B, T, T) bool; and cols (B, L), where the noisy response stands. Blocks count from the first
+    """Training layout of block-causal models, [prompt blocks | noisy response | clean response]: one forward
+    scores every noisy block behind clean earlier ones (SDAR; T3D). prompts: lists of ids; xt, x0 (B, L) ->
+    the arguments of hidden(); and cols (B, L), where the noisy response stands. Blocks count from the first
     prompt token, as in decoding: a last, partial prompt block stands in both halves, and is never noised.
     """
     if cfg.shift or not cfg.block_len:
         raise UserError("this layout is for block-causal models without a shift (SDAR)")
-    K, (B, L) = cfg.block_len, xt.shape
-    starts = [len(p) - len(p) % K for p in prompts]  # first token of the block in which the response begins
-    T = max(s + 2 * (len(p) - s + L) for s, p in zip(starts, prompts))
-    ids, positions = torch.full((B, T), cfg.pad_id), torch.zeros(B, T, dtype=torch.long)
-    noisy, valid = torch.zeros(B, T, dtype=torch.bool), torch.zeros(B, T, dtype=torch.bool)
-    cols = torch.empty(B, L, dtype=torch.long)
-    for row, (s, p) in enumerate(zip(starts, prompts)):
-        p, half = torch.tensor(p, dtype=torch.long), len(p) - s + L
-        n = s + 2 * half
-        ids[row, :n] = torch.cat([p, xt[row].cpu(), p[s:], x0[row].cpu()])
-        positions[row, :n] = torch.cat([torch.arange(s + half), torch.arange(s, s + half)])
-        noisy[row, s:s + half], valid[row, :n] = True, True
-        cols[row] = torch.arange(len(p), len(p) + L)
-    block = positions // K
-    q, k = block[:, :, None], block[:, None, :]
+    K, L = cfg.block_len, xt.shape[1]
+    n = torch.tensor([len(p) for p in prompts])[:, None]
+    start, end = n - n % K, n + L  # of the noisy half, which begins with the prompt's partial block
+    ids, positions = [], []
+    for p, s, noisy, clean in zip(prompts, start[:, 0], xt.cpu(), x0.cpu()):
+        p = torch.tensor(p, dtype=torch.long)
+        ids.append(torch.cat([p, noisy, p[s:], clean]))
+        positions.append(torch.cat([torch.arange(len(p) + L), torch.arange(s, len(p) + L)]))
+    ids = pad_sequence(ids, batch_first=True, padding_value=cfg.pad_id)
+    positions = pad_sequence(positions, batch_first=True)
+    col = torch.arange(ids.shape[1])
+    noisy, valid = (col >= start) & (col < end), col < 2 * end - start
+    q, k = positions[:, :, None] // K, positions[:, None, :] // K
     sees = torch.where(noisy[:, None, :], noisy[:, :, None] & (q == k),  # noisy keys: their own block only
                        torch.where(noisy[:, :, None], q > k, q >= k))    # clean keys: earlier blocks
-    col = torch.arange(T)
     attn_mask = sees & valid[:, None, :] | (col[:, None] == col)
-    return dict(ids=ids, positions=positions, attn_mask=attn_mask), cols
+    return dict(ids=ids, positions=positions, attn_mask=attn_mask), n + torch.arange(L)
 
 
 class Transformer(nn.Module):
@@ -364,11 +358,9 @@ class Transformer(nn.Module):
             self.head.weight = self.embed.weight
 
     def init_weights(self, generator=None):
-        """Training from scratch: embeddings N(0, 1), so that tokens stay themselves along the residual
-        stream; matrices N(0, 1 / fan_in), those that write to it at 0.3 of that; a small head.
-
-        Chosen over GPT-2's 0.02 after one run of each, whose learning rates differed too: after 300 steps
-        of 32 only this one wrote well-formed responses.
+        """Training from scratch: embeddings N(0, 1), matrices N(0, 1 / fan_in), those that write to the
+        residual stream at 0.3 of that, a small head. In one run of each, at different learning rates, only
+        this one, not GPT-2's 0.02, wrote well-formed responses after 300 steps of 32.
         """
         for name, p in self.named_parameters():
             if name.endswith("norm.weight"):
@@ -384,40 +376,33 @@ class Transformer(nn.Module):
     def hidden(self, ids, valid=None, cache=None, cols=None, rows=None, attn_mask=None, positions=None,
                out=None):
         """Last hidden states (B, T, C), shift already applied: row i belongs to token i, whatever the family.
-
-        ids (B, T) int64. valid (B, T) bool, False = padding. attn_mask (B, T, T) bool and positions (B, T)
-        replace the rule of the family (training layouts). A cache is used in two ways. With rows (B,) int64,
-        ids are whole canvases and all keys and values of these rows are stored. With cols (B, T), ids are the
-        tokens of these columns: their keys and values are overwritten, and they attend to the whole canvas.
-        In a window that does not start at the first token, a shifted model's first row is meaningless:
-        include the left neighbour and drop it. out (B, K) int64: the states of these columns only, (B, K, C);
-        the last block then computes no others.
+        ids (B, T) int64; valid (B, T) bool, False = padding; attn_mask (B, T, T) bool and positions (B, T)
+        replace the family's own rule. A cache with rows (B,) int64 stores all keys and values of ids, whole
+        canvases. With cols (B, T), ids are the tokens of these columns: their keys and values are replaced,
+        and they attend to the whole canvas; a shifted model's first row is then meaningless: include the left
+        neighbour and drop it. out (B, K) int64: the states of these columns only, (B, K, C).
         """
-        cfg, dev = self.cfg, ids.device
+        col = torch.arange(ids.shape[1] if cache is None else cache.valid.shape[1], device=ids.device)[None]
         if cols is not None:
             positions = cache.positions.gather(1, cols)
-            k_col = torch.arange(cache.valid.shape[1], device=dev)[None]
-            attn_mask = attention_mask(cfg, positions, cols, cache.positions, k_col, cache.valid)
-        else:
-            if positions is None:
-                positions = (token_positions(valid) if valid is not None
-                             else torch.arange(ids.shape[1], device=dev)[None].expand(ids.shape))
-            if attn_mask is None and (valid is not None or cfg.block_len):
-                col = torch.arange(ids.shape[1], device=dev)[None]
-                valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
-                attn_mask = attention_mask(cfg, positions, col, positions, col, valid)
-        cos, sin = rope_angles(cfg, positions) if cache is None else cache.angles(positions)
+            attn_mask = attention_mask(self.cfg, positions, cols, cache.positions, col, cache.valid)
+        if positions is None:
+            positions = col.expand(ids.shape) if valid is None else token_positions(valid)
+        if attn_mask is None and (valid is not None or self.cfg.block_len):
+            valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
+            attn_mask = attention_mask(self.cfg, positions, col, positions, col, valid)
+        cos, sin = rope_angles(self.cfg, positions) if cache is None else cache.angles(positions)
         x = self.embed(ids)
-        if out is not None and cfg.shift:  # the network's row i-1 predicts token i; the first keeps its own
+        if out is not None and self.cfg.shift:  # row i-1 predicts token i; the first token keeps its own
             out = out - (take(positions, out) > 0).long()
         again = self.checkpoint_blocks and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
+            store = None if cache is None else partial(cache.store, layer, rows, cols)
             last = layer == len(self.blocks) - 1
-            at = layer if cache is not None else 0  # a compiled block is then one graph for all layers
-            args = (x, cos, sin, attn_mask, cache, at, cols, rows, out if last else None)
+            args = (x, cos, sin, attn_mask, store, out if last else None)
             x = checkpoint(block, *args, use_reentrant=False) if again else block(*args)
         x = self.norm(x)
-        if out is None and cfg.shift:
+        if out is None and self.cfg.shift:
             x = torch.where((positions == 0)[..., None], x, x.roll(1, dims=1))
         return x
 
@@ -430,210 +415,86 @@ CHUNK_BYTES = 2**26  # of fp32 logits at once
 
 
 def by_chunks(terms, n_vocab, *rows, chunk_bytes=CHUNK_BYTES):
-    """terms(*rows) for functions of rows that go through logits: rows (N, ...) -> (N, ...), chunk by chunk.
-
-    A chunk holds chunk_bytes of fp32 logits; it is computed again in the backward pass, so that no more than
-    one chunk's logits exist at once instead of (N, V). The values are those of one call, up to rounding.
+    """terms(*rows) for functions of rows that go through logits, rows (N, ...) -> (N, ...), up to rounding.
+    Only one chunk's logits exist at once, chunk_bytes of fp32: the backward pass computes them again.
     """
-    n, N = max(1, chunk_bytes // (4 * n_vocab)), len(rows[0])
-    if N <= n:
+    n = max(1, chunk_bytes // (4 * n_vocab))
+    if len(rows[0]) <= n:
         return terms(*rows)
-    return torch.cat([checkpoint(terms, *(r[i:i + n] for r in rows), use_reentrant=False)
-                      for i in range(0, N, n)])
+    chunks = zip(*(r.split(n) for r in rows))
+    return torch.cat([checkpoint(terms, *chunk, use_reentrant=False) for chunk in chunks])
 
 
 def n_content(ids, eos_ids):
     """ids (L,) int64 tensor or list -> tokens before the first EOS."""
-    return next((i for i, token in enumerate(torch.as_tensor(ids).tolist()) if token in eos_ids), len(ids))
+    ends = (i for i, token in enumerate(torch.as_tensor(ids).tolist()) if token in eos_ids)
+    return next(ends, len(ids))
 
 
 def token_positions(valid):
-    """valid (B, T) bool -> positions (B, T) int64 counted from each row's first real token;
-    padding gets 0 or less use.
-    """
+    """valid (B, T) bool -> positions (B, T) int64, counted from each row's first real token."""
     return (valid.long().cumsum(1) - 1).clamp(min=0)
 
 
-# -------------------------------------------------------------------------------------- over several ranks
-def shard(model, device, train=False):
-    """Spread the tensors over all ranks (FSDP2), in place: each keeps its rows, and a block's are gathered
-    while it runs. For hidden() and then head(); decode with lora.unsharded(). A model on the CPU goes to the
-    device block by block. LoRA adapters stay whole. train: fp32 masters, computed with in bf16 on a GPU.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    # inputs are not cast: the angles of RoPE stay fp32
-    dtypes = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if device.type == "cuda" else {}
-    policy = MixedPrecisionPolicy(**(dtypes if train else {}), cast_forward_inputs=False)
-    adapters = {p for name, p in model.named_parameters() if "lora_" in name}
-    # what the blocks leave to the model (embedding, norm, head) is whole from hidden() to the end of backward
-    for unit, parts in [*((b, [b]) for b in model.blocks), (model, [model.embed, model.norm, model.head])]:
-        for part in parts if train else ():
-            part.float()
-        fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=adapters)
-    for p in adapters:
-        p.data = p.data.to(device)
-    register_fsdp_forward_method(model, "hidden")
-    return model
-
-
-def is_sharded(model):
-    return any(isinstance(p, DTensor) for p in model.parameters())
-
-
-def local(t):
-    """This rank's rows of a tensor: all of them unless it is sharded."""
-    return t.detach().to_local() if isinstance(t, DTensor) else t.detach()
-
-
-def fill(t, whole):
-    """Copy a whole tensor into t, or this rank's rows of it where t is sharded."""
-    if isinstance(t, DTensor):
-        n = -(-len(whole) // torch.distributed.get_world_size())
-        at = torch.distributed.get_rank() * n
-        whole = whole[at:at + n]
-    local(t).copy_(whole)
-
-
-def print_memory(model, cfg, frozen_copy):
-    """What a GPU holds in training, in GiB, for 1, 8 and 16 of them. model: on the meta device, with adapters
-    unless all is trained; frozen_copy: --full keeps a frozen model beside it. bf16, with fp32 for what is
-    trained; prompts of 256 tokens; activations are a rough count of what the backward pass reads.
-    """
-    n_all, n_trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or every)
-                        for every in (True, False))
-    n_block, facts = sum(p.numel() for p in model.blocks[0].parameters()), model.cfg
-    per_token = 2 * (16 * facts.d_model + 3 * (facts.n_head + 2 * facts.n_kv_head) * facts.head_dim
-                     + 4 * facts.d_mlp)
-    everything = n_trained == n_all
-    if not everything:  # the inputs of adapters, in fp32
-        per_token += 4 * (6 * facts.d_model + facts.d_mlp)
-    per_token = (facts.n_layer * 2 * facts.d_model + per_token if cfg.checkpoint_blocks
-                 else facts.n_layer * per_token)
-    tokens = cfg.micro_batch * (256 + cfg.gen_len * (2 if facts.block_len else 1))
-    print(f"{n_all:,} parameters, {n_trained:,} of them trained; GiB per GPU:\n"
-          f"GPUs   weights  gradients  optimizer  activations  logits   total")
-    for n in (1, 8, 16):
-        sharded = cfg.full or cfg.fsdp
-        weights = (4 * n_all if everything else 2 * (n_all - n_trained)) / (n if sharded else 1)
-        weights += 0 if everything else 4 * n_trained
-        weights += 2 * n_all / n if cfg.full and frozen_copy else 0
-        rest = n_all - facts.n_layer * n_block  # embedding, norm, head: whole until the last gradient
-        weights += 2 * (rest + 2 * n_block) if sharded else 0  # gathered, with two blocks
-        weights += 2 * rest if cfg.full and frozen_copy else 0  # the frozen copy's, too
-        trained = n_trained / (n if cfg.full else 1)
-        gathered = 6 * rest if cfg.full else 0  # their gradients, in bf16 and in fp32 to be summed
-        parts = [weights, 4 * trained + gathered, 8 * trained, per_token * tokens, 6 * CHUNK_BYTES]
-        print(f"{n:>4}" + "".join(f"{p / 2**30:>{w}.1f}" for p, w in zip([*parts, sum(parts)],
-                                                                        (10, 11, 11, 13, 8, 8))))
-
-
-# ------------------------------------------------------------------------------------------- the AR teacher
-def load_teacher(name, device="cpu", dtype=torch.float32, revision=None):
-    """Any `transformers` causal LM, frozen: TRIMS's teacher. Strict; remote code is never run."""
-    from transformers import AutoModelForCausalLM
-    folder = checkpoint_dir(name, revision)
-    try:
-        teacher, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True)
-    except (ValueError, OSError, RuntimeError, SafetensorError) as e:
-        line = str(e).strip().split("\n")[0]
-        raise UserError(f"{name} is not a causal LM that transformers loads: {line}") from None
-    absent = sorted(info["missing_keys"]) + [key[0] for key in info["mismatched_keys"]]
-    if absent:  # transformers only warns, and fills them with random numbers
-        raise UserError(f"{name}: tensors are missing or of another shape: {absent[:3]} ({len(absent)})")
-    return teacher.to(device).eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def token_nll(teacher, ids, valid=None, metric="nll"):
-    """-log p(ids[:, t] | ids[:, :t]) under a causal LM, in nats: (B, T) fp32. 0 for padding and for the first
-    token, which nothing predicts. ids (B, T) int64; valid (B, T) bool, False = padding on either side.
-    metric entropy: the predictive entropy at t instead.
-    """
-    valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
-    h = teacher.base_model(ids, attention_mask=valid.long(), position_ids=token_positions(valid))[0]
-
-    def terms(h, x):
-        logp = teacher.get_output_embeddings()(h).float().log_softmax(-1)
-        return -(logp.exp() * logp).sum(-1) if metric == "entropy" else -logp.gather(1, x[:, None])[:, 0]
-    scored = valid[:, 1:] & valid[:, :-1]  # the head on these rows only, in chunks
-    nll = torch.zeros(scored.shape, device=ids.device)
-    nll[scored] = by_chunks(terms, teacher.config.vocab_size, h[:, :-1][scored], ids[:, 1:][scored])
-    return F.pad(nll, (1, 0))
-
-
-# ------------------------------------------------------------------------------------------------- load, save
 def load(name, device="cpu", dtype=torch.float32, revision=None):
-    """A model in eval mode from a preset name, a hub id or a local checkpoint directory.
-
-    Built on the meta device and filled tensor by tensor from safetensors, so that nothing is allocated twice.
-    Strict: every tensor of the file is used and every parameter filled, else UserError.
-    Loading never executes code. revision: commit, branch or tag of a hub id.
+    """A model in eval mode from a preset name, a hub id (revision: its commit, branch or tag) or a directory;
+    none of its code is run. Raises UserError unless every tensor is used and every parameter filled.
     """
     folder = checkpoint_dir(name, revision)
     cfg = config_from_json(read_json(folder / "config.json"))
-    with torch.device("meta"):
+    with torch.device("meta"):  # nothing is allocated twice
         model = Transformer(cfg)
-    wanted = {official_name(cfg, n): n for n in model.state_dict() if not (cfg.tied and n == "head.weight")}
-    found, state = set(), {}
+    tensors = {}
     for file in weight_files(folder):
-        try:
-            with safe_open(file, framework="pt") as f:
-                for key in f.keys():
-                    if key in found:
-                        raise UserError(f"{folder}: tensor {key} stands in two files")
-                    found.add(key)
-                    if key in wanted:
-                        state[wanted[key]] = f.get_tensor(key).to(device=device, dtype=dtype)
-        except (SafetensorError, OSError) as e:
-            raise UserError(f"{file} is corrupt or cut short ({e}); download or copy it again") from None
-    _check_tensors(folder, model, wanted, found, state)
-    if cfg.tied:
-        state["head.weight"] = state["embed.weight"]
-    model.load_state_dict(state, assign=True, strict=True)
+        for key, t in read_tensors(file).items():
+            if key in tensors:
+                raise UserError(f"{folder}: tensor {key} stands in two files")
+            tensors[key] = t.to(device=device, dtype=dtype)
+    own = {official_name(cfg, name): (name, p.shape) for name, p in model.named_parameters()}
+    missing, extra = sorted(own.keys() - tensors), sorted(tensors.keys() - own)
+    if missing or extra:
+        raise UserError(f"{folder}: the weights do not fit its config.json: "
+                        f"missing {missing[:3]} ({len(missing)}), unexpected {extra[:3]} ({len(extra)})")
+    for key, (_, shape) in own.items():
+        if tensors[key].shape != shape:
+            raise UserError(f"{folder}: tensor {key} has shape {tuple(tensors[key].shape)}, "
+                            f"its config.json asks for {tuple(shape)}")
+    state = {name: tensors[key] for key, (name, _) in own.items()}
+    model.load_state_dict(state, assign=True, strict=not cfg.tied)
     if cfg.tied:
         model.head.weight = model.embed.weight
     model.revision = folder.name if folder.parent.name == "snapshots" else None
     return model.eval()
 
 
-def _check_tensors(folder, model, wanted, found, state):
-    missing, extra = sorted(set(wanted) - found), sorted(found - set(wanted))
-    if missing or extra:
-        raise UserError(f"{folder}: the weights do not fit its config.json: "
-                        f"missing {missing[:3]} ({len(missing)}), unexpected {extra[:3]} ({len(extra)})")
-    for name, p in model.state_dict().items():
-        if name in state and state[name].shape != p.shape:
-            raise UserError(f"{folder}: tensor {official_name(model.cfg, name)} has shape "
-                            f"{tuple(state[name].shape)}, its config.json asks for {tuple(p.shape)}")
+def read_tensors(file):
+    """The tensors of a safetensors file, mapped into memory. Raises UserError if it is absent or damaged."""
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{file} is missing, corrupt or cut short ({e}); download or copy it again") from None
 
 
 def checkpoint_dir(name, revision=None, weights=True):
-    """Preset name, hub id or directory -> local directory. Downloads through huggingface_hub when it must
-    (weights=False: only the small files); its cache and HF_HUB_OFFLINE are honoured.
+    """Preset name, hub id or directory -> local directory, downloaded where it must be (weights=False: its
+    small files only); huggingface_hub's cache and HF_HUB_OFFLINE are honoured.
     """
-    name = PRESETS.get(str(name), str(name))
+    name = presets().get(str(name), str(name))
     if os.path.isdir(name):
         if revision:
             raise UserError(f"--revision {revision}: {name} is a local directory; a revision pins a hub id")
         return Path(name)
     if os.path.isabs(name) or name.startswith(".") or name.count("/") != 1:
-        raise UserError(f"no model {name!r}: give one of {', '.join(PRESETS)}, "
+        raise UserError(f"no model {name!r}: give one of {', '.join(presets())}, "
                         f"a hub id (owner/name) or a directory")
     from huggingface_hub import constants, snapshot_download
+    files = ["*.json", "*.txt", "*.jinja"] + ["*.safetensors"] * weights
     try:
-        return Path(snapshot_download(name, revision=revision or None,
-                                      allow_patterns=["*.json", "*.txt", "*.jinja"]
-                                      + ["*.safetensors"] * weights))
-    except Exception as e:
-        # offline, no such repository, gated: huggingface_hub raises a different type for each
-        if constants.HF_HUB_OFFLINE:
-            raise UserError(f"{name!r} is not in the local hub cache and HF_HUB_OFFLINE is set: unset it, "
-                            f"download the model first, or give a local directory") from None
-        raise UserError(f"cannot download {name!r} ({type(e).__name__}): check the name, the revision and "
-                        f"the network, or give a local directory in the official format") from None
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=files))
+    except Exception as e:  # of a different type for each of: offline, no such repository, gated
+        why = "HF_HUB_OFFLINE is set, not in the cache" if constants.HF_HUB_OFFLINE else type(e).__name__
+        raise UserError(f"cannot download {name!r} ({why}): check the name, the revision and the network, or "
+                        f"give a local directory in the official format") from None
 
 
 def default_device():
@@ -647,8 +508,9 @@ def config_of(name, revision=None):
 
 
 def family_of(name, revision=None):
-    """llada | dream | sdar | tiny, see config_of."""
-    return config_of(name, revision).family
+    """The name in FAMILIES of a preset (without a download), a hub id or a directory."""
+    found = [family for family, entry in FAMILIES.items() if name in entry.presets]
+    return found[0] if found else config_of(name, revision).family
 
 
 def weight_files(folder):
@@ -666,34 +528,14 @@ def weight_files(folder):
     return [folder / name for name in names]
 
 
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise UserError(f"no file {path}") from None
-    except ValueError as e:
-        raise UserError(f"{path} is not valid JSON ({e})") from None
-
-
-def write_whole(path, text):
-    """Under another name, then renamed: whole or absent."""
-    tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text(text)
-    os.replace(tmp, path)
-
-
 def save(model, folder, dtype=None):
-    """Write config.json and model.safetensors with the official names
-    (the official code can load the result).
-    """
-    folder = Path(folder)
+    """Write config.json and model.safetensors with the official names: the official code can load them."""
+    folder, state = Path(folder), dict(model.named_parameters())
+    if any("lora_" in name for name in state):
+        raise UserError("the model carries LoRA adapters: lora.merge(model) first, or lora.save the adapter")
+    tensors = {official_name(model.cfg, name): t.detach().to("cpu", dtype or t.dtype).contiguous()
+               for name, t in state.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {official_name(model.cfg, n): p.detach().to("cpu", dtype or p.dtype).contiguous()
-               for n, p in model.state_dict().items() if not (model.cfg.tied and n == "head.weight")}
-    lora = [n for n in tensors if "lora_" in n]
-    if lora:
-        raise UserError("the model still carries LoRA adapters: "
-                        "lora.merge(model) first, or lora.save the adapter")
     # never write into a file that this process may have mapped: a loaded model reads its tensors from there
     save_file(tensors, folder / "model.safetensors.tmp", metadata={"format": "pt"})
     os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
@@ -701,62 +543,32 @@ def save(model, folder, dtype=None):
 
 
 def copy_tokenizer(name, folder, revision=None):
-    """Copy a checkpoint's tokeniser files beside newly saved weights,
-    so that the new directory stands alone.
-    """
+    """Copy a checkpoint's tokeniser files beside newly saved weights: the new directory stands alone."""
+    source, folder = checkpoint_dir(name, revision, weights=False), Path(folder)
+    if source.resolve() == folder.resolve():
+        return
     for pattern in ("vocab.json", "merges.txt", "token*.json", "added_tokens.json", "special_tokens_map.json",
                     "generation_config.json", "chat_template.jinja"):
-        for file in checkpoint_dir(name, revision, weights=False).glob(pattern):
-            if file.parent.resolve() != Path(folder).resolve():
-                shutil.copyfile(file, Path(folder) / file.name)
+        for file in source.glob(pattern):
+            shutil.copyfile(file, folder / file.name)
+
+
+@dataclass
+class Options:
+    model: str = "tiny"  # preset name, hub id or directory
+    revision: str = ""  # commit, branch or tag of a hub id
 
 
 def main():
-    ap = argparse.ArgumentParser(description="Load a checkpoint, print what it is, run one forward.")
-    ap.add_argument("--model", default="tiny", help="preset name, hub id or directory")
-    ap.add_argument("--revision", help="commit, branch or tag of a hub id")
-    args = ap.parse_args()
+    args = cli.parse(__doc__, Options)
     model = load(args.model, *default_device(), args.revision)
-    cfg = model.cfg
-    print(f"family {cfg.family}: {sum(p.numel() for p in model.parameters()):,} parameters")
-    for key, value in vars(cfg).items():
+    print(f"family {model.cfg.family}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    for key, value in vars(model.cfg).items():
         if key not in ("family", "raw"):
             print(f"  {key:<11} {value}")
     with torch.no_grad():
-        logits = model(torch.full((1, 8), cfg.mask_id, device=model.embed.weight.device))
-    print(f"one forward over 8 mask tokens: logits {tuple(logits.shape)}, "
-          f"finite: {bool(logits.isfinite().all())}")
-
-
-def keep_freed_memory():
-    """Let glibc keep up to 1 GiB per process of what was freed at the end of its heap: giving it back, and
-    faulting its pages in anew at the next step, was a third of the tiny model's decoding time on a CPU.
-    Nothing is done where the environment sets glibc's thresholds, or where there is no glibc.
-    """
-    chosen = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
-    libc = ctypes.CDLL(None) if sys.platform == "linux" and not chosen else None
-    if hasattr(libc, "mallopt"):
-        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-        libc.mallopt(M_TRIM_THRESHOLD, 2**30)
-        libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # it no longer adapts by itself; larger blocks go back at once
-
-
-def run_cli(main):
-    """Run a command line: bad input is one line on stderr and exit code 2, never a traceback.
-    main may return another exit code. Freed memory is kept, see above.
-    """
-    keep_freed_memory()
-    try:
-        code = main()
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        gc.collect()  # without this order some processes abort when they exit
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-    if isinstance(code, int):
-        sys.exit(code)
+        logits = model(torch.full((1, 8), model.cfg.mask_id, device=model.embed.weight.device))
+    print(f"one forward over 8 mask tokens: logits {tuple(logits.shape)}, finite: {logits.isfinite().all()}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Programs that attack the runner of grade.py, and what each of them would leave behind if it got through.
+"""Programs that attack runner.py, and what each of them would leave behind if it got through.
 
     python tests/attacks.py        # the table of this machine and user; standard library only
 
@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import grade  # noqa: E402
+import runner  # noqa: E402
 
 SOLVES_NOTHING, TESTS = "def f():\n    return 2\n", "assert f() == 1\nassert callable(f)"
 JUMP = """
@@ -206,7 +206,7 @@ globals()["__builtins__"] = {"f": lambda: 1}
                           r"ValueError|" + DENIED),
 }
 
-# What the runner does not and cannot stop, as README says: these do pass.
+# What the runner does not and cannot stop, as docs/code-runner.md says: these do pass.
 CANNOT_STOP = {
     "an object equal to everything": "class Any:\n    __eq__ = lambda *_: True\ndef f():\n    return Any()",
     "reads what the tests expect": "import sys\nexpected = sys._getframe().f_code.co_consts\ndef f():\n"
@@ -282,7 +282,7 @@ class Scene:
 
 def survivors(script=None):
     """Processes of the runner that are still there -> pids (Linux)."""
-    script, found = str(script or Path(grade.__file__).resolve()).encode(), []
+    script, found = str(script or Path(runner.__file__).resolve()).encode(), []
     for line in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             if script in line.read_bytes().split(b"\0"):
@@ -292,12 +292,12 @@ def survivors(script=None):
     return found
 
 
-def attack(runner, name, scene):
-    """-> (contained, what was seen). runner: the module grade, or a broken copy of it."""
+def attack(module, name, scene):
+    """-> (contained, what was seen). module: runner, or a broken copy of it."""
     program, expected = ATTACKS[name]
     timeout = 1 if expected == SLOW else 5
     began = time.perf_counter()
-    verdict = runner.run_program(SOLVES_NOTHING + scene.fill(program), TESTS, timeout)
+    verdict = module.run_program(SOLVES_NOTHING + scene.fill(program), TESTS, timeout)
     spent, marks = time.perf_counter() - began, scene.marks()
     stopped = re.search(expected, verdict.why) and spent < timeout + 4
     seen = "passed" if verdict.passed else verdict.why
@@ -306,10 +306,10 @@ def attack(runner, name, scene):
 
 def attack_all():
     """-> {uid, containment, attacks: {name: (contained, what was seen)}}; not what nothing would stop."""
-    active = grade.containment()
+    active = runner.containment()
     names = [n for n in ATTACKS if n not in NEEDS or any(active[measure] for measure in NEEDS[n])]
     with Scene() as scene:
-        return dict(uid=os.getuid(), containment=active, attacks={n: attack(grade, n, scene) for n in names})
+        return dict(uid=os.getuid(), containment=active, attacks={n: attack(runner, n, scene) for n in names})
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ import json
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import data
 import model as nt_model
@@ -34,19 +35,24 @@ def raw_config(family, **changes):
     return {**raw, **changes}
 
 
+def write_bpe(folder, specials):
+    """tokenizer.json: 256 bytes and special tokens."""
+    table = Tokenizer(models.BPE(vocab=data.printable_bytes(), merges=[]))
+    table.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    table.decoder = decoders.ByteLevel()
+    table.add_special_tokens([AddedToken(token, normalized=False) for token in specials])
+    table.save(str(folder / "tokenizer.json"))
+
+
 def write_tokenizer(folder, family):
     """256 bytes and the family's special tokens, in the family's own files."""
-    at = {token: 256 + i for i, token in enumerate(SPECIALS[family])}
-    vocab = {c: b for c, b in data.printable_bytes().items()}
     if family == "llada":
-        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-        table = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-        table.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        table.decoder = decoders.ByteLevel()
-        table.add_special_tokens([AddedToken(token, normalized=False) for token in at])
-        table.save(str(folder / "tokenizer.json"))
+        write_bpe(folder, SPECIALS[family])
     else:
+        at = {token: 256 + i for i, token in enumerate(SPECIALS[family])}
+        vocab = data.printable_bytes()
         (folder / "vocab.json").write_text(json.dumps(vocab))
+        (folder / "merges.txt").write_text("#version: 0.2\n")
         (folder / "added_tokens.json").write_text(json.dumps(at))
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import model as nt_model  # noqa: E402
 
@@ -48,6 +48,26 @@ def random_model(seed=0, scale=4.0, **facts):
                 p.copy_(torch.randn(p.shape, generator=g) / max(1, p.shape[-1]) ** 0.5)
         model.head.weight.mul_(scale)
     return model.eval()
+
+
+# tests that start processes, compile or decode for long: `make check` leaves them out
+SLOW_FILES = {"test_distributed", "test_faults", "test_compiled", "test_launch", "test_lm_eval", "test_sweep",
+              "test_tiny"}
+SLOW_TESTS = {
+    "test_sigkill_during_training_is_bit_identical", "test_bad_input_is_one_line_and_exit_2",
+    "test_damaged_checkpoint_falls_back", "test_llada_official_samplers", "test_sdars_official_sampler",
+    "test_dreams_official_sampler", "test_the_hub_cache_revisions_and_offline_mode", "test_multiblock",
+    "test_peak_memory_of_loading", "test_human_eval", "test_two_ranks_agree_with_batch_one", "test_math",
+    "test_sigkill_during_collection", "test_five_problems_of_your_own", "test_a_killed_curve_goes_on",
+    "test_any_batch_composition", "test_batch_equals_alone_equals_reference", "test_attacks_are_contained",
+    "test_attacks_are_contained_for_a_normal_user", "test_interrupted_training_is_bit_identical",
+    "test_without_datasets_or_network_the_files_are_named", "test_bad_commands_are_one_line"}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem in SLOW_FILES or item.originalname in SLOW_TESTS:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(params=list(CONFIGS))

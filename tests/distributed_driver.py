@@ -19,6 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(1)
 import grade  # noqa: E402
 import model as nt_model  # noqa: E402
+import run as training  # noqa: E402
+from cli import run_cli  # noqa: E402
+
 # what FSDP calls, by their names in torch 2.13 and before
 GATHER, SCATTER = (("all_gather_single", "reduce_scatter_single") if hasattr(dist, "all_gather_single")
                    else ("all_gather_into_tensor", "reduce_scatter_tensor"))
@@ -35,8 +38,8 @@ def run(name, script, options, folder):
     module = importlib.import_module(script)
     seen = dict(calls=[Counter()], world=int(os.environ.get("WORLD_SIZE", 1)), rows=[])
     real = {key: getattr(dist, key) for key in COUNTED}
-    clip, save = torch.nn.utils.clip_grad_norm_, module.save_final
-    step, mask = module.optimizer_step, getattr(module, "mask_response", None)
+    clip, save = torch.nn.utils.clip_grad_norm_, training.Run.save
+    update, mask = training.Run.update, getattr(module, "mask_response", None)
 
     def counted(key):
         def call(*args, **kw):
@@ -51,15 +54,14 @@ def run(name, script, options, folder):
         seen["calls"][-1] = calls  # not those of this look
         return clip(params, *args, **kw)
 
-    def optimizer_step(*args, **kw):
-        done = step(*args, **kw)
+    def counted_update(self):
+        update(self)
         seen["calls"].append(Counter())
-        return done
 
-    def save_final(cfg, model, *args):
+    def recorded_save(self, model):
         seen["sharded"] = any(isinstance(p, DTensor) for p in model.parameters())
-        seen["end"] = flat(module.trainable(model).values())
-        return save(cfg, model, *args)
+        seen["end"] = flat(training.trainable(model).values())
+        return save(self, model)
 
     def nothing_masked_in_most_examples(example, *args):
         masked, w = mask(example, *args)
@@ -67,7 +69,7 @@ def run(name, script, options, folder):
     for key in COUNTED:
         setattr(dist, key, counted(key))
     torch.nn.utils.clip_grad_norm_ = clip_grad_norm_
-    module.optimizer_step, module.save_final = optimizer_step, save_final
+    training.Run.update, training.Run.save = counted_update, recorded_save
     grade.is_correct = lambda problem, text: True  # a random model answers nothing
     if "empty" in name:
         module.mask_response = nothing_masked_in_most_examples
@@ -80,7 +82,7 @@ def run(name, script, options, folder):
         for key in COUNTED:
             setattr(dist, key, real[key])
         torch.nn.utils.clip_grad_norm_ = clip
-        module.optimizer_step, module.save_final = step, save
+        training.Run.update, training.Run.save = update, save
         if mask:
             module.mask_response = mask
     if int(os.environ.get("RANK", 0)) == 0:
@@ -94,4 +96,4 @@ if __name__ == "__main__":
     def main():
         for name, (script, *options) in jobs.items():
             run(name, script, options, out)
-    nt_model.run_cli(main)
+    run_cli(main)

@@ -3,7 +3,6 @@ CI counts; it never looks at a clock. Most tests let dynamo capture the graphs a
 (backend "eager"); inductor's code is run once per family.
 """
 from contextlib import contextmanager
-from dataclasses import fields
 
 import pytest
 import torch
@@ -70,9 +69,9 @@ def test_no_recompile_after_warm_up(graphs, monkeypatch, cache):
     assert len(graphs) == after_warm_up
     # broken: refreshes of whatever length, windows as wide as the slowest row happens to need
     if cache == "none":
-        monkeypatch.setattr(Batch, "numbers", lambda self, rows: torch.tensor(rows))
+        monkeypatch.setattr(Batch, "row_numbers", lambda self, rows: torch.tensor(rows))
     else:
-        monkeypatch.setattr(Batch, "width", lambda self, start: self.P + self.s.gen_len - start)
+        monkeypatch.setattr(Batch, "window_width", lambda self, start: self.P + self.s.gen_len - start)
     generate(model, prompts_of([9, 12, 3, 5, 7]), batch_size=4, compiled=True, **settings)
     assert len(graphs) > after_warm_up
 
@@ -247,18 +246,12 @@ def test_the_step_reads_no_value(case):
         return torch.zeros(shape, dtype=dtype)
     with FakeTensorMode(), torch.no_grad():
         model.load_state_dict({k: zeros(*v, dtype=torch.float32) for k, v in shapes.items()}, assign=True)
-        rows = Rows(**{f.name: zeros(R, T) for f in fields(Rows)})
-        for name in ("key", "start", "nfe", "tries", "n_block", "blocks", "age"):
-            setattr(rows, name, zeros(R))
-        rows.valid, rows.masked, rows.fresh = rows.order == 0, rows.order == 0, rows.start == 0
-        rows.conf, rows.threshold = zeros(R, T, dtype=torch.float32), zeros(R, 1, dtype=torch.float32)
-        rows.finished_at = zeros(R, -(-s.gen_len // s.block_len))
-        cache, P = None, T - s.gen_len - 1
+        rows, cache = Rows.new([zeros(4 + i) for i in range(R)], [[0]] * R, s, cfg, T), None
         if s.cache != "none":
             cache = nt_model.KVCache(cfg, rows.valid, rows.positions, torch.float32)
-        sample.step(model, rows, cache, s, P, zeros(2), s.width)
+        sample.step(model, rows, cache, s, zeros(2), s.scored_len)
         if cache is not None:
-            sample.step(model, rows, cache, s, P, None, s.block_len)
+            sample.step(model, rows, cache, s, None, s.block_len)
         for broken in (lambda: bool(rows.masked.any()), lambda: rows.start.tolist(), rows.masked.nonzero,
                        rows.start.unique):  # what the guard is for
             with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):

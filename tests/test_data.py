@@ -12,6 +12,7 @@ from conftest import ROOT, random_model
 
 import data
 import grade
+import rollout as collection
 from model import UserError
 from sample import Output
 
@@ -108,7 +109,7 @@ def test_consecutive_tail_by_hand():
     # content 2 tokens, EOS at 2, two filled positions; 3 forwards
     out = Output(torch.tensor([1, 2, 38, 38, 38]), torch.tensor([0, 2, 1, 2, 2]),
                  torch.tensor([0, 2, 1, 3, 4]), torch.ones(5), 3)
-    order, rank = data.consecutive_tail(out, 2)
+    order, rank = collection.consecutive_tail(out, 2)
     assert order.tolist() == [0, 2, 1, 3, 4] and rank.tolist() == [0, 2, 1, 3, 4]
 
 
@@ -118,7 +119,8 @@ VOCAB = dict(vocab_size=298, mask_token_id=297, eos_token_id=296, pad_token_id=2
 def rollout(folder, n=6, model=None, **kw):
     problems = data.load_problems("tiny", "train", n)
     settings = dict(gen_len=8, block_len=4, policy="static", per_step=2, cache="none", batch_size=4)
-    return data.rollout(model or random_model(**VOCAB), TOK, problems, folder, "random", **{**settings, **kw})
+    model = model or random_model(**VOCAB)
+    return collection.rollout(model, TOK, problems, folder, "random", **{**settings, **kw})
 
 
 def test_record_round_trip(tmp_path):

@@ -8,11 +8,13 @@ import torch
 from checkpoints import official_checkpoint
 from conftest import CONFIGS, ROOT, random_model
 
+import compare
 import data
 import eval as nt_eval
 import model as nt_model
 import sample
-from model import UserError
+import teacher
+from cli import UserError, run_command
 
 
 @pytest.mark.parametrize("pairs, y_max, want", [  # EVAL.md's check values
@@ -36,8 +38,9 @@ def test_aup_by_hand():
 
 
 def point(label, rule, correct, tokens, nfe):
-    return dict(label=label, rule=rule, correct=correct, tokens=tokens, nfe=nfe, seconds=1.0,
-                ids=[str(i) for i in range(len(correct))], settings={}, responses=[""] * len(correct))
+    return dict(label=label, rule=rule, correct=correct, tokens=tokens, nfe=nfe, seconds=1.0, batch_size=4,
+                ids=[str(i) for i in range(len(correct))], responses=[""] * len(correct), device="CPU",
+                settings=dict(gen_len=8), dtype="float32", ranks=1, ms_per_forward=1.0)
 
 
 def test_accuracy_and_tpf_by_hand():
@@ -67,7 +70,7 @@ def test_compare_is_paired_and_refuses_other_problems(tmp_path):
     write("b", "base", [1] * 47 + [0] * 3)
     write("s", "SFT", [1] * 48 + [0] * 2)
     write("t", "TAD", [1] * 50)
-    text = nt_eval.compare(nt_eval.read_runs([tmp_path / x for x in "bst"]), "base", "SFT", n_boot=50)
+    text = compare.compare(compare.read_runs([tmp_path / x for x in "bst"]), "base", "SFT", n_boot=50)
     rows = {line.split(" | ")[0]: line.split(" | ") for line in text.splitlines() if line.startswith("|")}
     header = rows["| model"]
     assert "2 per forward, %" not in header  # no run has it
@@ -78,7 +81,20 @@ def test_compare_is_paired_and_refuses_other_problems(tmp_path):
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "results.jsonl").write_text(json.dumps(p) + "\n")
     with pytest.raises(UserError, match="same problems"):
-        nt_eval.read_runs([tmp_path / "b", tmp_path / "odd"])
+        compare.read_runs([tmp_path / "b", tmp_path / "odd"])
+    compare.pack([tmp_path / x for x in "bst"], tmp_path / "all.jsonl.gz")  # as folders, and without responses
+    packed = compare.read_runs([tmp_path / "all.jsonl.gz"])
+    assert compare.compare(packed, "base", "SFT", n_boot=50) == text and "responses" not in packed["TAD"][0][0]
+
+
+def test_the_stored_comparison_makes_the_readmes_table():
+    runs = compare.read_runs([ROOT / "assets/comparison.jsonl.gz"])
+    assert len(runs) == 20 and all(len(of_label) == 4 for of_label in runs.values())
+    table = compare.compare(runs, "base", "SFT-SD", n_boot=2)
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    means = {row[0]: [value.split(" ± ")[0] for value in row[2:9]] for row in rows}
+    assert means["base"] == ["99.7", "62.6", "29.1", "92.3", "1.91", "181.2", "0.25"]
+    assert means["TAD"] == ["99.4", "97.7", "86.3", "91.4", "4.54", "281.4", "0.15"]
 
 
 def test_caches_against_the_uncached_decoder():
@@ -106,23 +122,23 @@ def test_caches_against_the_uncached_decoder():
 
 def test_teacher_nll_along_a_decoding():
     """Every point is the teacher's mean NLL of the revealed tokens in text order."""
-    tok, teacher_tok = data.load_tokenizer("tiny"), data.load_teacher_tokenizer("tiny-ar")
-    teacher, problem = nt_model.load_teacher("tiny-ar"), data.load_problems("tiny", "dev", 1)[0]
+    tok, teacher_tok = data.load_tokenizer("tiny"), teacher.load_teacher_tokenizer("tiny-ar")
+    tiny_ar, problem = teacher.load_teacher("tiny-ar"), data.load_problems("tiny", "dev", 1)[0]
     ids = data.pad_response(tok.response_ids(problem["solution"]), 48, tok.eos_id)
     order = torch.randperm(48, generator=torch.Generator().manual_seed(0))
     out = sample.Output(torch.tensor(ids), order, order, torch.ones(48), 48)
-    curve = nt_eval.trajectory_nll(teacher, teacher_tok, tok, problem["prompt"], out, (tok.eos_id,))
+    curve = nt_eval.trajectory_nll(tiny_ar, teacher_tok, tok, problem["prompt"], out, (tok.eos_id,))
     head = tok.prompt_ids(problem["prompt"]).tolist()
     for t in (10, 30, 47):
         shown = [i for i, o in zip(ids, order.tolist()) if o <= t and i != tok.eos_id]
-        nll = nt_model.token_nll(teacher, torch.tensor([head + shown]))[0, len(head):]
+        nll = teacher.token_nll(tiny_ar, torch.tensor([head + shown]))[0, len(head):]
         assert abs(curve[t] - nll.mean().item()) < 1e-4
     assert curve[47] < 0.4 < curve[10]  # a finished solution is likely, scraps of it are not
 
 
 def tad_tables(family):
     """TAD Table 1 or 2 -> {method: row} of gsm8k, math, mbpp, humaneval and their average."""
-    return [{r["method"]: r for r in nt_eval.published(t, family)
+    return [{r["method"]: r for r in compare.published(t, family)
              if r["source"] in ("TAD Table 1", "TAD Table 2")}
             for t in ("gsm8k", "math", "mbpp", "humaneval", "average")]
 
@@ -153,23 +169,23 @@ def test_aup_of_published_rows():
 
 
 def test_published_numbers_are_consistent_and_marked():
-    for table in json.loads((ROOT / "published.json").read_text()):
+    for table in json.loads((ROOT / "tools/published.json").read_text()):
         assert all(len(row) == 1 + len(table["columns"]) for row in table["rows"]), table["source"]
         assert all(0 <= x < 1000 for row in table["rows"] for x in row[1:] if x is not None)
-    d3llm = next(r for r in nt_eval.published("gsm8k", "llada") if r["method"] == "d3LLM" and "aup" in r)
+    d3llm = next(r for r in compare.published("gsm8k", "llada") if r["method"] == "d3LLM" and "aup" in r)
     assert (d3llm["acc"], d3llm["tpf"], d3llm["aup"]) == (73.1, 9.11, 539.2)
-    t3d = [r for r in nt_eval.published("math500", "sdar") if r["method"] == "T3D" and "4B" in r["model"]]
+    t3d = [r for r in compare.published("math500", "sdar") if r["method"] == "T3D" and "4B" in r["model"]]
     assert [r["acc"] for r in t3d] == [60.0, 61.6, 47.8, 44.8, 70.0, 49.4] and t3d[-1]["tok_s"] == 791.23
-    tabom = [r for r in nt_eval.published("humaneval", "dream") if r["method"] == "TABOM" and "acc" in r]
+    tabom = [r for r in compare.published("humaneval", "dream") if r["method"] == "TABOM" and "acc" in r]
     assert [r["acc"] for r in tabom] == [60.36, 58.54, 45.73]
-    text = nt_eval.published_text("gsm8k_cot_zeroshot", "llada", "tad", "lm_eval")
+    text = compare.published_text("gsm8k_cot_zeroshot", "llada", "tad", "lm_eval")
     assert text.startswith("published, not run here (gsm8k)") and "451.8" in text
     assert "\nthe same protocol, but" in text and "(tad, lm_eval): TAD Table 1: " in text
-    assert "not the same protocol as this run's (tad, own): TAD Table 1" in nt_eval.published_text(
+    assert "not the same protocol as this run's (tad, own): TAD Table 1" in compare.published_text(
         "gsm8k", "llada", "tad", "own")
-    assert nt_eval.published_text("tiny", "tiny", "tiny", "own") == ""
-    assert "Report math500" in nt_eval.contamination("minerva_math")
-    assert nt_eval.contamination("minerva_math500") == nt_eval.contamination("math500") == ""
+    assert compare.published_text("tiny", "tiny", "tiny", "own") == ""
+    assert "Report math500" in nt_eval.contamination_warning("minerva_math")
+    assert nt_eval.contamination_warning("minerva_math500") == nt_eval.contamination_warning("math500") == ""
 
 
 def test_protocols_fix_what_the_papers_say():
@@ -204,7 +220,7 @@ def test_protocols_fix_what_the_papers_say():
 
 def cli(monkeypatch, *words):
     monkeypatch.setattr("sys.argv", ["eval.py", *map(str, words)])
-    nt_eval.main()
+    run_command("", nt_eval.COMMANDS)
 
 
 def content(folder, *also):
@@ -218,7 +234,7 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 import eval as nt_eval
-real, n = nt_eval.append, 0
+real, n = nt_eval.append_line, 0
 def append(file, row):
     global n
     n += 1
@@ -226,9 +242,9 @@ def append(file, row):
         open(file, "ab").write(b'{{"id": "tiny-te')
         os.kill(os.getpid(), signal.SIGKILL)
     real(file, row)
-nt_eval.append = append
+nt_eval.append_line = append
 sys.argv = {argv!r}
-nt_eval.main()
+nt_eval.cli.run_command("", nt_eval.COMMANDS)
 """
 
 
@@ -241,8 +257,8 @@ def test_a_killed_curve_goes_on(tmp_path, monkeypatch, capsys):
     shards = (tmp_path / "again").glob("rows-*.rank0.jsonl")
     assert sorted(len(shard.read_text().splitlines()) for shard in shards) == [3, 5]  # two, and a torn one
     assert len(content(tmp_path / "again")) == 1
-    rows, real = [], nt_eval.append
-    monkeypatch.setattr(nt_eval, "append", lambda file, row: rows.append(row) or real(file, row))
+    rows, real = [], nt_eval.append_line
+    monkeypatch.setattr(nt_eval, "append_line", lambda file, row: rows.append(row) or real(file, row))
     cli(monkeypatch, *argv[1:])
     assert [("key" in row) for row in rows] == [False] * 3 + [True]  # three problems and the point
     cli(monkeypatch, "curve", *options, "--out", "whole")
@@ -310,7 +326,7 @@ def test_humaneval_end_to_end_on_a_random_checkpoint(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("words, match", [
-    (["--points", "9"], "has 0 to 7"), (["--n", "0"], "must be above 0"),
+    (["--points", "9"], "has 0 to 7"), (["--n", "0"], "--n is 0: it must be at least 1"),
     (["--protocol", "tiny-static", "--thresholds", "0.5"], "no chosen point of protocol tiny-static has one"),
     (["--protocol", "t3d"], "it is for sdar"), (["--block_len", "-1"], "block_len is -1"),
     (["--task", "no.jsonl"], "no.jsonl"), (["--y_max", "-5"], "must be above 0"),
@@ -333,12 +349,9 @@ def test_tds_command(tmp_path, monkeypatch, capsys):
                   correct=True, model="tiny", decoding={}, schema=1)
     (tmp_path / "t").mkdir()
     (tmp_path / "t/rank0.jsonl").write_text(json.dumps(record) + "\n")
-    monkeypatch.setattr("sys.argv", ["eval.py", "tds", "--trajectories", str(tmp_path / "t"), "--out",
-                                     str(tmp_path / "o")])
-    nt_eval.main()
+    cli(monkeypatch, "tds", "--trajectories", tmp_path / "t", "--out", tmp_path / "o")
     want = np.nanmean(nt_eval.tds(nt_model.load("tiny"), record))
     assert f"{want:.4f} nats^2" in capsys.readouterr().out
     assert (tmp_path / "o/tds.png").stat().st_size > 5000
-    monkeypatch.setattr("sys.argv", ["eval.py", "tds", "--trajectories", str(tmp_path / "none")])
-    with pytest.raises(nt_model.UserError, match="no trajectory"):
-        nt_eval.main()
+    with pytest.raises(UserError, match="no trajectory"):
+        cli(monkeypatch, "tds", "--trajectories", tmp_path / "none")

@@ -7,7 +7,7 @@ import sys
 import jinja2
 import pytest
 import torch
-from checkpoints import VOCAB, official_checkpoint, raw_config
+from checkpoints import SPECIALS, VOCAB, official_checkpoint, raw_config, write_bpe, write_tokenizer
 from conftest import FIXTURES, ROOT, prompts_of, random_model
 from safetensors.torch import load_file, save_file
 from test_model import LLADA_NAMES, llada_name
@@ -19,6 +19,7 @@ import tad
 import trims
 from model import UserError
 from sample import generate, reference
+from teacher import load_teacher, load_teacher_tokenizer, token_nll
 
 FAMILIES = ["llada", "dream", "sdar"]
 TURN = {  # one user turn, rendered
@@ -114,14 +115,88 @@ def test_templates_equal_the_checkpoints_own_jinja(hub, folder, family):
     jinja = hub / folder / "chat_template.jinja"
     source = jinja.read_text() if family == "sdar" else config["chat_template"]
     env = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+    chat = nt_model.FAMILIES[family].chat
     for system in ("", "Be brief."):
         for text in ("What is 2 + 2?", " spaced\n", "two\n\nlines"):
             turns = [dict(role="system", content=system)] * bool(system) + [dict(role="user", content=text)]
             want = env.from_string(source).render(messages=turns, add_generation_prompt=True,
                                                   bos_token=config["bos_token"])
-            got = "".join(piece for piece, _ in data.chat_pieces(nt_model.CHAT[family], text, system))
+            got = "".join(piece for piece, _ in data.chat_pieces(chat, text, system))
             assert got == want
-    assert {special for _, special in data.chat_pieces(nt_model.CHAT[family], "<|im_end|>")} == {True, False}
+    assert {special for _, special in data.chat_pieces(chat, "<|im_end|>")} == {True, False}
+
+
+def test_a_teachers_vocabulary_may_hold_the_token_words(tmp_path):
+    """As Qwen's does; a list under that name is what tells the tiny model's table from a BPE."""
+    write_tokenizer(tmp_path, "dream")
+    vocab = json.loads((tmp_path / "vocab.json").read_text())
+    (tmp_path / "vocab.json").write_text(json.dumps({**vocab, "words": 260}))
+    tok = load_teacher_tokenizer(tmp_path)
+    assert tok.encode("ab") == [97, 98] and tok.eos_id == tok.special["<|im_end|>"]
+    assert load_teacher_tokenizer("tiny-ar").eos_id == data.load_tokenizer("tiny").eos_id
+    (tmp_path / "added_tokens.json").unlink()
+    with pytest.raises(UserError, match="tiny-ar, or a Qwen2 or Qwen3 chat model"):
+        load_teacher_tokenizer(tmp_path)
+
+
+def test_text_never_becomes_an_added_token_that_is_not_special(tmp_path):
+    """Qwen3 declares <think> and others as added, not special: transformers would match them in a text."""
+    write_tokenizer(tmp_path, "sdar")
+    kind = dict(lstrip=False, rstrip=False, normalized=False, single_word=False)
+    at = {**{token: 256 + i for i, token in enumerate(SPECIALS["sdar"])}, "<think>": 260}
+    declared = {i: dict(content=token, special=token != "<think>", **kind) for token, i in at.items()}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(added_tokens_decoder=declared)))
+    (tmp_path / "config.json").write_text(json.dumps(raw_config("sdar")))
+    tok = data.load_tokenizer(tmp_path)
+    assert tok.encode("<think>") == list(b"<think>") and tok.decode([260, 97]) == "<think>a"
+
+
+# --------------------------------------------------------------------------------------------- a new family
+def test_a_new_dense_family_is_one_entry(tmp_path, monkeypatch):
+    """Key names, tensor names, template, facts of its own: load, LoRA and decoding ask for nothing else."""
+    layer = {ours: "part_" + ours for ours in nt_model.HF_NAMES if ours not in ("embed", "norm", "head")}
+    keys = {ours: "my_" + ours for ours in (*nt_model.HF_KEYS, "n_kv_head", "tied")}
+    monkeypatch.setitem(nt_model.FAMILIES, "dummy", nt_model.Family(
+        presets={"dummy-1b": str(tmp_path)}, model_type="Dummy",
+        chat=nt_model.Chat("<|go|>", "<|user|>{text}", "<|bot|>", "<|end|>", trim=True),
+        names=dict(layer, block="net.layers", embed="net.wte", norm="net.last", head="net.out"),
+        keys=keys, optional=dict(pad_id="my_pad"), facts=dict(qk_norm=True, shift=True, rope_fp32=True),
+        extra_eos=(259,), decoding=dict(gen_len=8, block_len=4, cache="dual")))
+    raw = dict(model_type="Dummy", my_vocab_size=272, my_n_layer=2, my_n_head=4, my_n_kv_head=2,
+               my_d_model=32, my_d_mlp=48, my_max_len=64, my_norm_eps=1e-6, my_tied=False, my_mask_id=260,
+               my_eos_ids=256, rope_theta=1e4)
+    write_bpe(tmp_path, ["<|go|>", "<|user|>", "<|bot|>", "<|end|>", "<|mask|>"])
+    cfg = nt_model.config_from_json(raw)
+    assert (cfg.family, cfg.head_dim, cfg.eos_ids, cfg.pad_id) == ("dummy", 8, (256, 259), 256)
+    model = nt_model.Transformer(cfg).init_weights(torch.Generator().manual_seed(0)).eval()
+    nt_model.save(model, tmp_path)
+    official = load_file(tmp_path / "model.safetensors").keys()
+    assert {"net.wte.weight", "net.layers.1.part_q_proj.weight", "net.out.weight"} <= official
+    again, ids = nt_model.load("dummy-1b"), torch.randint(0, 250, (2, 9))
+    assert again.cfg == cfg and torch.equal(again(ids), model(ids))
+
+    lora.add(again, 4, 8)
+    for _, m in lora.adapters(again):
+        torch.nn.init.normal_(m.lora_B)
+    lora.save(again, tmp_path / "adapter", base="dummy-1b")
+    adapted = lora.load(nt_model.load(tmp_path), tmp_path / "adapter")
+    assert torch.equal(adapted(ids), again(ids)) and not close(adapted(ids), model(ids), 1e-3)
+    assert "base_model.model.net.layers.0.part_up_proj.lora_A.weight" in load_file(
+        tmp_path / "adapter/adapter_model.safetensors")
+
+    tok, settings = data.load_tokenizer("dummy-1b"), nt_model.decoding_defaults(cfg)
+    prompt = tok.prompt_ids(" hi ")
+    assert tok.decode(prompt.tolist()) == "<|go|><|user|>hi<|bot|>" and settings["cache"] == "dual"
+    assert tok.response_ids("yes")[-1] == tok.special["<|end|>"] == 259 and tok.eos_id == 256
+    out = generate(adapted, [prompt], **settings)[0]
+    assert out.ids.tolist() == reference(adapted, prompt, **settings).ids.tolist() and len(out.ids) == 8
+    with pytest.raises(UserError, match="supported are tiny, llada, Dream, sdar, Dummy"):
+        nt_model.config_from_json({**raw, "model_type": "other"})
+    with pytest.raises(UserError, match="one of .*, dummy-1b, a hub id"):
+        nt_model.load("dummy-2b")
+    del raw["my_max_len"]
+    with pytest.raises(UserError, match="dummy model lacks the key 'my_max_len'"):
+        nt_model.config_from_json(raw)
 
 
 def test_privileged_prompts_put_the_solution_into_the_user_turn(tmp_path):
@@ -136,9 +211,9 @@ def test_privileged_prompts_put_the_solution_into_the_user_turn(tmp_path):
 
 def test_tokeniser_errors(tmp_path):
     folder = official_checkpoint(tmp_path / "none", "dream", tokenizer=False)
-    with pytest.raises(UserError, match="no tokeniser: neither vocab.json nor tokenizer.json"):
+    with pytest.raises(UserError, match="no tokeniser: neither tokenizer.json nor vocab.json"):
         data.load_tokenizer(folder)
-    with pytest.raises(UserError, match="no tokenizer.json"):
+    with pytest.raises(UserError, match="no tokeniser: neither tokenizer.json"):
         data.load_tokenizer(official_checkpoint(tmp_path / "none2", "llada", tokenizer=False))
     folder = official_checkpoint(tmp_path / "large", "sdar")
     table = json.loads((folder / "added_tokens.json").read_text())
@@ -160,11 +235,16 @@ def test_tokeniser_errors(tmp_path):
         (folder / "vocab.json").write_text(json.dumps(broken))
         with pytest.raises(UserError, match="not a byte-level BPE"):
             data.load_tokenizer(folder)
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").unlink()
+    with pytest.raises(UserError, match="no tokeniser: .* merges.txt"):
+        data.load_tokenizer(folder)
     (folder / "vocab.json").unlink()
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="holds no BPE vocabulary"):
+    with pytest.raises(UserError, match="is not a tokeniser"):
         data.load_tokenizer(folder)
-    table = dict(model=dict(vocab=vocab), added_tokens=[])  # what a checkpoint without vocab.json has
+    to_bytes = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
+    table = dict(model=dict(type="BPE", vocab=vocab, merges=[]), added_tokens=[], pre_tokenizer=to_bytes)
     (folder / "tokenizer.json").write_text(json.dumps(table))
     assert data.load_tokenizer(folder).encode("ab") == [97, 98]
 
@@ -240,15 +320,15 @@ def test_training_layout_sees_what_decoding_sees(facts):
 
 # ------------------------------------------------------------------------------------------------- AR teacher
 def test_teacher_nll_equals_the_fixture():
-    teacher = nt_model.load_teacher(FIXTURES / "qwen3_A")
+    teacher = load_teacher(FIXTURES / "qwen3_A")
     want = load_file(FIXTURES / "qwen3_A/expected.safetensors")
-    nll = nt_model.token_nll(teacher, want["input_ids"])
+    nll = token_nll(teacher, want["input_ids"])
     assert nll.shape == want["input_ids"].shape and not nll[:, 0].any()
     assert close(nll[:, 1:], want["token_nll"])
     assert close(teacher(want["input_ids"]).logits, want["logits"])
     left = load_file(FIXTURES / "qwen3_A/expected_leftpad.safetensors")
     valid = left["attention_mask"].bool()
-    assert close(nt_model.token_nll(teacher, left["input_ids"], valid)[1, 6:],
+    assert close(token_nll(teacher, left["input_ids"], valid)[1, 6:],
                  -left["logits"].log_softmax(-1)[1, 5:-1].gather(1, left["input_ids"][1, 6:, None])[:, 0])
 
 
@@ -257,29 +337,29 @@ def test_teacher_is_any_causal_lm_and_padding_changes_nothing(tmp_path):
     config = LlamaConfig(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                          num_attention_heads=4)
     LlamaForCausalLM(config).save_pretrained(tmp_path)
-    teacher = nt_model.load_teacher(tmp_path)
+    teacher = load_teacher(tmp_path)
     assert not any(p.requires_grad for p in teacher.parameters())
     rows = prompts_of([7, 4])
-    alone = [nt_model.token_nll(teacher, r[None])[0] for r in rows]
+    alone = [token_nll(teacher, r[None])[0] for r in rows]
     by_hand = -teacher(rows[0][None]).logits[0].log_softmax(-1)[torch.arange(6), rows[0][1:]]
     assert close(alone[0][1:], by_hand, 1e-5)
     for left in (True, False):
         span = slice(3, 7) if left else slice(0, 4)
         ids, valid = torch.zeros(2, 7).long(), torch.zeros(2, 7, dtype=torch.bool)
         ids[0], valid[0], ids[1, span], valid[1, span] = rows[0], True, rows[1], True
-        nll = nt_model.token_nll(teacher, ids, valid)
+        nll = token_nll(teacher, ids, valid)
         assert close(nll[0], alone[0]) and close(nll[1, span], alone[1]) and not nll[~valid].any()
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="up_proj"):  # transformers alone would fill it with random numbers
-        nt_model.load_teacher(tmp_path)
+        load_teacher(tmp_path)
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(UserError, match="not a causal LM"):
-        nt_model.load_teacher(tmp_path)
+        load_teacher(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "nonsense"}')
     with pytest.raises(UserError, match="not a causal LM") as e:
-        nt_model.load_teacher(tmp_path)
+        load_teacher(tmp_path)
     assert "\n" not in str(e.value)
 
 
@@ -507,7 +587,7 @@ def test_tad_random_masks_of_a_block_causal_model_reach_every_block(tmp_path):
     model = nt_model.load(official_checkpoint(tmp_path, "sdar"))
     rng, L = torch.Generator().manual_seed(0), 16
     record = dict(x0=torch.randint(0, 250, (L,), generator=rng).tolist(), order=list(range(L)),
-                  prompt_ids=[1, 2, 3, 4, 5], prompt="", solution="")
+                  prompt_ids=[1, 2, 3, 4, 5], prompt="", solution="", privileged_prompt_ids=[1, 2], id="a")
     cfg = tad.Config(source="traj_random", batch_size=1, gen_len=L)
     batch = tad.make_batch([(record, 0)], [data.example_rng(0, 0, 1)], cfg, 8, model.cfg)
     masked = batch["masked"][0]
@@ -518,5 +598,5 @@ def test_tad_random_masks_of_a_block_causal_model_reach_every_block(tmp_path):
         canvas = record["prompt_ids"] + record["x0"][:max(lo, 0)] + batch["xt"][0, max(lo, 0):lo + 4].tolist()
         logp = model(torch.tensor([canvas]))[0, 5 + i].log_softmax(-1)
         want -= logp[record["x0"][i]].item() / int(masked.sum())
-    got = tad.training_loss(model, model, [(record, 0)], [data.example_rng(0, 0, 1)], cfg, 8, None, "cpu")[0]
+    got = tad.training_loss(model, model, batch, cfg)[0]
     assert abs(got.item() - want) < 1e-4

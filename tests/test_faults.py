@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 import lora
 import model as nt_model
+import run as training
 import tad
 from model import UserError
 
@@ -78,67 +80,104 @@ def test_killed_while_collecting_and_training(tmp_path, kind):
 # ------------------------------------------------------------------------------------------------ checkpoints
 def trained(seed=0):
     model = lora.add(random_model(), 4, 4)
-    opts = [torch.optim.AdamW(tad.trainable(model).values(), lr=1e-2)]
-    for p in tad.trainable(model).values():
+    opts = [torch.optim.AdamW(training.trainable(model).values(), lr=1e-2)]
+    for p in training.trainable(model).values():
         p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
     opts[0].step()
     return model, opts
 
 
+def a_run(tmp_path, model, optimizers):
+    """A run that stands between two of its steps."""
+    r = training.Run(tad.Config(out=str(tmp_path)))
+    r.model, r.optimizers, r.reference = model, optimizers, lambda step: None
+    return r
+
+
 @pytest.mark.parametrize("n_files", [1, 2])
 def test_a_checkpoint_cut_anywhere_is_not_used(tmp_path, capsys, n_files):
     model, opts = trained()
-    tensors = {k: t.detach().clone() for k, t in tad.checkpoint_tensors(model, opts, None).items()}
+    tensors = {k: t.detach().clone() for k, t in training.checkpoint_tensors(model, opts, None).items()}
     for step in (5, 10):
         (tmp_path / "checkpoints/tmp").mkdir(parents=True)
         for rank in range(n_files)[::-1]:  # of two, each has half of the rows
             mine = {k: t.chunk(n_files)[rank].contiguous() if t.ndim else t for k, t in tensors.items()}
-            tad.write_checkpoint(tmp_path / "checkpoints", step, mine, 1.0, rank, n_files)
+            training.write_checkpoint(tmp_path / "checkpoints", step, mine, 1.0, rank, n_files)
     newest, before = tmp_path / "checkpoints/step-000010", tmp_path / "checkpoints/step-000005"
     files, draw = sorted(f for f in newest.iterdir() if f.suffix != ".sha256"), random.Random(0)
-    assert len(files) == n_files + 1 and tad.newest_checkpoint(tmp_path) == newest
+    assert len(files) == n_files + 1 and training.newest_checkpoint(tmp_path) == newest
     for cut in [0, *(draw.random() for _ in range(40))]:
         file = draw.choice(files)
         raw = file.read_bytes()
         file.write_bytes(raw[:int(cut * len(raw))])
-        assert tad.newest_checkpoint(tmp_path) == before
+        assert training.newest_checkpoint(tmp_path) == before
         assert "damaged" in capsys.readouterr().err
         file.write_bytes(raw)
     for file in files:  # the last byte, a wrong one, the whole file
         raw = file.read_bytes()
         for broken in (raw[:-1], raw[:50] + bytes([raw[50] ^ 1]) + raw[51:], None):
             file.unlink() if broken is None else file.write_bytes(broken)
-            assert tad.newest_checkpoint(tmp_path) == before or (file.suffix == ".json" and broken)
+            assert training.newest_checkpoint(tmp_path) == before or (file.suffix == ".json" and broken)
             file.write_bytes(raw)
     other, other_opts = trained(seed=1)
-    assert tad.load_checkpoint(tmp_path, other, other_opts, 0, 1) == 10
-    got = tad.checkpoint_tensors(other, other_opts, None)
+    assert a_run(tmp_path, other, other_opts).resume() == 10
+    got = training.checkpoint_tensors(other, other_opts, None)
     assert got.keys() == tensors.keys() and all(torch.equal(got[k], tensors[k]) for k in tensors)
 
 
 def test_the_last_two_and_the_best_are_kept(tmp_path):
     model, opts = trained()
+    r = a_run(tmp_path, model, opts)
     for step, loss in enumerate((3.0, 1.0, 2.0, 2.5, 4.0), 1):
-        tad.save_checkpoint(tmp_path, step, model, opts, loss, 0, 1)
-    tad.finish_writing()
+        r.save_checkpoint(step, loss)
+    r.finish_writing()
     assert [p.name[-1] for p in sorted((tmp_path / "checkpoints").glob("step*"))] == ["2", "4", "5"]
 
 
 def test_saving_does_not_wait_for_the_disk_and_sees_the_weights_as_they_were(tmp_path, monkeypatch):
     model, opts = trained()
-    want, inner = tad.checkpoint_tensors(model, opts, None), tad.save_file
+    want, inner = training.checkpoint_tensors(model, opts, None), training.save_file
     want = {k: t.detach().clone() for k, t in want.items()}
-    gate = tad.threading.Event()
-    monkeypatch.setattr(tad, "save_file", lambda *a: gate.wait(60) and inner(*a))
-    tad.save_checkpoint(tmp_path, 1, model, opts, 1.0, 0, 1)  # returns while its thread waits at the gate
+    gate = threading.Event()
+    monkeypatch.setattr(training, "save_file", lambda *a: gate.wait(60) and inner(*a))
+    r = a_run(tmp_path, model, opts)
+    r.save_checkpoint(1, 1.0)  # returns while its thread waits at the gate
     with torch.no_grad():
-        for p in tad.trainable(model).values():
+        for p in training.trainable(model).values():
             p.add_(1)
     assert not (tmp_path / "checkpoints/step-000001").exists()
     gate.set()
-    assert tad.load_checkpoint(tmp_path, model, opts, 0, 1) == 1
-    assert all(torch.equal(t, want[k]) for k, t in tad.checkpoint_tensors(model, opts, None).items())
-    monkeypatch.setattr(tad, "save_file", lambda *a: 1 / 0)
-    tad.save_checkpoint(tmp_path, 2, model, opts, 1.0, 0, 1)
+    assert r.resume() == 1
+    assert all(torch.equal(t, want[k]) for k, t in training.checkpoint_tensors(model, opts, None).items())
+    monkeypatch.setattr(training, "save_file", lambda *a: 1 / 0)
+    r.save_checkpoint(2, 1.0)
     with pytest.raises(UserError, match="could not be written: division"):
-        tad.finish_writing()
+        r.finish_writing()
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path):
+    """Another process holds the lock: one line; when it has ended, the folder is free."""
+    hold = """import fcntl, sys
+file = open(sys.argv[1], "a")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+input()"""
+    holder = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "lock")], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    with pytest.raises(UserError, match="in use by another run"):
+        training.Run(tad.Config(out=str(tmp_path)))
+    holder.communicate(b"\n")
+    assert not training.Run(tad.Config(out=str(tmp_path))).finished
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path):
+    model, opts = trained()
+    r = a_run(tmp_path, model, opts)
+    r.step, r.n_steps, r.total = 3, 10, {"loss": 0.0}
+    before = {name: p.detach().clone() for name, p in training.trainable(model).items()}
+    for p in training.trainable(model).values():
+        p.grad = torch.full_like(p, float("nan"))
+    with pytest.raises(UserError, match="gradient is nan at step 3"):
+        r.update()
+    assert all(torch.equal(p, before[name]) for name, p in training.trainable(model).items())

@@ -14,6 +14,7 @@ import bench
 import data
 import lora
 import model as nt_model
+import run
 import sample
 import tad
 
@@ -62,10 +63,10 @@ def tad_micro_batch(model, teacher, examples, cfg, device, plain):
     """Loss of one TAD micro-batch, half of the response revealed. plain: as one would write it first, with
     the logits of all positions and a copied teacher.
     """
-    if not plain:
-        return tad.training_loss(model, teacher, examples, [None] * len(examples), cfg, 8, None, device)[0]
     b = tad.make_batch(examples, [None] * len(examples), cfg, 8, model.cfg)
-    inputs, cols = data.response_inputs(model.cfg, b["plain"], b["xt"])
+    if not plain:
+        return tad.training_loss(model, teacher, {**b, "teacher_prompts": b["prompts"]}, cfg)[0]
+    inputs, cols = data.response_inputs(model.cfg, b["prompts"], b["xt"])
     inputs = {k: None if t is None else t.to(device) for k, t in inputs.items()}
     row, j = b["masked"].nonzero(as_tuple=True)
     with torch.no_grad():
@@ -84,10 +85,10 @@ def lora_steps(base, device, batch, length, plain, n=5):
     teacher, half = teacher or model, length // 2
     g = torch.Generator().manual_seed(0)
     texts = torch.randint(0, 250, (batch, length), generator=g).tolist()
-    examples = [(dict(prompt_ids=text[:half], x0=text[half:], order=list(range(half))), half // 2)
+    examples = [(dict(id=0, prompt_ids=text[:half], x0=text[half:], order=list(range(half))), half // 2)
                 for text in texts]
     cfg = tad.Config(batch_size=batch, teacher_prompt="plain")
-    opt, losses = torch.optim.AdamW(tad.trainable(model).values(), lr=1e-3), []
+    opt, losses = torch.optim.AdamW(run.trainable(model).values(), lr=1e-3), []
 
     def step():
         loss = tad_micro_batch(model, teacher, examples, cfg, device, plain)
@@ -183,7 +184,7 @@ class TestOnAGpu:
         batch, inner = sample.Batch(model, prompts, s, 8, range(32)), sample.Batch.run
         captured = []
 
-        def run(self):
+        def strict_run(self):
             strict = bool(self.graphs) and all(self.graphs.values())
             captured.append(strict)
             torch.cuda.set_sync_debug_mode("error" if strict else "default")
@@ -191,7 +192,7 @@ class TestOnAGpu:
                 inner(self)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        batch.run = lambda: run(batch)
+        batch.run = lambda: strict_run(batch)
         assert len(list(sample.decode(batch))) == 32
         assert sum(captured) > 2 and batch.looks <= batch.forwards / 4
 

@@ -5,14 +5,15 @@ import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import attacks
 import pytest
 
 import grade
-from model import UserError
+import runner
+from cli import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 LINUX = sys.platform == "linux"
@@ -23,6 +24,7 @@ LINUX = sys.platform == "linux"
     ("now under blue . #### blue gold", "blue gold", True), ("#### blue gold .", "blue gold", True),
     ("#### blue", "blue gold", False), ("#### blue #### gold", "gold", True), ("blue", "blue", False),
     ("", "blue", False), ("####", "blue", False), ("#### 3", 3, True), ("#### 3.0", "3", True),
+    ("#### 0", 0, True),
     ("#### 3 apples", "3", False), ("#### $1,234.50.", "1234.5", True), ("#### 50%", "50", True),
     ("12 and #### x", "12", False),  # the mark goes before numbers
     (r"so \boxed{42}", "42", True), (r"\boxed{41} no, \boxed{42}.", "42", True),
@@ -130,7 +132,7 @@ def test_math_known_disagreements(answer, response, right):
 def test_math_in_a_thread_and_without_the_package(monkeypatch):
     pytest.importorskip("math_verify")
     problem = {"answer": r"\frac{1}{2}", "grader": "math"}
-    with grade.ThreadPoolExecutor(1) as thread:  # no alarms there
+    with ThreadPoolExecutor(1) as thread:  # no alarms there
         assert thread.submit(grade.is_correct, problem, r"\boxed{0.5}").result()
         assert not thread.submit(grade.is_correct, problem, r"\boxed{2}").result()
     monkeypatch.setitem(sys.modules, "math_verify", None)
@@ -182,7 +184,7 @@ def test_code(problem, reply, right):
 
 
 def test_code_never_runs_unasked(tmp_path, monkeypatch):
-    monkeypatch.setattr(grade, "child_says", lambda *_: pytest.fail("a program was started"))
+    monkeypatch.setattr(runner, "child_says", lambda *_: pytest.fail("a program was started"))
     for call in (grade.is_correct, grade.submit, lambda p, t: grade.grade_all([p], [t])):
         with pytest.raises(UserError, match="problem 1 .* --allow_code_execution"):
             call(ADD, RIGHT)
@@ -237,7 +239,7 @@ def report(found):
     return {name: seen for name, (contained, seen) in found["attacks"].items() if not contained}
 
 
-@pytest.mark.skipif(not LINUX, reason="what contains a program elsewhere is in grade.containment()")
+@pytest.mark.skipif(not LINUX, reason="what contains a program elsewhere is in runner.containment()")
 def test_attacks_are_contained():
     assert not report(attacks.attack_all())
 
@@ -258,30 +260,30 @@ def test_attacks_are_contained_for_a_normal_user():
     python = readable_python()
     if not python or any(not p.stat().st_mode & 0o001 for p in ROOT.parents):
         pytest.skip("a normal user can read no Python of 3.11 or newer, or not this folder")
-    somebody = dict(user=grade.NOBODY, group=grade.NOBODY, extra_groups=[], cwd="/", env={})
+    somebody = dict(user=runner.NOBODY, group=runner.NOBODY, extra_groups=[], cwd="/", env={})
     out = subprocess.run([python, "-B", str(ROOT / "tests" / "attacks.py")], **somebody, capture_output=True,
                          text=True, check=True).stdout
     found = json.loads(out)
-    assert found["uid"] == grade.NOBODY and found["containment"]["unprivileged user"] and not report(found)
+    assert found["uid"] == runner.NOBODY and found["containment"]["unprivileged user"] and not report(found)
 
 
 @pytest.mark.parametrize("name", attacks.CANNOT_STOP)
 def test_what_no_check_in_the_process_can_stop(name):
-    assert grade.run_program(attacks.CANNOT_STOP[name], attacks.TESTS).passed
+    assert runner.run_program(attacks.CANNOT_STOP[name], attacks.TESTS).passed
 
 
 def test_no_tests_no_pass():
-    assert not grade.run_program("x = 1", "").passed
-    assert not grade.run_program("def f():\n    return 1", "    assert f() == 2").passed  # not f's last line
+    assert not runner.run_program("x = 1", "").passed
+    assert not runner.run_program("def f():\n    return 1", "    assert f() == 2").passed  # not f's last line
 
 
 FORGED = "word", "writes PASS", "sys.exit", "os._exit", "jumps"  # how the names of such attacks begin
 NO_LANDLOCK, NO_SECCOMP = ("LINUX and landlock()", "False"), ("LINUX and forbid_syscalls()", "False")
-NO_NAMESPACES, ROOT_STAYS = ('= enter_namespaces()', "= False"), ("= drop_root()", "= False")
+NO_NAMESPACES, ROOT_STAYS = ("LINUX and enter_namespaces()", "False"), ("= drop_root()", "= False")
 NO_HOOK = ("sys.addaudithook(shut)", "pass")
 NO_FORK_LIMIT = ("CORE=0, NPROC=0", "CORE=0")
 SAYS = "leave(write(said, take(WORD)[execute(code, scope):]) - WORD)"
-BROKEN = {  # attack: what must be broken in grade.py for it to get through; the attack is then seen
+BROKEN = {  # attack: what must be broken in runner.py for it to get through; the attack is then seen
     "os._exit(0)": [("said == word and code == 0", "code == 0")],
     "sys.exit(0)": [("said == word and code == 0", "code == 0"),
                     ("    finally:\n        os._exit(1)", "    finally:\n        os._exit(0)")],
@@ -311,12 +313,12 @@ BROKEN = {  # attack: what must be broken in grade.py for it to get through; the
 @pytest.mark.skipif(not LINUX, reason="the guards are Linux's")
 @pytest.mark.parametrize("name", BROKEN)
 def test_the_attacks_see_a_broken_guard(name, tmp_path):
-    source = Path(grade.__file__).read_text()
+    source = Path(runner.__file__).read_text()
     for good, bad in BROKEN[name]:
         assert source.count(good) == 1, good
         source = source.replace(good, bad)
-    (tmp_path / "broken_grade.py").write_text(source)
-    spec = importlib.util.spec_from_file_location("broken_grade", tmp_path / "broken_grade.py")
+    (tmp_path / "broken_runner.py").write_text(source)
+    spec = importlib.util.spec_from_file_location("broken_runner", tmp_path / "broken_runner.py")
     broken = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(broken)
     with attacks.Scene() as scene:

@@ -10,9 +10,12 @@ import torch
 from checkpoints import official_checkpoint
 from conftest import CONFIGS, ROOT, random_model
 
+import cli
 import data
+import grade
 import lora
 import model as nt_model
+import run as training
 import t3d
 import tad
 from model import UserError
@@ -39,7 +42,17 @@ def test_help_and_mistakes():
 def test_overwrite_is_refused_on_several_nodes(tmp_path, monkeypatch):
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     with pytest.raises(nt_model.UserError, match="--overwrite on several nodes"):
-        t3d.open_run(t3d.Config(out=str(tmp_path), overwrite=True), 0)
+        training.Run(t3d.Config(out=str(tmp_path), overwrite=True))
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("text", ['{"model_type": "tiny"}', "[]", '{"model": "a", "data": "b"}'])
+def test_a_folder_of_something_else_is_left_alone(tmp_path, text, overwrite):
+    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "weights").write_text("mine")
+    with pytest.raises(nt_model.UserError, match="config.json is not that of a run"):
+        training.Run(t3d.Config(out=str(tmp_path), overwrite=overwrite))
+    assert (tmp_path / "config.json").read_text() == text and (tmp_path / "weights").exists()
 
 
 def test_two_nodes_train_one_model(tmp_path):
@@ -87,7 +100,7 @@ def test_rounds_collect_with_the_student_and_continue(tmp_path, monkeypatch):
     assert [r[0]["decoding"]["block_len"] for r in rounds] == [4, 8, 8]  # the student's block
     assert rounds[0][0]["model"] != rounds[1][0]["model"] and "2 rounds" in rounds[2][0]["model"]
     assert any(a["x0"] != b["x0"] for a, b in zip(rounds[0], rounds[1]))  # another model decoded
-    inner = data.grade.is_correct
+    inner = grade.is_correct
 
     def dies(problem, text, seen=[]):
         seen.append(1)
@@ -95,13 +108,15 @@ def test_rounds_collect_with_the_student_and_continue(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return inner(problem, text)
     with monkeypatch.context() as m:
-        m.setattr(data.grade, "is_correct", dies)
+        m.setattr(grade, "is_correct", dies)
         with pytest.raises(KeyboardInterrupt):
             run("cut")
     assert len(data.read_trajectories(tmp_path / "cut/trajectories-round-1")) == 2
     with monkeypatch.context() as m:  # SIGTERM within the round
-        m.setattr(t3d, "check_finite", lambda loss, ids, out, step: step == 2 and t3d.STOP.set())
-        assert run("cut") == 143
+        m.setattr(training.Run, "check_finite", lambda self, loss: self.step == 2 and self.stop_asked.set())
+        with pytest.raises(cli.Stopped) as ended:
+            run("cut")
+        assert ended.value.code == 143
     run("cut")
     a, b = ((tmp_path / name / final).read_bytes() for name in ("whole", "cut"))
     assert a == b
@@ -132,7 +147,7 @@ def gradient(model):
             model.hidden(ids, valid)
         model.zero_grad()
         loss.backward()
-    return torch.cat([p.grad.flatten() for p in tad.trainable(model).values()])
+    return torch.cat([p.grad.flatten() for p in training.trainable(model).values()])
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
@@ -205,12 +220,12 @@ def test_memory_of_real_shapes(capsys):
         model = nt_model.Transformer(shape)
     n, block = 8_015_581_184, sum(p.numel() for p in model.blocks[0].parameters())
     cfg = tad.Config(full=True)
-    nt_model.print_memory(model, cfg, frozen_copy=False)
+    training.print_memory(model, cfg, frozen_copy=False)
     row = capsys.readouterr().out.splitlines()[-2].split()
-    rest = n - shape.n_layer * block  # embedding, norm, head: whole, and so are their gradients, in bf16 and fp32
+    rest = n - shape.n_layer * block  # embedding, norm, head: whole, as their gradients are, in bf16 and fp32
     want = [4 * n / 8 + 2 * (2 * block + rest), 4 * n / 8 + (2 + 4) * rest, 8 * n / 8]
     assert row[0] == "8" and [float(x) for x in row[1:4]] == [round(w / 2**30, 1) for w in want]
-    nt_model.print_memory(lora.add(model, 128, 128), tad.Config(), frozen_copy=True)
+    training.print_memory(lora.add(model, 128, 128), tad.Config(), frozen_copy=True)
     row = capsys.readouterr().out.splitlines()[-2].split()
     assert float(row[1]) == round((2 * n + 4 * (sum(p.numel() for p in model.parameters()) - n)) / 2**30, 1)
 
@@ -220,7 +235,7 @@ PEAK = """
 import re, sys, threading, time
 import torch
 import torch.distributed as dist
-import lora, model, tad
+import lora, model, run, tad
 torch.set_num_threads(1)
 class Peak(threading.Thread):
     # the largest anonymous memory in between, MiB: pages that are mapped from a file are not counted
@@ -248,11 +263,11 @@ print(peak.grown())
 LOADING = PEAK + """
 dist.init_process_group('gloo')
 cpu, how = torch.device('cpu'), sys.argv[2]
-model.shard(model.load('tiny'), cpu, train=True)  # what is imported and set up once
+run.shard(model.load('tiny'), cpu, train=True)  # what is imported and set up once
 peak.start(); time.sleep(0.05)
 m = model.load(sys.argv[1], cpu, torch.bfloat16 if how == 'mapped' else torch.float32)
-m = model.shard(m, cpu, train=True)
-grown, own = peak.grown(), sum(model.local(p).numel() for p in m.parameters()) * 4 >> 20
+m = run.shard(m, cpu, train=True)
+grown, own = peak.grown(), sum(run.local(p).numel() for p in m.parameters()) * 4 >> 20
 if dist.get_rank() == 0: print(grown, own)
 dist.barrier(); dist.destroy_process_group()
 """

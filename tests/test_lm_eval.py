@@ -11,10 +11,11 @@ from conftest import ROOT
 
 import data
 import eval as nt_eval
+import harness
 import model as nt_model
-from model import UserError
+from cli import UserError, read_jsonl
 
-lm_eval = pytest.importorskip("lm_eval", reason="extra `eval`")
+lm_eval = pytest.importorskip("lm_eval", reason="pip install 'lm_eval[math,ifeval]'")
 TASKS = Path(lm_eval.__file__).parent / "tasks"
 SHOTS = [("Ann has 2 pens and buys 3. How many?", "2 + 3 = 5\n#### 5"),
          ("Bob had 9 and lost 4. How many?", "9 - 4 = 5\n#### 5")]
@@ -67,8 +68,8 @@ def scripted(replies, seen):
 def evaluate(monkeypatch, model, tok, tasks, items, **options):
     seen = []
     monkeypatch.setattr(nt_eval, "decode_rows", scripted({q: reply for q, _, reply, *_ in items}, seen))
-    bridge = nt_eval.lm(model, tok, dict(gen_len=16), batch_size=2)
-    tasks, manager = nt_eval.load_tasks(tasks, None, False)
+    bridge = harness.bridge(model, tok, dict(gen_len=16), batch_size=2)
+    tasks, manager = harness.load_tasks(tasks, None, False)
     results = lm_eval.simple_evaluate(model=bridge, tasks=tasks, task_manager=manager, bootstrap_iters=0,
                                       **options)
     return results, seen, bridge
@@ -88,7 +89,7 @@ def test_gsm8k_few_shots_stops_and_scores(here, monkeypatch):
     shots = ["Question: {}\nAnswer: {}\n\n".format(*shot) for shot in SHOTS]
     for (question, *_), text in zip(GSM8K, reversed(seen)):
         assert text in [a + b + f"Question: {question}\nAnswer:" for a, b in (shots, shots[::-1])]
-    assert len(bridge.rows) == 3 and nt_eval.wall_seconds(bridge.rows.values()) == 1.5
+    assert len(bridge.decoded) == 3 and nt_eval.wall_seconds(bridge.decoded.values()) == 1.5
 
 
 def test_chats_are_the_templates_own(here, monkeypatch):
@@ -122,7 +123,7 @@ def test_minerva_math500_and_its_two_graders(here, monkeypatch):
 def test_only_the_template_makes_special_tokens(tmp_path, family):
     model = nt_model.load(official_checkpoint(tmp_path, family))
     tok = data.load_tokenizer(tmp_path)
-    bridge = nt_eval.lm(model, tok, {})
+    bridge = harness.bridge(model, tok, {})
     end = tok.chat.end
     for text in ("What is 2 + 2?", f" say {end} twice", "two\n\nlines"):
         chat = bridge.apply_chat_template([dict(role="user", content=text)])
@@ -150,39 +151,39 @@ def test_several_turns_equal_the_checkpoints_own_jinja(hub, folder, family):
         want = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(source).render(
             messages=[dict(role=r, content=c) for r, c in turns], add_generation_prompt=True,
             bos_token=config["bos_token"])
-        assert nt_eval.render(nt_model.CHAT[family], turns) == want
+        assert harness.render(nt_model.FAMILIES[family].chat, turns) == want
 
 
 def test_the_tiny_template_has_one_turn():
     with pytest.raises(UserError, match="--no-fewshot_as_multiturn"):
-        nt_eval.render(nt_model.CHAT["tiny"], [("user", "a"), ("assistant", "b"), ("user", "c")])
+        harness.render(nt_model.FAMILIES["tiny"].chat, [("user", "a"), ("assistant", "b"), ("user", "c")])
 
 
-def test_cut():
-    assert nt_eval.cut("a b c", ["c", "b"]) == "a " and nt_eval.cut("abc", ["", "x"]) == "abc"
-    assert nt_eval.cut("abc", "b") == "a" and nt_eval.cut("abc", None) == "abc"
+def test_before_stop():
+    assert harness.before_stop("a b c", ["c", "b"]) == "a " and harness.before_stop("abc", ["", "x"]) == "abc"
+    assert harness.before_stop("abc", "b") == "a" and harness.before_stop("abc", None) == "abc"
 
 
 def command(here, out, *more):
-    return ["eval.py", "lm_eval", "--model", str(here / "llada"), "--tasks", str(here / "gsm8k.yaml"),
+    return ["tools/harness.py", "--model", str(here / "llada"), "--tasks", str(here / "gsm8k.yaml"),
             "--num_fewshot", "1", "--apply_chat_template", "--thresholds", "0.05", "--gen_len", "12",
             "--block_len", "12", "--out", str(out), *more]
 
 
 def test_batch_ranks_and_a_second_run_agree(here, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", command(here, tmp_path / "one", "--batch_size", "1"))
-    nt_eval.main()
+    harness.main()
     assert "gsm8k" in capsys.readouterr().out
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     argv = command(here, tmp_path / "two", "--batch_size", "2")
     done = subprocess.run([*torchrun, str(ROOT / argv[0]), *argv[1:]], capture_output=True, text=True,
                           timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    shards = [data.read_jsonl(p) for p in sorted((tmp_path / "two").glob("responses.rank*.jsonl"))]
+    shards = [read_jsonl(p) for p in sorted((tmp_path / "two").glob("responses.rank*.jsonl"))]
     assert [len(s) for s in shards] == [2, 1]  # three documents over two ranks, each decoded once
 
     def result(name):
-        rows = data.read_jsonl(tmp_path / name / "samples-gsm8k.jsonl")
+        rows = read_jsonl(tmp_path / name / "samples-gsm8k.jsonl")
         keep = ("doc_id", "filter", "filtered_resps", "exact_match", "tokens", "nfe", "arguments")
         whole = json.loads((tmp_path / name / "lm_eval.json").read_text())
         return [[row[k] for k in keep] for row in rows], whole["results"], whole["provenance"]["lm_eval"]
@@ -193,40 +194,40 @@ def test_batch_ranks_and_a_second_run_agree(here, tmp_path, monkeypatch, capsys)
         assert not prompts, "decoded twice"
         return iter(())
     monkeypatch.setattr(nt_eval, "decode_rows", decode_rows)
-    nt_eval.main()
+    harness.main()
     assert result("one") == before
     monkeypatch.setattr(sys, "argv", command(here, tmp_path / "one", "--batch_size", "1", "--seed", "1"))
     with pytest.raises(UserError, match="another run .decoding differ."):
-        nt_eval.main()
+        harness.main()
 
 
 def test_one_point_and_one_protocol_at_a_time(here, monkeypatch):
     for more, match in ((["--thresholds", "0.1", "0.2"], "one point at a time"),
                         (["--protocol", "tabom"], "differs between these tasks")):
-        monkeypatch.setattr(sys, "argv", ["eval.py", "lm_eval", "--model", str(here / "llada"), "--tasks",
+        monkeypatch.setattr(sys, "argv", ["tools/harness.py", "--model", str(here / "llada"), "--tasks",
                                           "gsm8k,mbpp", *more])
         with pytest.raises(UserError, match=match):
-            nt_eval.main()
+            harness.main()
 
 
 def test_tasks_that_cannot_be_run_are_one_line(here, tmp_path):
     with pytest.raises(UserError, match="no task gsm9k.yaml"):
-        nt_eval.load_tasks(["gsm9k.yaml", str(here / "gsm8k.yaml")], str(tmp_path), False)
+        harness.load_tasks(["gsm9k.yaml", str(here / "gsm8k.yaml")], str(tmp_path), False)
     lines = (here / "gsm8k.yaml").read_text()
     (tmp_path / "choices.yaml").write_text(lines + "output_type: multiple_choice\ndoc_to_choice: [a, b]\n")
     with pytest.raises(UserError, match="asks for multiple_choice"):
-        nt_eval.load_tasks([str(tmp_path / "choices.yaml")], None, False)
+        harness.load_tasks([str(tmp_path / "choices.yaml")], None, False)
     (tmp_path / "code.yaml").write_text(lines + "unsafe_code: true\n")
     with pytest.raises(UserError, match="--task humaneval"):
-        nt_eval.load_tasks([str(tmp_path / "code.yaml")], None, False)
+        harness.load_tasks([str(tmp_path / "code.yaml")], None, False)
     (tmp_path / "gone.yaml").write_text("task: gone\ndataset_path: json\noutput_type: generate_until\n"
                                         "test_split: test\ndoc_to_text: q\ndoc_to_target: a\n"
                                         f"dataset_kwargs: {{data_files: {{test: {tmp_path}/no.jsonl}}}}\n")
     with pytest.raises(UserError, match="cannot load .*FileNotFound"):
-        nt_eval.load_tasks([str(tmp_path / "gone.yaml")], None, False)
+        harness.load_tasks([str(tmp_path / "gone.yaml")], None, False)
 
 
 def test_without_lm_eval_the_message_says_what_to_install(monkeypatch, here):
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
-    with pytest.raises(UserError, match=r"pip install 'nanotraj\[eval\]'"):
-        nt_eval.lm(nt_model.load(here / "llada"), data.load_tokenizer(here / "llada"), {})
+    with pytest.raises(UserError, match=r"pip install 'lm_eval\[math,ifeval\]'"):
+        harness.bridge(nt_model.load(here / "llada"), data.load_tokenizer(here / "llada"), {})

@@ -1,6 +1,5 @@
 import json
 import os
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -10,6 +9,7 @@ from conftest import BASE, CONFIGS, FIXTURES, prompts_of, random_model
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import cli
 import model as nt_model
 import tad
 from model import UserError
@@ -280,30 +280,23 @@ def test_hidden_of_chosen_columns(facts):
 
 
 # ---------------------------------------------------------------------------------------------- command lines
-def page_faults(prepare, **more):
-    """Pages the kernel hands out while four arrays of 8 MiB are made and freed 50 times, in a new process."""
-    code = f"""
-import resource, torch, model
-{prepare}
-def work():  # as a layer does: several at once, then none
-    arrays = [torch.ones(2**21) for _ in range(4)]
-for n in (20, 50):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(n):
-        work()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_", "LD_"))} | more
-    done = subprocess.run([sys.executable, "-c", code], cwd=nt_model.HERE, env=env, check=True,
-                          capture_output=True)
-    return int(done.stdout)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the setting is glibc's")
-def test_a_command_line_does_not_fault_its_arrays_in_anew():
-    anew = page_faults("")
-    if anew < 200:
-        pytest.skip("this allocator or kernel shows no such faults")
-    command = "model.run_cli(lambda: None)"
-    assert page_faults(command) < anew / 10
-    assert page_faults(command, MALLOC_TRIM_THRESHOLD_="1000000") > anew / 10  # the user's choice stays
+def test_the_environment_decides_about_freed_memory(monkeypatch):
+    """A command line asks glibc to keep what is freed, unless the user has set glibc's thresholds."""
+    asked = []
+    libc = SimpleNamespace(mallopt=lambda *args: asked.append(args))
+    monkeypatch.setattr(cli.ctypes, "CDLL", lambda name: libc)
+    monkeypatch.setattr(sys, "platform", "linux")
+    for name in [n for n in os.environ if n.startswith("MALLOC_") or n == "GLIBC_TUNABLES"]:
+        monkeypatch.delenv(name)
+    cli.run_cli(lambda: None)
+    assert asked == [(-1, 2**30), (-3, 2**25)]  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+    for name in ("MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"):
+        asked.clear()
+        with monkeypatch.context() as m:
+            m.setenv(name, "1")
+            cli.run_cli(lambda: None)
+        assert not asked, name
+    with monkeypatch.context() as m:
+        m.setattr(sys, "platform", "darwin")
+        cli.run_cli(lambda: None)
+    assert not asked

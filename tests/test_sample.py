@@ -1,3 +1,4 @@
+import argparse
 import itertools
 import json
 
@@ -6,10 +7,11 @@ import pytest
 import torch
 from conftest import CONFIGS, FIXTURES, prompts_of, random_model
 
+import cli
 import model as nt_model
 import sample
 from model import UserError
-from sample import Decoding, generate, pick_positions, pick_tokens, reference
+from sample import Decoding, Forward, generate, pick_tokens, reference
 
 POLICIES = {"static1": dict(policy="static", per_step=1), "static3": dict(policy="static", per_step=3),
             "threshold": dict(policy="threshold", threshold=0.5),
@@ -24,10 +26,20 @@ def same(a, b):
 
 
 # ------------------------------------------------------------------------ the choice of positions, by hand
+def choose(s, masked, conf=None, entropy=None, tries=0, memory=()):
+    """One row that is its whole response -> what the policy of s reveals, and its memory behind it."""
+    masked = torch.tensor([masked])
+    zeros = torch.zeros(masked.shape)
+    conf = zeros if conf is None else torch.tensor([conf])
+    now = Forward(conf, zeros if entropy is None else torch.tensor([entropy]), conf, masked,
+                  torch.arange(masked.shape[1])[None], masked, torch.tensor([[s.threshold]]),
+                  torch.tensor([[tries]]), torch.tensor([memory], dtype=torch.long))
+    chosen = sample.POLICIES[s.policy].choose(now, s) & masked
+    return chosen[0].tolist(), now.memory[0].tolist()
+
+
 def positions(conf, masked, entropy=None, **settings):
-    conf, masked = torch.tensor([conf]), torch.tensor([masked])
-    entropy = torch.zeros_like(conf) if entropy is None else torch.tensor([entropy])
-    return pick_positions(conf, entropy, conf, masked, Decoding(**settings))[0].tolist()
+    return choose(Decoding(**settings), masked, conf, entropy)[0]
 
 
 def test_static_takes_the_best_and_breaks_ties_left_to_right():
@@ -147,14 +159,14 @@ def test_multiblock_by_hand():
     """Three blocks of 2. Who joins: block 2 when half of block 1 is revealed. Who must progress: block 1."""
     s = Decoding(gen_len=6, block_len=2, policy="multiblock", threshold=0.5, block_add=0.5, decoded=1.0,
                  cache="none")
-    masked = torch.tensor([[False, True, True, True, True, True]])
-    assert sample.join_block(masked, torch.tensor([1]), s).tolist() == [2]
-    assert sample.join_block(masked, torch.tensor([2]), s).tolist() == [2]
-    block = torch.tensor([[0, 0, 1, 1, 2, 2]])
+    masked, entropy = [False, True, True, True, True, True], [.1] * 6
+    assert choose(s, masked, None, entropy, memory=[0])[1] == [1]  # the first forward
+    assert choose(s, masked, None, entropy, memory=[1])[1] == [2]
+    assert choose(s, masked, None, entropy, memory=[2])[1] == [2]
 
     def pick(*entropy):
-        picked = sample.pick_multiblock(torch.tensor([entropy]), masked, block, masked, torch.tensor([2]), s)
-        return picked[0].nonzero()[:, 0].tolist()
+        chosen = choose(s, masked, None, list(entropy), memory=[2])[0]
+        return [i for i in range(6) if chosen[i]]
     assert pick(.1, .4, .9, .3, .1, .1) == [1, 3]  # below the threshold, in the blocks that take part
     assert pick(.1, .8, .9, .3, .1, .1) == [1, 3]  # block 0 must progress although block 1 does
     assert pick(.1, .8, .6, .9, .1, .1) == [1, 2]  # nobody below it: the lowest of all, and block 0's own
@@ -165,16 +177,57 @@ def test_quotas_by_hand():
     .25075: int(16 * .24975) = 3, int(13 * .33289) = 4, int(9 * .49900) = 4, and the rest.
     """
     def run(n_block, **settings):
-        s, left, took = Decoding(**settings), n_block, []
+        s, left, took = Decoding(**{"gen_len": n_block, "block_len": n_block, **settings}), n_block, []
         while left:
-            n = int(sample.quota(s, *(torch.tensor([v]) for v in (left, n_block, len(took))))[0])
-            took.append(n)
-            left -= n
+            chosen, _ = choose(s, [i < left for i in range(n_block)], tries=len(took))
+            took.append(sum(chosen))
+            left -= took[-1]
         return took
     assert run(10, policy="static", steps=4) == [3, 3, 2, 2]
     assert run(10, policy="static", per_step=5) == [5, 5]
     assert run(16, policy="dream", steps=4, gen_len=16) == [3, 4, 4, 5]
     assert run(16, policy="dream", gen_len=16)[0] == 0  # int(16 * 0.0624375) = int(0.999)
+
+
+@pytest.mark.parametrize("name", ["shift", "block"])
+def test_a_policy_is_one_entry(monkeypatch, capsys, name):
+    """Every second masked position from the right, with a memory of its forwards: both decoders, batches, the
+    checks and the command line know it by its entry alone.
+    """
+    def every_second(now, s):
+        now.memory = now.memory + 1
+        from_right = now.masked.flip(1).cumsum(1).flip(1)
+        return from_right % 2 == now.memory % 2
+
+    policy = sample.Policy(every_second, memory=1, caches=("none", "dual"), threshold=(1, 2))
+    monkeypatch.setitem(sample.POLICIES, "every_second", policy)
+    model, prompts = random_model(**CONFIGS[name]), prompts_of([2, 9, 5, 12])
+    for cache, early_stop in itertools.product(policy.caches, (True, False)):
+        settings = dict(gen_len=10, block_len=4, cache=cache, early_stop=early_stop, policy="every_second",
+                        threshold=1.5)
+        outs = generate(model, prompts, batch_size=3, **settings)
+        for prompt, out in zip(prompts, outs):
+            assert same(out, generate(model, [prompt], **settings)[0])
+            assert same(out, reference(model, prompt, **settings))
+    if not model.cfg.block_len:  # the first block of 4: two, one and one
+        assert sorted(out.order.tolist()[:4]) == [0, 0, 1, 2]
+    for bad, match in ((dict(cache="prefix"), "none or dual"), (dict(threshold=2), "threshold 2")):
+        with pytest.raises(UserError, match=match):
+            Decoding(**{**settings, **bad})
+    parser = argparse.ArgumentParser()
+    cli.add_options(parser, Decoding)
+    assert parser.parse_args(["--policy", "every_second"]).policy == "every_second"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--policy", "every-second"])
+    assert "every_second" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["Threshold", "entropie", ""])
+def test_an_unknown_policy_is_refused(name):
+    for decode in (lambda: Decoding(policy=name), lambda: generate(random_model(), [], policy=name),
+                   lambda: reference(random_model(), prompts_of([3])[0], policy=name)):
+        with pytest.raises(UserError, match="static, threshold, factor, entropy, dream, multiblock"):
+            decode()
 
 
 def test_exact_cache_runs_over_two_blocks(monkeypatch):

@@ -5,12 +5,14 @@ import subprocess
 
 import pytest
 
+import compare
 import data
 import eval as nt_eval
 import model as nt_model
+import run
 import sweep
 import trims
-from model import UserError
+from cli import UserError, read_jsonl
 
 
 @pytest.fixture
@@ -32,14 +34,14 @@ def small(monkeypatch, tmp_path):
 def test_a_sweep_is_resumed_and_makes_the_table(small, monkeypatch, capsys):
     trained, real = [], subprocess.run
 
-    def run(words, **kw):
+    def noted(words, **kw):
         if words[1].endswith(".py"):  # what the runs share is there before the first one
             for name in ("own", "privileged", "rollouts"):
                 assert len(data.read_trajectories(small / f"trajectories-{name}")) == 8
-            assert len(data.read_jsonl(small / "difficulty/rank0.jsonl")) == 8
+            assert len(read_jsonl(small / "difficulty/rank0.jsonl")) == 8
             trained.append(words)
         return real(words, **kw)
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", noted)
     inner = sweep.evaluate
 
     def interrupted(label, seed, *args):
@@ -59,9 +61,11 @@ def test_a_sweep_is_resumed_and_makes_the_table(small, monkeypatch, capsys):
     lines = [line.strip("| ").split(" | ") for line in text.splitlines() if "|" in line]
     rows = {line[0]: line for line in lines}
     assert rows["base"][1] == rows["SFT-SD"][1] == "2"
-    for column in nt_eval.COLUMNS:
+    for column in compare.COLUMNS:
         assert "±" in rows["TAD: near only"][rows["model"].index(column)], column
     assert (small / "compare.png").stat().st_size > 5000
+    packed = compare.read_runs([small / "comparison.jsonl.gz"])
+    assert list(packed) == list(sweep.METHODS) and compare.compare(packed, "base", "SFT-SD") + "\n" == text
     monkeypatch.setattr(sweep, "prepare", None)  # what is finished is only shown
     sweep.main()
     assert (small / "compare.md").read_text() == text
@@ -69,7 +73,7 @@ def test_a_sweep_is_resumed_and_makes_the_table(small, monkeypatch, capsys):
     with pytest.raises(UserError, match="other problems"):  # never shown as the table of --n 3
         sweep.main()
     # disjoint problems per seed, the same for every row; the SFT trained on the shared trajectories
-    ids = {p.parent.name: data.read_jsonl(p)[0]["ids"] for p in small.glob("*/results.jsonl")}
+    ids = {p.parent.name: read_jsonl(p)[0]["ids"] for p in small.glob("*/results.jsonl")}
     assert ids["base-0"] == ids["sft-sd-0"] == ids["tad-near_only-0"]
     assert not set(ids["base-0"]) & set(ids["base-1"])
     config = json.loads((small / "sft-sd-0/config.json").read_text())
@@ -86,7 +90,7 @@ def test_the_teacher_scores_once_for_all_trims_runs(monkeypatch, tmp_path, capfd
     for seed in (0, 1):
         sweep.train("TRIMS", seed, tmp_path)
     assert "difficulty: " not in capfd.readouterr().err
-    assert len(data.read_jsonl(tmp_path / "difficulty/rank0.jsonl")) == 8
+    assert len(read_jsonl(tmp_path / "difficulty/rank0.jsonl")) == 8
     spent = [sweep.costs("TRIMS", seed, tmp_path)["collect_s"] for seed in (0, 1)]
     assert spent[0] == spent[1] > 0  # each would have had to
     shutil.rmtree(tmp_path / "difficulty")  # a link to nothing is no error: scored again before the runs
@@ -121,6 +125,6 @@ def test_every_row_is_a_command_its_script_accepts(monkeypatch, tmp_path):
             script, *options = sweep.command(label, 1, tmp_path)
             module = importlib.import_module(script[:-3])
             monkeypatch.setattr("sys.argv", [script, *options])
-            cfg = module.parse_args(module.Config, module.PRESETS, "")
+            cfg = run.parse(module.Config, module.PRESETS, "")
             getattr(module, "check_config", lambda cfg: None)(cfg)
             assert cfg.seed == 1 and cfg.lora_r == 32 and cfg.batch_size == 16

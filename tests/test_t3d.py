@@ -12,6 +12,8 @@ from conftest import ROOT, random_model
 import data
 import lora
 import model as nt_model
+import rollout
+import run as training
 import t3d
 from t3d import Config, draw_mask, make_batch, path_weights, ranks_in_blocks, t3d_loss, token_terms
 
@@ -163,19 +165,22 @@ def test_the_reference_is_the_student_at_first_and_then_stays(facts):
     records = [record(rng.integers(0, 30, 8).tolist(), rng.permutation(8).tolist()) for _ in range(3)]
 
     def parts():
-        rngs = [data.example_rng(0, 0, i) for i in range(3)]
-        return t3d.training_loss(model, ref, records, rngs, Config(batch_size=3), list(range(30)), "cpu")[1]
-    ref = t3d.snapshot(model)
+        rngs, cfg = [data.example_rng(0, 0, i) for i in range(3)], Config(batch_size=3)
+        batch = make_batch(records, rngs, cfg, model.cfg, list(range(30)))
+        return t3d.training_loss(model, ref, batch, cfg)[1]
+    ref = training.Reference(SimpleNamespace(whole=False), model)
     same = parts()
     assert abs(same["real"] - math.log(2)) < 1e-5 and abs(same["fake"] - 0.5 * math.log(2)) < 1e-5
     for _, m in lora.adapters(model):
         torch.nn.init.normal_(m.lora_B)
-    before = t3d.snapshot(model)
+    before = {name: p.detach().clone() for name, p in training.trainable(model).items()}
     other = parts()
     assert abs(other["real"] - math.log(2)) > 1e-3
-    assert all(torch.equal(p, before[name]) for name, p in t3d.trainable(model).items())
-    with t3d.swapped(model, ref):
-        assert all(torch.equal(p, ref[name]) for name, p in t3d.trainable(model).items())
+    assert all(torch.equal(p, before[name]) for name, p in training.trainable(model).items())
+    with ref.in_place_of(model):
+        assert all(torch.equal(p, ref.tensors()[name]) for name, p in training.trainable(model).items())
+    ref.refresh(model)
+    assert all(torch.equal(p, ref.tensors()[name]) for name, p in training.trainable(model).items())
 
 
 # --------------------------------------------------------------------------------------------- whole runs
@@ -209,14 +214,14 @@ def test_interrupted_training_is_bit_identical(tmp_path, monkeypatch):
     common = ["--n_problems", 8, "--eval_problems", 0, "--max_steps", 6, "--refresh", 2, "--save_every", 2,
               "--gen_len", 16, "--batch_size", 4]
     run(monkeypatch, "--out", tmp_path / "whole", *common)
-    inner = t3d.save_checkpoint
+    inner = training.Run.save_checkpoint
 
-    def save_and_die(out, step, *args):
-        inner(out, step, *args)
+    def save_and_die(self, step, *args):
+        inner(self, step, *args)
         if step == 4:
             raise KeyboardInterrupt
     with monkeypatch.context() as m:
-        m.setattr(t3d, "save_checkpoint", save_and_die)
+        m.setattr(training.Run, "save_checkpoint", save_and_die)
         with pytest.raises(KeyboardInterrupt):
             run(m, "--out", tmp_path / "cut", *common)
     run(monkeypatch, "--out", tmp_path / "cut", *common)
@@ -241,12 +246,13 @@ def test_a_shared_folder_long_prompts_and_small_data(monkeypatch, tmp_path):
     run(monkeypatch, "--out", tmp_path / "a", "--n_problems", 8, "--seed", 1, *common)
     before = (tmp_path / "shared/rank0.jsonl").read_bytes()
     seen, inner = [], t3d.training_loss
-    monkeypatch.setattr(t3d, "collect", lambda *a, inner=t3d.collect: seen.append(inner(*a)) or seen[-1])
+    real = t3d.collect
+    monkeypatch.setattr(t3d, "collect", lambda *a, **kw: seen.append(real(*a, **kw)) or seen[-1])
     run(monkeypatch, "--out", tmp_path / "b", "--n_problems", 5, "--seed", 2, *common)
     assert len(seen[0]) == 5 and (tmp_path / "shared/rank0.jsonl").read_bytes() == before
-    assert data.collection_seconds(tmp_path / "shared") > 0 and inner is t3d.training_loss
-    for extra, words in ((["--max_prompt", "10"], "exceeds the data .0 problems"),
-                         (["--n_problems", "3"], "exceeds the data .3 problems"),
+    assert rollout.collection_seconds(tmp_path / "shared") > 0 and inner is t3d.training_loss
+    for extra, words in ((["--max_prompt", "10"], "exceeds the data .0 examples"),
+                         (["--n_problems", "3"], "exceeds the data .3 examples"),
                          (["--collect_seed", "9"], "other settings .seed")):
         with pytest.raises(nt_model.UserError, match=words):
             run(monkeypatch, "--out", tmp_path / "c", *common, *extra)

@@ -117,13 +117,13 @@ def test_entropies_at_each_tokens_own_step():
     b = make_batch([r], [data.example_rng(0, 0, 0)], Config(window=4), model.cfg)
     segment = b["segment"][0].tolist()
     with torch.no_grad():
-        got = tabom.own_step_entropies(model, b, "cpu")
+        row = torch.zeros(len(segment), dtype=torch.long)
+        got = tabom.own_step_entropies(model, b, row, b["segment"][0])
         for i, h in zip(segment, got):
             xt = [x if k < r["rank"][i] else 39 for x, k in zip(r["x0"], r["rank"])]
             p = model(torch.tensor([r["prompt_ids"] + xt]))[0, 4 + i].softmax(-1)
             assert abs(h.item() + (p * p.log()).sum().item()) < 1e-4
-        losses = {at: tabom.training_loss(model, [r], [data.example_rng(0, 0, 0)],
-                                          Config(window=4, entropy_at=at, batch_size=1), "cpu")[1]
+        losses = {at: tabom.training_loss(model, b, Config(window=4, entropy_at=at, batch_size=1))[1]
                   for at in ("segment", "own_step")}
     assert losses["segment"]["recon"] == losses["own_step"]["recon"]
     assert losses["segment"]["rank"] != losses["own_step"]["rank"]
@@ -140,8 +140,9 @@ def test_the_ranking_reaches_the_weights(at, facts):
 
     def ranking():
         cfgs = [Config(window=4, entropy_at=at, batch_size=3, gamma=2.0, lam=lam) for lam in (1.0, 0.0)]
-        return [tabom.training_loss(model, records, [data.example_rng(0, 0, i) for i in range(3)], cfg,
-                                    "cpu")[0] for cfg in cfgs]
+        rngs = [[data.example_rng(0, 0, i) for i in range(3)] for _ in cfgs]
+        return [tabom.training_loss(model, make_batch(records, r, cfg, model.cfg), cfg)[0]
+                for r, cfg in zip(rngs, cfgs)]
     both, recon = ranking()
     grad = torch.autograd.grad(both, weight)[0] - torch.autograd.grad(recon, weight)[0]
     assert grad.norm() > 1e-4

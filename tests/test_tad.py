@@ -14,9 +14,11 @@ from conftest import CONFIGS, ROOT, random_model
 from safetensors.torch import load_file
 
 import data
+import eval as nt_eval
 import lora
 import model as nt_model
 import tad
+from rollout import rollout
 from tad import Config, auto_window, make_batch, tad_loss
 
 TOK = data.load_tokenizer("tiny")
@@ -90,10 +92,16 @@ def test_micro_batches_sum_to_the_batch():
     model = lora.add(random_model(**VOCAB), 4, 4)
     cfg, examples = config(batch_size=4), [(record(i), t) for i, t in enumerate((0, 2, 5, 7))]
     rngs = [data.example_rng(0, 0, i) for i in range(4)]
-    whole = tad.training_loss(model, model, examples, rngs, cfg, 3, TOK, "cpu")[0]
-    parts = [tad.training_loss(model, model, examples[i:i + 1], rngs[i:i + 1], cfg, 3, TOK, "cpu")[0]
-             for i in range(4)]
+    whole = tad.training_loss(model, model, batch_of(examples, cfg, 3, model, rngs), cfg)[0]
+    singles = [batch_of(examples[i:i + 1], cfg, 3, model, rngs[i:i + 1]) for i in range(4)]
+    parts = [tad.training_loss(model, model, single, cfg)[0] for single in singles]
     assert abs(whole.item() - sum(p.item() for p in parts)) < 1e-5
+
+
+def batch_of(examples, cfg, window, model, rngs=None):
+    """What main() builds of a micro-batch."""
+    batch = make_batch(examples, rngs or [None] * len(examples), cfg, window, model.cfg)
+    return {**batch, "teacher_prompts": tad.teacher_prompts([r for r, _ in examples], cfg, TOK)}
 
 
 # --------------------------------------------------------------------------------------------- batch builder
@@ -114,7 +122,7 @@ def record(seed, L=8):
 
 
 def test_near_and_distant_by_hand():
-    r = dict(x0=[10, 11, 12, 13, 14], order=[3, 0, 4, 1, 2], prompt_ids=[1, 2])
+    r = dict(id=0, x0=[10, 11, 12, 13, 14], order=[3, 0, 4, 1, 2], prompt_ids=[1, 2])
     mcfg = random_model(**VOCAB).cfg
     b = make_batch([(r, 1)], [None], config(), 2, mcfg)  # t = 1, W = 2: near are orders 1, 2; distant 3, 4
     assert b["xt"].tolist() == [[297, 11, 297, 297, 297]]
@@ -128,7 +136,7 @@ def test_block_causal_windows_end_with_the_block():
     """Blocks count from absolute position 0:
     with 2 prompt tokens and blocks of 4, the first holds two responses.
     """
-    r = dict(x0=[10] * 6, order=[0, 1, 2, 3, 4, 5], prompt_ids=[1, 2])
+    r = dict(id=0, x0=[10] * 6, order=[0, 1, 2, 3, 4, 5], prompt_ids=[1, 2])
     mcfg = random_model(**VOCAB, block_size=4).cfg
     near = [make_batch([(r, t)], [None], config(), 4, mcfg)["near"][0].tolist() for t in (0, 1, 2)]
     assert near[0] == [True, True, False, False, False, False]
@@ -150,13 +158,13 @@ def test_random_sources_mask_at_random_and_ignore_the_state(source):
 
 def test_teacher_prompts():
     r = record(1)
-    assert tad.teacher_prompts([(r, 0)], config(teacher_prompt="plain"), TOK) == [r["prompt_ids"]]
-    assert tad.teacher_prompts([(r, 0)], config(), TOK) == [r["privileged_prompt_ids"]]
+    assert tad.teacher_prompts([r], config(teacher_prompt="plain"), TOK) == [r["prompt_ids"]]
+    assert tad.teacher_prompts([r], config(), TOK) == [r["privileged_prompt_ids"]]
     # collected without privilege: built here
-    assert tad.teacher_prompts([(r, 0)], config(source="no_privilege"), TOK) == [r["prompt_ids"]]
+    assert tad.teacher_prompts([r], config(source="no_privilege"), TOK) == [r["prompt_ids"]]
     plainly = {k: v for k, v in r.items() if k != "privileged_prompt_ids"}
-    assert tad.teacher_prompts([(plainly, 0)], config(), TOK) == [r["privileged_prompt_ids"]]
-    system = tad.teacher_prompts([(r, 0)], config(teacher_prompt="system"), TOK)[0]
+    assert tad.teacher_prompts([plainly], config(), TOK) == [r["privileged_prompt_ids"]]
+    system = tad.teacher_prompts([r], config(teacher_prompt="system"), TOK)[0]
     assert len(system) > len(r["prompt_ids"]) and system[-len(r["prompt_ids"]) + 1:] == r["prompt_ids"][1:]
 
 
@@ -179,7 +187,7 @@ def test_the_soft_teacher_is_the_base_on_the_privileged_prompt():
         m.lora_B.data.normal_(generator=torch.Generator().manual_seed(1)).mul_(0.1)
     r, t, W = record(2), 3, 2
     cfg = config(batch_size=1, near="none")
-    got = tad.training_loss(model, model, [(r, t)], [None], cfg, W, TOK, "cpu")[0]
+    got = tad.training_loss(model, model, batch_of([(r, t)], cfg, W, model), cfg)[0]
     xt = torch.tensor([r["x0"][i] if r["order"][i] < t else 297 for i in range(8)])
     distant = [i for i in range(8) if r["order"][i] >= t + W]
     with torch.no_grad():
@@ -196,10 +204,12 @@ def test_teacher_runs_only_where_distant_tokens_exist(monkeypatch):
     rows, inner = [], model.hidden
     monkeypatch.setattr(model, "hidden", lambda ids, **kw: rows.append(len(ids)) or inner(ids, **kw))
     examples = [(record(0), 0), (record(1), 7), (record(2), 6)]
-    tad.training_loss(model, model, examples, [None] * 3, config(batch_size=3), 2, TOK, "cpu")
+    cfg = config(batch_size=3)
+    tad.training_loss(model, model, batch_of(examples, cfg, 2, model), cfg)
     assert rows == [3, 1]  # only the first example has tokens more than W = 2 forwards away
     rows.clear()
-    tad.training_loss(model, model, examples, [None] * 3, config(batch_size=3, distant="none"), 2, TOK, "cpu")
+    cfg = config(batch_size=3, distant="none")
+    tad.training_loss(model, model, batch_of(examples, cfg, 2, model), cfg)
     assert rows == [3]
 
 
@@ -215,7 +225,7 @@ def test_confidence_decay_by_hand():
     """Against a plain loop over single states, EOS tail excluded."""
     model, r = random_model(**VOCAB), record(3)
     r["x0"][5:] = [296, 296, 296]
-    got = tad.confidence_decay(model, [r], "cpu", n_states=8)
+    got = nt_eval.confidence_decay(model, [r], n_states=8)
     sums = {}
     for t in range(8):
         xt = torch.tensor([r["x0"][i] if r["order"][i] < t else 297 for i in range(8)])
@@ -236,7 +246,7 @@ def test_one_step_on_every_kind_of_model(name):
     opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(8):
-        loss, _ = tad.training_loss(model, model, examples, [None] * 4, config(), 4, TOK, "cpu")
+        loss, _ = tad.training_loss(model, model, batch_of(examples, config(), 4, model), config())
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -256,7 +266,7 @@ def checkpoint(tmp_path):
 def problems_any_answer(tmp_path, model_dir):
     """Problems whose answer is what the random model says, so that its trajectories pass the filter."""
     model, problems = nt_model.load(model_dir), data.load_problems("tiny", "train", 12)
-    records = data.rollout(model, TOK, problems, tmp_path / "probe", "x", privileged=True, gen_len=8,
+    records = rollout(model, TOK, problems, tmp_path / "probe", "x", privileged=True, gen_len=8,
                            block_len=4, policy="static", per_step=1, cache="none")
     rows = {r["id"]: r for r in records}
     file = tmp_path / "problems.jsonl"
@@ -348,7 +358,9 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, graded_right):
         "corrupt or cut short": tad_args(broken, tmp_path / "b"),
         "is empty": tad_args(model_dir, tmp_path / "c", "--data", "empty.jsonl"),
         "exceeds the model's": tad_args(model_dir, tmp_path / "d", "--gen_len", "150"),
-        "give a positive number of forwards": tad_args(model_dir, tmp_path / "e", "--window", "auto"),
+        "--window 'auto': a positive number of": tad_args(model_dir, tmp_path / "e", "--window", "auto"),
+        "--near none --distant none": tad_args(model_dir, tmp_path / "j", "--near", "none", "--distant", "none"),
+        "--save_every is 0": tad_args(model_dir, tmp_path / "k", "--save_every", "0"),
         "unrecognized arguments: --lrr": tad_args(model_dir, tmp_path / "f", "--lrr", "1"),
         "invalid float value: 'fast'": tad_args(model_dir, tmp_path / "g", "--lr", "fast"),
         "invalid choice: 'mse'": tad_args(model_dir, tmp_path / "h", "--near", "mse"),

@@ -154,10 +154,10 @@ def test_trims_baseline_in_small(tmp_path):
 
 
 def test_bench_prints_what_was_measured_and_json(tmp_path):
-    ok = run(tmp_path, "sample.py", "--bench", "--batch_size", "2", "--gen_len", "16", "--policy", "static",
+    ok = run(tmp_path, "tools/bench.py", "--batch_size", "2", "--gen_len", "16", "--policy", "static",
              "--no-early_stop", "--cache", "dual", "--profile")
     facts = json.loads(ok.stdout.splitlines()[-1])
     assert ok.returncode == 0 and facts["nfe"] == 32 and facts["forwards"] == 16 and facts["tpf"] == 1
     assert facts["reference_nfe"] == 16 and facts["tok_per_s"] > 0 and "aten::" in ok.stdout
-    bad = run(tmp_path, "sample.py", "--bench", "llada-9b")
+    bad = run(tmp_path, "tools/bench.py", "llada-9b")
     assert bad.returncode == 2 and "llada-8b" in bad.stderr

@@ -1,19 +1,21 @@
+import importlib
 import json
 import math
-import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from checkpoints import official_checkpoint, write_tokenizer
-from conftest import ROOT, random_model
+from conftest import random_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import data
 import lora
 import model as nt_model
+import run as training
 import trims
+from teacher import difficulty, load_teacher, load_teacher_tokenizer, spread, token_nll
 from trims import Config, make_batch, mask_response, mdlm_loss
 
 CFG = SimpleNamespace(t_min=0.001, block_share=0.0, block_len=4, batch_size=2)
@@ -74,11 +76,13 @@ def test_noise_depends_on_seed_epoch_and_example_only():
 
 
 def test_batch_layout():
-    examples = [{"prompt_ids": [1, 2, 3], "x0": [4, 5, 6, 7]}, {"prompt_ids": [1], "x0": [8, 9, 9, 9],
-                                                                 "masked": [True, False, False, True]}]
+    examples = [{"id": 0, "prompt_ids": [1, 2, 3], "x0": [4, 5, 6, 7]},
+                {"id": 1, "prompt_ids": [1], "x0": [8, 9, 9, 9], "masked": [True, False, False, True]}]
     rngs = [data.example_rng(0, 0, i) for i in range(2)]
     facts = SimpleNamespace(mask_id=99, pad_id=0, block_len=0)
-    inputs, cols, x0, masked, w = make_batch(examples, rngs, CFG, facts)
+    b = make_batch(examples, rngs, CFG, facts)
+    x0, masked, w = b["x0"], b["masked"], b["loss_w"]
+    inputs, cols = data.response_inputs(facts, b["prompts"], b["xt"])
     ids, valid = inputs["ids"], inputs["valid"]
     assert cols.tolist() == [[3, 4, 5, 6]] * 2
     assert x0.tolist() == [[4, 5, 6, 7], [8, 9, 9, 9]] and valid.tolist()[1][:3] == [False, False, True]
@@ -89,8 +93,9 @@ def test_batch_layout():
 def test_block_causal_models_train_behind_clean_blocks():
     """Block of 2, prompt of 3: [p0 p1 | p2 x | x x | x (noisy) | p2 x | x x | x (clean)]."""
     facts, cfg = random_model(block_size=2).cfg, SimpleNamespace(**{**vars(CFG), "batch_size": 1})
-    example = {"prompt_ids": [1, 2, 3], "x0": [4, 5, 6, 7], "masked": [True, False, True, False]}
-    inputs, cols, *_ = make_batch([example], [data.example_rng(0, 0, 0)], cfg, facts)
+    example = {"id": 0, "prompt_ids": [1, 2, 3], "x0": [4, 5, 6, 7], "masked": [True, False, True, False]}
+    b = make_batch([example], [data.example_rng(0, 0, 0)], cfg, facts)
+    inputs, cols = data.response_inputs(facts, b["prompts"], b["xt"], b["x0"])
     assert inputs["ids"].tolist() == [[1, 2, 3, 39, 5, 39, 7, 3, 4, 5, 6, 7]]
     assert inputs["positions"].tolist() == [[0, 1, 2, 3, 4, 5, 6, 2, 3, 4, 5, 6]]
     assert cols.tolist() == [[3, 4, 5, 6]]
@@ -102,28 +107,18 @@ def test_expected_loss_is_an_upper_bound_for_a_uniform_model():
     """With uniform predictions the MDLM loss is log V in expectation, whatever t is drawn."""
     total = []
     for i in range(300):
-        _, _, x0, masked, w = make_batch([{"prompt_ids": [1], "x0": [2] * 64}] * 2,
-                                         [data.example_rng(0, i, j) for j in range(2)], CFG,
-                                         SimpleNamespace(mask_id=9, pad_id=0, block_len=0))
+        b = make_batch([{"id": 0, "prompt_ids": [1], "x0": [2] * 64}] * 2,
+                       [data.example_rng(0, i, j) for j in range(2)], CFG,
+                       SimpleNamespace(mask_id=9, pad_id=0, block_len=0))
+        x0, masked, w = b["x0"], b["masked"], b["loss_w"]
         total.append(mdlm_loss(torch.zeros(int(masked.sum()), 10), x0[masked], w[masked]).item())
     assert abs(np.mean(total) - math.log(10)) < 0.1
 
 
-def test_method_files_share_their_boilerplate():
-    def block(name):
-        text = (ROOT / name).read_text()
-        return re.search(r"# --- boilerplate: .*?# --- end boilerplate ---", text, re.S)[0]
-    assert len({block(f"{name}.py") for name in ("tad", "trims", "t3d", "tabom")}) == 1
-    assert len(block("tad.py")) > 3000
-    for name in ("fsdp", "checkpoint_blocks", "compile", "dry_run"):  # which it reads
-        assert len({re.search(rf"^    {name}: .*$", (ROOT / f"{f}.py").read_text(), re.M)[0]
-                    for f in ("tad", "trims", "t3d", "tabom")}) == 1
-
-
 def test_learning_rate_schedules():
     def frac(step, schedule, warmup=0, floor=0.0):
-        return trims.lr_frac(step, 100, SimpleNamespace(lr_schedule=schedule, warmup_steps=warmup,
-                                                         lr_floor=floor))
+        return training.lr_frac(step, 100, SimpleNamespace(lr_schedule=schedule, warmup_steps=warmup,
+                                                           lr_floor=floor))
     assert frac(0, "constant", 10) == 0.1 and frac(50, "constant", 10) == 1
     assert frac(10, "cosine", 10) == 1 and abs(frac(55, "cosine", 10) - 0.5) < 1e-9
     assert abs(frac(100, "cosine", 10, 0.1) - 0.1) < 1e-9 and abs(frac(55, "cosine", 10, 0.1) - 0.55) < 1e-9
@@ -132,11 +127,24 @@ def test_learning_rate_schedules():
 
 def test_presets_and_command_line(monkeypatch):
     monkeypatch.setattr("sys.argv", ["trims.py", "--lr", "0.5", "--no-full"])
-    cfg = trims.parse_args(Config, trims.PRESETS, "")
+    cfg = training.parse(Config, trims.PRESETS, "")
     assert (cfg.lr, cfg.gen_len, cfg.clip) == (0.5, 48, 1.0)  # command line > preset > field
     monkeypatch.setattr("sys.argv", ["trims.py", "--help"])
     with pytest.raises(SystemExit):
-        trims.parse_args(Config, trims.PRESETS, "doc")
+        training.parse(Config, trims.PRESETS, "doc")
+
+
+@pytest.mark.parametrize("method", ["tad", "t3d", "tabom", "trims"])
+def test_a_family_without_a_preset_is_an_error(tmp_path, monkeypatch, method):
+    """Never another family's preset: an 8B model must not train on the shell game."""
+    module = importlib.import_module(method)
+    for name, family in (("tiny", "tiny"), (official_checkpoint(tmp_path / "a", "dream"), "dream"),
+                         (official_checkpoint(tmp_path / "b", "sdar"), "sdar")):
+        monkeypatch.setattr("sys.argv", [f"{method}.py", "--model", str(name)])
+        assert training.parse(module.Config, module.PRESETS, "").model == str(name)
+        presets = {known: preset for known, preset in module.PRESETS.items() if known != family}
+        with pytest.raises(nt_model.UserError, match=f"--model .* no preset for its family {family}"):
+            training.parse(module.Config, presets, "")
 
 
 def test_optimizers_cover_every_parameter_once():
@@ -149,12 +157,12 @@ def test_optimizers_cover_every_parameter_once():
 # ------------------------------------------------------------------------------------- difficulty and buckets
 def test_scores_move_through_bytes_by_hand():
     """Teacher: 'ab' 2 nats, 'c' 3, 'def' 6; student: 'a' 'bcd' 'ef'."""
-    got = trims.spread([2.0, 3.0, 6.0], [2, 1, 3], [1, 3, 2])
+    got = spread([2.0, 3.0, 6.0], [2, 1, 3], [1, 3, 2])
     assert np.allclose(got, [1, 1 + 3 + 2, 4]) and abs(got.sum() - 11) < 1e-12
     same = [0.1, 5.0, 0.0, 2.5]
-    assert np.allclose(trims.spread(same, [1, 4, 2, 3], [1, 4, 2, 3]), same)  # identity
+    assert np.allclose(spread(same, [1, 4, 2, 3], [1, 4, 2, 3]), same)  # identity
     smile = "🙂".encode()  # four bytes: two tokens of the teacher, four of the student
-    assert np.allclose(trims.spread([4.0, 8.0], [3, 1], [1] * len(smile)), [4 / 3] * 3 + [8])
+    assert np.allclose(spread([4.0, 8.0], [3, 1], [1] * len(smile)), [4 / 3] * 3 + [8])
     rng = np.random.default_rng(0)
     for _ in range(50):  # the total is kept whatever the cuts; special tokens of the student have no bytes
         total = int(rng.integers(1, 60))
@@ -162,7 +170,7 @@ def test_scores_move_through_bytes_by_hand():
                 for _ in range(2)]
         cuts[0] = cuts[0][cuts[0] > 0]
         values = rng.exponential(size=len(cuts[0]))
-        got = trims.spread(values, *cuts)
+        got = spread(values, *cuts)
         assert abs(got.sum() - values.sum()) < 1e-9 and (got >= -1e-12).all()
         assert (got[cuts[1] == 0] == 0).all()
 
@@ -211,22 +219,22 @@ def test_teacher_scores_land_on_the_students_tokens():
     """The tiny teacher and model share a tokeniser: a score is the teacher's NLL of that very token; the
     first EOS has the end token's; filling has none; the phrases, drawn at random, are the hard tokens.
     """
-    tok, teacher_tok = data.load_tokenizer("tiny"), data.load_teacher_tokenizer("tiny-ar")
-    teacher, examples = nt_model.load_teacher("tiny-ar"), data.TinySFT(tok, 6, privileged_share=0.0)
+    tok, teacher_tok = data.load_tokenizer("tiny"), load_teacher_tokenizer("tiny-ar")
+    teacher, examples = load_teacher("tiny-ar"), data.TinySFT(tok, 6, privileged_share=0.0)
     examples = [examples[i] for i in range(6)]
-    scores = trims.difficulty(examples, tok, teacher, teacher_tok, "nll", "cpu")
+    scores = difficulty(examples, tok, teacher, teacher_tok, "nll")
     for e, s in zip(examples, scores):
         ids = torch.tensor([e["prompt_ids"] + e["x0"]])
-        nll = nt_model.token_nll(teacher, ids)[0, len(e["prompt_ids"]):]
+        nll = token_nll(teacher, ids)[0, len(e["prompt_ids"]):]
         n = e["x0"].index(tok.eos_id)
         assert np.allclose(s[:n + 1], nll[:n + 1], atol=1e-4) and np.isnan(s[n + 1:]).all()
         phrases = np.array(s[:4 * data.N_SWAPS]).reshape(-1, 4)
         assert phrases[:, 0].mean() > 0.5 and phrases[:, 1:].mean() < 0.1
-    entropy = trims.difficulty(examples, tok, teacher, teacher_tok, "entropy", "cpu")
+    entropy = difficulty(examples, tok, teacher, teacher_tok, "entropy")
     assert abs(entropy[0][0] - math.log(3)) < 0.02 and entropy[0][:8] != scores[0][:8]
     broken = {**examples[0], "x0": [0xC3] + examples[0]["x0"][1:]}  # half a character
     with pytest.raises(nt_model.UserError, match="not UTF-8"):
-        trims.difficulty([broken], tok, teacher, teacher_tok, "nll", "cpu")
+        difficulty([broken], tok, teacher, teacher_tok, "nll")
 
 
 @pytest.mark.parametrize("family", ["llada", "dream", "sdar"])
@@ -251,7 +259,7 @@ def test_trims_trains_two_steps_on_every_family_with_another_tokeniser(tmp_path,
     adapted = lora.load(nt_model.load(folder), tmp_path / "run/adapter")
     ids = torch.randint(0, 250, (1, 9))
     assert not torch.equal(adapted(ids), nt_model.load(folder)(ids))
-    monkeypatch.setattr(nt_model, "load_teacher", lambda *a: pytest.fail("scored twice"))
+    monkeypatch.setattr("teacher.load_teacher", lambda *a: pytest.fail("scored twice"))
     monkeypatch.setattr("sys.argv", [str(a) for a in [*args, "--overwrite", "--max_steps", 1]])
     (tmp_path / "run/difficulty").rename(tmp_path / "kept")
     with pytest.raises(pytest.fail.Exception, match="scored twice"):

@@ -1,0 +1,265 @@
+"""The ground floor: errors of one line, JSON lines, whole files, and command lines made from dataclasses,
+whose fields are options with their defaults and the comments behind them as help:
+
+    @dataclass
+    class Options:
+        path: str = option(positional=True)  # data to read
+        n: int | None = None  # the first n only
+    args, decoding = parse(__doc__, Options, Decoding)  # Options(...), {what was given of Decoding}
+"""
+import argparse
+import ctypes
+import dataclasses
+import gc
+import gzip
+import importlib
+import inspect
+import json
+import os
+import re
+import sys
+import zlib
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
+
+
+class UserError(ValueError):
+    """Bad input: one line that names the thing, the value and the fix."""
+
+
+class Stopped(SystemExit):
+    """All ranks end here, before the work is done, with this exit code; the same command continues."""
+
+
+def run_cli(main):
+    """Bad input is one line on stderr and exit code 2, never a traceback; main may return an exit code."""
+    keep_freed_memory()
+    try:
+        code = main()
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except Stopped as e:
+        code = e.code
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        gc.collect()  # without this order some processes abort when they exit
+        distributed.barrier()
+        distributed.destroy_process_group()
+    if isinstance(code, int):
+        sys.exit(code)
+
+
+def keep_freed_memory():
+    """Let glibc, unless the environment sets its thresholds, keep up to 1 GiB of freed memory: giving it back
+    and faulting it in anew was a third of the tiny model's decoding time on a CPU.
+    """
+    chosen = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
+    libc = ctypes.CDLL(None) if sys.platform == "linux" and not chosen else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD no longer adapts by itself; larger blocks go back at once
+
+
+REQUIRED = dataclasses.MISSING
+SHORT = {"n": ["-n", "--n_problems"]}  # other spellings of an option; torchrun takes --n for one of its own
+
+
+def option(default=REQUIRED, positional=False, bare=None, choices=None):
+    """A field that must be given (no default), has no dashes (positional), a value when bare, or choices."""
+    about = dict(positional=positional, bare=bare, choices=choices, required=default is REQUIRED)
+    return dataclasses.field(default=None if default is REQUIRED else default, metadata=about)
+
+
+def shown(value):
+    """A default as --help prints it: 2e-05 as 2e-5, nothing for a value that says nothing."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return re.sub(r"e([+-])0", r"e\1", f"{value:g}").replace("e+", "e")
+    return "" if value is None else str(value)
+
+
+def help_of(field, comment, presets):
+    """Its comment, and in brackets the default, with the families' own where they differ."""
+    default = shown(field.default)
+    own = [(family, shown(preset.get(field.name, field.default))) for family, preset in presets.items()]
+    differ = ", ".join(f"{family} {value}" for family, value in own if value != default)
+    values = "; ".join(filter(None, [default, differ]))
+    comment += f" [{values}]" if values and not comment.endswith("]") else ""
+    return comment.replace("%", "%%")
+
+
+def add_options(parser, cls, presets={}):
+    """The fields of a dataclass as options. presets: {family: {field: value}}, shown by --help."""
+    hints, comments = get_type_hints(cls), {}
+    for base in reversed(cls.__mro__[:-1]):
+        comments.update(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(base), re.M))
+    for field in dataclasses.fields(cls):
+        about, kind = field.metadata, hints[field.name]
+        if type(None) in get_args(kind):  # X | None
+            kind = get_args(kind)[0]
+        names = ["--" + field.name, *SHORT.get(field.name, ())]
+        text = help_of(field, comments.get(field.name, ""), presets)
+        settings = dict(default=argparse.SUPPRESS, help=text)  # absent unless given
+        if about.get("positional"):
+            names = [field.name]
+            settings["nargs"] = None if about["required"] else "?"
+        elif about.get("required"):
+            settings["required"] = True
+        if about.get("bare") is not None:
+            settings.update(nargs="?", const=about["bare"])
+        if get_origin(kind) is list:
+            settings["nargs"], kind = "+", get_args(kind)[0]
+        if kind is bool:
+            settings["action"] = argparse.BooleanOptionalAction
+        else:
+            choices = about.get("choices") or get_args(kind) or None
+            settings["choices"] = choices() if callable(choices) else choices
+            settings["type"] = str if get_origin(kind) is Literal else kind
+        parser.add_argument(*names, **settings)
+
+
+def new_parser(doc):
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                   allow_abbrev=False)
+
+
+def read_options(namespace, cls, *others):
+    """-> [an instance of cls, and per other dataclass (Decoding) a dict of what was given of it]."""
+    given = vars(namespace)
+    first, *rest = [{f.name: given[f.name] for f in dataclasses.fields(each) if f.name in given}
+                    for each in (cls, *others)]
+    return [cls(**first), *rest]
+
+
+def parse(doc, *classes):
+    """The command line of a script, see read_options; of one class the instance alone."""
+    parser = new_parser(doc)
+    for cls in classes:
+        add_options(parser, cls)
+    options = read_options(parser.parse_args(), *classes)
+    return options if len(classes) > 1 else options[0]
+
+
+def run_command(doc, commands):
+    """Call one of {name: (function, dataclass, *others)}; the dataclass's docstring is the command's help."""
+    parser = new_parser(doc)
+    choose = parser.add_subparsers(dest="command", required=True)
+    for name, (_, *classes) in commands.items():
+        about = inspect.getdoc(classes[0])
+        one = choose.add_parser(name, help=about, description=about, allow_abbrev=False)
+        for cls in classes:
+            add_options(one, cls)
+    namespace = parser.parse_args()
+    function, *classes = commands[namespace.command]
+    return function(*read_options(namespace, *classes))
+
+
+def at_least(least, args, *names):
+    """UserError for an option below `least`; one that is None was not given."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name} is {value}: it must be at least {least}")
+
+
+def read_text(path):
+    """The text of a file, unpacked where its name ends in .gz."""
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as f:
+            return f.read()
+    except FileNotFoundError:
+        raise UserError(f"no file {path}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+        raise UserError(f"{path} is not a whole .gz file ({e}): download it again") from None
+
+
+def read_json(path):
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except ValueError as e:
+        raise UserError(f"{path} is not valid JSON ({e})") from None
+
+
+def read_jsonl(path, tolerant=False):
+    """The objects of a .jsonl file. tolerant: a last line without its newline (killed in it) is dropped."""
+    lines, rows = read_text(path).split("\n"), []
+    for i, line in enumerate(lines[:-1] if tolerant else lines, 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except ValueError:
+            raise UserError(f"{path} line {i} is not valid JSON: {line[:60]!r}; "
+                            f"remove or repair that line") from None
+    return rows
+
+
+def read_rows(path):
+    """The objects of a .jsonl, .json (a list) or .parquet file, the first two also with .gz."""
+    if str(path).endswith(".parquet"):
+        rows = parquet_rows(path)
+    elif str(path).endswith((".json", ".json.gz")):
+        rows = read_json(path)
+        if not isinstance(rows, list):
+            raise UserError(f"{path} must hold a list of objects")
+    else:
+        rows = read_jsonl(path)
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise UserError(f"{path} line {i + 1} is not an object: {str(row)[:60]!r}")
+        yield row
+
+
+def parquet_rows(path):
+    """Read in pieces: a set may not fit into memory."""
+    pyarrow, parquet = (package(name, f"{path}: reading .parquet needs pyarrow: pip install pyarrow")
+                        for name in ("pyarrow", "pyarrow.parquet"))
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as e:
+        raise UserError(f"{path} is not a whole .parquet file ({e})") from None
+
+
+def append_line(path, *rows):
+    """One or more lines of a .jsonl, on the disk when this returns."""
+    with open(path, "ab", buffering=0) as f:
+        f.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        os.fsync(f.fileno())
+
+
+def drop_torn_line(path):
+    """Cut a last line without its newline: what a kill left of a record."""
+    if path.exists():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+
+
+def write_whole(path, text):
+    """Under another name, then renamed: whole or absent."""
+    path = Path(path)
+    tmp = path.with_name(path.name + ".tmp")
+    tmp.write_text(text)
+    os.replace(tmp, path)
+
+
+def package(name, otherwise):
+    """A module of a package that few need. Raises UserError, which says `otherwise`, where it is absent."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError(otherwise) from None
+
+
+def pyplot():
+    """matplotlib.pyplot without a window."""
+    package("matplotlib", "drawing needs matplotlib: pip install matplotlib").use("Agg")
+    return importlib.import_module("matplotlib.pyplot")
+
+
+def check_picture(path):
+    """UserError before anything long."""
+    if path and not (path.endswith(".png") and Path(path).absolute().parent.is_dir()):
+        raise UserError(f"--picture {path}: give a name that ends with .png in a folder that exists")

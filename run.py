@@ -1,0 +1,602 @@
+"""One training run: ranks and devices, its folder, micro-batches, the optimizer's step, checkpoints, the log.
+
+    r = Run(parse(Config, PRESETS, __doc__))              # a new folder, or one to be continued
+    model = r.for_training(lora.add(r.load(to_train=True), ...))  # compiled, sharded, as the settings ask
+    for step in r.steps(model, [optimizer], n_steps):     # resumes, logs, saves; SIGTERM ends it after a step
+        for batch in r.micro_batches(chosen, length, build):
+            r.backward(*training_loss(model, batch, cfg))
+        r.update()                                        # sum over ranks, clip, step at this step's rate
+    plain = r.save(model)
+
+A batch is a dict that has `ids`, `prompts` (lists of token ids) and `xt` (B, L), whatever else it holds.
+"""
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields
+from datetime import timedelta
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+import cli
+import lora
+import model as nt_model
+from cli import Stopped, UserError
+
+
+@dataclass
+class Options:
+    """What every method has. All but the first three may change when a run is continued."""
+    model: str = "tiny"  # preset name, hub id or directory
+    revision: str = ""  # commit, branch or tag of a hub id
+    max_steps: int = 0  # stop after this many steps (0: epochs decide)
+    out: str = ""  # output directory; default out/METHOD-MODEL
+    overwrite: bool = False  # start anew in a directory that already holds a run
+    save_every: int = 100  # steps between checkpoints
+    log_every: int = 10  # steps between log lines
+    eval_problems: int = 300  # problems of the closing evaluation (tiny models only; 0: none)
+    fsdp: bool = False  # LoRA: shard the frozen base over ranks, where it does not fit (--full always does)
+    checkpoint_blocks: bool = False  # keep only the inputs of blocks, compute the rest again: less memory
+    compile: bool = False  # compile every block for training
+    dry_run: bool = False  # print memory per GPU and the number of steps, load no weights
+
+
+FREE = {f.name for f in fields(Options)} - {"model", "revision", "max_steps"}
+
+
+def parse(Config, presets, doc):
+    """The command line of a method: field default < preset of the model's family < what is given."""
+    parser = cli.new_parser(doc)
+    cli.add_options(parser, Config, presets)
+    given = vars(parser.parse_args())
+    name = given.get("model", Config.model)
+    family = nt_model.family_of(name, given.get("revision"))
+    if family not in presets:
+        raise UserError(f"--model {name}: there is no preset for its family {family}, only for "
+                        f"{', '.join(presets)}: add one to PRESETS")
+    cfg = Config(**{**presets[family], **given})
+    cli.at_least(1, cfg, "batch_size", "micro_batch", "save_every", "log_every")
+    cli.at_least(0, cfg, "max_steps", "eval_problems")
+    return cfg
+
+
+# ------------------------------------------------------------------------- ranks
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def agreed(value):
+    """Rank 0's value, on every rank."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def trainable(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def is_sharded(model):
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def local(t):
+    """This rank's rows of a tensor: all of them unless it is sharded."""
+    return t.detach().to_local() if isinstance(t, DTensor) else t.detach()
+
+
+def shard(model, device, train=False):
+    """Spread the tensors over all ranks (FSDP2), in place and block by block; LoRA adapters stay whole.
+    For hidden() and then head(); decode with unsharded(). train: fp32 masters, in bf16 on a GPU for a step.
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    in_bf16 = train and device.type == "cuda"
+    policy = MixedPrecisionPolicy(torch.bfloat16 if in_bf16 else None, torch.float32 if in_bf16 else None,
+                                  cast_forward_inputs=False)  # the angles of RoPE stay fp32
+    adapters = {p for name, p in model.named_parameters() if "lora_" in name}
+    # what the blocks leave to the model (embedding, norm, head) is whole from hidden() to the end of backward
+    for unit in [*model.blocks, model]:
+        if train:
+            unit.float()
+        fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=adapters)
+    for p in adapters:
+        p.data = p.data.to(device)
+    register_fsdp_forward_method(model, "hidden")
+    return model
+
+
+@torch.no_grad()
+def unsharded(model, device="cpu", dtype=None, keep=True):
+    """A plain copy of a model that is spread over ranks, which all must call it; None where keep is False."""
+    if not is_sharded(model):
+        return model
+    state = {}
+    for name, p in model.named_parameters(remove_duplicate=False):  # a tied head under both of its names
+        whole = p.full_tensor() if isinstance(p, DTensor) else p
+        if keep:
+            state[name] = whole.detach().to(device, None if "lora_" in name else dtype, copy=True)
+    if not keep:
+        return None
+    with torch.device("meta"):
+        plain, pairs = nt_model.Transformer(model.cfg), lora.adapters(model)
+        if pairs:
+            layer, targets = pairs[0][1], {name.rpartition(".")[2] for name, _ in pairs}
+            lora.add(plain, layer.r, layer.alpha, layer.dropout, targets)
+    plain.load_state_dict(state, assign=True)
+    if model.cfg.tied:
+        plain.head.weight = plain.embed.weight
+    plain.revision = model.revision
+    return plain.eval()
+
+
+# ------------------------------------------------------------------------- the schedule
+def lr_frac(step, n_steps, cfg):
+    """Share of the peak learning rate at a step (0-based), after the schedules of the settings."""
+    decay = 1.0
+    if cfg.lr_schedule == "cosine":
+        done = max(0, step - cfg.warmup_steps) / max(1, n_steps - cfg.warmup_steps)
+        decay = 0.5 * (1 + math.cos(math.pi * done))
+    elif cfg.lr_schedule == "tail":
+        decay = min(1.0, (n_steps - step) / (0.4 * n_steps))
+    warm = min(1.0, (step + 1) / max(1, cfg.warmup_steps))
+    return warm * (cfg.lr_floor + (1 - cfg.lr_floor) * decay)
+
+
+@lru_cache(maxsize=1)
+def shuffled(n, seed, epoch):
+    """The order of an epoch's n examples."""
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def steps_per_epoch(n, cfg):
+    """Of n examples; the last incomplete batch is left out."""
+    if n < cfg.batch_size:
+        raise UserError(f"--batch_size {cfg.batch_size} exceeds the data ({n} examples): lower it")
+    return n // cfg.batch_size
+
+
+def batch_of(step, n, cfg):
+    """The epoch that a step belongs to, and the numbers of its examples among n, in the epoch's order."""
+    epoch, i = divmod(step, steps_per_epoch(n, cfg))
+    return epoch, shuffled(n, cfg.seed, epoch)[i * cfg.batch_size:(i + 1) * cfg.batch_size]
+
+
+@contextmanager
+def on_sigterm(handler):
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# ------------------------------------------------------------------------- the run
+class Run:
+    """A run of the settings cfg, a method's Config: beside Options it has seed, data, full, batch_size,
+    micro_batch, clip, lr_schedule, lr_floor and warmup_steps. whole: all weights are trained and saved, not
+    adapters [--full].
+    """
+
+    def __init__(self, cfg, whole=None):
+        self.cfg, self.whole = cfg, cfg.full if whole is None else whole
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        cuda = torch.cuda.is_available()
+        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+        self.dtype = torch.bfloat16 if cuda else torch.float32
+        if cuda:
+            torch.cuda.set_device(self.device)
+        self.shards = cfg.full or cfg.fsdp
+        if (self.world > 1 or (cuda and self.shards)) and not dist.is_initialized():
+            # ranks wait for each other's collection and the closing evaluation; torchrun sees those that died
+            store = None if self.world > 1 else dist.HashStore()
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12), rank=self.rank,
+                                    world_size=self.world, store=store)
+        self.shards = self.shards and dist.is_initialized()  # else every rank has all of the model
+        self.split = self.whole and self.shards  # also what is trained
+        script = Path(sys.modules[type(cfg).__module__].__file__).stem
+        self.out = Path(cfg.out or f"out/{script}-{Path(cfg.model).name}")
+        if self.rank == 0:
+            self.open_folder()
+        barrier()
+        self.final = self.out / ("model" if self.whole else "adapter")
+        self.task = nt_model.FAMILIES[nt_model.family_of(cfg.model, cfg.revision)].task
+        self.evaluates = bool(self.task and cfg.eval_problems)  # at the end, see eval.closing
+        last = self.out / "results.jsonl" if self.evaluates else self.final
+        self.finished = agreed(last.exists())
+        if self.finished and self.rank == 0:
+            print(f"{self.out} is finished already; --overwrite starts anew")
+        self.stop_asked = threading.Event()  # by SIGTERM
+        self.writer, self.writing = ThreadPoolExecutor(1), None  # of checkpoints, and the one being written
+
+    def open_folder(self):
+        """Make and lock the folder. Checkpoints of another configuration in it are an error."""
+        cfg, out, file = self.cfg, self.out, self.out / "config.json"
+        if cfg.overwrite and int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+            raise UserError("--overwrite on several nodes: the nodes that did not fail cannot tell a restart "
+                            "from a start; remove the directory instead")
+        now = {k: v for k, v in vars(cfg).items() if k not in FREE}
+        old = cli.read_json(file) if file.exists() else now
+        if not isinstance(old, dict) or not {"model", "seed"} <= old.keys():
+            raise UserError(f"{file} is not that of a run: choose another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        self.lock = open(out / "lock", "a")  # held until the process ends
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"{out} is in use by another run: wait for it, or choose another --out") from None
+        except OSError as e:
+            print(f"warning: {out} cannot be locked ({e}): start no second run in it", file=sys.stderr)
+        restarts = [int(os.environ.get(f"{by}_RESTART_COUNT", 0)) for by in ("TORCHELASTIC", "SLURM")]
+        if cfg.overwrite and not any(restarts) and file.exists():
+            old = now
+            for made in set(out.iterdir()) - {out / "lock"}:
+                shutil.rmtree(made) if made.is_dir() and not made.is_symlink() else made.unlink()
+        differ = [f"{k} {old.get(k)!r} -> {now.get(k)!r}"
+                  for k in {**old, **now} if old.get(k) != now.get(k)]
+        if differ and (out / "checkpoints").exists():  # before, nothing is trained that could be mixed up
+            raise UserError(f"{out} belongs to another configuration ({'; '.join(differ)}): "
+                            f"choose another --out, or --overwrite")
+        cli.write_whole(file, json.dumps(now, indent=2) + "\n")
+
+    def load(self, to_train=False):
+        """The model that the run starts from. to_train: on the CPU where it will be sharded, see shard()."""
+        device = "cpu" if to_train and self.shards else self.device
+        return nt_model.load(self.cfg.model, device, self.dtype, self.cfg.revision)
+
+    def for_training(self, model, frozen=False):
+        """A model as the settings ask for it: activations computed again, compiled blocks, sharded."""
+        if frozen:  # --full's teacher
+            model.requires_grad_(False)
+        model.checkpoint_blocks = self.cfg.checkpoint_blocks
+        if self.cfg.compile:
+            for block in model.blocks:
+                block.compile()
+        return shard(model, self.device, self.whole and not frozen) if self.shards else model
+
+    def steps(self, model, optimizers, n_steps, reference=None, also_save=0):
+        """The steps that are left, from the newest checkpoint on, logged and saved as the settings say.
+        SIGTERM ends the run after its step, with a checkpoint. also_save: a second save_every.
+        reference(step) -> {name: tensor} that a checkpoint after `step` steps must hold as well, or None.
+        """
+        cfg = self.cfg
+        self.model, self.optimizers, self.n_steps = model, optimizers, n_steps
+        self.reference = reference or (lambda step: None)
+        first = self.resume()
+        log = self.out / "log.jsonl"
+        if self.rank == 0:  # without the lines of steps that will be repeated
+            rows = cli.read_jsonl(log, tolerant=True) if log.exists() else []
+            cli.write_whole(log, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= first))
+        model.train()
+        logged, losses = time.perf_counter(), []
+        with on_sigterm(lambda *_: self.stop_asked.set()):
+            left = range(first, n_steps)
+            bar = tqdm(left, "train", n_steps, unit="step", initial=first, disable=self.rank != 0)
+            for self.step in bar:
+                self.began, self.total = time.perf_counter(), {"tokens": 0.0, "data_s": 0.0}
+                torch.manual_seed((cfg.seed * 1_000_003 + self.step) * self.world + self.rank)  # dropout
+                yield self.step
+                done = self.step + 1
+                losses.append(self.total["loss"])
+                speed = self.pace()
+                bar.set_postfix(loss=self.total["loss"], **speed, refresh=False)
+                if self.rank == 0 and (done % cfg.log_every == 0 or done == n_steps):
+                    before, logged = logged, time.perf_counter()
+                    row = dict(step=done, **self.total, **speed, seconds=round(logged - before, 3))
+                    cli.append_line(log, row)
+                due = done % cfg.save_every == 0 or (also_save and done % also_save == 0)
+                if due or done == n_steps or self.stops:
+                    self.save_checkpoint(done, np.mean(losses))
+                    losses = []
+                if self.stops:  # a preempted job; all ranks are at this step
+                    self.finish_writing()
+                    barrier()
+                    if self.rank == 0:
+                        note = f"SIGTERM: stopped after step {done}; the same command continues"
+                        print(note, file=sys.stderr)
+                    raise Stopped(128 + signal.SIGTERM)
+
+    def between_steps(self):
+        """For something long between two steps that is on the disk as it goes: SIGTERM stops it at once."""
+        self.finish_writing()
+        return on_sigterm(signal.SIG_DFL)
+
+    def micro_batches(self, chosen, length, build):
+        """This rank's share of a step's examples (indices), in micro-batches: build(indices) -> batch."""
+        chosen, size = [int(n) for n in chosen], self.cfg.micro_batch
+        if len(chosen) > size:
+            chosen.sort(key=length)  # little padding
+        mine = chosen[self.rank::self.world]
+        # equally many on every rank, as sharded forwards are collective: a filler counts nothing
+        for first in range(0, -(-len(chosen) // self.world), size):
+            part = mine[first:first + size]
+            began = time.perf_counter()
+            self.batch, self.weight = build(part or chosen[:1]), 1 if part else 0
+            self.total["data_s"] += time.perf_counter() - began
+            if part:
+                self.total["tokens"] += sum(map(len, self.batch["prompts"])) + self.batch["xt"].numel()
+            yield self.batch
+
+    def backward(self, loss, parts):
+        """The gradient of the micro-batch, whose loss is divided by the global batch already."""
+        self.check_finite(loss)
+        (loss * self.weight * (self.world if self.split else 1)).backward()  # FSDP averages over ranks
+        for key, value in {"loss": loss.item(), **parts}.items():
+            self.total[key] = self.total.get(key, 0.0) + self.weight * value
+
+    def check_finite(self, loss):
+        """A non-finite loss stops the run, with the ids of its batch saved."""
+        if not torch.isfinite(loss):
+            file = self.out / "nonfinite.json"
+            facts = dict(step=self.step, loss=str(loss.item()), ids=self.batch["ids"])
+            cli.write_whole(file, json.dumps(facts) + "\n")
+            raise UserError(f"the loss is {loss.item()} at step {self.step}: the batch's ids are in {file}; "
+                            f"look at these examples, or start anew with a lower --lr")
+
+    def update(self):
+        """Sum over ranks, clip by the global norm, step at this step's learning rate."""
+        params = list(trainable(self.model).values())
+        for p in params:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        self.total["stop"] = float(self.stop_asked.is_set())
+        if self.world > 1:  # in one bucket: what FSDP has not summed, the parts of the loss, whether to stop
+            grads = [p.grad for p in params if not isinstance(p, DTensor)]
+            grads.append(torch.tensor(list(self.total.values()), device=params[0].device))
+            bucket = torch.cat([g.flatten() for g in grads])
+            dist.all_reduce(bucket)
+            for g, summed in zip(grads, bucket.split([g.numel() for g in grads])):
+                g.copy_(summed.view_as(g))
+            self.total = dict(zip(self.total, grads[-1].tolist()))
+        self.stops = self.total.pop("stop") > 0
+        norm = torch.nn.utils.clip_grad_norm_(params, self.cfg.clip)
+        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        if not math.isfinite(norm):
+            raise UserError(f"the gradient is {norm} at step {self.step}, which is not taken: "
+                            f"start anew with a lower --lr")
+        frac = lr_frac(self.step, self.n_steps, self.cfg)
+        self.total.update(grad_norm=norm, lr_frac=frac)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group.setdefault("peak_lr", group["lr"]) * frac
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def pace(self):
+        """Speed of this step over all ranks. data_wait: share of the time in which batches were built.
+        mfu: of 989 TFLOP/s (H100, H200), at 4 (LoRA) or 6 FLOP per parameter and token; no teacher's forward.
+        """
+        seconds = time.perf_counter() - self.began
+        tok_per_s = self.total.pop("tokens") / seconds
+        wait = self.total.pop("data_s") / (self.world * seconds)
+        speed = dict(tok_per_s=round(tok_per_s, 1), data_wait=round(wait, 4))
+        if torch.cuda.is_available():
+            speed["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+            if any(name in torch.cuda.get_device_name() for name in ("H100", "H200")):
+                flop = 6 if self.model.embed.weight.requires_grad else 4
+                n = sum(p.numel() for p in self.model.parameters())
+                speed["mfu"] = round(tok_per_s / self.world * flop * n / 989e12, 4)
+        return speed
+
+    def save_checkpoint(self, step, loss):
+        """A thread writes it while training goes on: every rank its rows, or rank 0 everything."""
+        self.finish_writing()
+        root = self.out / "checkpoints"
+        if self.rank == 0:
+            shutil.rmtree(root / "tmp", ignore_errors=True)
+            (root / "tmp").mkdir(parents=True)
+        barrier()
+        n_files = self.world if self.split else 1
+        if self.rank >= n_files:
+            return
+        kept = checkpoint_tensors(self.model, self.optimizers, self.reference(step))
+        tensors = {name: local(t).to("cpu", copy=True).contiguous() for name, t in kept.items()}
+        self.writing = self.writer.submit(write_checkpoint, root, step, tensors, loss, self.rank, n_files)
+
+    def finish_writing(self):
+        """Wait until the last checkpoint is on disk."""
+        writing, self.writing = self.writing, None
+        try:
+            if writing:
+                writing.result()
+        except Exception as e:
+            raise UserError(f"a checkpoint could not be written: {e}") from None
+
+    def resume(self):
+        """Fill all from the newest intact checkpoint, whatever its number of ranks -> the next step, or 0."""
+        self.finish_writing()
+        found = agreed(newest_checkpoint(self.out) if self.rank == 0 else None)
+        if found is None:
+            return 0
+        step = int(found.name.split("-")[1])
+        files = [safe_open(f, framework="pt") for f in sorted(found.glob("rank-*.safetensors"))]
+        for p in trainable(self.model).values():
+            p.grad = torch.zeros_like(p)
+        for optimizer in self.optimizers:  # its first step makes the state that is filled here
+            optimizer.step()
+            optimizer.zero_grad()
+        into = checkpoint_tensors(self.model, self.optimizers, self.reference(step))
+        names = files[0].keys()
+        if {name for name in names if "/" not in name} != trainable(self.model).keys():
+            raise UserError(f"{found} does not fit this model: use another --out")
+        for name in names:
+            target, parts = into[name], [f.get_tensor(name) for f in files]
+            whole = torch.cat(parts) if parts[0].ndim else parts[0]  # a shard is a range of rows
+            if isinstance(target, DTensor):  # this rank's rows
+                n = -(-len(whole) // self.world)
+                whole = whole[self.rank * n:][:n]
+            local(target).copy_(whole)
+        return step
+
+    def save(self, model):
+        """Write what was trained. Every rank calls it; rank 0 gets a plain copy of the model, others None."""
+        self.finish_writing()
+        plain, final = unsharded(model, keep=self.rank == 0), self.final
+        if self.rank != 0:
+            return None
+        tmp = final.with_name("tmp-" + final.name)
+        shutil.rmtree(tmp, ignore_errors=True)
+        if self.whole:
+            nt_model.save(plain, tmp)
+            nt_model.copy_tokenizer(self.cfg.model, tmp, self.cfg.revision)
+        else:
+            lora.save(plain, tmp, base=self.cfg.model)
+        shutil.rmtree(final, ignore_errors=True)  # saved before, and killed during the closing evaluation
+        tmp.rename(final)
+        print(f"saved {final}")
+        return plain
+
+
+class Reference:
+    """A frozen copy of the trained weights from an earlier step: adapters, or with --full a model. Until
+    its first refresh this is the model that the run started from.
+    """
+
+    def __init__(self, r, model):
+        self.adapters = None
+        if r.whole:
+            copy = r.load(to_train=True)
+            copy.cfg = model.cfg
+            self.model = r.for_training(copy, frozen=True)
+        else:
+            self.adapters = {name: p.detach().clone() for name, p in trainable(model).items()}
+
+    def tensors(self):
+        if self.adapters:
+            return self.adapters
+        if is_sharded(self.model):
+            self.model.reshard()  # embedding and head are whole since its last forward
+        return dict(self.model.named_parameters())
+
+    def refresh(self, model):
+        """It becomes the model of now."""
+        into = self.tensors()
+        for name, p in trainable(model).items():
+            local(into[name]).copy_(local(p))
+
+    def in_place_of(self, model):
+        """Inside, a model with these weights: with adapters, `model` itself."""
+        return lora.swapped(model, self.adapters) if self.adapters else nullcontext(self.model)
+
+
+# ------------------------------------------------------------------------- checkpoint files
+def checkpoint_tensors(model, optimizers, reference=None):
+    """name -> tensor: the trained weights; "name/slot": the optimizer's state, and T3D's reference."""
+    params = trainable(model)
+    names = {p: name for name, p in params.items()}
+    state = {f"{names[p]}/{slot}": t for optimizer in optimizers for p, slots in optimizer.state.items()
+             for slot, t in slots.items()}
+    return {**params, **state, **{f"{name}/reference": t for name, t in (reference or {}).items()}}
+
+
+def write_checkpoint(root, step, tensors, loss, rank, n_files):
+    """This rank's file and its checksum; rank 0 waits for those of all, and gives the folder its name."""
+    tmp, folder = root / "tmp", root / f"step-{step:06d}"
+    file = tmp / f"rank-{rank:05d}.safetensors"
+    save_file(tensors, file)
+    sync(file)
+    with open(file, "rb") as f:
+        cli.write_whole(file.with_suffix(".sha256"), hashlib.file_digest(f, "sha256").hexdigest())
+    if rank:
+        return
+    while len(list(tmp.glob("*.sha256"))) < n_files:
+        time.sleep(0.05)
+    sums = {f"{f.stem}.safetensors": f.read_text() for f in sorted(tmp.glob("*.sha256"))}
+    cli.append_line(tmp / "checksums.json", {"loss": loss, "files": sums})
+    sync(tmp)
+    shutil.rmtree(folder, ignore_errors=True)
+    tmp.rename(folder)
+    sync(root)
+    folders = sorted(root.glob("step-*"))
+    best = min(folders, key=lambda f: intact(f, contents=False).get("loss", math.inf))
+    for old in set(folders[:-2]) - {best}:  # the last two and the best are kept
+        shutil.rmtree(old)
+
+
+def sync(path):
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
+def intact(folder, contents=True):
+    """What checksums.json says of a checkpoint, or {} where a byte is missing or wrong."""
+    try:
+        facts = json.loads((folder / "checksums.json").read_text())
+        for name, wanted in facts["files"].items() if contents else ():
+            with open(folder / name, "rb") as f:
+                if hashlib.file_digest(f, "sha256").hexdigest() != wanted:
+                    return {}
+        return facts
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def newest_checkpoint(out):
+    for folder in sorted((out / "checkpoints").glob("step-*"), reverse=True):
+        if intact(folder):
+            return folder
+        print(f"warning: checkpoint {folder} is damaged, trying the one before", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------- before a run
+def dry_run(cfg, n_examples, targets=lora.ALL, frozen_copy=False, scratch=False):
+    """Print the number of steps and the memory that training takes, from config.json alone."""
+    with torch.device("meta"):
+        model = nt_model.Transformer(nt_model.config_of(cfg.model, cfg.revision))
+        if not (cfg.full or scratch):
+            lora.add(model, cfg.lora_r, cfg.lora_alpha, 0.0, targets)
+    per_epoch = n_examples // cfg.batch_size
+    print(f"at most {n_examples:,} examples: {per_epoch:,} steps per epoch, "
+          f"{cfg.max_steps or cfg.epochs * per_epoch:,} steps in all")
+    print_memory(model, cfg, frozen_copy)
+
+
+def print_memory(model, cfg, frozen_copy):
+    """What each of 1, 8 and 16 GPUs holds in training, in GiB: bf16, with fp32 for what is trained; prompts
+    of 256 tokens; activations are a rough count. model: on the meta device; frozen_copy: --full keeps one.
+    """
+    facts, kinds = model.cfg, [model.parameters(), model.blocks[0].parameters(), trainable(model).values()]
+    n_all, n_block, n_trained = (sum(p.numel() for p in params) for params in kinds)
+    rest = n_all - facts.n_layer * n_block  # embedding, norm, head: whole until the last gradient
+    heads = facts.n_head + 2 * facts.n_kv_head
+    per_token = 2 * (16 * facts.d_model + 3 * heads * facts.head_dim + 4 * facts.d_mlp)  # of one block
+    if n_trained < n_all:  # the inputs of adapters, in fp32
+        per_token += 4 * (6 * facts.d_model + facts.d_mlp)
+    inputs = facts.n_layer * 2 * facts.d_model
+    per_token = per_token + inputs if cfg.checkpoint_blocks else per_token * facts.n_layer
+    tokens = cfg.micro_batch * (256 + cfg.gen_len * (2 if facts.block_len else 1))
+    print(f"{n_all:,} parameters, {n_trained:,} of them trained; GiB per GPU:\n"
+          f"GPUs   weights  gradients  optimizer  activations  logits   total")
+    for n in (1, 8, 16):
+        sharded = cfg.full or cfg.fsdp
+        trained = n_trained / (n if sharded and n_trained == n_all else 1)
+        weights, gradients = 4 * trained + 2 * (n_all - n_trained) / (n if sharded else 1), 4 * trained
+        if sharded:
+            weights += 2 * (rest + 2 * n_block)  # gathered, with two blocks
+        if cfg.full:
+            weights += 2 * (n_all / n + rest) * frozen_copy
+            gradients += 6 * rest  # gathered, in bf16 and in fp32 to be summed
+        parts = [weights, gradients, 8 * trained, per_token * tokens, 6 * nt_model.CHUNK_BYTES]
+        cells = [f"{part / 2**30:.1f}" for part in [*parts, sum(parts)]]
+        print("{:>4}{:>10}{:>11}{:>11}{:>13}{:>8}{:>8}".format(n, *cells))

@@ -1,0 +1,219 @@
+"""What decoding costs, measured beside the uncached reference in the same run.
+
+    python tools/bench.py --batch_size 1 --policy static --no-early_stop            # the embedded model
+    python tools/bench.py llada-8b --batch_size 32 --policy static --no-early_stop  # a real shape
+    python tools/bench.py llada-60m --batch_size 1 --compiled --profile             # where the time goes
+
+Random weights in a real shape give honest times of a forward, but meaningless tokens: choose the static
+policy for them. The last line is what was printed as one JSON object.
+"""
+import json
+import platform
+import re
+import resource
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.profiler import profile
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import cli  # noqa: E402
+import data  # noqa: E402
+import eval as nt_eval  # noqa: E402
+import sample  # noqa: E402
+from cli import UserError, option, run_cli  # noqa: E402
+from layers import PackedLinear, can_pack, with_linear  # noqa: E402
+from model import Config, Transformer, decoding_defaults, default_device  # noqa: E402
+
+_LLADA = dict(rope_theta=5e5, norm_eps=1e-5, rope_fp32=True)
+_QWEN = dict(max_len=4096, pad_id=151643, eos_ids=(151643, 151645))
+SHAPES = {  # the public config.json files; llada-60m is a small one of our own, for a CPU
+    "llada-8b": Config("llada", 126464, 32, 32, 32, 128, 4096, 12288, 4096, 126336, (126081, 126348), 126081,
+                       **_LLADA),
+    "dream-7b": Config("dream", 152064, 28, 28, 4, 128, 3584, 18944, mask_id=151666, qkv_bias=True,
+                       shift=True, **_QWEN),
+    "sdar-4b": Config("sdar", 151936, 36, 32, 8, 128, 2560, 9728, mask_id=151669, qk_norm=True, block_len=4,
+                      **_QWEN),
+    "llada-60m": Config("llada", 32000, 8, 8, 8, 64, 512, 1536, 4096, 31999, (31998,), 31998, **_LLADA),
+}
+
+
+def random_weights(cfg, device="cpu", dtype=torch.float32, std=0.02):
+    """A model of a shape, built on the meta device and filled on `device`."""
+    with torch.device("meta"):
+        model = Transformer(cfg).to(dtype)
+    model = model.to_empty(device=device).eval()
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.fill_(1) if name.endswith("norm.weight") else p.normal_(std=std, generator=generator)
+    return model
+
+
+def timed(what, call, n=3):
+    """Call once, then n times -> the last result, seconds of the first call, median seconds of the others."""
+    times = []
+    for _ in tqdm(range(n + 1), desc=what, leave=False):
+        began = time.perf_counter()
+        result = call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return result, times[0], statistics.median(times[1:])
+
+
+def device_limits():
+    """What the device reaches: copying (GB/s read and written), and a large matrix product (TFLOP/s)."""
+    device, dtype = default_device()
+    scale = 4 if torch.cuda.is_available() else 1
+    big = torch.ones(2**26 * scale, device=device)
+    other = torch.empty_like(big)
+    copying = timed("copy", lambda: other.copy_(big))[2]
+    n = 2048 * scale
+    x = torch.randn(n, n, device=device, dtype=dtype)
+    layer = torch.nn.Linear(n, n, bias=False, device=device, dtype=dtype)
+    if can_pack(layer.weight):
+        layer = with_linear(layer, PackedLinear)
+    multiplying = timed("matrix product", lambda: layer(x))[2]
+    return 2 * big.nbytes / copying / 1e9, 2 * n**3 / multiplying / 1e12
+
+
+def forwards_of(batch):
+    """{name: a forward over the whole canvases, and over the windows where there is a cache}."""
+    everyone = range(len(batch.owner))
+    batch.admit(dict(zip(everyone, everyone)))
+    rows, width = batch.row_numbers(list(everyone)), batch.window_width(batch.P)
+    forwards = {"whole_ms": lambda: batch.forward(rows, batch.s.scored_len)}
+    if batch.cache is not None:
+        forwards["window_ms"] = lambda: batch.forward(None, width)
+    return forwards
+
+
+def flop_and_bytes(batch):
+    """Of a forward over the windows, or the canvases: floating-point operations, bytes that must be read."""
+    cfg, rows, window = batch.model.cfg, len(batch.prompts), batch.cache is not None
+    T = max(map(len, batch.prompts)) + batch.s.gen_len  # padding does not count
+    columns = batch.window_width(batch.P) + sample.reach(batch.s, cfg) if window else T
+    projections = cfg.d_model * (2 * cfg.head_dim * (cfg.n_head + cfg.n_kv_head) + 3 * cfg.d_mlp)
+    head = cfg.vocab_size * cfg.d_model
+    attention = 2 * cfg.n_head * cfg.head_dim * T  # multiply-adds per token
+    scored = min(batch.s.scored_len, columns)
+    flop = 2 * rows * (columns * cfg.n_layer * (projections + attention) + scored * head)
+    size = batch.model.embed.weight.element_size()
+    keys = 2 * rows * T * cfg.n_layer * cfg.n_kv_head * cfg.head_dim * size if window else 0
+    weight_size = 1 if batch.int8 else size
+    return flop, (cfg.n_layer * projections + head) * weight_size + keys
+
+
+def roofline(batch, step_ms):
+    """How much of what the device reaches a forward uses -> dict."""
+    flop, n_bytes = flop_and_bytes(batch)
+    gb_limit, tflop_limit = device_limits()
+    if re.search("H[12]00", nt_eval.device_name()):
+        tflop_limit = 989.0  # dense bf16, by the data sheet
+    gb_per_s, tflop_per_s = n_bytes / step_ms / 1e6, flop / step_ms / 1e9
+    return dict(
+        gb_per_s=gb_per_s, bandwidth_share=gb_per_s / gb_limit,
+        tflop_per_s=tflop_per_s, peak_tflop_per_s=tflop_limit, flop_share=tflop_per_s / tflop_limit)
+
+
+def make_prompts(model, args):
+    """Problems of the tiny task for the tiny model, else random ids."""
+    if args.model == "tiny" and not args.shape:
+        tok = data.load_tokenizer("tiny")
+        return [tok.prompt_ids(p["prompt"]) for p in data.load_problems("tiny", "test", args.batch_size)]
+    torch.manual_seed(0)
+    return list(torch.randint(0, model.cfg.vocab_size // 2, (args.batch_size, args.prompt_len)))
+
+
+@torch.no_grad()
+def measure(model, args, s):
+    """-> the facts that are printed, and a forward of the same work to look into. s: sample.Decoding."""
+    prompts = make_prompts(model, args)
+    sample.check_prompts(model.cfg, prompts, s)
+    model = sample.in_blocks(model, s.block_len)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    how = {key: getattr(args, key) for key in nt_eval.HOW}
+
+    def decode():
+        batch = sample.Batch(model, prompts, s, len(prompts), range(len(prompts)), **how)
+        return batch, [out for _, out in sample.decode(batch)]
+
+    def reference():
+        with model.embed.weight.device as device:
+            return sample.reference(model, prompts[0].to(device), **{**vars(s), "cache": "none"})
+
+    def n_tokens(out):  # a response ends with its first EOS where decoding stops there
+        return out.n_tokens(model.cfg.eos_ids) if s.early_stop else s.gen_len
+
+    (batch, outs), first_run_s, run_s = timed("decode", decode)
+    tokens, nfe = sum(map(n_tokens, outs)), sum(out.nfe for out in outs)
+    facts = dict(
+        device=nt_eval.device_name(), threads=torch.get_num_threads(), dtype=nt_eval.dtype_name(model),
+        torch=torch.__version__, python=platform.python_version(),
+        model=args.shape or args.model, parameters=sum(p.numel() for p in model.parameters()),
+        batch=len(prompts), prompt_len=max(map(len, prompts)), **vars(s), **how,
+        compiled_now=batch.compiled, first_run_s=first_run_s, run_s=run_s, peak_gib=peak_gib(),
+        tok_per_s=tokens / run_s, samples_per_h=3600 * len(outs) / run_s, tpf=tokens / nfe, nfe=nfe,
+        forwards=batch.forwards, ms_per_forward=1000 * run_s / batch.forwards,
+        forwards_per_look=batch.forwards / batch.looks)
+    for name, forward in forwards_of(batch).items():  # the median does not see the calls that compile
+        facts[name] = 1000 * timed(name, forward, 11)[2]
+    facts |= roofline(batch, facts[name])
+    alone, _, alone_s = timed("reference", reference)
+    facts.update(reference_nfe=alone.nfe, reference_tok_per_s=n_tokens(alone) / alone_s,
+                 reference_ms_per_forward=1000 * alone_s / alone.nfe)
+    if s.policy == "static" and not s.early_stop:  # else its one prompt is not the batch's work
+        facts["speedup"] = facts["tok_per_s"] / facts["reference_tok_per_s"]
+    return facts, forward
+
+
+def peak_gib():
+    """Of this process, so far: on a GPU, or resident on Linux and macOS."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+@dataclass
+class Options(nt_eval.ModelOptions):
+    shape: str = option("", positional=True)  # llada-8b, dream-7b, sdar-4b, llada-60m [--model instead]
+    batch_size: int = 32  # prompts decoded at once
+    prompt_len: int = 128  # of random prompts
+    compiled: bool | None = None  # torch.compile [on a GPU]
+    sync_every: int = 4  # forwards between two looks of the host at the device
+    int8: bool = False  # weights in 8 bits while decoding
+    profile: bool = False  # and where the time goes
+
+
+def main():
+    args, given = cli.parse(__doc__, Options, sample.Decoding)
+    cli.at_least(1, args, "batch_size", "prompt_len", "sync_every")
+    if args.shape and args.shape not in SHAPES:
+        raise UserError(f"no shape {args.shape}: choose one of {', '.join(SHAPES)}, or give --model instead")
+    if args.shape:
+        model = random_weights(SHAPES[args.shape], *default_device())
+    else:
+        model, _ = nt_eval.load_both(args)
+    facts, forward = measure(model, args, sample.Decoding(**{**decoding_defaults(model.cfg), **given}))
+    facts = {key: round(v, 4) if isinstance(v, float) else v for key, v in facts.items()}
+    for key, value in facts.items():
+        print(f"{key:>26}  {value}")
+    if args.profile:
+        kind, _ = default_device()
+        with torch.no_grad(), profile() as traced:
+            timed("profile", forward, 9)
+        print(traced.key_averages().table(f"self_{kind}_time_total", row_limit=15))
+    print(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,218 @@
+"""Tasks of lm_eval, decoded by one rule of a protocol; lm_eval asks and grades.
+
+    python tools/harness.py --model dream --tasks gsm8k_cot_zeroshot --protocol tad --apply_chat_template
+    python tools/harness.py --tasks my_task.yaml --limit 20          # or --include_path DIRECTORY
+    torchrun --nproc_per_node=8 tools/harness.py ...                 # prompts are split over the ranks
+
+The same command continues an interrupted one. Options of decoding replace what the protocol says. It needs
+lm_eval: pip install 'lm_eval[math,ifeval]'
+"""
+import hashlib
+import json
+import os
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import cli  # noqa: E402
+import data  # noqa: E402
+import eval as nt_eval  # noqa: E402
+from cli import UserError, option, run_cli, write_whole  # noqa: E402
+from compare import published_text  # noqa: E402
+from sample import Decoding  # noqa: E402
+
+
+def lm_eval_package():
+    try:
+        import lm_eval.api.model
+        import lm_eval.tasks
+        import lm_eval.utils
+    except ImportError:
+        raise UserError("this needs lm_eval: pip install 'lm_eval[math,ifeval]'") from None
+    return lm_eval
+
+
+class Rendered(str):
+    """A chat as lm_eval passes it on: a text; its pieces say which special tokens in it are real."""
+    pieces = ()
+
+
+def render(chat, turns, answer=""):
+    """[(role, text), ...] in a family's template -> Rendered. answer: how the reply already begins."""
+    if chat.system and turns[0][0] != "system":
+        turns = [("system", chat.system), *turns]
+    if len(turns) > 1 and "{role}" not in chat.turn:
+        raise UserError("the tiny model's template has one turn: --no-fewshot_as_multiturn, no system text")
+    pieces = data.turn_pieces(chat, turns) + [(answer, False)] * bool(answer)
+    if answer and not pieces[-2][1]:  # one text, or a token could not span the two
+        pieces[-2:] = [(pieces[-2][0] + answer, False)]
+    text = Rendered("".join(piece for piece, _ in pieces))
+    text.pieces = pieces
+    return text
+
+
+NO_LIKELIHOOD = "a masked diffusion model has no exact log-likelihoods: choose tasks of generate_until"
+
+
+def context_id(context):
+    return hashlib.sha256(context.encode()).hexdigest()
+
+
+def before_stop(text, until):
+    """The text before the first of the stop strings: one, a list of them, or None."""
+    stops = [until] if isinstance(until, str) else until or []
+    return min((text.partition(stop)[0] for stop in stops if stop), key=len, default=text)
+
+
+class Bridge:
+    """A model as an LM of lm_eval for generative tasks; made by bridge().
+    Under torchrun every rank sees all requests, as lm_eval's rank 0 of 1, and decodes its share of them: were
+    lm_eval to split the documents itself, their random few-shots would depend on the number of ranks.
+    """
+
+    def __init__(self, model, tok, settings, batch_size, kept):
+        super().__init__()
+        self.model, self.tok, self.settings = model, tok, settings
+        self.batch_size, self.kept, self.chats = batch_size, kept, False
+        self.decoded = {}  # context_id-repeat -> row, see eval.decode_rows
+        self.asked = set()  # what the tasks ask for, while the protocol decides
+
+    def apply_chat_template(self, chat_history, add_generation_prompt=True):
+        self.chats = True
+        turns = [(said["role"], said["content"]) for said in chat_history]
+        answer = "" if add_generation_prompt else turns.pop()[1]
+        return render(self.tok.chat, turns, answer)
+
+    def prompt_ids(self, context):
+        if self.chats and not isinstance(context, Rendered):
+            raise UserError(f"a task changed its rendered chat, so that its special tokens are lost: "
+                            f"{context[-60:]!r}; run it without --apply_chat_template")
+        return self.tok.ids_of(context.pieces if self.chats else [(context, False)])
+
+    def generate_until(self, requests):
+        names, prompts, seen = [], {}, Counter()
+        for request in requests:
+            context, wishes = request.args
+            name = context_id(context)  # a prompt that comes again is decoded again only if it is sampled
+            names.append(f"{name}-{seen[name] if self.settings.get('temperature') else 0}")
+            prompts[names[-1]] = self.prompt_ids(context)
+            seen[name] += 1
+            wished = {key: wishes.get(key) for key in ("max_gen_toks", "temperature", "top_p")}
+            self.asked |= {f"{key} {value}" for key, value in wished.items() if value}
+        rows = nt_eval.decode_by_id(self.model, self.tok, prompts, self.settings, self.batch_size,
+                                    self.kept, "responses")
+        self.decoded.update({name: rows[name] for name in prompts})  # the folder may hold more
+        return [before_stop(self.decoded[name]["response"], request.args[1].get("until"))
+                for name, request in zip(names, requests)]
+
+    def loglikelihood(self, requests):
+        raise UserError(NO_LIKELIHOOD)
+
+    loglikelihood_rolling = loglikelihood
+
+
+def bridge(model, tok, settings, batch_size=32, kept=None):
+    """The model for simple_evaluate(model=bridge(...), tasks=[...]). settings: of a protocol and a rule; they
+    win over what a task asks for. kept: an eval.Kept folder of finished responses; needed by several ranks.
+    """
+    LM = lm_eval_package().api.model.LM
+    about = {"tokenizer_name": f"nanotraj-{model.cfg.family}"}
+    return type("MaskedDiffusion", (Bridge, LM), about)(model.eval(), tok, settings, batch_size, kept)
+
+
+def load_tasks(names, include_path, allow_code):
+    """Names of lm_eval's tasks, groups or tags, or YAML files -> its tasks, and its manager."""
+    foreign = [name for name in names if not os.path.isfile(name)]  # else its thousands need not be read
+    manager = lm_eval_package().tasks.TaskManager(include_path=include_path, include_defaults=bool(foreign))
+    unknown = [name for name in foreign if name not in manager.all_tasks]
+    if unknown:
+        raise UserError(f"lm_eval has no task {', '.join(unknown)}: `lm_eval ls tasks` lists them, "
+                        f"--include_path adds a directory of your own")
+    try:
+        loaded = manager.load(names)
+    except Exception as e:  # a hub that cannot be reached, a package the task needs, a broken YAML
+        why, *_ = re.findall(r".*\w.*", str(e)) or ["no message"]
+        raise UserError(f"lm_eval cannot load {', '.join(names)} ({type(e).__name__}: {why})") from None
+    for name, task in loaded["tasks"].items():
+        if task.OUTPUT_TYPE != "generate_until":
+            raise UserError(f"task {name} asks for {task.OUTPUT_TYPE}: {NO_LIKELIHOOD}")
+        if getattr(task, "UNSAFE_CODE", False) and not allow_code:
+            raise UserError(f"task {name} runs the model's code, in this process: `eval.py curve --task "
+                            f"humaneval` contains it; --allow_code_execution insists")
+    groups = [group for name, group in loaded["groups"].items() if name in names]
+    inside = {task.task_name for group in groups for task in group.get_all_tasks()}
+    return groups + [task for name, task in loaded["tasks"].items() if name not in inside], manager
+
+
+@dataclass
+class Options(nt_eval.ModelOptions, nt_eval.ProtocolOptions):
+    tasks: str = option()  # lm_eval's names or YAML files, with commas
+    include_path: str | None = None  # directory with task YAMLs of your own
+    num_fewshot: int | None = None  # instead of the task's
+    limit: int | None = None  # only the first problems of each task
+    apply_chat_template: bool = False  # one chat per problem, not plain text
+    fewshot_as_multiturn: bool = True  # with a chat template: few-shots are turns of their own
+    system_instruction: str | None = None  # system text
+    batch_size: int = 64  # problems decoded at once, per rank
+    allow_code_execution: bool = False  # run the programs that the model writes, in this process
+
+
+def write(results, decoded, kept):
+    """lm_eval.json and samples-TASK.jsonl in the folder -> what decoding cost."""
+    for name, rows in results.pop("samples").items():
+        lines = []
+        for row in sorted(rows, key=lambda row: (row["doc_id"], row["filter"])):
+            first = decoded[context_id(row["arguments"][0][0]) + "-0"]
+            row.update(tokens=first["tokens"], nfe=first["nfe"])
+            lines.append(json.dumps(row, default=str) + "\n")
+        write_whole(kept.out / f"samples-{name}.jsonl", "".join(lines))
+    tokens, nfe = (sum(row[key] for row in decoded.values()) for key in ("tokens", "nfe"))
+    seconds = nt_eval.wall_seconds(decoded.values())
+    speed = dict(tokens=tokens, nfe=nfe, tpf=tokens / nfe, seconds=seconds, tok_per_s=tokens / seconds)
+    facts = dict(results, speed=speed, provenance=nt_eval.provenance(**kept.config))
+    facts.pop("pretty_env_info", None)
+    write_whole(kept.out / "lm_eval.json", json.dumps(facts, indent=1, default=str) + "\n")
+    return speed
+
+
+def main():
+    args, given = cli.parse(__doc__, Options, Decoding)
+    cli.at_least(1, args, "batch_size", "limit")
+    names = args.tasks.split(",")
+    protocol = nt_eval.settle(args, names, given)
+    if len(args.points or args.thresholds or [0]) > 1:
+        raise UserError("lm_eval takes one point at a time: a single --points or --thresholds")
+    settings = {**protocol, **protocol["rules"][0]}
+    rank, world = nt_eval.join_ranks()
+    model, tok = nt_eval.load_both(args)
+    tasks, manager = load_tasks(names, args.include_path, args.allow_code_execution)
+    config = dict(
+        nt_eval.made_of(args, model), protocol=args.protocol, label=args.label, batch_size=args.batch_size,
+        chat=args.apply_chat_template, decoding=vars(nt_eval.decoding_of(settings)))
+    out = args.out or f"out/lm_eval-{args.label}-{'-'.join(Path(name).stem for name in names)[:60]}"
+    kept = nt_eval.Kept(out, config, rank, world)
+    asking = bridge(model, tok, settings, args.batch_size, kept)
+    same = ("num_fewshot", "limit", "apply_chat_template", "system_instruction", "fewshot_as_multiturn")
+    results = lm_eval_package().simple_evaluate(
+        model=asking, tasks=tasks, task_manager=manager, confirm_run_unsafe_code=args.allow_code_execution,
+        **{name: getattr(args, name) for name in same})
+    if rank:
+        return
+    names, speed = list(results["samples"]), write(results, asking.decoded, kept)
+    print(lm_eval_package().utils.make_table(results))
+    print(f"{nt_eval.rule_name(settings)}: TPF {speed['tpf']:.2f}, {speed['tok_per_s']:.1f} tok/s over "
+          f"{len(asking.decoded)} prompts (batch {args.batch_size}, {world} rank(s))")
+    print(f"the tasks ask for {', '.join(sorted(asking.asked)) or 'nothing'}; the protocol decides: gen_len "
+          f"{settings['gen_len']}, temperature {settings.get('temperature', 0.0)}")
+    for name in names:
+        published = published_text(name, model.cfg.family, args.protocol, "lm_eval")
+        print((nt_eval.contamination_warning(name) + published).strip() or f"nothing is published of {name}")
+    print(f"written: {kept.out / 'lm_eval.json'}, {kept.out / 'samples-*.jsonl'}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
