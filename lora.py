@@ -43,8 +43,8 @@ class LoRALinear(nn.Module):
         y = F.linear(x, self.weight, self.bias)
         if not self.enabled:
             return y
-        h = F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype)
-        return y + F.linear(self.alpha / self.r * F.linear(h, self.lora_A), self.lora_B).to(y.dtype)
+        h = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
+        return y + F.linear(self.alpha / self.r * h, self.lora_B.to(x.dtype))
 
     def merged(self):
         """A plain nn.Linear with W + alpha/r B A: added in fp32, rounded once to the weight's dtype."""

@@ -252,7 +252,7 @@ class Block(nn.Module):
         return q, k, v.transpose(1, 2)
 
     def mix(self, x, q, k, v, attn_mask):
-        """Attention, then the MLP, both residual. attn_mask (B, T_q, T_k) bool, True = attend; or None."""
+        """Attention, then the MLP, both residual. attn_mask (B, T_q, T_k), added; or None."""
         attn_mask = None if attn_mask is None else attn_mask[:, None]
         grouped = self.cfg.n_head != self.cfg.n_kv_head
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, enable_gqa=grouped)
@@ -395,6 +395,8 @@ class Transformer(nn.Module):
         x = self.embed(ids)
         if out is not None and self.cfg.shift:  # row i-1 predicts token i; the first token keeps its own
             out = out - (take(positions, out) > 0).long()
+        if attn_mask is not None:  # as what attention adds, made once for all blocks
+            attn_mask = torch.zeros_like(attn_mask, dtype=x.dtype).masked_fill(~attn_mask, -torch.inf)
         again = self.checkpoint_blocks and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
             store = None if cache is None else partial(cache.store, layer, rows, cols)

@@ -148,13 +148,16 @@ def pick_tokens(logits, cfg, s, noise=None):
 
 
 def nucleus(logits, top_p):
-    """Keep the smallest set of tokens whose probability reaches top_p (the best one always stays)."""
+    """Keep the fewest likely tokens whose probability reaches top_p together; equal ones stay or go together."""
     if top_p >= 1:
         return logits
-    sorted_logits, index = logits.sort(dim=-1, descending=True, stable=True)
-    p = sorted_logits.softmax(-1)
-    outside = p.cumsum(-1) - p >= top_p
-    return logits.masked_fill(outside.gather(-1, index.argsort(-1)), -torch.inf)
+    p = logits.softmax(-1)
+    least, above = torch.zeros_like(p[..., :1]), p.amax(-1, keepdim=True)
+    for _ in range(30):  # bisection: no sort of the vocabulary, and it compiles
+        middle = (least + above) / 2
+        enough = torch.where(p >= middle, p, 0).sum(-1, keepdim=True) >= top_p
+        least, above = torch.where(enough, middle, least), torch.where(enough, above, middle)
+    return logits.masked_fill(p < least, -torch.inf)
 
 
 def row_key(seed, stream):
@@ -527,14 +530,16 @@ class Rows:
         return columns.clamp(max=self.canvas.shape[1] - 1)
 
 
+ROWS = tuple(Rows.__annotations__)  # torch 2.11 cannot trace vars() of an object
+
 def step(model, x, cache, s, rows, width):
     """One forward and what it reveals, written into the Rows x: tensors of fixed shapes, nothing that the
     host must wait for. A row that has nothing to do in it stays as it is. rows (N,) int64: over the whole
     canvas of these rows of x, whose keys go into the cache, if any. rows None: over `width` columns from
     each row's window start (and `reach` columns left of it). Only the first s.scored_len are scored.
     """
-    before = x if rows is None else Rows(*(t[rows] for t in vars(x).values()))
-    after = replace(before)  # the same tensors; a change below is a new tensor
+    before = x if rows is None else Rows(*(getattr(x, name)[rows] for name in ROWS))
+    after = Rows(*(getattr(before, name) for name in ROWS))  # the same tensors; a change is a new tensor
     active = before.masked.any(1, keepdim=True)
     scored = before.window(min(width, s.scored_len))
     if rows is None:
@@ -551,8 +556,8 @@ def step(model, x, cache, s, rows, width):
         source = torch.where(rows == rows[0], 0, torch.arange(len(rows), device=rows.device))
     reveal(model, after, s, scored, h)
     advance(after, s)
-    for name, old in vars(before).items():
-        new, target = getattr(after, name), getattr(x, name)
+    for name in ROWS:
+        old, new, target = (getattr(of, name) for of in (before, after, x))
         if new is old:
             continue
         result = torch.where(active, new, old)
