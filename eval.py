@@ -143,7 +143,7 @@ def protocol_of(name, family, task="", **own):
     return chosen
 
 
-HOW = ("compiled", "sync_every", "int8")  # of the decoder: how it computes, not what
+HOW = ("compiled", "sync_every")  # of the decoder: how it computes, not what
 
 
 def decoding_of(settings):

@@ -47,11 +47,14 @@ class LoRALinear(nn.Module):
         return y + F.linear(self.alpha / self.r * h, self.lora_B.to(x.dtype))
 
     def merged(self):
-        """A plain nn.Linear with W + alpha/r B A: added in fp32, rounded once to the weight's dtype."""
+        """A plain nn.Linear with W + alpha/r B A: added in fp32, rounded once to the weight's dtype. Inside
+        off() with W.
+        """
         linear = nn.Linear(*self.weight.shape[::-1], bias=False, device="meta")
-        delta = self.alpha / self.r * (self.lora_B.float() @ self.lora_A.float())
-        linear.weight = nn.Parameter((self.weight.float() + delta).to(self.weight.dtype))
-        linear.bias = self.bias
+        linear.weight, linear.bias = self.weight, self.bias
+        if self.enabled:
+            delta = self.alpha / self.r * (self.lora_B.float() @ self.lora_A.float())
+            linear.weight = nn.Parameter((self.weight.float() + delta).to(self.weight.dtype))
         return linear
 
 

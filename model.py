@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -260,11 +259,11 @@ class Block(nn.Module):
         h = self.mlp_norm(x)
         return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
 
-    def forward(self, x, cos, sin, attn_mask, store=None, out=None):
-        """x (B, T, C) -> (B, T, C). store: own k, v -> those attended to. out (B, K): columns that go on."""
+    def forward(self, x, cos, sin, attn_mask, cache=None, out=None):
+        """x (B, T, C) -> (B, T, C). cache: first arguments of store(). out (B, K): columns that go on."""
         q, k, v = self.qkv(x, cos, sin)
-        if store is not None:
-            k, v = store(k, v)
+        if cache is not None:
+            k, v = store(*cache, k, v)
         if out is not None:
             x = take(x, out)
             q = take(q.transpose(1, 2), out).transpose(1, 2)
@@ -294,16 +293,16 @@ class KVCache:
         """rope_angles() from a table."""
         return self.cos[positions][:, None], self.sin[positions][:, None]
 
-    def store(self, layer, rows, cols, k, v):
-        """Overwrite whole rows (N,) int64 of a layer, or columns cols (B, W) of all rows where rows is None,
-        with k, v (.., H_kv, .., head_dim). Returns the keys and values of these rows' whole canvases.
-        """
-        at = rows if cols is None else (torch.arange(k.shape[0], device=k.device)[:, None], cols)
-        self.k[layer][at] = k.transpose(1, 2)
-        self.v[layer][at] = v.transpose(1, 2)
-        if cols is None:
-            return k, v
-        return self.k[layer].transpose(1, 2), self.v[layer].transpose(1, 2)
+
+def store(keys, values, rows, cols, k, v):
+    """Overwrite in a layer's cache (B, S, H_kv, head_dim) whole rows (N,) int64, or columns cols (B, W) of
+    all rows where rows is None, with k, v (.., H_kv, .., head_dim). Returns those of these whole canvases.
+    """
+    at = rows if cols is None else (torch.arange(k.shape[0], device=k.device)[:, None], cols)
+    keys[at], values[at] = k.transpose(1, 2), v.transpose(1, 2)
+    if cols is None:
+        return k, v
+    return keys.transpose(1, 2), values.transpose(1, 2)
 
 
 def attention_mask(cfg, q_pos, q_col, k_pos, k_col, k_valid):
@@ -399,9 +398,9 @@ class Transformer(nn.Module):
             attn_mask = torch.zeros_like(attn_mask, dtype=x.dtype).masked_fill(~attn_mask, -torch.inf)
         again = self.checkpoint_blocks and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
-            store = None if cache is None else partial(cache.store, layer, rows, cols)
+            kept = None if cache is None else (cache.k[layer], cache.v[layer], rows, cols)
             last = layer == len(self.blocks) - 1
-            args = (x, cos, sin, attn_mask, store, out if last else None)
+            args = (x, cos, sin, attn_mask, kept, out if last else None)
             x = checkpoint(block, *args, use_reentrant=False) if again else block(*args)
         x = self.norm(x)
         if out is None and self.cfg.shift:

@@ -153,7 +153,7 @@ def nucleus(logits, top_p):
         return logits
     p = logits.softmax(-1)
     least, above = torch.zeros_like(p[..., :1]), p.amax(-1, keepdim=True)
-    for _ in range(30):  # bisection: no sort of the vocabulary, and it compiles
+    for _ in range(24):  # bisection: no sort of the vocabulary, and it compiles
         middle = (least + above) / 2
         enough = torch.where(p >= middle, p, 0).sum(-1, keepdim=True) >= top_p
         least, above = torch.where(enough, middle, least), torch.where(enough, above, middle)
@@ -411,11 +411,11 @@ def generate(model, prompts, batch_size=32, **options):
 
 @torch.no_grad()
 def stream(model, prompts, batch_size=32, progress=False, streams=None, compiled=None, sync_every=4,
-           int8=False, **settings):
+           **settings):
     """Like generate, but yields (prompt index, Output) as rows finish; waiting prompts take their places.
     streams: the number of each prompt's random stream [its index]. compiled: run torch.compile's form of the
     step [on a GPU]. sync_every: forwards between two looks of the host at the device; a row that is finished
-    or needs its keys refreshed waits for the next look (on a CPU 1 wastes nothing). int8: weights in 8 bits.
+    or needs its keys refreshed waits for the next look (on a CPU 1 wastes nothing).
 
     Greedy fp32 decoding gives each prompt what it gets alone. UserError: a prompt does not fit.
     """
@@ -426,7 +426,7 @@ def stream(model, prompts, batch_size=32, progress=False, streams=None, compiled
     prompts = [p.cpu() for p in prompts]
     streams = range(len(prompts)) if streams is None else streams
     model = in_blocks(model, s.block_len)
-    yield from decode(Batch(model, prompts, s, batch_size, streams, compiled, sync_every, int8), progress)
+    yield from decode(Batch(model, prompts, s, batch_size, streams, compiled, sync_every), progress)
 
 
 @torch.no_grad()
@@ -532,14 +532,13 @@ class Rows:
 
 ROWS = tuple(Rows.__annotations__)  # torch 2.11 cannot trace vars() of an object
 
-def step(model, x, cache, s, rows, width):
+def step(model, x, cache, s, rows, width, conclude):
     """One forward and what it reveals, written into the Rows x: tensors of fixed shapes, nothing that the
     host must wait for. A row that has nothing to do in it stays as it is. rows (N,) int64: over the whole
     canvas of these rows of x, whose keys go into the cache, if any. rows None: over `width` columns from
     each row's window start (and `reach` columns left of it). Only the first s.scored_len are scored.
     """
     before = x if rows is None else Rows(*(getattr(x, name)[rows] for name in ROWS))
-    after = Rows(*(getattr(before, name) for name in ROWS))  # the same tensors; a change is a new tensor
     active = before.masked.any(1, keepdim=True)
     scored = before.window(min(width, s.scored_len))
     if rows is None:
@@ -551,6 +550,13 @@ def step(model, x, cache, s, rows, width):
     else:
         h = model.hidden(before.canvas, valid=before.valid, positions=before.positions, cache=cache,
                          rows=rows, out=scored)
+    conclude(model, x, s, rows, before, active, scored, h)
+
+
+def conclude(model, x, s, rows, before, active, scored, h):
+    """The end of a step: what the states h (R, W, C) of the scored columns reveal, written into x."""
+    after = Rows(*(getattr(before, name) for name in ROWS))  # the same tensors; a change is a new tensor
+    if rows is not None:
         after.age = torch.zeros_like(before.age)
         # to fill `rows` up the first one is repeated: all copies write its first result
         source = torch.where(rows == rows[0], 0, torch.arange(len(rows), device=rows.device))
@@ -609,9 +615,9 @@ def advance(x, s):
 class Batch:
     """The rows of a batch, the cache, and the host's picture of them as of its last look."""
 
-    def __init__(self, model, prompts, s, batch_size, streams, compiled=None, sync_every=4, int8=False):
-        self.model, self.prompts, self.s, self.streams = for_decoding(model, int8), prompts, s, streams
-        self.dev, self.sync_every, self.int8 = model.embed.weight.device, sync_every, int8
+    def __init__(self, model, prompts, s, batch_size, streams, compiled=None, sync_every=4):
+        self.model, self.prompts, self.s, self.streams = for_decoding(model), prompts, s, streams
+        self.dev, self.sync_every = model.embed.weight.device, sync_every
         self.compiled = self.dev.type == "cuda" if compiled is None else compiled
         n_rows, T = len(prompts), max(map(len, prompts)) + reach(s, model.cfg) + s.gen_len + 1
         if self.compiled:  # prompts in any number and of many lengths, few shapes
@@ -630,12 +636,17 @@ class Batch:
         self.start = [self.P] * n_rows   # first column of the row's window
         self.left = [0] * n_rows         # masks in its first block
         self.forwards = self.looks = 0   # what was run; how often the host waited for the device
-        function = step
+        self.capture = self.compiled and self.dev.type == "cuda"
+        whole, end = step, conclude
         if self.compiled:  # a graph for every shape and setting; beyond the limit fullgraph=True raises
             torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
-            function = torch.compile(step, **COMPILE)
-        self.step = partial(function, self.model, self.rows, self.cache, s)
-        self.capture = self.compiled and self.dev.type == "cuda"
+        if self.capture:  # in parts, which takes seconds, not minutes: the CUDA graph makes one of them
+            end = torch.compile(conclude, **COMPILE)
+            for block in self.model.blocks:
+                block.compile(**COMPILE)
+        elif self.compiled:
+            whole = torch.compile(step, **COMPILE)
+        self.step = partial(whole, self.model, self.rows, self.cache, s, conclude=end)
         self.graphs = {}  # (rows, width) -> None after the first time, and then the step as a CUDA graph
         self.pool = torch.cuda.graph_pool_handle() if self.capture else None
 
@@ -733,7 +744,7 @@ class Batch:
         if self.compiled:
             n = min(max(n, 2), len(self.owner))
         numbers = torch.tensor(rows + rows[:1] * (n - len(rows))).to(self.dev, non_blocking=True)
-        if self.compiled and n > 1:
+        if self.compiled and not self.capture and n > 1:
             torch._dynamo.mark_dynamic(numbers, 0)
         return numbers
 
@@ -813,7 +824,6 @@ class Options:
     interactive: bool = False  # read prompts from the terminal
     compiled: bool | None = None  # torch.compile [on a GPU]
     sync_every: int = 4  # forwards between two looks of the host at the device
-    int8: bool = False  # weights in 8 bits while decoding (its speed has not been measured on a GPU)
 
 
 def decode_one(model, tok, prompt, settings, how, by="", path=""):
@@ -848,8 +858,7 @@ def decode_file(model, tok, args, settings, how):
     """--prompts: append a line per finished prompt to --to, or continue such a file, but no other one."""
     to = Path(args.to or Path(args.prompts).with_suffix(".responses.jsonl"))
     rows = read_prompts(Path(args.prompts))
-    made_by = dict(model=str(args.model), revision=model.revision, adapter=args.adapter, decoding=settings,
-                   int8=args.int8)
+    made_by = dict(model=str(args.model), revision=model.revision, adapter=args.adapter, decoding=settings)
     ours = {r["id"]: dict(prompt=r["prompt"], **made_by) for r in rows}  # what a line of this run says
     done = set()
     for r in cli.read_jsonl(to, tolerant=True) if to.exists() else []:
@@ -890,7 +899,7 @@ def main():
     if args.adapter:
         lora.load(model, args.adapter)
     tok = data.load_tokenizer(args.model, args.revision)
-    how = dict(compiled=args.compiled, sync_every=args.sync_every, int8=args.int8)
+    how = dict(compiled=args.compiled, sync_every=args.sync_every)
     if args.interactive:
         interactive(model, tok, settings, how)
     elif args.prompts:

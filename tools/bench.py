@@ -107,8 +107,7 @@ def flop_and_bytes(batch):
     flop = 2 * rows * (columns * cfg.n_layer * (projections + attention) + scored * head)
     size = batch.model.embed.weight.element_size()
     keys = 2 * rows * T * cfg.n_layer * cfg.n_kv_head * cfg.head_dim * size if window else 0
-    weight_size = 1 if batch.int8 else size
-    return flop, (cfg.n_layer * projections + head) * weight_size + keys
+    return flop, (cfg.n_layer * projections + head) * size + keys
 
 
 def roofline(batch, step_ms):
@@ -190,7 +189,6 @@ class Options(nt_eval.ModelOptions):
     prompt_len: int = 128  # of random prompts
     compiled: bool | None = None  # torch.compile [on a GPU]
     sync_every: int = 4  # forwards between two looks of the host at the device
-    int8: bool = False  # weights in 8 bits while decoding
     profile: bool = False  # and where the time goes
 
 
