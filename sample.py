@@ -148,7 +148,7 @@ def pick_tokens(logits, cfg, s, noise=None):
 
 
 def nucleus(logits, top_p):
-    """Keep the fewest likely tokens whose probability reaches top_p together; equal ones stay or go together."""
+    """Keep the fewest tokens whose probability reaches top_p together; equal ones stay or go together."""
     if top_p >= 1:
         return logits
     p = logits.softmax(-1)

@@ -154,7 +154,8 @@ class TestOnAGpu:
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1",
              str(ROOT / "tad.py"), "--n_problems", "24", "--max_steps", "4", "--eval_problems", "0", "--out",
              str(tmp_path / "run"), *flags])
-        assert done.returncode == 0 and (tmp_path / "run" / ("model" if flags == ["--full"] else "adapter")).is_dir()
+        final = tmp_path / "run" / ("model" if flags == ["--full"] else "adapter")
+        assert done.returncode == 0 and final.is_dir()
 
     @pytest.mark.parametrize("family", ["llada", "dream", "sdar"])
     @pytest.mark.parametrize("compiled", [False, True])
@@ -205,6 +206,7 @@ class TestOnAGpu:
         model = bench.random_weights(cfg, "cuda", torch.bfloat16)
         for kw in (dict(top_p=0.95), dict(top_k=50)):
             prompts = prompts_of([9] * batch_size, vocab=250)
-            outs = sample.generate(model, prompts, gen_len=8, block_len=8, temperature=1.0, early_stop=False, **kw)
+            outs = sample.generate(model, prompts, gen_len=8, block_len=8, temperature=1.0,
+                                   early_stop=False, **kw)
             assert all(sorted(out.rank.tolist()) == list(range(8)) for out in outs)
             assert len({tuple(out.ids.tolist()) for out in outs}) == batch_size  # each row has its own numbers
