@@ -289,7 +289,7 @@ class Run:
             rows = cli.read_jsonl(log, tolerant=True) if log.exists() else []
             cli.write_whole(log, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= first))
         model.train()
-        logged, losses = time.perf_counter(), []
+        logged = time.perf_counter()
         with on_sigterm(lambda *_: self.stop_asked.set()):
             left = range(first, n_steps)
             bar = tqdm(left, "train", n_steps, unit="step", initial=first, disable=self.rank != 0)
@@ -298,7 +298,6 @@ class Run:
                 torch.manual_seed((cfg.seed * 1_000_003 + self.step) * self.world + self.rank)  # dropout
                 yield self.step
                 done = self.step + 1
-                losses.append(self.total["loss"])
                 speed = self.pace()
                 bar.set_postfix(loss=self.total["loss"], **speed, refresh=False)
                 if self.rank == 0 and (done % cfg.log_every == 0 or done == n_steps):
@@ -307,8 +306,7 @@ class Run:
                     cli.append_line(log, row)
                 due = done % cfg.save_every == 0 or (also_save and done % also_save == 0)
                 if due or done == n_steps or self.stops:
-                    self.save_checkpoint(done, np.mean(losses))
-                    losses = []
+                    self.save_checkpoint(done)
                 if self.stops:  # a preempted job; all ranks are at this step
                     self.finish_writing()
                     barrier()
@@ -398,7 +396,7 @@ class Run:
                 speed["mfu"] = round(tok_per_s / self.world * flop * n / 989e12, 4)
         return speed
 
-    def save_checkpoint(self, step, loss):
+    def save_checkpoint(self, step):
         """A thread writes it while training goes on: every rank its rows, or rank 0 everything."""
         self.finish_writing()
         root = self.out / "checkpoints"
@@ -411,7 +409,7 @@ class Run:
             return
         kept = checkpoint_tensors(self.model, self.optimizers, self.reference(step))
         tensors = {name: local(t).to("cpu", copy=True).contiguous() for name, t in kept.items()}
-        self.writing = self.writer.submit(write_checkpoint, root, step, tensors, loss, self.rank, n_files)
+        self.writing = self.writer.submit(write_checkpoint, root, step, tensors, self.rank, n_files)
 
     def finish_writing(self):
         """Wait until the last checkpoint is on disk."""
@@ -509,27 +507,22 @@ def checkpoint_tensors(model, optimizers, reference=None):
     return {**params, **state, **{f"{name}/reference": t for name, t in (reference or {}).items()}}
 
 
-def write_checkpoint(root, step, tensors, loss, rank, n_files):
+def write_checkpoint(root, step, tensors, rank, n_files):
     """This rank's file and its checksum; rank 0 waits for those of all, and gives the folder its name."""
     tmp, folder = root / "tmp", root / f"step-{step:06d}"
-    file = tmp / f"rank-{rank:05d}.safetensors"
+    file = tmp / f"rank-{rank:05d}-of-{n_files:05d}.safetensors"
     save_file(tensors, file)
     sync(file)
-    with open(file, "rb") as f:
-        cli.write_whole(file.with_suffix(".sha256"), hashlib.file_digest(f, "sha256").hexdigest())
+    cli.write_whole(file.with_suffix(".sha256"), sha256(file))
     if rank:
         return
     while len(list(tmp.glob("*.sha256"))) < n_files:
         time.sleep(0.05)
-    sums = {f"{f.stem}.safetensors": f.read_text() for f in sorted(tmp.glob("*.sha256"))}
-    cli.append_line(tmp / "checksums.json", {"loss": loss, "files": sums})
     sync(tmp)
     shutil.rmtree(folder, ignore_errors=True)
     tmp.rename(folder)
     sync(root)
-    folders = sorted(root.glob("step-*"))
-    best = min(folders, key=lambda f: intact(f, contents=False).get("loss", math.inf))
-    for old in set(folders[:-2]) - {best}:  # the last two and the best are kept
+    for old in sorted(root.glob("step-*"))[:-2]:
         shutil.rmtree(old)
 
 
@@ -539,17 +532,18 @@ def sync(path):
     os.close(fd)
 
 
-def intact(folder, contents=True):
-    """What checksums.json says of a checkpoint, or {} where a byte is missing or wrong."""
-    try:
-        facts = json.loads((folder / "checksums.json").read_text())
-        for name, wanted in facts["files"].items() if contents else ():
-            with open(folder / name, "rb") as f:
-                if hashlib.file_digest(f, "sha256").hexdigest() != wanted:
-                    return {}
-        return facts
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+def sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def intact(folder):
+    """Is a checkpoint as it was written? The name of each of its files says how many there are."""
+    files = sorted(folder.glob("rank-*.safetensors"))
+    sums = {f.stem: f.read_bytes() for f in folder.glob("*.sha256")}
+    n_files = [int(f.stem.rpartition("-")[2]) for f in files]
+    return n_files == [len(files)] * len(files) != [] and all(
+        sums.get(f.stem) == sha256(f).encode() for f in files)
 
 
 def newest_checkpoint(out):
