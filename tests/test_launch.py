@@ -1,4 +1,5 @@
 """ddp_launch.sh, rounds, memory and compiled blocks: what a launch on several machines is made of."""
+import json
 import os
 import socket
 import subprocess
