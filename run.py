@@ -295,6 +295,7 @@ class Run:
             bar = tqdm(left, "train", n_steps, unit="step", initial=first, disable=self.rank != 0)
             for self.step in bar:
                 self.began, self.total = time.perf_counter(), {"tokens": 0.0, "data_s": 0.0}
+                self.ids = []
                 torch.manual_seed((cfg.seed * 1_000_003 + self.step) * self.world + self.rank)  # dropout
                 yield self.step
                 done = self.step + 1
@@ -330,26 +331,27 @@ class Run:
         for first in range(0, -(-len(chosen) // self.world), size):
             part = mine[first:first + size]
             began = time.perf_counter()
-            self.batch, self.weight = build(part or chosen[:1]), 1 if part else 0
+            batch, self.weight = build(part or chosen[:1]), 1 if part else 0
             self.total["data_s"] += time.perf_counter() - began
             if part:
-                self.total["tokens"] += sum(map(len, self.batch["prompts"])) + self.batch["xt"].numel()
-            yield self.batch
+                self.ids += batch["ids"]
+                self.total["tokens"] += sum(map(len, batch["prompts"])) + batch["xt"].numel()
+            yield batch
 
     def backward(self, loss, parts):
         """The gradient of the micro-batch, whose loss is divided by the global batch already."""
-        self.check_finite(loss)
+        self.check_finite("loss", loss.item())
         (loss * self.weight * (self.world if self.split else 1)).backward()  # FSDP averages over ranks
         for key, value in {"loss": loss.item(), **parts}.items():
             self.total[key] = self.total.get(key, 0.0) + self.weight * value
 
-    def check_finite(self, loss):
-        """A non-finite loss stops the run, with the ids of its batch saved."""
-        if not torch.isfinite(loss):
-            file = self.out / "nonfinite.json"
-            facts = dict(step=self.step, loss=str(loss.item()), ids=self.batch["ids"])
+    def check_finite(self, what, value):
+        """A loss, gradient or weight that is not finite stops the run before a checkpoint holds it."""
+        if not math.isfinite(value):
+            file = self.out / f"nonfinite-rank{self.rank}.json"
+            facts = {"step": self.step, what: str(value), "ids": self.ids}
             cli.write_whole(file, json.dumps(facts) + "\n")
-            raise UserError(f"the loss is {loss.item()} at step {self.step}: the batch's ids are in {file}; "
+            raise UserError(f"the {what} is {value} at step {self.step}: the ids of its batch are in {file}; "
                             f"look at these examples, or start anew with a lower --lr")
 
     def update(self):
@@ -369,9 +371,7 @@ class Run:
         self.stops = self.total.pop("stop") > 0
         norm = torch.nn.utils.clip_grad_norm_(params, self.cfg.clip)
         norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        if not math.isfinite(norm):
-            raise UserError(f"the gradient is {norm} at step {self.step}, which is not taken: "
-                            f"start anew with a lower --lr")
+        self.check_finite("gradient norm", norm)
         frac = lr_frac(self.step, self.n_steps, self.cfg)
         self.total.update(grad_norm=norm, lr_frac=frac)
         for optimizer in self.optimizers:
@@ -409,6 +409,7 @@ class Run:
             return
         kept = checkpoint_tensors(self.model, self.optimizers, self.reference(step))
         tensors = {name: local(t).to("cpu", copy=True).contiguous() for name, t in kept.items()}
+        self.check_finite("sum of the weights", sum(t.double().sum().item() for t in tensors.values()))
         self.writing = self.writer.submit(write_checkpoint, root, step, tensors, self.rank, n_files)
 
     def finish_writing(self):

@@ -174,10 +174,26 @@ input()"""
 def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path):
     model, opts = trained()
     r = a_run(tmp_path, model, opts)
-    r.step, r.n_steps, r.total = 3, 10, {"loss": 0.0}
+    r.step, r.n_steps, r.total, r.ids = 3, 10, {"loss": 0.0}, ["a", "b"]
     before = {name: p.detach().clone() for name, p in training.trainable(model).items()}
     for p in training.trainable(model).values():
         p.grad = torch.full_like(p, float("nan"))
-    with pytest.raises(UserError, match="gradient is nan at step 3"):
+    with pytest.raises(UserError, match="gradient norm is nan at step 3"):
         r.update()
     assert all(torch.equal(p, before[name]) for name, p in training.trainable(model).items())
+    assert json.loads((tmp_path / "nonfinite-rank0.json").read_text())["ids"] == ["a", "b"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_or_optimizer_state_that_is_not_finite_reaches_no_checkpoint(tmp_path, value):
+    for spoil in ("weight", "state"):
+        model, opts = trained()
+        r = a_run(tmp_path / spoil, model, opts)
+        r.step, r.ids = 0, []
+        r.save_checkpoint(1)
+        r.finish_writing()
+        p = next(iter(training.trainable(model).values()))
+        (p.data if spoil == "weight" else opts[0].state[p]["exp_avg"]).view(-1)[-1] = value
+        with pytest.raises(UserError, match="sum of the weights is .* at step"):
+            r.save_checkpoint(2)
+        assert training.newest_checkpoint(tmp_path / spoil).name == "step-000001"

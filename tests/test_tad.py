@@ -371,7 +371,7 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, graded_right):
         run = run_tad(tmp_path, *args)
         assert run.returncode == 2, (words, run.stderr)
         assert words in run.stderr and "Traceback" not in run.stderr, (words, run.stderr)
-    nonfinite = tmp_path / "i/nonfinite.json"
+    nonfinite = tmp_path / "i/nonfinite-rank0.json"
     assert nonfinite.exists() and json.loads(nonfinite.read_text())["ids"]
     assert (out / "adapter").exists()  # nothing finished was touched
     shard = out / "trajectories/rank0.jsonl"
