@@ -11,6 +11,7 @@ file boundary (`load`, `save`, adapters).
 """
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,6 +76,7 @@ class Family:
     keys: dict = field(default_factory=lambda: HF_KEYS)  # field of Config -> key of config.json
     optional: dict = field(default_factory=lambda: HF_OPTIONAL)  # the same; may be absent or null
     facts: dict = field(default_factory=dict)  # fields of Config that its config.json need not say
+    kind: str = ""  # what the name must say, where config.json does not tell this network from another
     extra_eos: tuple = ()  # ids that end a response beside those of config.json
     decoding: dict = field(default_factory=dict)  # fields of sample.Decoding, unless told otherwise
     task: str = ""        # the built-in task that it was trained on: what a training run measures at its end
@@ -132,12 +134,22 @@ FAMILIES = {
         presets={"sdar-1.7b": "JetLM/SDAR-1.7B-Chat", "sdar-4b": "JetLM/SDAR-4B-Chat"},
         model_type="sdar",
         optional=dict(qkv_bias="attention_bias", block_len="block_size", **HF_OPTIONAL),
-        facts=dict(qk_norm=True, block_len=4),
+        facts=dict(qk_norm=True, block_len=4, mask_id=151669),
         chat=Chat(**IM_CHAT),
         extra_eos=(151645,),
         decoding=dict(cache="exact"),
         teachers="a Qwen2 or Qwen3 chat model"),
+    "a2d": Family(  # dllm's conversions of Qwen3
+        presets={"a2d-0.6b": "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1"},
+        model_type="a2d-qwen3",
+        kind="mdlm",  # bd3lm attends block by block, counted from the prompt's end: not built
+        facts=dict(qk_norm=True),
+        chat=Chat(**{**IM_CHAT, "answer": IM_CHAT["answer"] + "<think>\n\n</think>\n\n"})),
 }
+REFUSED = dict(  # key of config.json -> the value that is built; another one is another network
+    hidden_act="silu", activation_type="silu", use_sliding_window=False, quantization_config=None,
+    alibi=False, rope=True, block_type="llama", layer_norm_type="rms", input_emb_norm=False,
+    attention_layer_norm=False, scale_logits=False, clip_qkv=None, include_bias=False, num_experts=None)
 
 
 def presets():
@@ -151,6 +163,24 @@ def decoding_defaults(cfg):
     return {**own_blocks, **FAMILIES[cfg.family].decoding}
 
 
+def read_config(folder):
+    """The Config of a checkpoint's directory. What SDAR's and A2D's hub files leave out of config.json is the
+    tokeniser's mask token, and stands in the name: the length of a block (SDAR-4B-Chat-b8), the kind of network.
+    """
+    raw, tokens, name = read_json(folder / "config.json"), folder / "tokenizer_config.json", folder.as_posix()
+    if not isinstance(raw, dict):
+        return config_from_json(raw)
+    block, kind = re.search(r"-b(\d+)(/|$)", name), re.search("mdlm|bd3lm", name)
+    said = dict(block_size=block and int(block[1]), kind=kind and kind[0])
+    try:
+        table = read_json(tokens) if tokens.exists() else {}
+        ids = {token["content"]: int(i) for i, token in table.get("added_tokens_decoder", {}).items()}
+        said["mask_token_id"] = ids.get(table.get("mask_token"))
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{tokens} holds a value of the wrong type ({e!r})") from None
+    return config_from_json({**{key: value for key, value in said.items() if value is not None}, **raw})
+
+
 def config_from_json(raw):
     """config.json (dict) -> Config. Raises UserError for what is missing, wrong or not built."""
     known = {entry.model_type: name for name, entry in FAMILIES.items()}
@@ -159,7 +189,9 @@ def config_from_json(raw):
         raise UserError(f"config.json has model_type {kind!r}; supported are {', '.join(known)}")
     name, family = known[kind], FAMILIES[known[kind]]
     try:
-        facts = {**family.facts, **{ours: raw[theirs] for ours, theirs in family.keys.items()}}
+        facts = dict(family.facts)
+        facts.update({ours: raw[theirs] for ours, theirs in family.keys.items()
+                      if theirs in raw or ours not in facts})
         given = {ours: raw.get(theirs) for ours, theirs in family.optional.items()}
         facts.update({ours: value for ours, value in given.items() if value is not None})
         theta = raw.get("rope_theta") or (raw.get("rope_parameters") or {})["rope_theta"]
@@ -185,8 +217,12 @@ def config_from_json(raw):
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise UserError(f"config.json asks for scaled RoPE ({rope}): only the default RoPE is built")
-    if raw.get("use_sliding_window"):
-        raise UserError("config.json asks for sliding-window attention (use_sliding_window): it is not built")
+    for key, built in REFUSED.items():
+        if raw.get(key, built) not in (built, None):
+            raise UserError(f"config.json has {key} {raw[key]!r}: only {built!r} is built")
+    if family.kind and raw.get("kind") != family.kind:
+        raise UserError(f"config.json does not tell which network this is, and its folder's name says "
+                        f"{raw.get('kind')!r}: only {family.kind!r} is built, and the name must hold that")
     return cfg
 
 
@@ -442,7 +478,7 @@ def load(name, device="cpu", dtype=torch.float32, revision=None):
     none of its code is run. Raises UserError unless every tensor is used and every parameter filled.
     """
     folder = checkpoint_dir(name, revision)
-    cfg = config_from_json(read_json(folder / "config.json"))
+    cfg = read_config(folder)
     with torch.device("meta"):  # nothing is allocated twice
         model = Transformer(cfg)
     tensors = {}
@@ -452,6 +488,9 @@ def load(name, device="cpu", dtype=torch.float32, revision=None):
                 raise UserError(f"{folder}: tensor {key} stands in two files")
             tensors[key] = t.to(device=device, dtype=dtype)
     own = {official_name(cfg, name): (name, p.shape) for name, p in model.named_parameters()}
+    head, embed = (official_name(cfg, name) for name in ("head.weight", "embed.weight"))
+    if cfg.tied and head in tensors and torch.equal(tensors[head], tensors.get(embed)):
+        del tensors[head]
     missing, extra = sorted(own.keys() - tensors), sorted(tensors.keys() - own)
     if missing or extra:
         raise UserError(f"{folder}: the weights do not fit its config.json: "
@@ -505,7 +544,7 @@ def default_device():
 
 def config_of(name, revision=None):
     """Preset name, hub id or directory -> its Config, without loading weights."""
-    return config_from_json(read_json(checkpoint_dir(name, revision, weights=False) / "config.json"))
+    return read_config(checkpoint_dir(name, revision, weights=False))
 
 
 def family_of(name, revision=None):

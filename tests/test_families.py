@@ -1,6 +1,8 @@
 """LLaDA, Dream and SDAR as checkpoints: tokenisers, templates, weights, training, the AR teacher."""
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 
@@ -190,7 +192,7 @@ def test_a_new_dense_family_is_one_entry(tmp_path, monkeypatch):
     assert tok.response_ids("yes")[-1] == tok.special["<|end|>"] == 259 and tok.eos_id == 256
     out = generate(adapted, [prompt], **settings)[0]
     assert out.ids.tolist() == reference(adapted, prompt, **settings).ids.tolist() and len(out.ids) == 8
-    with pytest.raises(UserError, match="supported are tiny, llada, Dream, sdar, Dummy"):
+    with pytest.raises(UserError, match="supported are tiny, llada, Dream, sdar, a2d-qwen3, Dummy"):
         nt_model.config_from_json({**raw, "model_type": "other"})
     with pytest.raises(UserError, match="one of .*, dummy-1b, a hub id"):
         nt_model.load("dummy-2b")
@@ -253,7 +255,7 @@ def test_tokeniser_errors(tmp_path):
 @pytest.mark.parametrize("folder, n_parameters", [("llada", 8_015_581_184), ("dream", 7_615_616_512),
                                                   ("sdar-4b", 4_411_424_256), ("sdar-1.7b", None)])
 def test_real_configs_on_the_meta_device(hub, folder, n_parameters):
-    cfg = nt_model.config_from_json(json.loads((hub / folder / "config.json").read_text()))
+    cfg = nt_model.read_config(hub / folder)
     with torch.device("meta"):
         model = nt_model.Transformer(cfg)
     n = sum(p.numel() for p in model.parameters())
@@ -269,7 +271,7 @@ def test_real_configs_on_the_meta_device(hub, folder, n_parameters):
 
 @pytest.mark.parametrize("changes, words", [
     (dict(rope_scaling=dict(rope_type="yarn", factor=4)), "scaled RoPE"),
-    (dict(use_sliding_window=True), "sliding-window"),
+    (dict(use_sliding_window=True), "use_sliding_window True: only False is built"),
     (dict(mask_token_id=VOCAB), "outside its vocabulary"), (dict(mask_token_id=None), "mask_token_id None"),
     (dict(eos_token_id=[1, -1]), "eos_token_id"), (dict(hidden_size="32"), "wrong type"),
     (dict(intermediate_size=None), "d_mlp is None"), (dict(num_hidden_layers=0), "n_layer is 0"),
@@ -277,6 +279,78 @@ def test_real_configs_on_the_meta_device(hub, folder, n_parameters):
 def test_configs_that_would_be_silently_wrong_are_refused(changes, words):
     with pytest.raises(UserError, match=words):
         nt_model.config_from_json(raw_config("dream", **changes))
+
+
+@pytest.mark.parametrize("name, block_len", [
+    ("SDAR-4B-Chat", 4), ("SDAR-4B-Chat-b8", 8), ("models--JetLM--SDAR-1.7B-Chat-b64/snapshots/1a2b", 64),
+    ("b8-of-mine", 4), ("mine-b16x", 4)])
+def test_sdar_as_the_hub_has_it(tmp_path, name, block_len):
+    """No mask id and no block length in config.json: the tokeniser's mask token, and the name."""
+    folder = tmp_path / name
+    folder.mkdir(parents=True)
+    raw = json.loads((FIXTURES / "sdar_A/config.json").read_text())
+    hub = {key: value for key, value in raw.items() if key not in ("mask_token_id", "block_size")}
+    (folder / "config.json").write_text(json.dumps(hub))
+    with pytest.raises(UserError, match="mask_token_id None, outside"):  # the family's, of the real vocabulary
+        nt_model.read_config(folder)
+    decoder = {"250": {"content": "<|MASK|>"}, "251": {"content": "<|endoftext|>"}}
+    tokens = dict(added_tokens_decoder=decoder, mask_token="<|MASK|>")
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokens))
+    (folder / "added_tokens.json").write_text('{"<MASK>": 250, "<|endoftext|>": 251}')
+    (folder / "model.safetensors").symlink_to(FIXTURES / "sdar_A/model.safetensors")
+    model = nt_model.load(folder)
+    assert (model.cfg.mask_id, model.cfg.block_len) == (250, block_len)
+    want = load_file(FIXTURES / "sdar_A/expected.safetensors")  # of blocks of 4
+    with torch.no_grad():
+        close = (model(want["input_ids"]) - want["logits"]).abs().max() < 1e-4
+    assert close == (block_len == 4)
+    nt_model.save(model, tmp_path / "saved")  # under a name that says nothing
+    assert nt_model.load(tmp_path / "saved").cfg == model.cfg
+    (folder / "config.json").write_text(json.dumps({**hub, "mask_token_id": 9, "block_size": 2}))
+    assert (nt_model.read_config(folder).mask_id, nt_model.read_config(folder).block_len) == (9, 2)
+    for wrong in ('[]', '{"added_tokens_decoder": {"x": {"content": "<|MASK|>"}}}',
+                  '{"added_tokens_decoder": {"250": {}}}', '{"added_tokens_decoder": [1]}'):
+        (folder / "tokenizer_config.json").write_text(wrong)
+        with pytest.raises(UserError, match="tokenizer_config.json holds a value of the wrong type"):
+            nt_model.read_config(folder)
+
+
+def test_a2d_is_told_by_its_name(tmp_path):
+    for name, words in [("a2d-mdlm-0.6b", None), ("a2d-bd3lm-0.6b", "says 'bd3lm'"), ("a2d-0.6b", "says None")]:
+        shutil.copytree(FIXTURES / "a2d_mdlm_A", tmp_path / name)
+        if words is None:
+            model = nt_model.load(tmp_path / name)
+            nt_model.save(model, tmp_path / "saved")
+            assert nt_model.load(tmp_path / "saved").cfg == model.cfg and model.cfg.mask_id == 250
+        else:
+            with pytest.raises(UserError, match=words):
+                nt_model.load(tmp_path / name)
+
+
+def test_a_head_beside_a_tied_embedding(tmp_path):
+    """Some files of tied models hold it: the same tensor is taken for granted, another one is refused."""
+    shutil.copytree(FIXTURES / "a2d_mdlm_A", tmp_path / "mdlm")
+    file = tmp_path / "mdlm/model.safetensors"
+    tensors, want = load_file(file), nt_model.load(tmp_path / "mdlm").head.weight.clone()
+    head = tensors["model.embed_tokens.weight"].clone()
+    file.unlink()
+    save_file({**tensors, "lm_head.weight": head}, file)
+    assert torch.equal(nt_model.load(tmp_path / "mdlm").head.weight, want)
+    file.unlink()
+    head[3, 3] += 1
+    save_file({**tensors, "lm_head.weight": head}, file)
+    with pytest.raises(UserError, match="unexpected .*lm_head"):
+        nt_model.load(tmp_path / "mdlm")
+
+
+@pytest.mark.parametrize("family, changes", [
+    ("dream", dict(hidden_act="gelu")), ("llada", dict(scale_logits=True)), ("llada", dict(activation_type="gelu")),
+    ("llada", dict(alibi=True)), ("llada", dict(input_emb_norm=True)), ("llada", dict(rope=False)),
+    ("sdar", dict(quantization_config=dict(quant_method="fp8"))), ("llada", dict(num_experts=8))])
+def test_another_network_is_refused_by_its_key(family, changes):
+    (key, value), = changes.items()
+    with pytest.raises(UserError, match=f"config.json has {key} {re.escape(repr(value))}: only"):
+        nt_model.config_from_json(raw_config(family, **changes))
 
 
 def test_rope_theta_where_newer_transformers_writes_it():

@@ -119,7 +119,7 @@ def llada_name(llama_name):
     return f"model.transformer.{LLADA_NAMES[stem]}.{kind}"
 
 
-@pytest.mark.parametrize("name", ["llada_A", "dream_A", "sdar_A"])
+@pytest.mark.parametrize("name", ["llada_A", "dream_A", "sdar_A", "a2d_mdlm_A"])
 @torch.no_grad()
 def test_equals_the_official_code(name):
     model = nt_model.load(FIXTURES / name)

@@ -475,6 +475,23 @@ def test_dreams_official_sampler(compiled, graphs):
     assert n == 13 and bool(graphs) == compiled
 
 
+def test_a2ds_official_sampler():
+    """dllm's MDLMSampler where its quota is LLaDA's: a block takes equal steps."""
+    model, n = nt_model.load(FIXTURES / "a2d_mdlm_A"), 0
+    for case in json.loads((FIXTURES / "a2d_mdlm_A/samplers.json").read_text())["cases"]:
+        was = case["settings"]
+        steps = was["steps"] * was["block_size"] // was["max_new_tokens"]  # of a block
+        if was["block_size"] % steps:
+            continue  # round(masks left / steps left) instead of base and remainder
+        prompts = [torch.tensor(p) for p in was["prompt"]]
+        outs = generate(model, prompts, gen_len=16, block_len=was["block_size"], policy="static", steps=steps,
+                        cache="none", early_stop=False)
+        for prompt, out, want in zip(prompts, outs, case["ids"]):
+            assert out.ids.tolist() == want[len(prompt):][:16] and out.nfe == case["forwards"], case["name"]
+            n += 1
+    assert n == 5
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_sdars_official_sampler(compiled, graphs):
     """block_diffusion_generate(), static and dynamic: same ids; its prefill and commits are fused here."""
