@@ -18,6 +18,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Callable, Literal
 
 import numpy as np
@@ -25,6 +26,7 @@ import tiktoken
 import tokenizers
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers.convert_slow_tokenizer import Qwen2Converter, bytes_to_unicode
 
 import cli
 import grade
@@ -34,6 +36,9 @@ from recipes import RECIPES, TEST, overlap, recipe_problems
 
 TINY_DECODING = FAMILIES["tiny"].decoding
 TINY_LEN, TINY_BLOCK = TINY_DECODING["gen_len"], TINY_DECODING["block_len"]  # of a response, tokens
+TINY_TRAINING = dict(  # what the methods that collect train the tiny model with
+    gen_len=TINY_LEN, block_len=TINY_BLOCK, lora_r=32, lora_alpha=32, lr=1e-3, lr_schedule="tail",
+    warmup_steps=10, batch_size=64, micro_batch=64, max_steps=150, save_every=50, eval_problems=128)
 CUPS = "red blue green gold pink gray".split()
 SWAP = "swap {x} {y} ."  # four tokens in the prompt and four in the response, so that they line up
 PHRASES = ["now under {r} .", "then in {r} .", "ball at {r} ."]
@@ -43,6 +48,7 @@ MOVE_SHARE = 0.65  # share of the swaps that move the ball
 SPLITS = {"train": 1, "dev": 2, "test": 3}  # seeds
 AVOIDED = {"train": ("dev", "test"), "dev": (), "test": ("dev",)}  # whose held-out prompts do not occur
 HELD_OUT = 4096  # problems each of dev and test
+DRILL_SHARE, PRIVILEGED_SHARE = 0.35, 0.15  # of the base model's training examples
 
 
 def tiny_solution(swaps, rng):
@@ -105,14 +111,12 @@ def privileged_prompt(problem):
 
 
 class TinySFT:
-    """Seeded tiny training examples for the base model: item i is {prompt_ids, x0}. A share of the prompts
-    carries a reference solution, so that privileged prompts are in distribution. Drills mask only results
-    (`masked`), the slow part to learn: the first n_drill items, later a share.
+    """Seeded tiny training examples for the base model. A share of the prompts carries a reference solution,
+    as privileged prompts do. Drills mask only results, the slow part to learn: first n_drill, later a share.
     """
 
-    def __init__(self, tok, n, n_drill=0, drill_share=0.35, privileged_share=0.15):
-        self.tok, self.n, self.n_drill, self.drill_share = tok, n, n_drill, drill_share
-        self.privileged_share, self.skip = privileged_share, held_out("dev") | held_out("test")
+    def __init__(self, tok, n, n_drill=0):
+        self.tok, self.n, self.n_drill, self.skip = tok, n, n_drill, held_out("dev") | held_out("test")
 
     def __len__(self):
         return self.n
@@ -121,8 +125,8 @@ class TinySFT:
         prompt, swaps, rng = tiny_game("train", index)
         if prompt in self.skip:  # practically never; an index that is not drawn otherwise takes its place
             prompt, swaps, rng = tiny_game("train", self.n + index)
-        drill = index < self.n_drill or (self.n_drill and rng.random() < self.drill_share)
-        if not drill and rng.random() < self.privileged_share:
+        drill = index < self.n_drill or (self.n_drill and rng.random() < DRILL_SHARE)
+        if not drill and rng.random() < PRIVILEGED_SHARE:
             prompt = REFERENCE["tiny"].format(q=prompt, a=tiny_solution(swaps, rng))
         response = self.tok.response_ids(tiny_solution(swaps, rng))
         example = dict(id=index, prompt=prompt, prompt_ids=self.tok.prompt_ids(prompt).tolist(),
@@ -135,14 +139,12 @@ class TinySFT:
         return example
 
 
-OWN_FIELDS = ("id", "prompt", "question", "solution", "answer", "tests", "grader", "thinking", "entry_point",
-              "setup")
+TEXTS = ("prompt", "question", "solution", "thinking", "entry_point", "grader")  # these hold text
+OWN_FIELDS = ("id", *TEXTS, "answer", "tests", "setup")
 
 
 def load_problems(source, split="train", n=None):
-    """Problems {id, source, prompt, solution, answer or tests, grader ...}; at most n of each joined source.
-    source: see the top of this file; a local file is taken whole, whatever the split. Raises UserError.
-    """
+    """Problems {id, source, prompt, solution, answer or tests ...}, n of each joined source: see the top."""
     if split not in SPLITS:
         raise UserError(f"no split {split!r}: choose one of {', '.join(SPLITS)}")
     if source == "tiny":
@@ -170,29 +172,29 @@ def own_problems(source):
         raise UserError(f"no data {source!r}: give 'tiny', one of {', '.join(RECIPES)}, "
                         f"or the path of a .jsonl file with prompt, solution, answer"
                         + " (rollout.py stats and inspect read trajectories)" * os.path.isdir(path))
-    unknown = sorted(set(names) - set(OWN_FIELDS))
+    unknown = sorted(names.keys() - set(OWN_FIELDS))
     if unknown:
         raise UserError(f"{source}: no field {unknown[0]!r} to fill; there are {', '.join(OWN_FIELDS)}")
     stem = re.sub(r"\.(jsonl|json|parquet)(\.gz)?$", "", Path(path).name)
     problems = []
     for i, row in enumerate(read_rows(path)):
         where = f"{path} line {i + 1}"
-        absent = [name for name in names.values() if name not in row]
-        if absent:
-            raise UserError(f"{where} has no field {absent[0]!r}")
-        row = {**row, **{field: row[name] for field, name in names.items()}}
-        p = {"id": f"{stem}-{i}", "source": stem, "solution": ""}
-        p.update({key: value for key, value in row.items() if value is not None})
-        for key in ("prompt", "question", "solution", "thinking", "entry_point", "grader"):
+        for name in names.values():
+            if name not in row:
+                raise UserError(f"{where} has no field {name!r}")
+        row.update({field: row[name] for field, name in names.items()})
+        p = {"id": f"{stem}-{i}", "source": stem, "solution": "",
+             **{key: value for key, value in row.items() if value is not None}}
+        for key in TEXTS:
             if not isinstance(p.get(key, ""), str):
                 raise UserError(f"{where}: {key} must be text, it is {str(p[key])[:40]!r}")
-        if grade.grader_of(p) not in grade.GRADERS:
+        if p.get("grader", "") not in ("", *grade.GRADERS):
             raise UserError(f"{where}: grader must be one of {', '.join(grade.GRADERS)}")
         tests = p.get("tests", [])
         if not all(isinstance(t, str) for t in (tests if isinstance(tests, list) else [tests])):
             raise UserError(f"{where}: tests must be text or a list of texts")
         if not p.get("prompt", "").strip():
-            raise UserError(f"{where} has no field 'prompt'" + " or it is empty" * ("prompt" in p))
+            raise UserError(f"{where} has no field 'prompt' or it is empty")
         if "answer" not in p and not tests and p.get("grader") != "parses":
             raise UserError(f"{where} has no field 'answer' or 'tests'")
         problems.append({**p, "id": str(p["id"])})
@@ -202,8 +204,6 @@ def own_problems(source):
 
 
 SPECIAL = re.compile(r"(<[|\w]+>)")  # tokens in a chat template
-QWEN_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-              r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
 @dataclass
@@ -222,8 +222,7 @@ class Tokenizer:
 
     def decode(self, ids):
         """ids -> text; special tokens are written out, and an embedding row without a token as U+FFFD."""
-        unknown = "\N{REPLACEMENT CHARACTER}".encode()
-        text = b"".join([self.written.get(i, unknown) for i in ids]).decode(errors="replace")
+        text = b"".join([self.written.get(i, b"\xff") for i in ids]).decode(errors="replace")
         return text.strip() if self.trimmed else text
 
     def bytes_of(self, i):
@@ -237,7 +236,7 @@ class Tokenizer:
 
     def prompt_ids(self, text, system=""):
         """One user turn (after a system turn, if any) -> (P,) int64 ids, ready for the answer to follow."""
-        return self.ids_of(chat_pieces(self.chat, text, system))
+        return self.ids_of(turn_pieces(self.chat, [("system", system)] * bool(system) + [("user", text)]))
 
     def ids_of(self, pieces):
         """[(piece, is it a special token)] -> (P,) int64 ids."""
@@ -249,16 +248,10 @@ class Tokenizer:
         return self.encode(text.strip() if self.chat.trim else text) + [self.special[self.chat.end]]
 
 
-def chat_pieces(chat, text, system=""):
-    """One user turn in a family's template, after a system turn, if any: see turn_pieces()."""
-    system = system or chat.system
-    return turn_pieces(chat, [("system", system)] * bool(system) + [("user", text)])
-
-
 def turn_pieces(chat, turns):
-    """Turns [(role, text)] in a template -> [(piece, is it a special token)], as the family's Jinja has it.
-    The answer to the last is open. Texts are put in after the split: they smuggle in no special token.
-    """
+    """Turns [(role, text)], the answer open -> [(piece, is it a special token)]; none comes from a text."""
+    if chat.system and turns[0][0] != "system":
+        turns = [("system", chat.system), *turns]
     pieces = []
     for template, role, said in [(chat.bos, "", ""), *((chat.turn, *turn) for turn in turns),
                                  (chat.answer, "", "")]:
@@ -290,11 +283,10 @@ def read_tokens(folder):
         if isinstance(table, dict) and isinstance(table.get("words"), list):  # in a BPE "words" is a token
             # the tiny model's: 256 bytes, then words with their leading space, then special tokens
             pieces = [bytes([b]) for b in range(256)] + [b" " + word.encode() for word in table["words"]]
-            special = {token: len(pieces) + i for i, token in enumerate(table["special"])}
-            bpe = tiktoken.Encoding("nanotraj-tiny", pat_str=r" ?\S+|\s+", special_tokens=special,
-                                    mergeable_ranks={piece: i for i, piece in enumerate(pieces)})
-            plain = dict(enumerate(pieces))
-            return lambda text: bpe.encode_ordinary(" " + text.strip()), plain, special, True
+            special = {token: i for i, token in enumerate(table["special"], len(pieces))}
+            ranks = {piece: i for i, piece in enumerate(pieces)}
+            bpe = tiktoken.Encoding("tiny", pat_str=r" ?\S+|\s+", mergeable_ranks=ranks, special_tokens={})
+            return lambda text: bpe.encode(" " + text.strip()), dict(enumerate(pieces)), special, True
     return bpe_tokens(folder)
 
 
@@ -305,24 +297,22 @@ def bpe_tokens(folder):
     special = read_json(added) if added.exists() else {}
     if declared:
         special = {token["content"]: int(i) for i, token in declared.items()}
-    pre, merges, file = tokenizers.pre_tokenizers, folder / "merges.txt", folder / "tokenizer.json"
-    if not file.exists():
-        file = folder / "vocab.json"
-        absent = [f.name for f in (file, merges) if not f.exists()]
-        if absent:
-            raise UserError(f"{folder} has no tokeniser: neither tokenizer.json nor {' and '.join(absent)}")
+    file = folder / "tokenizer.json"
+    pair = [folder / "vocab.json", folder / "merges.txt"]
+    absent = [f.name for f in pair if not f.exists()]
+    if absent and not file.exists():
+        raise UserError(f"{folder} has no tokeniser: neither tokenizer.json nor {' and '.join(absent)}")
     try:
-        if file.name == "tokenizer.json":
+        if file.exists():
             table = tokenizers.Tokenizer.from_file(str(file))
         else:  # Qwen2's; Dream, SDAR and Qwen3 have it too
-            table = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(file), str(merges)))
-            table.normalizer = tokenizers.normalizers.NFC()
-            table.pre_tokenizer = pre.Sequence([pre.Split(tokenizers.Regex(QWEN_WORDS), "isolated"),
-                                                pre.ByteLevel(add_prefix_space=False, use_regex=False)])
+            file = pair[0]
+            tables = tokenizers.models.BPE.read_file(*map(str, pair))
+            table = Qwen2Converter(SimpleNamespace(bpe_ranks={})).converted(*tables)
         bare = tokenizers.Tokenizer(table.model)  # without added tokens: text never becomes one
         bare.normalizer, bare.pre_tokenizer = table.normalizer, table.pre_tokenizer
         special = {**{t.content: i for i, t in table.get_added_tokens_decoder().items()}, **special}
-        vocab, byte_of = bare.get_vocab(), printable_bytes()
+        vocab, byte_of = bare.get_vocab(), {c: b for b, c in bytes_to_unicode().items()}
         plain = {i: bytes(byte_of[c] for c in token)
                  for token, i in vocab.items() if special.get(token) != i}
     except Exception as e:  # the library raises bare Exceptions
@@ -331,15 +321,6 @@ def bpe_tokens(folder):
     if not complete or len(set(vocab.values())) < len(vocab) or set(special.values()) & set(plain):
         raise UserError(f"{file}: the vocabulary is not a byte-level BPE with one id per token")
     return lambda text: bare.encode(text, add_special_tokens=False).ids, plain, special, False
-
-
-def printable_bytes():
-    """GPT-2's table, which byte-level vocabularies are written in: printable character -> byte."""
-    own = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = sorted(set(range(256)) - set(own))
-    table = {chr(b): b for b in own}
-    table.update({chr(256 + n): b for n, b in enumerate(rest)})
-    return table
 
 
 def pad_response(ids, length, eos_id):
@@ -354,24 +335,23 @@ def example_rng(seed, epoch, index):
     return np.random.default_rng([seed, epoch, index])
 
 
-def collate(prompts, responses, pad_id):
-    """prompts: list of id lists; responses (B, L) int64 -> ids, valid (B, P + L), left-padded to P."""
-    ids = pad_sequence([torch.as_tensor(p, dtype=torch.long) for p in prompts], batch_first=True,
-                       padding_value=pad_id, padding_side="left")
-    n_pad = torch.tensor([ids.shape[1] - len(p) for p in prompts])[:, None]
-    ids = torch.cat([ids, responses.cpu()], 1)
-    return ids, torch.arange(ids.shape[1]) >= n_pad
+def stacked(examples, *fields):
+    """Of each field a (B, L) tensor; and what every batch names: {prompts, lists of token ids; ids}."""
+    names = dict(prompts=[e["prompt_ids"] for e in examples], ids=[e["id"] for e in examples])
+    return *(torch.tensor([e[field] for e in examples]) for field in fields), names
 
 
 def response_inputs(model_cfg, prompts, xt, x0=None):
-    """The arguments of model.hidden() for prompts and noisy responses xt (B, L); and cols (B, L) int64, where
-    the response stands. x0 (B, L): a block-causal model then sees clean blocks before every noisy one.
+    """Prompts (lists of ids) and noisy responses xt (B, L) -> arguments of model.hidden(), left-padded; cols
+    (B, L), where the response is. x0 (B, L): a block-causal model then sees clean blocks before noisy ones.
     """
     if x0 is not None:
         return block_diffusion_layout(model_cfg, prompts, xt, x0)
-    ids, valid = collate(prompts, xt, model_cfg.pad_id)
-    cols = torch.arange(ids.shape[1] - xt.shape[1], ids.shape[1]).expand(xt.shape)
-    return dict(ids=ids, valid=None if valid.all() else valid), cols
+    rows = [torch.cat([torch.tensor(p, dtype=torch.long), row]) for p, row in zip(prompts, xt.cpu())]
+    ids = pad_sequence(rows, batch_first=True, padding_value=model_cfg.pad_id, padding_side="left")
+    at = torch.arange(ids.shape[1])
+    valid = at >= torch.tensor([len(at) - len(row) for row in rows])[:, None]
+    return dict(ids=ids, valid=None if valid.all() else valid), at[-xt.shape[1]:].expand(xt.shape)
 
 
 def hidden_rows(model, prompts, xt, where, x0=None):
@@ -414,7 +394,7 @@ def read_trajectories(folder):
 
 
 def check_record(r, where):
-    missing = [f for f in RECORD_FIELDS if f not in r] if isinstance(r, dict) else list(RECORD_FIELDS)
+    missing = [f for f in RECORD_FIELDS if not isinstance(r, dict) or f not in r]
     if missing:
         raise UserError(f"{where} lacks {', '.join(missing)}: not a trajectory record of schema {SCHEMA}")
     if r["schema"] != SCHEMA:
@@ -434,9 +414,8 @@ def list_sets(args):
     cells = [("name", "problems", "grader", "licence", "on the hub", "note"),
              ("tiny", "any number", "final", "Apache-2.0", "-", "the shell game, built in")]
     for name, r in RECIPES.items():
-        read = f"streamed, {r.n:,} unless told otherwise" if r.stream else ""
-        note = "; ".join(filter(None, (r.note, read)))
-        cells.append((name, r.size, r.grader, r.licence, r.hub, note))
+        read = f"; streamed, {r.n:,} unless told otherwise" if r.n else ""
+        cells.append((name, r.size, r.grader, r.licence, r.hub, r.note + read))
     width = [max(map(len, column)) for column in zip(*cells)]
     for row in cells:
         print("  ".join(cell.ljust(w) for cell, w in zip(row, width)).rstrip())
@@ -454,16 +433,18 @@ class Show:
 
 def show(args):
     for p in problems_asked_for(args):
+        tests = p.get("tests")
         shown = dict(
             prompt=p["prompt"],
             privileged=privileged_prompt(p) if p["solution"] else "(there is no solution)",
             solution=p["solution"],
-            grader=grade.grader_of(p))
-        shown["tests" if p.get("tests") else "answer"] = p.get("tests") or p.get("answer", "")
+            grader=grade.grader_of(p),
+            answer=p.get("answer", ""),
+            tests="\n".join(tests) if isinstance(tests, list) else tests)
         print(p["id"])
+        del shown["answer" if tests else "tests"]
         for name, value in shown.items():
-            text = "\n".join(value) if name == "tests" and isinstance(value, list) else str(value)
-            print(f"  {name:<10} " + text.replace("\n", "\n" + 13 * " "))
+            print(f"  {name:<10} " + str(value).replace("\n", "\n" + 13 * " "))
 
 
 @dataclass
@@ -482,9 +463,7 @@ def stats(args):
     kinds = Counter(grade.grader_of(p) for p in problems)
     print(f"{'problems':<16} {len(problems)}: " + ", ".join(f"{k} graded by {g}" for g, k in kinds.items()))
     spread("prompt tokens", [len(tok.prompt_ids(p["prompt"])) for p in problems])
-    solved = [len(tok.response_ids(p["solution"])) for p in problems if p["solution"]]
-    if solved:
-        spread("solution tokens", solved)
+    spread("solution tokens", [len(tok.response_ids(p["solution"])) for p in problems if p["solution"]])
     if args.against:
         shared, n = [p["id"] for p in overlap(problems, others)], len(others)
         print(f"{'overlap':<16} {len(shared)} of the {n} problems of {args.against} are asked here too")
@@ -493,10 +472,11 @@ def stats(args):
 
 
 def spread(name, values):
-    """One line of quantiles."""
-    low, q5, median, q95, high = np.quantile(values, [0, 0.05, 0.5, 0.95, 1])
-    print(f"{name:<16} mean {np.mean(values):.1f}, least {low:.0f}, 5% {q5:.0f}, half {median:.0f}, "
-          f"95% {q95:.0f}, most {high:.0f}")
+    """One line of quantiles, if there are values."""
+    if values:
+        low, q5, median, q95, high = np.quantile(values, [0, 0.05, 0.5, 0.95, 1])
+        print(f"{name:<16} mean {np.mean(values):.1f}, least {low:.0f}, 5% {q5:.0f}, half {median:.0f}, "
+              f"95% {q95:.0f}, most {high:.0f}")
 
 
 def problems_asked_for(args):

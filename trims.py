@@ -20,10 +20,9 @@ hard tokens visible, easy ones masked. No trajectories are collected, and the lo
 model's own responses with --data = a trajectory folder. All responses are EOS-filled to one length, so that
 this is LLaDA's normalisation, by a response's own length.
 
-Not published, and chosen on the tiny model (trained on its own responses, 200 steps of 16, lr 1e-3; accuracy
-at 4 tokens per forward on 300 dev problems, one run each, standard error 2.6): trajectory_share 0.5, the
-largest within error of none (0: 75.0%, 0.25: 71.7, 0.5: 72.7, 0.75: 63.7, 1: 55.0); LoRA alpha = r = 32 (16:
-69.7, 64: 71.7); weight decay 0.01 (0: 72.7, 0.1: 73.0).
+Not published, and chosen on the tiny model (its own responses, 200 steps of 16, lr 1e-3; accuracy at 4 tokens
+per forward, one run each, standard error 2.6): trajectory_share 0.5 (0: 75.0%, 0.25: 71.7, 0.5: 72.7, 0.75:
+63.7, 1: 55.0); LoRA alpha = r = 32 (16: 69.7, 64: 71.7); weight decay 0.01 (0: 72.7, 0.1: 73.0).
 
     python trims.py                                          # tiny model, tiny AR teacher, on a laptop CPU
     python trims.py --trajectory_share 0                     # SFT on ground truth
@@ -47,8 +46,7 @@ import model as nt_model
 import run
 from cli import UserError, at_least, run_cli
 from data import (TINY_DECODING, TinySFT, example_rng, hidden_rows, load_problems, load_tokenizer,
-                  pad_response, read_trajectories)
-from model import by_chunks
+                  pad_response, read_trajectories, stacked)
 from teacher import load_teacher, load_teacher_tokenizer, score_examples
 
 
@@ -121,12 +119,9 @@ def buckets(scores, n_buckets, ordering, seed=0):
     """
     flat = np.concatenate([np.asarray(s, dtype=np.float64) for s in scores])
     known = np.flatnonzero(~np.isnan(flat))
-    if ordering == "random":
-        place = np.random.default_rng(seed).permutation(len(known))
-    else:
-        keys = -flat[known] if ordering == "descending" else flat[known]
-        place = np.empty(len(known), dtype=np.int64)
-        place[np.argsort(keys, kind="stable")] = np.arange(len(known))
+    keys = {"descending": -flat[known], "ascending": flat[known],
+            "random": np.random.default_rng(seed).permutation(len(known))}[ordering]
+    place = np.argsort(np.argsort(keys, kind="stable"))
     bucket = np.full(len(flat), 1 if ordering == "ascending" else n_buckets)
     bucket[known] = 1 + place * n_buckets // len(known)
     ends = np.cumsum([len(s) for s in scores])
@@ -162,14 +157,13 @@ def mask_response(example, cfg, rng, origin=0):
 
 def make_batch(examples, rngs, cfg, model_cfg):
     """-> dict of xt, x0 (B, L) int64, masked (B, L) bool, loss_w (B, L) fp32; prompts, lists of ids; ids."""
-    x0 = torch.tensor([e["x0"] for e in examples])
+    x0, names = stacked(examples, "x0")
     origins = [len(e["prompt_ids"]) % cfg.block_len if model_cfg.block_len else 0 for e in examples]
     noise = [mask_response(e, cfg, rng, o) for e, rng, o in zip(examples, rngs, origins)]
     masked = torch.tensor(np.array([m for m, _ in noise]))
     loss_w = torch.tensor(np.array([w for _, w in noise])).float()
-    return dict(xt=torch.where(masked, model_cfg.mask_id, x0), x0=x0, masked=masked,
-                loss_w=loss_w / (x0.shape[1] * cfg.batch_size),
-                prompts=[e["prompt_ids"] for e in examples], ids=[e["id"] for e in examples])
+    return dict(names, xt=torch.where(masked, model_cfg.mask_id, x0), x0=x0, masked=masked,
+                loss_w=loss_w / (x0.shape[1] * cfg.batch_size))
 
 
 def training_loss(model, b, cfg):
@@ -178,8 +172,8 @@ def training_loss(model, b, cfg):
     clean = b["x0"] if model.cfg.block_len else None  # SDAR: every noisy block stands behind clean ones
     h = hidden_rows(model, b["prompts"], b["xt"], at, clean)
     x0, loss_w = b["x0"][at].to(h.device), b["loss_w"][at].to(h.device)
-    loss = by_chunks(lambda h, x0, w: mdlm_loss(model.head(h), x0, w)[None], model.cfg.vocab_size,
-                     h, x0, loss_w)
+    loss = nt_model.by_chunks(lambda h, x0, w: mdlm_loss(model.head(h), x0, w)[None], model.cfg.vocab_size,
+                              h, x0, loss_w)
     return loss.sum(), {}
 
 
@@ -201,29 +195,19 @@ def load_examples(cfg, tok):
     problems = load_problems(cfg.data)
     if cfg.with_thinking and not all("thinking" in p for p in problems):
         raise UserError(f"--with_thinking: not every line of {cfg.data} has the field 'thinking'")
-
-    def completion(p):
+    fits = []
+    for p in problems:
         text = f"{p['thinking']}\n{p['solution']}" if cfg.with_thinking else p["solution"]
-        return tok.response_ids(unicodedata.normalize("NFC", text))
-    responses = [(p, completion(p)) for p in problems]
-    fits = [(p, ids) for p, ids in responses if len(ids) <= cfg.gen_len]
+        ids = tok.response_ids(unicodedata.normalize("NFC", text))
+        if len(ids) <= cfg.gen_len:
+            fits.append(dict(id=p["id"], prompt=p["prompt"], prompt_ids=tok.prompt_ids(p["prompt"]).tolist(),
+                             x0=pad_response(ids, cfg.gen_len, tok.eos_id)))
     if len(fits) < len(problems):
         print(f"{len(problems) - len(fits)} of {len(problems)} responses are longer than --gen_len "
               f"{cfg.gen_len} tokens: left out")
     if not fits:
         raise UserError(f"no response of {cfg.data} has at most {cfg.gen_len} tokens: raise --gen_len")
-    return [dict(id=p["id"], prompt=p["prompt"], prompt_ids=tok.prompt_ids(p["prompt"]).tolist(),
-                 x0=pad_response(ids, cfg.gen_len, tok.eos_id)) for p, ids in fits]
-
-
-def build_model(cfg, r):
-    """The model's adapters, all of its weights, or fresh ones."""
-    torch.manual_seed(cfg.seed)
-    if cfg.init == "scratch":
-        config = nt_model.config_of(cfg.model, cfg.revision)
-        return nt_model.Transformer(config).init_weights().to(r.device)
-    model = r.load(to_train=True)
-    return model if cfg.full else lora.add(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout)
+    return fits
 
 
 def build_optimizers(cfg, model):
@@ -254,16 +238,22 @@ def main():
     cfg = run.parse(Config, PRESETS, __doc__)
     check_config(cfg)
     whole = cfg.full or cfg.init == "scratch"
+    tok = load_tokenizer(cfg.model, cfg.revision)
+    examples = load_examples(cfg, tok)
     if cfg.dry_run:
-        examples = load_examples(cfg, load_tokenizer(cfg.model, cfg.revision))
         return run.dry_run(cfg, len(examples), scratch=cfg.init == "scratch")
     r = run.Run(cfg, whole)  # ranks, device, the folder: new or to be continued
     if r.finished:
         return
-    tok, model = load_tokenizer(cfg.model, cfg.revision), build_model(cfg, r)
+    torch.manual_seed(cfg.seed)
+    if cfg.init == "scratch":
+        model = nt_model.Transformer(nt_model.config_of(cfg.model, cfg.revision)).init_weights().to(r.device)
+    else:
+        model = r.load(to_train=True)
+    if not whole:
+        lora.add(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout)
 
-    # 1. examples, and how hard the teacher finds their tokens
-    examples = load_examples(cfg, tok)
+    # 1. how hard the teacher finds the examples' tokens
     n_steps = cfg.max_steps or cfg.epochs * run.steps_per_epoch(len(examples), cfg)
     cfg.warmup_steps = round(cfg.warmup_ratio * n_steps) or cfg.warmup_steps
     if cfg.trajectory_share:

@@ -4,14 +4,15 @@ import json
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-import data
 import model as nt_model
 
 SPECIALS = {"llada": ["<|startoftext|>", "<|endoftext|>", "<|start_header_id|>", "<|end_header_id|>",
                       "<|eot_id|>", "<|mdm_mask|>"],
             "dream": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"],
             "sdar": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|MASK|>"]}
+BYTES = {char: byte for byte, char in bytes_to_unicode().items()}  # a byte-level vocabulary without merges
 VOCAB = 272  # 256 bytes, specials, and rows that no token uses, as in the real checkpoints
 
 
@@ -37,7 +38,7 @@ def raw_config(family, **changes):
 
 def write_bpe(folder, specials):
     """tokenizer.json: 256 bytes and special tokens."""
-    table = Tokenizer(models.BPE(vocab=data.printable_bytes(), merges=[]))
+    table = Tokenizer(models.BPE(vocab=BYTES, merges=[]))
     table.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     table.decoder = decoders.ByteLevel()
     table.add_special_tokens([AddedToken(token, normalized=False) for token in specials])
@@ -50,8 +51,7 @@ def write_tokenizer(folder, family):
         write_bpe(folder, SPECIALS[family])
     else:
         at = {token: 256 + i for i, token in enumerate(SPECIALS[family])}
-        vocab = data.printable_bytes()
-        (folder / "vocab.json").write_text(json.dumps(vocab))
+        (folder / "vocab.json").write_text(json.dumps(BYTES))
         (folder / "merges.txt").write_text("#version: 0.2\n")
         (folder / "added_tokens.json").write_text(json.dumps(at))
 

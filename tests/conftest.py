@@ -78,14 +78,14 @@ def any_model(request):
 @pytest.fixture(scope="session")
 def hub(tmp_path_factory):
     """The real checkpoints' small files: a copy of tests/fixtures/hub, unpacked."""
-    import data
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
     root = shutil.copytree(FIXTURES / "hub", tmp_path_factory.mktemp("fixtures") / "hub")
     for packed in [*root.rglob("*.bz2")]:
         packed.with_suffix("").write_bytes(bz2.decompress(packed.read_bytes()))
         packed.unlink()
     # Dream's ids are the 256 bytes, then the merges in their order: its vocab.json follows, to the byte
     _, *merges = (root / "dream/merges.txt").read_text(encoding="utf-8").splitlines()
-    tokens = [*data.printable_bytes(), *(merge.replace(" ", "") for merge in merges)]
+    tokens = [*bytes_to_unicode().values(), *(merge.replace(" ", "") for merge in merges)]
     vocab = json.dumps({token: i for i, token in enumerate(tokens)}, indent=2, sort_keys=True,
                        ensure_ascii=False).encode() + b"\n"
     assert hashlib.sha256(vocab).hexdigest() == DREAM_VOCAB

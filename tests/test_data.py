@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -71,7 +72,7 @@ def test_drills_hide_results_and_the_answer_that_repeats_them():
 
 
 def test_privileged_share():
-    sft = data.TinySFT(TOK, 400, privileged_share=0.15)
+    sft = data.TinySFT(TOK, 400)
     long = sum(len(sft[i]["prompt_ids"]) > 60 for i in range(400))
     assert 35 <= long <= 90
 
@@ -99,8 +100,11 @@ def test_order_rebuilds_every_state():
         assert xt.tolist() == want and masked.tolist() == [w == M for w in want]
 
 
-def test_collate_aligns_responses():
-    ids, valid = data.collate([[1, 2, 3], [4]], torch.tensor([[7, 8], [9, 9]]), 0)
+def test_responses_are_aligned():
+    inputs, cols = data.response_inputs(SimpleNamespace(pad_id=0), [[1, 2, 3], [4]],
+                                        torch.tensor([[7, 8], [9, 9]]))
+    ids, valid = inputs["ids"], inputs["valid"]
+    assert cols.tolist() == [[3, 4]] * 2
     assert ids.tolist() == [[1, 2, 3, 7, 8], [0, 0, 4, 9, 9]]
     assert valid.tolist() == [[True] * 5, [False, False, True, True, True]]
 

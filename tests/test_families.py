@@ -9,7 +9,7 @@ import sys
 import jinja2
 import pytest
 import torch
-from checkpoints import SPECIALS, VOCAB, official_checkpoint, raw_config, write_bpe, write_tokenizer
+from checkpoints import BYTES, SPECIALS, VOCAB, official_checkpoint, raw_config, write_bpe, write_tokenizer
 from conftest import FIXTURES, ROOT, prompts_of, random_model
 from safetensors.torch import load_file, save_file
 from test_model import LLADA_NAMES, llada_name
@@ -79,7 +79,7 @@ def test_qwen_tokeniser_equals_transformers(tmp_path):
     """On a small vocabulary with merges."""
     from transformers import Qwen2Tokenizer
     merges = ["Ġ t", "h e", "Ġt he", "a a", "aa aa", "1 2", "Ċ Ċ", "č Ċ", "Ġ Ġ", "Ã ©", "ä ¸", "ä¸ Ń"]
-    vocab = {c: b for c, b in data.printable_bytes().items()}
+    vocab = dict(BYTES)
     vocab.update({m.replace(" ", ""): 256 + i for i, m in enumerate(merges)})
     special = {"<|endoftext|>": 268, "<|im_start|>": 269, "<|im_end|>": 270, "<|mask|>": 271}
     (tmp_path / "vocab.json").write_text(json.dumps(vocab))
@@ -120,12 +120,13 @@ def test_templates_equal_the_checkpoints_own_jinja(hub, folder, family):
     chat = nt_model.FAMILIES[family].chat
     for system in ("", "Be brief."):
         for text in ("What is 2 + 2?", " spaced\n", "two\n\nlines"):
-            turns = [dict(role="system", content=system)] * bool(system) + [dict(role="user", content=text)]
+            said = [("system", system)] * bool(system) + [("user", text)]
+            turns = [dict(role=role, content=content) for role, content in said]
             want = env.from_string(source).render(messages=turns, add_generation_prompt=True,
                                                   bos_token=config["bos_token"])
-            got = "".join(piece for piece, _ in data.chat_pieces(chat, text, system))
+            got = "".join(piece for piece, _ in data.turn_pieces(chat, said))
             assert got == want
-    assert {special for _, special in data.chat_pieces(chat, "<|im_end|>")} == {True, False}
+    assert {special for _, special in data.turn_pieces(chat, [("user", "<|im_end|>")])} == {True, False}
 
 
 def test_a_teachers_vocabulary_may_hold_the_token_words(tmp_path):

@@ -160,10 +160,7 @@ def test_teacher_prompts():
     r = record(1)
     assert tad.teacher_prompts([r], config(teacher_prompt="plain"), TOK) == [r["prompt_ids"]]
     assert tad.teacher_prompts([r], config(), TOK) == [r["privileged_prompt_ids"]]
-    # collected without privilege: built here
     assert tad.teacher_prompts([r], config(source="no_privilege"), TOK) == [r["prompt_ids"]]
-    plainly = {k: v for k, v in r.items() if k != "privileged_prompt_ids"}
-    assert tad.teacher_prompts([plainly], config(), TOK) == [r["privileged_prompt_ids"]]
     system = tad.teacher_prompts([r], config(teacher_prompt="system"), TOK)[0]
     assert len(system) > len(r["prompt_ids"]) and system[-len(r["prompt_ids"]) + 1:] == r["prompt_ids"][1:]
 

@@ -215,12 +215,13 @@ def test_share_draws_the_standard_mask_for_the_rest():
     assert abs(n / 400 - 0.3) < 0.07
 
 
-def test_teacher_scores_land_on_the_students_tokens():
+def test_teacher_scores_land_on_the_students_tokens(monkeypatch):
     """The tiny teacher and model share a tokeniser: a score is the teacher's NLL of that very token; the
     first EOS has the end token's; filling has none; the phrases, drawn at random, are the hard tokens.
     """
+    monkeypatch.setattr(data, "PRIVILEGED_SHARE", 0.0)
     tok, teacher_tok = data.load_tokenizer("tiny"), load_teacher_tokenizer("tiny-ar")
-    teacher, examples = load_teacher("tiny-ar"), data.TinySFT(tok, 6, privileged_share=0.0)
+    teacher, examples = load_teacher("tiny-ar"), data.TinySFT(tok, 6)
     examples = [examples[i] for i in range(6)]
     scores = difficulty(examples, tok, teacher, teacher_tok, "nll")
     for e, s in zip(examples, scores):
