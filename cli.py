@@ -70,20 +70,17 @@ def option(default=REQUIRED, **about):
 
 
 def shown(value):
-    """A default as --help prints it: 2e-05 as 2e-5, nothing for a value that says nothing."""
+    """A default as --help prints it: nothing for a value that says nothing."""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, float):
-        return re.sub(r"e([+-])0", r"e\1", f"{value:g}").replace("e+", "e")
     return "" if value is None else str(value)
 
 
 def help_of(field, comment, presets):
-    """Its comment, and in brackets the default, with the families' own where they differ."""
-    default = shown(field.default)
-    own = [(family, shown(preset.get(field.name, field.default))) for family, preset in presets.items()]
-    differ = ", ".join(f"{family} {value}" for family, value in own if value != default)
-    values = "; ".join(filter(None, [default, differ]))
+    """Its comment, and in brackets the default and the families' own."""
+    own = {family: preset[field.name] for family, preset in presets.items() if field.name in preset}
+    differ = ", ".join(f"{family} {shown(value)}" for family, value in own.items())
+    values = "; ".join(filter(None, [shown(field.default), differ]))
     comment += f" [{values}]" if values and not comment.endswith("]") else ""
     return comment.replace("%", "%%")
 

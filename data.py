@@ -40,8 +40,7 @@ TINY_TRAINING = dict(  # what the methods that collect train the tiny model with
     gen_len=TINY_LEN, block_len=TINY_BLOCK, lora_r=32, lora_alpha=32, lr=1e-3, lr_schedule="tail",
     warmup_steps=10, batch_size=64, micro_batch=64, max_steps=150, save_every=50, eval_problems=128)
 CUPS = "red blue green gold pink gray".split()
-SWAP = "swap {x} {y} ."  # four tokens in the prompt and four in the response, so that they line up
-PHRASES = ["now under {r} .", "then in {r} .", "ball at {r} ."]
+PHRASES = ["now under {r} .", "then in {r} .", "ball at {r} ."]  # four tokens, like a swap in the prompt
 STEP, RESULT = 4, 2  # tokens of a step, and where in it the result stands
 N_SWAPS = 9
 MOVE_SHARE = 0.65  # share of the swaps that move the ball
@@ -51,37 +50,35 @@ HELD_OUT = 4096  # problems each of dev and test
 DRILL_SHARE, PRIVILEGED_SHARE = 0.35, 0.15  # of the base model's training examples
 
 
-def tiny_solution(swaps, rng):
-    """swaps: [(x, y, cup that then holds the ball)] -> 'now under blue . ball at gold . #### blue gold'."""
-    answer = " ".join(r for _, _, r in swaps)  # all the cups: one guess must not be enough
-    steps = [PHRASES[rng.integers(len(PHRASES))].format(r=r) for _, _, r in swaps]
-    return " ".join(steps) + f" #### {answer}"
+def tiny_solution(visited, rng):
+    """visited: the ball's cup after every swap -> 'now under blue . ball at gold . #### blue gold'."""
+    steps = [PHRASES[rng.integers(len(PHRASES))].format(r=cup) for cup in visited]
+    return " ".join([*steps, "####", *visited])  # all the cups: one guess must not be enough
 
 
 def tiny_game(split, index):
-    """Game `index` of a split -> (prompt, swaps as in tiny_solution, the rng that phrases its solutions)."""
+    """Game `index` of a split -> (prompt, visited as in tiny_solution, the rng that phrases solutions)."""
     rng = np.random.default_rng([SPLITS[split], index])
     ball = start = CUPS[rng.integers(len(CUPS))]
-    swaps = []
+    told, visited = "", []
     for _ in range(N_SWAPS):
         others = [cup for cup in rng.permutation(CUPS).tolist() if cup != ball]
         pair = [ball, others[0]] if rng.random() < MOVE_SHARE else others[:2]
         ball = others[0] if ball in pair else ball
         x, y = pair if rng.random() < 0.5 else pair[::-1]
-        swaps.append((x, y, ball))
-    told = " ".join(SWAP.format(x=x, y=y) for x, y, _ in swaps)
-    return f"ball under {start} . {told} where does it go ?", swaps, rng
+        told += f"swap {x} {y} . "
+        visited.append(ball)
+    return f"ball under {start} . {told}where does it go ?", visited, rng
 
 
 def tiny_problems(split, n):
     """The first n problems of a split: {id, source, prompt, solution, answer}; no prompt occurs twice."""
     problems, avoided, index = {}, frozenset().union(*map(held_out, AVOIDED[split])), 0
     while len(problems) < n:
-        prompt, swaps, rng = tiny_game(split, index)
+        prompt, visited, rng = tiny_game(split, index)
         if prompt not in avoided and prompt not in problems:
-            solution = tiny_solution(swaps, rng)
             problems[prompt] = dict(id=f"tiny-{split}-{index}", source="tiny", prompt=prompt,
-                                    solution=solution, answer=solution.partition(" #### ")[2])
+                                    solution=tiny_solution(visited, rng), answer=" ".join(visited))
         index += 1
     return list(problems.values())
 
@@ -122,13 +119,13 @@ class TinySFT:
         return self.n
 
     def __getitem__(self, index):
-        prompt, swaps, rng = tiny_game("train", index)
+        prompt, visited, rng = tiny_game("train", index)
         if prompt in self.skip:  # practically never; an index that is not drawn otherwise takes its place
-            prompt, swaps, rng = tiny_game("train", self.n + index)
+            prompt, visited, rng = tiny_game("train", self.n + index)
         drill = index < self.n_drill or (self.n_drill and rng.random() < DRILL_SHARE)
         if not drill and rng.random() < PRIVILEGED_SHARE:
-            prompt = REFERENCE["tiny"].format(q=prompt, a=tiny_solution(swaps, rng))
-        response = self.tok.response_ids(tiny_solution(swaps, rng))
+            prompt = REFERENCE["tiny"].format(q=prompt, a=tiny_solution(visited, rng))
+        response = self.tok.response_ids(tiny_solution(visited, rng))
         example = dict(id=index, prompt=prompt, prompt_ids=self.tok.prompt_ids(prompt).tolist(),
                        x0=pad_response(response, TINY_LEN, self.tok.eos_id))
         if drill:

@@ -18,10 +18,10 @@ lower it on the reference's own guesses (fake). The reference is the student of 
     Eq. 9          w_i = (B - pi_i + 1) / B, B the response tokens of i's block              (path_weights)
     Eq. 10         real + fake + lambda path (t3d_loss); App. C.1: rand_p; App. C.2: beta, refresh
 
-What differs from the published code, and why: ids and order are stored together (it tokenises decoded text
-again); blocks count from position 0 in training as in decoding; the latest-decoded tokens are masked, as the
-paper says (it masks the earliest); `--variant code` takes the code's choices. Eq. 8 is a mean over the masked
-tokens, so that lambda does not depend on the length; log-ratios are means, too (`--logratio sum` is Eq. 7).
+What differs from the published code: ids and order are stored, no text is tokenised again; blocks count from
+position 0 in training as in decoding; the latest-decoded tokens are masked, as the paper says (the code masks
+the earliest: --variant code). Eq. 8 and the log-ratios are means over the masked tokens, so that lambda does
+not depend on the length (--logratio sum is Eq. 7).
 
     python t3d.py                                                # tiny model on a laptop CPU
     python t3d.py --model dream --data problems.jsonl            # one GPU
@@ -99,12 +99,11 @@ PRESETS = {
 }
 
 
-# --------------------------------------------------------------------------------------------------- the loss
 def t3d_loss(logp, logp_ref, logp_fake, logp_fake_ref, path_w, example, n_examples, cfg):
     """The T3D objective over the masked rows of a batch -> scalar fp32, dict of its parts.
     All (N,) fp32: log-probability of the trajectory's token under student and reference; the same of the
-    reference's guess (--fake expected: minus their KL, and 0); path_w the weights of Eq. 9; example int64,
-    the row's example. Means over an example's rows, then over the n_examples of the global batch.
+    reference's guess (--fake expected: minus their KL, and 0); path_w of Eq. 9. example (N,) int64: a row's
+    example. Means over an example's rows, then over the n_examples of the global batch.
     """
     def total(values):
         return torch.zeros(int(example.max()) + 1, device=logp.device).index_add_(0, example, values)
@@ -139,11 +138,8 @@ def path_weights(pi, size, masked, cfg):
     return w * n / share.clamp(min=1)  # the mean over the masked tokens is the mean over groups
 
 
-# ---------------------------------------------------------------------------------------------- batch builder
 def ranks_in_blocks(rank, n_prompt, block_len):
-    """rank (B, L) int64 over the response, n_prompt list of prompt lengths -> pi, size (B, L) int64: the
-    1-based rank within the position's block and the block's response tokens. block_len 0: one block.
-    """
+    """rank (B, L), list of prompt lengths -> pi, size (B, L): 1-based rank within the block, its tokens."""
     L = rank.shape[1]
     first = torch.tensor(n_prompt)[:, None] if block_len else 0
     block = (first + torch.arange(L).expand(rank.shape)) // (block_len or L)
@@ -185,9 +181,7 @@ def make_batch(records, rngs, cfg, model_cfg, vocabulary):
 
 
 def token_terms(logits, ref_logits, x0, u, cfg, mask_id=None):
-    """What t3d_loss takes of every row, (n, 4) fp32: log p_theta(x0), log p_ref(x0), log p_theta(x_hat),
-    log p_ref(x_hat). logits, ref_logits (n, V), x0 (n,) int64, u (n,) uniform. A guess is never mask_id.
-    """
+    """(n, 4) fp32: log p_theta(x0), log p_ref(x0), and the same of the guess x_hat, never mask_id."""
     logp = F.log_softmax(logits.float(), -1)
     if ref_logits is None:  # naive TD reads the first only
         return logp.gather(1, x0[:, None]).expand(-1, 4)
@@ -228,7 +222,6 @@ def training_loss(model, ref, b, cfg):
     return t3d_loss(*values.unbind(1), path_w, at[0].to(device), cfg.batch_size, cfg)
 
 
-# ------------------------------------------------------------------------------------------- the run
 def collect_round(cfg, r, model, tok, problems, number, begins):
     """A later round's trajectories, of the student as it begins; a continued run finds them in the folder."""
     folder = r.out / f"trajectories-round-{number}"

@@ -19,10 +19,9 @@ margin. The pairwise ranking is the tractable form of matching a Boltzmann distr
     L_rank        Eq. 8: mean of the hinges over the pairs               (tabom_loss)
     L             Eq. 9: L_recon + lambda L_rank                         (tabom_loss)
 
-What differs from the published code, and why: token ids and their order are stored together (stored text is
-not re-tokenised); all pairs of a segment are ranked at once instead of in a W x W loop; a segment shorter
-than W is normalised by its own counts; entropies can be taken at each token's own step, as Eq. 5 has it.
-TDS, Eq. 10 and 11, is eval.tds: `python eval.py tds`.
+What differs from the published code: token ids and their order are stored, no text is tokenised again; all
+pairs of a segment are ranked at once; a segment shorter than W is normalised by its own counts; entropies can
+be taken at each token's own step, as Eq. 5 has it. TDS, Eq. 10 and 11, is `python eval.py tds`.
 
     python tabom.py                                              # tiny model on a laptop CPU
     python tabom.py --model dream --data problems.jsonl          # one GPU
@@ -91,11 +90,10 @@ PRESETS = {
 }
 
 
-# --------------------------------------------------------------------------------------------------- the loss
 def tabom_loss(ce, entropy, in_segment, n_examples, cfg):
     """The TABOM objective over segments in the order they were revealed -> scalar fp32, dict of its parts.
-    ce (N,) fp32: -log p(x0 | U_t) of the positions in a segment; entropy (N,) fp32, nats; in_segment (B, W), N
-    of them True. Means over a segment's tokens and its pairs, then over the n_examples of the global batch.
+    ce (N,) fp32: -log p(x0 | U_t) of the positions in a segment; entropy (N,) fp32, nats; in_segment (B, W),
+    N True. Means over a segment's tokens and its pairs, then over the n_examples of the global batch.
     """
     zero = torch.zeros(in_segment.shape, device=ce.device)
     ce = zero.masked_scatter(in_segment, ce)  # (B, W)
@@ -122,11 +120,9 @@ def token_terms(logits, x0):
     return torch.stack([F.cross_entropy(logits.float(), x0, reduction="none"), entropy_of(logits)], 1)
 
 
-# ---------------------------------------------------------------------------------------------- batch builder
 def draw_segment(record, cfg, model_cfg, rng):
-    """The positions of one segment in the order they were revealed: list of ints, at least one.
-    The first is drawn uniformly among those that leave a whole window. The EOS tail is left out unless
-    cfg.eos_in_window. On block-causal models it is any position, and the segment keeps to its block.
+    """The positions of one segment in the order they were revealed: list of ints, at least one. The first is
+    drawn among those that leave a whole window; on block-causal models it is any, the block ends the segment.
     """
     L = len(record["x0"])  # the first EOS belongs to the content here
     n = L if cfg.eos_in_window else min(L, n_content(record["x0"], model_cfg.eos_ids) + 1)
@@ -146,9 +142,8 @@ def draw_segment(record, cfg, model_cfg, rng):
 
 
 def make_batch(records, rngs, cfg, model_cfg):
-    """records -> dict of tensors: xt, x0 (B, L); segment (B, W) int64 positions in reveal order (-1: none);
-    in_segment (B, W) bool; rank (B, L); prompts, lists of token ids; ids of the records.
-    Everything that was not revealed before the segment is masked in xt, the EOS tail included.
+    """records -> dict of xt, x0, rank (B, L); segment (B, W) int64 positions in reveal order (-1: none),
+    in_segment (B, W) bool; prompts; ids. What was not revealed before the segment is masked, EOS tail too.
     """
     x0, rank, names = stacked(records, "x0", "rank")
     chosen = [draw_segment(r, cfg, model_cfg, rng) for r, rng in zip(records, rngs)]
@@ -182,7 +177,6 @@ def training_loss(model, b, cfg):
     return tabom_loss(ce, entropy, b["in_segment"].to(h.device), cfg.batch_size, cfg)
 
 
-# ------------------------------------------------------------------------------------------- the run
 def check_config(cfg):
     if cfg.window < 0 or (cfg.window == 1 and cfg.lam):
         raise UserError(f"--window {cfg.window}: ranking needs two tokens or more (0: all that is left)")

@@ -18,10 +18,9 @@ teacher is the base model: LoRA off.
     L          Eq. 14    L_near + lambda L_distant                          (tad_loss)
     lambda, tau          cfg.lam, cfg.tau
 
-What differs from the published code, and why: one collector writes exactly what the trainer reads (tokens and
-order instead of 160 snapshots); padding never hides a revealed EOS; all seven matrices of a block carry LoRA
-in every family; gradients are divided by accumulation steps; the window rule the paper describes (--window
-auto-quality, auto-speed) is built; graders do not reject fractions.
+What differs from the published code: one collector writes exactly what the trainer reads (tokens and order,
+not 160 snapshots); padding never hides a revealed EOS; all seven matrices of a block carry LoRA; gradients
+are divided by accumulation steps; the paper's window rule is built (--window auto-quality, auto-speed).
 
     python tad.py                                              # the whole story on a laptop CPU, tiny model
     python tad.py --model llada --data problems.jsonl          # one GPU
@@ -98,11 +97,8 @@ PRESETS = {
 RANDOM = ("traj_random", "gt_random")  # sources whose states are random masks
 
 
-# --------------------------------------------------------------------------------------------------- the loss
 def token_terms(student, teacher, x0, cfg):
-    """What tad_loss takes of every row: cross-entropy on x0, and tau^2 KL(teacher || student) at temperature
-    tau (0 without a teacher): (N, 2) fp32. student, teacher (N, V) logits, x0 (N,) int64.
-    """
+    """Rows of logits (N, V), x0 (N,) -> (N, 2) fp32: cross-entropy on x0, tau^2 KL(teacher || student)."""
     ce = F.cross_entropy(student.float(), x0, reduction="none")  # -log p(x0_i | s, x_t)
     kl = torch.zeros_like(ce)
     if teacher is not None:
@@ -131,11 +127,9 @@ def tad_loss(ce, kl, near, example, n_examples, cfg):
     return loss, dict(near=loss_near.item(), distant=loss_distant.item())
 
 
-# ---------------------------------------------------------------------------------------------- batch builder
 def make_batch(examples, rngs, cfg, window, model_cfg):
-    """examples: list of (record, t) -> dict of xt, x0, masked, near (B, L); prompts, lists of token ids; ids.
-    Random-mask sources ignore t: every position is masked with probability u ~ U(0, 1], and all masked ones
-    are near (plain cross-entropy, the standard objective with 1/t taken as 1 / masked fraction).
+    """[(record, t)] -> dict of xt, x0, masked, near (B, L); prompts, lists of token ids; ids. RANDOM sources
+    ignore t: every position is masked with probability u ~ U(0, 1], and near (1/t is 1 / masked share).
     """
     x0, order, names = stacked([r for r, _ in examples], "x0", "order")
     t = torch.tensor([t for _, t in examples])[:, None]
@@ -171,9 +165,7 @@ def teacher_prompts(records, cfg, tok):
 
 
 def soft_rows(teacher, b, cfg, x0):
-    """[the teacher's hidden states (N, C) of the masked rows, on the prompts that it sees], zeros where the
-    settings ask for no soft term; [] where no row needs one. It reads only the examples that have some.
-    """
+    """[the teacher's hidden states (N, C) of the masked rows, 0 where no soft term is asked for], or []."""
     masked, near = b["masked"], b["near"]
     soft = masked & torch.where(near, cfg.near == "kl", cfg.distant == "kl")
     read = soft.any(1)
@@ -205,7 +197,6 @@ def training_loss(model, teacher, b, cfg):
     return tad_loss(*values.unbind(1), near, example, cfg.batch_size, cfg)
 
 
-# ------------------------------------------------------------------------------------------- the window rule
 LEVEL = {"auto-quality": 0.5, "auto-speed": 0.2}
 
 
@@ -235,7 +226,6 @@ def choose_window(cfg, model, records, r):
     return run.agreed(window)
 
 
-# ------------------------------------------------------------------------------------------- the run
 def trajectories(cfg, model, tok, problems, folder):
     """Of the base model, which is shown the worked solution; wrong answers dropped."""
     privileged = cfg.source != "no_privilege"

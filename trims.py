@@ -16,9 +16,8 @@ hard tokens visible, easy ones masked. No trajectories are collected, and the lo
     loss_w        1 / t, or 1 / masked fraction where no t exists (--trajectory_weight)       (mask_response);
                   make_batch divides it by L and the batch size
 
-`--trajectory_share 0` is standard training, which made the embedded base model: SFT on ground truth, or on a
-model's own responses with --data = a trajectory folder. All responses are EOS-filled to one length, so that
-this is LLaDA's normalisation, by a response's own length.
+`--trajectory_share 0` is standard training: SFT on ground truth or, with a trajectory folder as --data, on a
+model's own responses. All are EOS-filled to one length: LLaDA's normalisation, by a response's own length.
 
 Not published, and chosen on the tiny model (its own responses, 200 steps of 16, lr 1e-3; accuracy at 4 tokens
 per forward, one run each, standard error 2.6): trajectory_share 0.5 (0: 75.0%, 0.25: 71.7, 0.5: 72.7, 0.75:
@@ -103,20 +102,14 @@ PRESETS = {
 }
 
 
-# --------------------------------------------------------------------------------------------------- the loss
 def mdlm_loss(logits, x0, loss_w):
-    """Weighted cross-entropy of the masked rows. logits (N, V), x0 (N,) int64, loss_w (N,) -> scalar fp32.
-    loss_w carries 1/t, 1/L and 1/batch, so that the sum over rows, micro-batches and ranks is the MDLM loss.
-    """
+    """Weighted cross-entropy of logits (N, V) on x0 (N,). loss_w (N,) carries 1/t, 1/L and 1/batch."""
     ce = F.cross_entropy(logits.float(), x0, reduction="none")
     return (loss_w * ce).sum()
 
 
-# ------------------------------------------------------------------------------------------- batch builder
 def buckets(scores, n_buckets, ordering, seed=0):
-    """Scores of all completions (lists of floats, NaN = EOS filling) -> buckets 1..n_buckets (lists of ints):
-    quantiles over all tokens, ties in data order. EOS filling belongs to the easiest bucket.
-    """
+    """Scores (lists of floats, NaN = EOS filling) -> buckets 1..n_buckets: quantiles over all the tokens."""
     flat = np.concatenate([np.asarray(s, dtype=np.float64) for s in scores])
     known = np.flatnonzero(~np.isnan(flat))
     keys = {"descending": -flat[known], "ascending": flat[known],
@@ -177,7 +170,6 @@ def training_loss(model, b, cfg):
     return loss.sum(), {}
 
 
-# ------------------------------------------------------------------------------------------- the run
 def load_examples(cfg, tok):
     """The data as a sequence of {id, prompt_ids, x0}."""
     if cfg.data == "tiny":

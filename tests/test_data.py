@@ -60,7 +60,7 @@ def test_drills_hide_results_and_the_answer_that_repeats_them():
     sft, seen = data.TinySFT(TOK, 40, n_drill=40), set()
     for i in range(40):
         example = sft[i]
-        results = [r for _, _, r in data.tiny_game("train", i)[1]]
+        results = data.tiny_game("train", i)[1]
         words = [TOK.decode([t]) for t in example["x0"]]
         hidden = [at for at, m in enumerate(example["masked"]) if m]
         answer = range(data.STEP * data.N_SWAPS + 1, (data.STEP + 1) * data.N_SWAPS + 1)
