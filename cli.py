@@ -59,14 +59,13 @@ def keep_freed_memory():
         libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD no longer adapts by itself; larger blocks go back at once
 
 
-REQUIRED = dataclasses.MISSING
 SHORT = {"n": ["-n", "--n_problems"]}  # other spellings of an option; torchrun takes --n for one of its own
 
 
-def option(default=REQUIRED, **about):
+def option(default=dataclasses.MISSING, **about):
     """A field that must be given (no default), has no dashes (positional), a value when bare, or choices."""
-    about["required"] = default is REQUIRED
-    return dataclasses.field(default=None if default is REQUIRED else default, metadata=about)
+    about["required"] = default is dataclasses.MISSING
+    return dataclasses.field(default=None if about["required"] else default, metadata=about)
 
 
 def shown(value):

@@ -28,9 +28,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers.convert_slow_tokenizer import Qwen2Converter, bytes_to_unicode
 
-import cli
 import grade
-from cli import UserError, option, read_json, read_jsonl, read_rows, run_cli
+from cli import UserError, at_least, option, read_json, read_jsonl, read_rows, run_cli, run_command
 from model import FAMILIES, Chat, block_diffusion_layout, checkpoint_dir, config_of
 from recipes import RECIPES, TEST, overlap, recipe_problems
 
@@ -48,6 +47,14 @@ SPLITS = {"train": 1, "dev": 2, "test": 3}  # seeds
 AVOIDED = {"train": ("dev", "test"), "dev": (), "test": ("dev",)}  # whose held-out prompts do not occur
 HELD_OUT = 4096  # problems each of dev and test
 DRILL_SHARE, PRIVILEGED_SHARE = 0.35, 0.15  # of the base model's training examples
+
+TEXTS = ("prompt", "question", "solution", "thinking", "entry_point", "grader")  # fields that hold text
+OWN_FIELDS = ("id", *TEXTS, "answer", "tests", "setup")  # of a problem
+CARRIED = ("question", "grader", "tests", "entry_point", "setup")  # into its record, where it has them
+RECORD_FIELDS = ("id", "source", "prompt", "prompt_ids", "x0", "order", "rank", "nfe", "solution", "answer",
+                 "correct", "model", "decoding", "schema")
+SCHEMA = 1
+SPECIAL = re.compile(r"(<[|\w]+>)")  # tokens in a chat template
 
 
 def tiny_solution(visited, rng):
@@ -136,10 +143,6 @@ class TinySFT:
         return example
 
 
-TEXTS = ("prompt", "question", "solution", "thinking", "entry_point", "grader")  # these hold text
-OWN_FIELDS = ("id", *TEXTS, "answer", "tests", "setup")
-
-
 def load_problems(source, split="train", n=None):
     """Problems {id, source, prompt, solution, answer or tests ...}, n of each joined source: see the top."""
     if split not in SPLITS:
@@ -198,9 +201,6 @@ def own_problems(source):
     if not problems:
         raise UserError(f"{source} is empty: at least one problem is needed")
     return problems
-
-
-SPECIAL = re.compile(r"(<[|\w]+>)")  # tokens in a chat template
 
 
 @dataclass
@@ -368,12 +368,6 @@ def teacher_rows(teacher, *args):
     return h
 
 
-SCHEMA = 1
-RECORD_FIELDS = ("id", "source", "prompt", "prompt_ids", "x0", "order", "rank", "nfe", "solution", "answer",
-                 "correct", "model", "decoding", "schema")
-CARRIED = ("question", "grader", "tests", "entry_point", "setup")  # from the problem, where it has them
-
-
 def state_at(x0, order, t, mask_id):
     """The canvas after t forwards: x0 where order < t, else MASK. All (..., L). Returns xt, masked."""
     masked = order >= t
@@ -477,7 +471,7 @@ def spread(name, values):
 
 
 def problems_asked_for(args):
-    cli.at_least(1, args, "n")
+    at_least(1, args, "n")
     test_only = getattr(RECIPES.get(args.path), "splits", None) == TEST
     return load_problems(args.path, args.split or ("test" if test_only else "train"), args.n)
 
@@ -485,4 +479,4 @@ def problems_asked_for(args):
 COMMANDS = {"list": (list_sets, List), "show": (show, Show), "stats": (stats, Stats)}
 
 if __name__ == "__main__":
-    run_cli(lambda: cli.run_command(__doc__, COMMANDS))
+    run_cli(lambda: run_command(__doc__, COMMANDS))

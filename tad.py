@@ -95,6 +95,7 @@ PRESETS = {
     "sdar": dict(data=PAPER, block_len=4, collect_cache="exact"),  # its own block; not in the paper
 }
 RANDOM = ("traj_random", "gt_random")  # sources whose states are random masks
+LEVEL = {"auto-quality": 0.5, "auto-speed": 0.2}  # W: where the mean confidence falls below it
 
 
 def token_terms(student, teacher, x0, cfg):
@@ -195,9 +196,6 @@ def training_loss(model, teacher, b, cfg):
         return token_terms(model.head(h), teacher_logits, x0, cfg)
     values = by_chunks(terms, model.cfg.vocab_size, h, x0, *soft_rows(teacher, b, cfg, clean))
     return tad_loss(*values.unbind(1), near, example, cfg.batch_size, cfg)
-
-
-LEVEL = {"auto-quality": 0.5, "auto-speed": 0.2}
 
 
 def auto_window(decay, mode):
