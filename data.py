@@ -144,7 +144,7 @@ class TinySFT:
 
 
 def load_problems(source, split="train", n=None):
-    """Problems {id, source, prompt, solution, answer or tests ...}, n of each joined source: see the top."""
+    """Problems {id, source, prompt, ...} of a source, see the top; n of each joined one. Files have no splits."""
     if split not in SPLITS:
         raise UserError(f"no split {split!r}: choose one of {', '.join(SPLITS)}")
     if source == "tiny":

