@@ -26,7 +26,6 @@ import tiktoken
 import tokenizers
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers.convert_slow_tokenizer import Qwen2Converter, bytes_to_unicode
 
 import grade
 from cli import UserError, at_least, option, read_json, read_jsonl, read_rows, run_cli, run_command
@@ -144,7 +143,7 @@ class TinySFT:
 
 
 def load_problems(source, split="train", n=None):
-    """Problems {id, source, prompt, ...} of a source, see the top; n of each joined one. Files have no splits."""
+    """Problems {id, source, prompt, ...} of a source, see the top; n of each joined one. A file is whole."""
     if split not in SPLITS:
         raise UserError(f"no split {split!r}: choose one of {', '.join(SPLITS)}")
     if source == "tiny":
@@ -289,6 +288,7 @@ def read_tokens(folder):
 
 def bpe_tokens(folder):
     """A byte-level BPE: tokenizer.json, or vocab.json and merges.txt, which are read as Qwen2's are."""
+    from transformers.convert_slow_tokenizer import Qwen2Converter, bytes_to_unicode  # slow to import
     config, added = folder / "tokenizer_config.json", folder / "added_tokens.json"
     declared = read_json(config).get("added_tokens_decoder") if config.exists() else None
     special = read_json(added) if added.exists() else {}

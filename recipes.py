@@ -33,7 +33,7 @@ def prm12k_row(row):
 
 
 def kodcode_row(row):
-    """test (test_code in the first version): pytest functions that import from `solution`; others are left out."""
+    """test (test_code in the first version): pytest functions that import from `solution`, or left out."""
     tests = row["test"] if "test" in row else row["test_code"]
     about = (row.get("test_info") or [{}])[0]
     problem = dict(prompt=row["question"], solution=row["solution"], tests=tests,
