@@ -53,7 +53,7 @@ CARRIED = ("question", "grader", "tests", "entry_point", "setup")  # into its re
 RECORD_FIELDS = ("id", "source", "prompt", "prompt_ids", "x0", "order", "rank", "nfe", "solution", "answer",
                  "correct", "model", "decoding", "schema")
 SCHEMA = 1
-SPECIAL = re.compile(r"(<[|\w]+>)")  # tokens in a chat template
+SPECIAL = re.compile(r"(</?[|\w]+>)")  # tokens in a chat template
 
 
 def tiny_solution(visited, rng):

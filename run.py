@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
@@ -60,6 +60,7 @@ class Options:
     dry_run: bool = False  # print memory per GPU and the number of steps, load no weights
 
 
+STEP_TIMEOUT = timedelta(minutes=4)  # within which all ranks come to the same place of a step
 FREE = {f.name for f in fields(Options)} - {"model", "revision", "max_steps"}
 
 
@@ -106,11 +107,11 @@ def local(t):
     return t.detach().to_local() if isinstance(t, DTensor) else t.detach()
 
 
-def shard(model, device, train=False):
+def shard(model, device, train=False, group=None):
     """Spread the tensors over all ranks (FSDP2), in place and block by block; LoRA adapters stay whole.
     For hidden() and then head(); decode with unsharded(). train: fp32 masters, in bf16 on a GPU for a step.
     """
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    mesh = DeviceMesh.from_group(group or dist.group.WORLD, device.type)
     in_bf16 = train and device.type == "cuda"
     policy = MixedPrecisionPolicy(torch.bfloat16 if in_bf16 else None, torch.float32 if in_bf16 else None,
                                   cast_forward_inputs=False)  # the angles of RoPE stay fp32
@@ -213,6 +214,8 @@ class Run:
             store = None if self.world > 1 else dist.HashStore()
             dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12), rank=self.rank,
                                     world_size=self.world, store=store)
+        # but in a step a rank that hangs is noticed soon
+        self.group = dist.new_group(timeout=STEP_TIMEOUT) if dist.is_initialized() else None
         self.shards = self.shards and dist.is_initialized()  # else every rank has all of the model
         self.split = self.whole and self.shards  # also what is trained
         script = Path(sys.modules[type(cfg).__module__].__file__).stem
@@ -273,7 +276,7 @@ class Run:
         if self.cfg.compile:
             for block in model.blocks:
                 block.compile()
-        return shard(model, self.device, self.whole and not frozen) if self.shards else model
+        return shard(model, self.device, self.whole and not frozen, self.group) if self.shards else model
 
     def steps(self, model, optimizers, n_steps, reference=None, also_save=0):
         """The steps that are left, from the newest checkpoint on, logged and saved as the settings say.
@@ -364,7 +367,11 @@ class Run:
             grads = [p.grad for p in params if not isinstance(p, DTensor)]
             grads.append(torch.tensor(list(self.total.values()), device=params[0].device))
             bucket = torch.cat([g.flatten() for g in grads])
-            dist.all_reduce(bucket)
+            try:
+                dist.all_reduce(bucket, group=self.group)
+            except RuntimeError as e:
+                raise UserError(f"step {self.step}: another rank has ended or did not answer within "
+                                f"{STEP_TIMEOUT}; the same command continues ({e})") from None
             for g, summed in zip(grads, bucket.split([g.numel() for g in grads])):
                 g.copy_(summed.view_as(g))
             self.total = dict(zip(self.total, grads[-1].tolist()))

@@ -2,12 +2,16 @@
 adapters are summed in one bucket; --full and --fsdp shard (FSDP2).
 """
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from conftest import CONFIGS, ROOT, random_model
+from test_launch import free_port
 
 import model as nt_model
 
@@ -100,3 +104,33 @@ def test_the_guards_see_what_is_broken(runs):
     for broken in (silent, twice, half, unsynced):
         with pytest.raises(AssertionError):
             test_worlds_agree({**runs, 2: {**runs[2], "trims-full": broken}}, "trims-full")
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_rank_that_hangs_ends_the_training(tmp_path, full):
+    """The other one says so within the bound of a step, which is short here."""
+    nt_model.save(random_model(**{**CONFIGS["qk_norm"], **VOCAB, "max_position_embeddings": 512}),
+                  tmp_path / "base")
+    nt_model.copy_tokenizer("tiny", tmp_path / "base")
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import datetime, cli, run, trims; "
+            f"run.STEP_TIMEOUT = datetime.timedelta(seconds=8); cli.run_cli(trims.main)")
+    options = ["--model", str(tmp_path / "base"), "--out", str(tmp_path / "run"), "--n_examples", "64",
+               "--trajectory_share", "0", "--batch_size", "4", "--epochs", "10000", "--log_every", "1",
+               "--eval_problems", "0", "--full" if full else "--no-full"]
+    port = free_port()
+    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    ranks = [subprocess.Popen([sys.executable, "-c", code, *options], stderr=subprocess.PIPE, text=True,
+                              env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+    try:
+        log, end = tmp_path / "run/log.jsonl", time.monotonic() + 120
+        while not log.exists() or log.read_text().count("\n") < 3:
+            assert time.monotonic() < end and all(r.poll() is None for r in ranks)
+            time.sleep(0.1)
+        ranks[1].send_signal(signal.SIGSTOP)
+        _, said = ranks[0].communicate(timeout=100)
+        assert ranks[0].returncode != 0 and (full or "another rank has ended or did not answer" in said), said
+        assert full or (ranks[0].returncode == 2 and "Traceback" not in said)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
