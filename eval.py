@@ -34,7 +34,6 @@ import re
 import subprocess
 import sys
 import time
-import warnings
 import zlib
 from collections import Counter
 from dataclasses import dataclass
@@ -52,22 +51,18 @@ from tqdm import tqdm
 import cli
 import data
 import grade
-import lora
 import model as nt_model
 import recipes
 import sample
 from cli import UserError, append_line, drop_torn_line, option, read_json, read_jsonl, run_cli, write_whole
 from layers import for_decoding
 from run import barrier
+from sample import ModelOptions, load_both
 from teacher import load_teacher, load_teacher_tokenizer, token_nll
 
 
-# A protocol fixes everything about decoding; `rules` are the points of its curve, the paper's own first.
-# "family" and "task" hold what differs between models and benchmarks.
-def at_thresholds(*thresholds, **settings):
-    return [dict(threshold=value, **settings) for value in thresholds]
-
-
+# A protocol fixes everything about decoding; `rules`, then `thresholds`, are the points of its curve, the
+# paper's own first. "family" and "task" hold what differs between models and benchmarks.
 def tokens_per_forward(*counts, **settings):
     return [dict(policy="static", per_step=k, **settings) for k in counts]
 
@@ -77,39 +72,35 @@ def dream_steps(n):
     return dict(gen_len=n, rules=[dict(steps=n), dict(steps=n // 2)])
 
 
-TINY = data.TINY_DECODING
+TINY = dict(data.TINY_DECODING, policy="threshold")
 MULTIBLOCK = dict(gen_len=256, block_len=32, policy="multiblock", block_add=0.1, decoded=0.95, cache="none",
                   temperature=0.0, early_stop=True)
 FAST_DLLM = dict(gen_len=256, block_len=32, policy="threshold", cache="none", temperature=0.0)
 PROTOCOLS = {
-    "tiny": dict(**TINY, rules=[
-        *tokens_per_forward(1), *at_thresholds(0.97, 0.95, 0.93, 0.9, 0.8, 0.7, 0.5, policy="threshold")]),
-    "tiny-thresholds": dict(  # without the slow token-by-token point
-        **TINY, rules=at_thresholds(0.97, 0.95, 0.93, 0.9, 0.8, policy="threshold")),
+    "tiny": dict(TINY, rules=tokens_per_forward(1), thresholds=(0.97, 0.95, 0.93, 0.9, 0.8, 0.7, 0.5)),
+    "tiny-thresholds": dict(TINY, thresholds=(0.97, 0.95, 0.93, 0.9, 0.8)),  # not the slow token by token
     "tiny-table": dict(  # tools/sweep.py
-        **TINY, compiled=True, sync_every=1,
-        rules=[*tokens_per_forward(1, 2, 4), *at_thresholds(0.95, 0.9, policy="threshold")]),
-    "tiny-static": dict(gen_len=TINY["gen_len"], cache="none", rules=[
-        *tokens_per_forward(1, 2, 4, 8, block_len=TINY["block_len"]),
-        *tokens_per_forward(TINY["gen_len"], block_len=TINY["gen_len"])]),  # all at once
+        TINY, compiled=True, sync_every=1,
+        rules=[*tokens_per_forward(1, 2, 4), dict(threshold=0.95), dict(threshold=0.9)]),
+    "tiny-static": dict(
+        TINY, rules=[*tokens_per_forward(1, 2, 4, 8), *tokens_per_forward(48, block_len=48)]),  # all at once
     "thresholds": dict(  # no paper's: a curve for any model, and for your own problems
-        **FAST_DLLM, rules=at_thresholds(0.9, 0.95, 0.8, 0.7),
+        FAST_DLLM, thresholds=(0.9, 0.95, 0.8, 0.7),
         family=dict(sdar=dict(block_len=4, cache="exact"), other={})),
     # TAD, section 4.1 and Table 8: entropy 0.5. Not published: the other points of its curves (ours are below
     # it), the cache (its H200 figures: none), and whether it stops at EOS (d3LLM's code can)
-    "tad": dict(**MULTIBLOCK, rules=at_thresholds(0.5, 0.4, 0.3, 0.2, 0.1)),
-    "tad-code": dict(**MULTIBLOCK, family=dict(  # TAD's scripts instead of its paper
-        llada=dict(block_add=0.5, decoded=0.5, rules=at_thresholds(0.5, 0.3, 0.1)),
-        dream=dict(rules=at_thresholds(0.4, 0.2, 0.1)))),
+    "tad": dict(MULTIBLOCK, thresholds=(0.5, 0.4, 0.3, 0.2, 0.1)),
+    "tad-code": dict(MULTIBLOCK, family=dict(  # TAD's scripts instead of its paper
+        llada=dict(block_add=0.5, decoded=0.5, thresholds=(0.5, 0.3, 0.1)),
+        dream=dict(thresholds=(0.4, 0.2, 0.1)))),
     # d3LLM's evaluation scripts; cache_delay and refresh are those of its cached variant (--cache prefix)
-    "d3llm": dict(**MULTIBLOCK, family=dict(
-        llada=dict(cache_delay=2, refresh=3, rules=at_thresholds(0.5, 0.3, 0.1)),
-        dream=dict(
-            cache_delay=1, rules=at_thresholds(0.4, 0.2, 0.1),
-            task=dict(humaneval=dict(rules=at_thresholds(0.5, 0.3, 0.1)), other={})))),
+    "d3llm": dict(MULTIBLOCK, family=dict(
+        llada=dict(cache_delay=2, refresh=3, thresholds=(0.5, 0.3, 0.1)),
+        dream=dict(cache_delay=1, task=dict(
+            humaneval=dict(thresholds=(0.5, 0.3, 0.1)), other=dict(thresholds=(0.4, 0.2, 0.1)))))),
     # TRIMS, section 4.1: Fast-dLLM's sampler (0.9; it goes on behind EOS). Its other points and its cache are
     # not published
-    "trims": dict(**FAST_DLLM, early_stop=False, rules=at_thresholds(0.9, 0.95, 0.8, 0.7, 0.6, 0.5)),
+    "trims": dict(FAST_DLLM, early_stop=False, thresholds=(0.9, 0.95, 0.8, 0.7, 0.6, 0.5)),
     # TABOM, Table 8, the samplers of Dream and LLaDA; tasks that it does not name get GSM8K's settings
     "tabom": dict(cache="none", early_stop=False, family=dict(
         dream=dict(policy="dream", score="entropy", temperature=0.1, top_p=0.9, task=dict(
@@ -119,15 +110,18 @@ PROTOCOLS = {
             math500=dict(gen_len=512, block_len=64), mbpp=dict(gen_len=256, block_len=256),
             humaneval=dict(gen_len=512, block_len=512), other=dict(gen_len=512, block_len=8))))),
     # T3D: full decoding (Table 2), 2 and 4 tokens per step in blocks of 4 and 8 (Table 1), dynamic (Table 3)
-    "t3d": dict(gen_len=2000, temperature=0.1, early_stop=True, family=dict(sdar=dict(cache="exact")), rules=[
-        *(dict(policy="static", block_len=b, per_step=k, name=f"block {b}: {k} per forward")
-          for b, k in ((4, 1), (4, 2), (4, 4), (8, 2), (8, 4))),
-        dict(policy="threshold", block_len=4, threshold=0.9)]),
+    "t3d": dict(
+        gen_len=2000, block_len=4, policy="threshold", temperature=0.1, early_stop=True, thresholds=(0.9,),
+        rules=[rule for b, k in ((4, 1), (4, 2), (4, 4), (8, 2), (8, 4))
+               for rule in tokens_per_forward(k, block_len=b, name=f"block {b}: {k} per forward")],
+        family=dict(sdar=dict(cache="exact"))),
 }
 
 
-def protocol_of(name, family, task="", **own):
-    """PROTOCOLS[name] for a model family and a task: a dict of settings and `rules`. own replaces them."""
+def protocol_of(name, family, task="", points=None, thresholds=None, **own):
+    """PROTOCOLS[name] for a model family and a task: a dict of settings, which `own` replaces, and `rules`:
+    those numbered `points`, or one for each of `thresholds`.
+    """
     chosen = dict(PROTOCOLS[name])
     for kind, value in (("family", family), ("task", known_task(task) or "other")):
         options = chosen.pop(kind, {value: {}})
@@ -136,11 +130,19 @@ def protocol_of(name, family, task="", **own):
             raise UserError(f"protocol {name} has no settings for {kind} {value}: it is for "
                             f"{', '.join(options)}")
         chosen.update(settings)
-    chosen.update(own)
-    chosen["rules"] = [{k: v for k, v in rule.items() if k not in own} for rule in chosen["rules"]]
-    for rule in chosen["rules"]:
-        decoding_of({**chosen, **rule})
-    return chosen
+    rules = chosen.pop("rules", []) + [dict(threshold=value) for value in chosen.pop("thresholds", ())]
+    rules = [{k: v for k, v in rule.items() if k not in own} for rule in rules]
+    if points:
+        if not all(0 <= i < len(rules) for i in points):
+            raise UserError(f"--points {points}: protocol {name} has 0 to {len(rules) - 1}")
+        rules = [rules[i] for i in points]
+    if thresholds:
+        if not any("threshold" in rule for rule in rules):
+            raise UserError(f"--thresholds: no chosen point of protocol {name} has one")
+        rules = [dict(threshold=value) for value in thresholds]
+    for rule in rules:
+        decoding_of({**chosen, **own, **rule})  # refuses what is out of range
+    return {**chosen, **own, "rules": [rule for i, rule in enumerate(rules) if rule not in rules[:i]]}
 
 
 HOW = ("compiled", "sync_every")  # of the decoder: how it computes, not what
@@ -166,15 +168,15 @@ def contamination_warning(task):
 
 
 # ------------------------------------------------------------------------- metrics
-def aup(pairs, y_max, alpha=3.0):
-    """Accuracy under parallelism (TAD Eq. 26). pairs: [(tpf, accuracy), ...]; accuracies in percent."""
-    if not pairs or y_max <= 0:
-        raise UserError(f"AUP of {len(pairs)} points, y_max {y_max}: it needs a point and a positive y_max")
+def area_of(pairs, y_max):
+    """AUP, see above, of [(tpf, accuracy), ...], accuracies in percent; NaN where nobody solves anything."""
+    if y_max <= 0:
+        return math.nan
+    if not pairs:
+        raise UserError(f"AUP of 0 points, y_max {y_max}: it needs a point")
     pairs = sorted(pairs)
     kept = [(x, y) for x, y in pairs if y >= pairs[0][1] - 5]
-    if kept[-1] != pairs[-1]:
-        warnings.warn(f"AUP: below y_1 - 5, clipped at TPF {kept[-1][0]:.2f} of {pairs[-1][0]:.2f}")
-    weighted = [y * min(math.exp(-alpha * (1 - y / y_max)), 1) for _, y in kept]
+    weighted = [y * min(math.exp(-3 * (1 - y / y_max)), 1) for _, y in kept]
     return kept[0][0] * kept[0][1] + float(np.trapezoid(weighted, [x for x, _ in kept]))
 
 
@@ -186,13 +188,6 @@ def accuracy(point):
 
 def tpf(point):
     return sum(point["tokens"]) / sum(point["nfe"])
-
-
-def area_of(pairs, y_max):
-    """aup() without its warning; NaN where nobody solves anything."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return aup(pairs, y_max) if y_max > 0 else math.nan
 
 
 def best_accuracy(curves):
@@ -276,49 +271,42 @@ def decode_by_id(model, tok, prompts, settings, batch_size, kept=None, name=""):
 
 def measure(model, tok, problems, settings, label, batch_size=64, allow_code=False, kept=None):
     """Decode and grade all problems under one decoding rule -> a point: totals and per-problem lists, in the
-    order of the problems. kept: a Kept folder; a point that is there is not computed again.
+    order of the problems. kept: a Kept folder; a point that is there is not computed again. Rank 0 grades.
     """
     settings = {k: v for k, v in settings.items() if k != "rules"} | vars(decoding_of(settings))
-    key = digest([kept.config, settings]) if kept else ""
-    if kept and key in kept.points():
-        return kept.points()[key]
+    key = kept and digest([kept.config, settings])
+    if kept and key in kept.points:
+        return kept.points[key]
     prompts = {p["id"]: tok.prompt_ids(p["prompt"]) for p in problems}
     rows = decode_by_id(model, tok, prompts, settings, batch_size, kept, f"rows-{key}")
-    if kept and kept.rank:  # rank 0 grades
-        barrier()
-        return kept.points()[key]
+    if kept and kept.rank:
+        return None
     rows = [rows[i] for i in prompts]
-    responses, tokens, nfe = ([row[k] for row in rows] for k in ("response", "tokens", "nfe"))
-    seconds, forwards = (sum(row[k] for row in rows) for k in ("seconds", "forwards"))
-    correct = map(int, grade.grade_all(problems, responses, allow_code, progress=bool(kept)))
+    columns = {key: [row[key] for row in rows] for key in rows[0]}
+    responses = columns["response"]
+    correct = grade.grade_all(problems, responses, allow_code, progress=bool(kept))
     point = dict(
         label=label, rule=rule_name(settings), settings=settings, ids=list(prompts),
-        correct=list(correct), tokens=tokens, nfe=nfe, responses=responses,
+        correct=list(map(int, correct)), tokens=columns["tokens"], nfe=columns["nfe"], responses=responses,
         seconds=wall_seconds(rows),
-        ms_per_forward=1000 * seconds / forwards,
+        ms_per_forward=1000 * sum(columns["seconds"]) / sum(columns["forwards"]),
         device=device_name(),
         dtype=dtype_name(model),
         batch_size=batch_size,
         ranks=len({row.get("shard") for row in rows}))
     if kept:
         point.update(key=key, provenance=provenance(**kept.config))
-        drop_torn_line(kept.results)
         append_line(kept.results, point)
-        barrier()
+        for shard in kept.out.glob(f"rows-{key}.*"):
+            shard.unlink()
     return point
 
 
 def curve(model, tok, problems, protocol, label, batch_size=64, allow_code=False, kept=None):
     """One point per decoding rule of the protocol, see measure."""
     model.eval()
-    others = bool(kept and kept.rank)
-    points = [measure(model, tok, problems, {**protocol, **rule}, label, batch_size, allow_code, kept)
-              for rule in tqdm(protocol["rules"], desc=f"evaluate {label}", disable=others)]
-    if kept and not kept.rank:
-        for point in points:
-            for shard in kept.out.glob(f"rows-{point['key']}.*"):
-                shard.unlink()
-    return points
+    return [measure(model, tok, problems, {**protocol, **rule}, label, batch_size, allow_code, kept)
+            for rule in tqdm(protocol["rules"], desc=f"evaluate {label}", disable=bool(kept and kept.rank))]
 
 
 def join_ranks():
@@ -349,11 +337,9 @@ class Kept:
         self.out.mkdir(parents=True, exist_ok=True)
         if rank == 0:
             write_whole(file, json.dumps(config, indent=1) + "\n")
-
-    def points(self):
-        """{key: point} of the finished rules; a key is a hash of all that the point depends on."""
+            drop_torn_line(self.results)
         rows = read_jsonl(self.results, tolerant=True) if self.results.exists() else []
-        return {row["key"]: row for row in rows}
+        self.points = {row["key"]: row for row in rows}  # finished; key: a hash of all that it depends on
 
     def shard(self, name):
         return self.out / f"{name}.rank{self.rank}.jsonl"
@@ -427,13 +413,6 @@ def provenance(**facts):
 
 
 # ------------------------------------------------------------------------- reports
-def report(curves, out):
-    """curves: [(label, points), ...] -> results.jsonl in `out`, and what show() prints and draws."""
-    write_results(curves, out)
-    show(curves, best_accuracy(curves), out)
-    print(f"written: {out / 'results.jsonl'}, {out / 'curve.png'}")
-
-
 def write_results(curves, out):
     """results.jsonl, a line per point: whole or absent."""
     out.mkdir(parents=True, exist_ok=True)
@@ -471,7 +450,8 @@ def draw(panels, x, y, path):
         print(f"no {path}: {e}")
         return
     n = len(panels)
-    fig, axes = plt.subplots(1, n, figsize=(6.4 * n, 4.2), dpi=140, sharey=True, squeeze=False)
+    fig, axes = plt.subplots(
+        1, n, figsize=(6.4 * n, 4.2), dpi=140, sharey=True, squeeze=False, layout="tight")
     for ax, (title, lines) in zip(axes[0], panels.items()):
         for label, (xs, ys, errors) in lines.items():
             marker = "o" if errors else ""
@@ -480,7 +460,6 @@ def draw(panels, x, y, path):
         ax.grid(alpha=0.3)
     axes[0, 0].set(ylabel=y, ylim=(0, None))
     axes[0, -1].legend()
-    fig.tight_layout()
     fig.savefig(path)
     plt.close(fig)
 
@@ -510,8 +489,11 @@ def closing(r, model, tok, label):
         problems = data.load_problems(r.task, "dev", cfg.eval_problems)
         scratch = getattr(cfg, "init", "model") == "scratch"
         models = [("base", model)] if scratch else [("base", r.load()), (label, model)]
-        protocol = PROTOCOLS[r.task]
-        report([(name, curve(m, tok, problems, protocol, name)) for name, m in models], r.out)
+        protocol = protocol_of(r.task, r.task)
+        curves = [(name, curve(m, tok, problems, protocol, name)) for name, m in models]
+        write_results(curves, r.out)
+        show(curves, best_accuracy(curves), r.out)
+        print(f"written: {r.out / 'results.jsonl'}, {r.out / 'curve.png'}")
     elif r.rank == 0:
         base = f"--model {cfg.model}" + (f" --revision {cfg.revision}" if cfg.revision else "")
         which = f"--model {r.final}" if r.whole else f"{base} --adapter {r.final}"
@@ -534,13 +516,13 @@ def compare_caches(model, tok, problems, rule, batch_size=64, allow_code=False):
         done = decode_rows(model, tok, prompts, settings, batch_size, progress=True)
         _, outs, rows = zip(*sorted(done, key=lambda one: one[0]))
         correct = grade.grade_all(problems, [row["response"] for row in rows], allow_code)
-        decoded = [torch.stack([getattr(out, key) for out in outs]) for key in ("ids", "order")]  # (N, L)
-        uncached = uncached or decoded
-        same_ids, same_order = (a == b for a, b in zip(decoded, uncached))
+        uncached = uncached or outs
+        same = [torch.equal(a.ids, b.ids) for a, b in zip(outs, uncached)]
+        agree = torch.cat([a.order == b.order for a, b in zip(outs, uncached)])
         tokens, nfe = (sum(row[key] for row in rows) for key in ("tokens", "nfe"))
         lines.append(
             f"| {cache} | {100 * np.mean(correct):.1f} | {nfe / len(rows):.1f} | {tokens / nfe:.2f} "
-            f"| {100 * same_ids.all(1).float().mean():.1f} | {100 * same_order.float().mean():.1f} |")
+            f"| {100 * np.mean(same):.1f} | {100 * agree.float().mean():.1f} |")
     return "\n".join(lines)
 
 
@@ -561,17 +543,17 @@ def report_by_step(curves, what, unit, path):
 
 # ------------------------------------------------------------------------- TDS (TABOM Eq. 10 and 11)
 def along_trajectory(model, record, steps):
-    """Yield, at each of the steps (N,) of a record's trajectory, what is still masked before the first EOS of
-    the finished response, (L,) bool, and log-probabilities there, (n, V) fp32.
+    """Yield, at each of the steps (N,) of a record's trajectory, for what is still masked before the first EOS
+    of the finished response: its ids (n,), the forwards until its reveal (n,), log-probabilities (n, V) fp32.
     """
     x0, order = torch.tensor(record["x0"]), torch.tensor(record["order"])
-    xt, masked = data.state_at(x0[None], order[None], steps[:, None], model.cfg.mask_id)  # (N, L)
-    masked[:, nt_model.n_content(x0, model.cfg.eos_ids):] = False
-    for xt, masked in zip(xt.split(16), masked.split(16)):
-        prompts = [record["prompt_ids"]] * len(xt)
+    for some in steps.split(16):
+        xt, masked = data.state_at(x0, order, some[:, None], model.cfg.mask_id)  # (16, L)
+        masked[:, nt_model.n_content(x0, model.cfg.eos_ids):] = False
+        prompts = [record["prompt_ids"]] * len(some)
         hidden = data.hidden_rows(model, prompts, xt, masked.nonzero(as_tuple=True))
-        for still_masked, h in zip(masked, hidden.split(masked.sum(1).tolist())):
-            yield still_masked, model.head(h).float().log_softmax(-1)
+        for t, here, h in zip(some, masked, hidden.split(masked.sum(1).tolist())):
+            yield x0[here], order[here] - t, model.head(h).float().log_softmax(-1)
 
 
 @torch.no_grad()
@@ -580,7 +562,7 @@ def tds(model, record):
     trajectory: (T,) fp32 numpy, nats^2; NaN where that is fewer than two tokens.
     """
     variances = []
-    for _, logp in along_trajectory(model, record, torch.arange(max(record["order"]) + 1)):
+    for *_, logp in along_trajectory(model, record, torch.arange(max(record["order"]) + 1)):
         entropy = -(logp.exp() * logp).sum(-1)
         variances.append(float(entropy.var(unbiased=False)) if len(entropy) > 1 else np.nan)
     return np.array(variances, dtype=np.float32)
@@ -606,12 +588,10 @@ def confidence_decay(model, records, n_records=64, n_states=8):
     """
     offsets, values = [], []
     for r in records[:n_records]:
-        x0, order = torch.tensor(r["x0"]), torch.tensor(r["order"])
-        steps = torch.linspace(0, int(order.max()), n_states).long().unique()
-        for t, (masked, logp) in zip(steps, along_trajectory(model, r, steps)):
-            offsets.append(order[masked] - t)
-            logp = logp.cpu().gather(1, x0[masked][:, None])[:, 0]
-            values.append(logp.double().exp())
+        steps = torch.linspace(0, max(r["order"]), n_states).long().unique()
+        for ids, offset, logp in along_trajectory(model, r, steps):
+            offsets.append(offset)
+            values.append(logp.cpu().gather(1, ids[:, None])[:, 0].double().exp())
     offsets = torch.cat(offsets)
     return (offsets.bincount(torch.cat(values)) / offsets.bincount()).numpy()
 
@@ -622,39 +602,30 @@ def trajectory_nll(teacher, teacher_tok, tok, prompt, out, eos_ids):
     and with the masks taken out: (nfe,) fp32 numpy; NaN while nothing is. prompt: text; out: Output.
     """
     n = out.n_tokens(eos_ids)
-    head = teacher_tok.prompt_ids(prompt)
-    means = []
-    ids, order = out.ids[:n], out.order[:n]
+    head, means = teacher_tok.prompt_ids(prompt).tolist(), []
     for forward in range(out.nfe):
-        revealed = ids[order <= forward].tolist()
+        revealed = out.ids[:n][out.order[:n] <= forward].tolist()
         text = b"".join(map(tok.bytes_of, revealed)).decode(errors="replace")
-        shown = torch.tensor(teacher_tok.encode(text), dtype=torch.long) if revealed else head[:0]
-        whole = torch.cat([head, shown])[None]
-        nll = token_nll(teacher, whole.to(teacher.device))
+        shown = teacher_tok.encode(text) if revealed else []
+        nll = token_nll(teacher, torch.tensor([head + shown], device=teacher.device))
         means.append(float(nll[0, len(head):].mean()))
     return np.array(means, dtype=np.float32)
 
 
-def report_trajectory_nll(models, teacher, teacher_tok, tok, problems, settings, out):
+def report_trajectory_nll(models, teacher, teacher_tok, tok, problems, settings, folder):
     """Fig. 7 for each (label, model): token-by-token decodings of the problems, scored by one teacher."""
     curves, prompts = {}, [tok.prompt_ids(p["prompt"]) for p in problems]
     settings = {"policy": "static", "per_step": 1, "early_stop": False, **settings}
     for label, model in models:
         outs = sample.generate(model.eval(), prompts, **settings)
-        bar = tqdm(list(zip(problems, outs)), unit="decoding", desc=f"teacher NLL {label}")
+        bar = tqdm(problems, unit="decoding", desc=f"teacher NLL {label}")
         curves[label] = mean_by_step([
-            trajectory_nll(teacher, teacher_tok, tok, p["prompt"], o, model.cfg.eos_ids) for p, o in bar])
-    report_by_step(curves, "teacher NLL", "nats per token", Path(out) / "trajectory_nll.png")
+            trajectory_nll(teacher, teacher_tok, tok, p["prompt"], out, model.cfg.eos_ids)
+            for p, out in zip(bar, outs)])
+    report_by_step(curves, "teacher NLL", "nats per token", Path(folder) / "trajectory_nll.png")
 
 
 # ------------------------------------------------------------------------- commands
-@dataclass
-class ModelOptions:
-    model: str = "tiny"  # preset name, hub id or directory
-    revision: str = ""  # commit, branch or tag of a hub id
-    adapter: str = ""  # directory of a LoRA adapter
-
-
 @dataclass
 class ProblemOptions(ModelOptions):
     """what each cache costs against cache none"""
@@ -700,14 +671,6 @@ class NoOptions:
     """the decoding settings behind --protocol; point 0 is the paper's own"""
 
 
-def load_both(args):
-    """-> the model that is evaluated, adapted where asked, and its tokeniser."""
-    model = nt_model.load(args.model, *nt_model.default_device(), args.revision)
-    if args.adapter:
-        lora.load(model, args.adapter)
-    return model, data.load_tokenizer(args.model, args.revision)
-
-
 def problems_of(args, graded=True):
     """The problems. Raises UserError, before anything is loaded or decoded, if one cannot be graded."""
     cli.at_least(1, args, "n", "batch_size")
@@ -720,33 +683,18 @@ def problems_of(args, graded=True):
 
 
 def settle(args, tasks, given):
-    """The protocol of curve or lm_eval with its chosen rules; given: options of Decoding, which replace parts
-    of it. Fills in args.protocol and args.label where they were not given.
+    """The protocol of curve or lm_eval; given: options of Decoding, which replace parts of it. Fills in
+    args.protocol and args.label where they were not given.
     """
     family = nt_model.family_of(args.model, args.revision)
     args.protocol = args.protocol or nt_model.FAMILIES[family].task or "thresholds"
     trained = Path(args.adapter or args.model).resolve()  # out/RUN/adapter or out/RUN/model
     args.label = args.label or (trained.parent.name if trained.is_dir() else "base")
-    protocol, *others = (protocol_of(args.protocol, family, task, **given) for task in tasks)
+    protocol, *others = (protocol_of(args.protocol, family, task, args.points, args.thresholds, **given)
+                         for task in tasks)
     if any(other != protocol for other in others):
         raise UserError(f"protocol {args.protocol} differs between these tasks: run them one at a time")
-    return {**protocol, "rules": choose_rules(protocol["rules"], args)}
-
-
-def choose_rules(rules, args):
-    """--points, --thresholds: which points of a protocol."""
-    if args.points:
-        if not all(0 <= i < len(rules) for i in args.points):
-            raise UserError(f"--points {args.points}: protocol {args.protocol} has 0 to {len(rules) - 1}")
-        rules = [rules[i] for i in args.points]
-    if args.thresholds:
-        takes = next((rule for rule in rules if "threshold" in rule), None)
-        if takes is None:
-            raise UserError(f"--thresholds: no chosen point of protocol {args.protocol} has one")
-        if not all(0 <= value < math.inf for value in args.thresholds):
-            raise UserError(f"--thresholds {args.thresholds}: finite numbers from 0 on")
-        rules = [{**takes, "threshold": value} for value in args.thresholds]
-    return [rule for i, rule in enumerate(rules) if rule not in rules[:i]]
+    return protocol
 
 
 def curve_command(args, given):
@@ -783,7 +731,7 @@ def curve_command(args, given):
 def caches_command(args, given):
     problems = problems_of(args)
     model, tok = load_both(args)
-    settings = vars(sample.Decoding(**{**nt_model.decoding_defaults(model.cfg), **given}))
+    settings = {**nt_model.decoding_defaults(model.cfg), **given}
     print(compare_caches(model, tok, problems, settings, args.batch_size, args.allow_code_execution))
 
 

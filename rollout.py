@@ -47,19 +47,12 @@ class Shard:
         with open(self.file.with_suffix(".seconds"), "a") as f:  # apart: records are the same in every run
             f.write(f"{now - self.last:.4f}\n")
         self.last = now
-        if not self.bar.disable:
-            self.bar.set_postfix_str(note, refresh=False)
-            self.bar.update(self.new_rows())
-
-    def new_rows(self):
-        """How many rows all ranks appended since the last look."""
-        n = 0
-        for file in self.folder.glob("*.jsonl"):
-            with open(file, "rb") as f:
+        self.bar.set_postfix_str(note, refresh=False)
+        for file in [] if self.bar.disable else self.folder.glob("*.jsonl"):
+            with open(file, "rb") as f:  # what the ranks appended since the last look
                 f.seek(self.sizes.get(file, 0))
-                n += f.read().count(b"\n")
+                self.bar.update(f.read().count(b"\n"))
                 self.sizes[file] = f.tell()
-        return n
 
 
 def rollout(model, tok, problems, folder, model_name, privileged=False, batch_size=64, allow_code=False,
@@ -109,11 +102,10 @@ def collect(cfg, model, tok, problems, folder, name="", **changes):
 
 def check_same_settings(folder, records, problems, facts):
     """UserError if a folder holds records of another model, of other settings or prompts."""
-    def settings(r):
-        return {**r["decoding"], **{key: r.get(key) for key in ("model", "revision", "prompt")}}
     prompts = {p["id"]: p["prompt"] for p in problems}
     for r in records:
-        then, now = settings(r), settings({**facts, "prompt": prompts.get(r["id"], r["prompt"])})
+        asked = {**r, **facts, "prompt": prompts.get(r["id"], r["prompt"])}
+        then, now = ({**x["decoding"], **x, "decoding": None} for x in (r, asked))
         differ = [k for k in {**now, **then} if now.get(k) != then.get(k)]
         if differ:
             raise UserError(f"{folder} holds trajectories of other settings ({', '.join(differ)}): "
@@ -246,8 +238,6 @@ def records_asked_for(args):
     records = read_trajectories(path) if path.is_dir() else []
     if path.suffix == ".jsonl" and path.is_file():
         records = read_jsonl(path, tolerant=True)
-        if records and not (isinstance(records[0], dict) and "x0" in records[0]):
-            records = []  # problems, or something else
         for i, r in enumerate(records):
             check_record(r, f"{path} record {i + 1}")
     if not records:

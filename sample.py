@@ -29,6 +29,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -810,11 +811,15 @@ def picture(out, path, title=""):
 
 # --------------------------------------------------------------------------------------------------- commands
 @dataclass
-class Options:
-    """decode one prompt, a file of prompts, or what you type"""
+class ModelOptions:
     model: str = "tiny"  # preset name, hub id or directory
     revision: str = ""  # commit, branch or tag of a hub id
     adapter: str = ""  # directory of a trained LoRA adapter to decode with
+
+
+@dataclass
+class Options(ModelOptions):
+    """decode one prompt, a file of prompts, or what you type"""
     prompt: str = ""  # user turn [a problem of the tiny task]
     show: str = option("", bare="confidence", choices=["confidence", "step"])  # draw each forward in colour
     picture: str = ""  # PNG of the reveal order to write
@@ -824,6 +829,14 @@ class Options:
     interactive: bool = False  # read prompts from the terminal
     compiled: bool | None = None  # torch.compile [on a GPU]
     sync_every: int = 4  # forwards between two looks of the host at the device
+
+
+def load_both(args):
+    """-> the model of ModelOptions, adapted where asked, and its tokeniser."""
+    model = load(args.model, *default_device(), args.revision)
+    if args.adapter:
+        lora.load(model, args.adapter)
+    return model, data.load_tokenizer(args.model, args.revision)
 
 
 def decode_one(model, tok, prompt, settings, how, by="", path=""):
@@ -844,13 +857,13 @@ def read_prompts(source):
     if not source.is_file():
         raise UserError(f"no file {source}: --prompts takes a .jsonl or a text file")
     if source.suffix == ".jsonl":
-        rows = cli.read_jsonl(source)
+        rows = list(cli.read_rows(source))
     else:
         rows = [dict(prompt=line) for line in cli.read_text(source).splitlines() if line.strip()]
-    if not rows or not all(isinstance(r, dict) and isinstance(r.get("prompt"), str) for r in rows):
-        raise UserError(f"{source}: every line needs a prompt, and there must be one")
-    if not all(isinstance(r.get("id", ""), (str, int)) for r in rows):
-        raise UserError(f"{source}: an id must be a text or a number")
+    valid = [isinstance(r.get("prompt"), str) and isinstance(r.get("id", ""), (str, int)) for r in rows]
+    if not rows or not all(valid):
+        raise UserError(f"{source}: every line needs a prompt, an id can be a text or a number, and there must "
+                        f"be a line")
     return [{"id": f"{source.stem}-{i}", **r} for i, r in enumerate(rows)]
 
 
@@ -878,14 +891,12 @@ def decode_file(model, tok, args, settings, how):
 
 def interactive(model, tok, settings, how):
     """--interactive: a prompt per line; an empty line or end of file ends."""
-    try:
+    with suppress(EOFError):
         while line := input("> ").strip():
             try:
                 decode_one(model, tok, line, settings, how)
             except UserError as e:  # a prompt too long: the next one may fit
                 print(f"error: {e}")
-    except EOFError:
-        pass
 
 
 def main():
@@ -895,10 +906,7 @@ def main():
     if args.to and not Path(args.to).absolute().parent.is_dir():
         raise UserError(f"no directory {Path(args.to).parent} to write {args.to} to")
     settings = vars(Decoding(**{**decoding_defaults(config_of(args.model, args.revision)), **given}))
-    model = load(args.model, *default_device(), args.revision)
-    if args.adapter:
-        lora.load(model, args.adapter)
-    tok = data.load_tokenizer(args.model, args.revision)
+    model, tok = load_both(args)
     how = dict(compiled=args.compiled, sync_every=args.sync_every)
     if args.interactive:
         interactive(model, tok, settings, how)

@@ -23,18 +23,18 @@ from cli import UserError, run_command
     ([(1, 80), (3, 74), (6, 76)], 80, 443.5345),  # 74 < 80 - 5: dropped, its neighbours joined
 ])
 def test_aup_check_values(pairs, y_max, want):
-    assert abs(nt_eval.aup(pairs, y_max) - want) < 1e-3
-    assert abs(nt_eval.aup(pairs[::-1], y_max) - want) < 1e-3
+    assert abs(nt_eval.area_of(pairs, y_max) - want) < 1e-3
+    assert abs(nt_eval.area_of(pairs[::-1], y_max) - want) < 1e-3
 
 
 def test_aup_by_hand():
-    assert nt_eval.aup([(2, 50)], 50) == 100  # one point: rho_1 y_1
-    assert abs(nt_eval.aup([(1, 50), (2, 50)], 50) - 100) < 1e-9  # W = 1 at y_max
-    assert abs(nt_eval.aup([(1, 50), (2, 60)], 40) - (50 + 55)) < 1e-9  # W is at most 1
-    with pytest.warns(UserWarning, match="clipped at TPF 1.00 of 3.00"):
-        assert nt_eval.aup([(1, 80), (3, 20)], 80) == 80
+    assert nt_eval.area_of([(2, 50)], 50) == 100  # one point: rho_1 y_1
+    assert abs(nt_eval.area_of([(1, 50), (2, 50)], 50) - 100) < 1e-9  # W = 1 at y_max
+    assert abs(nt_eval.area_of([(1, 50), (2, 60)], 40) - (50 + 55)) < 1e-9  # W is at most 1
+    assert nt_eval.area_of([(1, 80), (3, 20)], 80) == 80  # clipped
+    assert np.isnan(nt_eval.area_of([(1, 0)], 0))
     with pytest.raises(UserError):
-        nt_eval.aup([], 80)
+        nt_eval.area_of([], 80)
 
 
 def point(label, rule, correct, tokens, nfe):
@@ -53,7 +53,8 @@ def test_report_writes_results_and_picture(tmp_path, capsys):
     curves = [(label, [point(label, "1 per forward", [1, 1, 0, 1], [8] * 4, [8] * 4),
                        point(label, "threshold 0.9", good, [8] * 4, [4] * 4)])
               for label, good in (("base", [1, 0, 0, 1]), ("TAD", [1, 1, 0, 1]))]
-    nt_eval.report(curves, tmp_path)
+    nt_eval.write_results(curves, tmp_path)
+    nt_eval.show(curves, nt_eval.best_accuracy(curves), tmp_path)
     printed = capsys.readouterr().out
     assert "AUP base: 75.0" in printed and "AUP TAD: 150.0" in printed and "y_max 75.0" in printed
     assert (tmp_path / "curve.png").stat().st_size > 5000
@@ -160,7 +161,7 @@ def test_aup_of_published_rows():
             assert abs(sum(c["aup"] for c in tasks) / 4 - average["aup"]) <= 0.0501
             for i, cell in enumerate(tasks):
                 y_max = max(r["acc"] for r in tables[i].values())
-                area = nt_eval.aup([(1, cell["acc"]), (cell["tpf"], cell["acc"])], y_max)
+                area = nt_eval.area_of([(1, cell["acc"]), (cell["tpf"], cell["acc"])], y_max)
                 gap[family, method, i] = area / cell["aup"] - 1
     agree = {key for key, x in gap.items() if abs(x) < 0.01}
     # 503.8, 649.0, 190.4
@@ -255,7 +256,7 @@ def test_a_killed_curve_goes_on(tmp_path, monkeypatch, capsys):
     killed = subprocess.run([sys.executable, "-c", KILLED.format(root=str(ROOT), argv=argv)], cwd=tmp_path)
     assert killed.returncode == -9
     shards = (tmp_path / "again").glob("rows-*.rank0.jsonl")
-    assert sorted(len(shard.read_text().splitlines()) for shard in shards) == [3, 5]  # two, and a torn one
+    assert sorted(len(shard.read_text().splitlines()) for shard in shards) == [3]  # two, and a torn one
     assert len(content(tmp_path / "again")) == 1
     rows, real = [], nt_eval.append_line
     monkeypatch.setattr(nt_eval, "append_line", lambda file, row: rows.append(row) or real(file, row))
