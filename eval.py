@@ -14,14 +14,13 @@ Tables over several runs, and the papers' numbers: tools/compare.py; tasks of lm
 Definitions, used everywhere:
     acc     share of problems whose final answer is right, percent; +- is the binomial standard error
     nfe     forwards of the model spent on a sample while it was unfinished, cache refreshes included
-    tokens  response ids before the first EOS
-    TPF     sum of tokens / sum of nfe over the problems
-    tok/s   sum of tokens / wall time of decoding; s/sample: that time / problems; ms/forward: that time /
-            forwards of the batch. The speeds depend on what is printed beside them
+    tokens  response ids before the first EOS; TPF: their sum / sum of nfe over the problems
+    tok/s   tokens / wall time of decoding; s/sample: that time / problems; ms/forward: that time / forwards
+            of the batch. The speeds depend on what is printed beside them
     AUP     (d3LLM; TAD Eq. 26) points (rho_i = TPF, y_i = acc) sorted by rho, those with y < y_1 - 5 dropped:
             rho_1 y_1 + sum_i (rho_i - rho_{i-1}) (y_i W(y_i) + y_{i-1} W(y_{i-1})) / 2,
-            W(y) = min(exp(-alpha (1 - y / y_max)), 1), alpha = 3. AUP changes with y_max, which is the best
-            accuracy of any compared model on the task and is always shown
+            W(y) = min(exp(-3 (1 - y / y_max)), 1). y_max: the best accuracy of any compared model on the
+            task, always shown, since AUP changes with it
     TDS     (TABOM Eq. 10, 11) at each forward of a trajectory, the variance of the predictive entropies of
             what is still masked, in nats^2; its mean over trajectories and forwards
 """
@@ -173,7 +172,7 @@ def area_of(pairs, y_max):
     if y_max <= 0:
         return math.nan
     if not pairs:
-        raise UserError(f"AUP of 0 points, y_max {y_max}: it needs a point")
+        raise UserError(f"AUP of no points, y_max {y_max}: it needs one")
     pairs = sorted(pairs)
     kept = [(x, y) for x, y in pairs if y >= pairs[0][1] - 5]
     weighted = [y * min(math.exp(-3 * (1 - y / y_max)), 1) for _, y in kept]
@@ -218,8 +217,7 @@ def rule_name(settings):
 @torch.no_grad()
 def decode_rows(model, tok, prompts, settings, batch_size, streams=None, progress=False):
     """Decode prompts (list of (P,) int64) and yield (prompt index, Output, row) as they finish. row: response
-    (text), tokens, nfe, and the seconds and forwards of the batch since the row before: they add up to the
-    wall time of decoding. An Output comes from the device, so that its work is done when the clock is read.
+    (text), tokens, nfe, and seconds and forwards of the batch since the row before, up to the device's end.
     """
     if not prompts:
         return
@@ -248,9 +246,8 @@ def wall_seconds(rows):
 
 def decode_by_id(model, tok, prompts, settings, batch_size, kept=None, name=""):
     """Decode prompts {id: (P,) int64} -> {id: row}, see decode_rows. An id's random stream is its crc32.
-
-    kept: a Kept folder, whose shards `name` hold what is finished and get the rest row by row: a kill loses
-    at most the rows being decoded. Every rank decodes its share of what is left and gets the rows of all.
+    kept: a Kept folder, whose shards `name` hold what is finished and get the rest row by row; every rank
+    decodes its share of what is left and gets the rows of all.
     """
     rank, world, done = 0, 1, {}
     if kept:
@@ -265,48 +262,49 @@ def decode_by_id(model, tok, prompts, settings, batch_size, kept=None, name=""):
     for number, _, row in decode_rows(model, tok, work, settings, batch_size, streams, progress=rank == 0):
         done[left[number]] = row
         if kept:
-            append_line(kept.shard(name), {"id": left[number], **row})
+            append_line(kept.shard(name), dict(id=left[number], **row))
     return kept.rows(name) if kept else done
 
 
-def measure(model, tok, problems, settings, label, batch_size=64, allow_code=False, kept=None):
-    """Decode and grade all problems under one decoding rule -> a point: totals and per-problem lists, in the
-    order of the problems. kept: a Kept folder; a point that is there is not computed again. Rank 0 grades.
-    """
-    settings = {k: v for k, v in settings.items() if k != "rules"} | vars(decoding_of(settings))
-    key = kept and digest([kept.config, settings])
-    if kept and key in kept.points:
-        return kept.points[key]
-    prompts = {p["id"]: tok.prompt_ids(p["prompt"]) for p in problems}
-    rows = decode_by_id(model, tok, prompts, settings, batch_size, kept, f"rows-{key}")
-    if kept and kept.rank:
-        return None
-    rows = [rows[i] for i in prompts]
-    columns = {key: [row[key] for row in rows] for key in rows[0]}
-    responses = columns["response"]
-    correct = grade.grade_all(problems, responses, allow_code, progress=bool(kept))
-    point = dict(
-        label=label, rule=rule_name(settings), settings=settings, ids=list(prompts),
-        correct=list(map(int, correct)), tokens=columns["tokens"], nfe=columns["nfe"], responses=responses,
-        seconds=wall_seconds(rows),
-        ms_per_forward=1000 * sum(columns["seconds"]) / sum(columns["forwards"]),
-        device=device_name(),
-        dtype=dtype_name(model),
-        batch_size=batch_size,
-        ranks=len({row.get("shard") for row in rows}))
-    if kept:
-        point.update(key=key, provenance=provenance(**kept.config))
-        append_line(kept.results, point)
-        for shard in kept.out.glob(f"rows-{key}.*"):
-            shard.unlink()
-    return point
-
-
 def curve(model, tok, problems, protocol, label, batch_size=64, allow_code=False, kept=None):
-    """One point per decoding rule of the protocol, see measure."""
+    """Decode and grade all problems under each rule of a protocol -> points: totals and lists in the order of
+    the problems. kept: a Kept folder, which gets them from rank 0; what is there is not computed again.
+    """
     model.eval()
-    return [measure(model, tok, problems, {**protocol, **rule}, label, batch_size, allow_code, kept)
-            for rule in tqdm(protocol["rules"], desc=f"evaluate {label}", disable=bool(kept and kept.rank))]
+    points, others = [], bool(kept and kept.rank)
+    prompts = {p["id"]: tok.prompt_ids(p["prompt"]) for p in problems}
+    for rule in tqdm(protocol["rules"], desc=f"evaluate {label}", disable=others):
+        settings = {**protocol, **rule}
+        settings |= vars(decoding_of(settings))
+        del settings["rules"]
+        key = kept and digest([kept.config, settings])
+        if kept and key in kept.points:
+            points.append(kept.points[key])
+            continue
+        rows = decode_by_id(model, tok, prompts, settings, batch_size, kept, f"rows-{key}")
+        if others:
+            continue
+        rows = [rows[i] for i in prompts]
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        responses = columns["response"]
+        correct = grade.grade_all(problems, responses, allow_code, progress=bool(kept))
+        point = dict(
+            label=label, rule=rule_name(settings), settings=settings, ids=list(prompts),
+            correct=list(map(int, correct)), tokens=columns["tokens"], nfe=columns["nfe"],
+            responses=responses,
+            seconds=wall_seconds(rows),
+            ms_per_forward=1000 * sum(columns["seconds"]) / sum(columns["forwards"]),
+            device=device_name(),
+            dtype=dtype_name(model),
+            batch_size=batch_size,
+            ranks=len({row.get("shard") for row in rows}))
+        if kept:
+            point.update(key=key, provenance=provenance(**kept.config))
+            append_line(kept.results, point)
+            for shard in kept.out.glob(f"rows-{key}.*"):
+                shard.unlink()
+        points.append(point)
+    return points
 
 
 def join_ranks():
@@ -320,12 +318,9 @@ def join_ranks():
 
 
 class Kept:
-    """A folder of results that an interrupted command continues and that several ranks fill.
-
-    config: all that the results depend on, apart from the decoding rule: a folder may get more rules. One
-    that holds the results of another config is refused, and the fields that differ are named.
+    """A folder of results that an interrupted command continues and that several ranks fill. config: all that
+    they depend on, apart from the decoding rule; a folder with those of another config is refused.
     """
-
     def __init__(self, out, config, rank=0, world=1):
         self.out, self.config, self.rank, self.world = Path(out), config, rank, world
         self.results, file = self.out / "results.jsonl", self.out / "config.json"
@@ -400,14 +395,13 @@ def made_of(args, model):
 
 def provenance(**facts):
     """What a number needs to be traced and made again; facts: of the model, the data, the protocol."""
-    def git(*words):
-        done = subprocess.run(["git", *words], capture_output=True, text=True, cwd=nt_model.HERE)
+    def git(words):
+        done = subprocess.run(f"git {words}", shell=True, capture_output=True, text=True, cwd=nt_model.HERE)
         return None if done.returncode else done.stdout.strip()
-
     return dict(
         command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        commit=git("rev-parse", "HEAD"),
-        dirty=bool(git("status", "--porcelain", "--untracked-files=no")),
+        commit=git("rev-parse HEAD"),
+        dirty=bool(git("status --porcelain --untracked-files=no")),
         python=platform.python_version(),
         **{"device": device_name(), **versions("torch", "transformers"), **facts})
 
@@ -441,21 +435,21 @@ def show(curves, y_max, out):
 
 
 def draw(panels, x, y, path):
-    """panels: {title: {label: (values of x, values of y, errors or None)}}, side by side -> a PNG; x, y: what
-    the axes are. Without matplotlib a line that says so.
+    """panels: {title: {label: [(x, y) or (x, y, error of y), ...]}}, side by side -> a PNG; x, y: what the
+    axes are. Without matplotlib a line that says so.
     """
     try:
         plt = cli.pyplot()
     except UserError as e:
         print(f"no {path}: {e}")
         return
-    n = len(panels)
-    fig, axes = plt.subplots(
-        1, n, figsize=(6.4 * n, 4.2), dpi=140, sharey=True, squeeze=False, layout="tight")
+    fig, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 4.2), dpi=140, sharey=True,
+                             squeeze=False, layout="tight")
     for ax, (title, lines) in zip(axes[0], panels.items()):
-        for label, (xs, ys, errors) in lines.items():
-            marker = "o" if errors else ""
-            ax.errorbar(xs, ys, errors, label=label, marker=marker, markersize=4, capsize=2, linewidth=1.5)
+        for label, points in lines.items():
+            xs, ys, *errors = zip(*points)
+            style = dict(marker="o" if errors else "", markersize=4, capsize=2, linewidth=1.5)
+            ax.errorbar(xs, ys, *errors, label=label, **style)
         ax.set(xlabel=x, title=title)
         ax.grid(alpha=0.3)
     axes[0, 0].set(ylabel=y, ylim=(0, None))
@@ -466,23 +460,20 @@ def draw(panels, x, y, path):
 
 def plot(panels, path):
     """panels: {title: curves}; a line per model: accuracy, with standard errors, against TPF."""
-    drawn = {title: {} for title in panels}
-    for title, curves in panels.items():
-        for label, points in curves:
-            points = sorted(points, key=tpf)
-            drawn[title][label] = (list(map(tpf, points)), *zip(*map(accuracy, points)))
+    def line(points):
+        return [(tpf(point), *accuracy(point)) for point in sorted(points, key=tpf)]
+    drawn = {title: {label: line(points) for label, points in curves} for title, curves in panels.items()}
     draw(drawn, "tokens per forward (TPF)", "accuracy, %", path)
 
 
 def plot_lines(curves, x, y, path):
     """{label: values (T,)} -> a PNG of lines; x, y: what the axes are."""
-    lines = {label: (range(len(values)), values, None) for label, values in curves.items()}
-    draw({"": lines}, x, y, path)
+    draw({"": {label: list(enumerate(values)) for label, values in curves.items()}}, x, y, path)
 
 
 def closing(r, model, tok, label):
-    """The end of a training run: base and trained model on the same problems by the same rules, where the
-    task is the tiny one; else the command that does it. model: r.save()'s. Returns [(label, model)].
+    """The end of a training run: the curves of base and trained model on the tiny task, or the command that
+    makes one. model: r.save()'s. Returns [(label, model)].
     """
     cfg, models = r.cfg, []
     if r.rank == 0 and r.evaluates:
@@ -543,8 +534,8 @@ def report_by_step(curves, what, unit, path):
 
 # ------------------------------------------------------------------------- TDS (TABOM Eq. 10 and 11)
 def along_trajectory(model, record, steps):
-    """Yield, at each of the steps (N,) of a record's trajectory, for what is still masked before the first EOS
-    of the finished response: its ids (n,), the forwards until its reveal (n,), log-probabilities (n, V) fp32.
+    """Yield, at each of the steps (N,) of a record's trajectory, of what is masked before the response's first
+    EOS: its ids (n,), the forwards until its reveal (n,), log-probabilities (n, V) fp32.
     """
     x0, order = torch.tensor(record["x0"]), torch.tensor(record["order"])
     for some in steps.split(16):
@@ -558,9 +549,7 @@ def along_trajectory(model, record, steps):
 
 @torch.no_grad()
 def tds(model, record):
-    """Population variance of the predictive entropies of what is still masked at each forward of a record's
-    trajectory: (T,) fp32 numpy, nats^2; NaN where that is fewer than two tokens.
-    """
+    """TDS at each forward of a record's trajectory: (T,) fp32 numpy; NaN with fewer than two tokens left."""
     variances = []
     for *_, logp in along_trajectory(model, record, torch.arange(max(record["order"]) + 1)):
         entropy = -(logp.exp() * logp).sum(-1)
@@ -570,8 +559,7 @@ def tds(model, record):
 
 def mean_tds(model, records, label=""):
     """TDS of a model on trajectories at every step: (T,), nats^2."""
-    model = for_decoding(model.eval())
-    bar = tqdm(records, unit="trajectory", desc=f"TDS {label}")
+    model, bar = for_decoding(model.eval()), tqdm(records, unit="trajectory", desc=f"TDS {label}")
     return mean_by_step([tds(model, record) for record in bar])  # Eq. 11
 
 
@@ -583,8 +571,8 @@ def report_tds(models, records, out):
 
 @torch.no_grad()
 def confidence_decay(model, records, n_records=64, n_states=8):
-    """Mean p(x0_i | plain prompt, x_t) of the untrained student by order_i - t -> (T,) numpy: TAD Fig. 3(b).
-    States are spread evenly over each trajectory. NaN where no token is that far away.
+    """Mean p(x0_i | plain prompt, x_t) of the untrained student by order_i - t, at states spread evenly over
+    each trajectory: (T,) numpy, NaN where no token is that far away. TAD Fig. 3(b).
     """
     offsets, values = [], []
     for r in records[:n_records]:
@@ -598,8 +586,8 @@ def confidence_decay(model, records, n_records=64, n_states=8):
 
 # ------------------------------------------------------------------------- the teacher's NLL (TRIMS Fig. 7)
 def trajectory_nll(teacher, teacher_tok, tok, prompt, out, eos_ids):
-    """At each forward of a decoding, the AR teacher's NLL per token of what is revealed so far, in text order
-    and with the masks taken out: (nfe,) fp32 numpy; NaN while nothing is. prompt: text; out: Output.
+    """At each forward of a decoding (an Output), the AR teacher's NLL per token of the text revealed so far,
+    masks taken out: (nfe,) fp32 numpy, NaN while there is none.
     """
     n = out.n_tokens(eos_ids)
     head, means = teacher_tok.prompt_ids(prompt).tolist(), []
@@ -683,9 +671,7 @@ def problems_of(args, graded=True):
 
 
 def settle(args, tasks, given):
-    """The protocol of curve or lm_eval; given: options of Decoding, which replace parts of it. Fills in
-    args.protocol and args.label where they were not given.
-    """
+    """The protocol of curve or lm_eval; given: options of Decoding. Fills in args.protocol and args.label."""
     family = nt_model.family_of(args.model, args.revision)
     args.protocol = args.protocol or nt_model.FAMILIES[family].task or "thresholds"
     trained = Path(args.adapter or args.model).resolve()  # out/RUN/adapter or out/RUN/model
@@ -740,8 +726,8 @@ def nll_command(args, given):
     model, tok = load_both(args)
     teacher = load_teacher(args.teacher, *nt_model.default_device())
     settings = {"cache": "none", **nt_model.decoding_defaults(model.cfg), **given}
-    report_trajectory_nll([(args.adapter or args.model, model)], teacher,
-                          load_teacher_tokenizer(args.teacher), tok, problems, settings, args.out)
+    models, teacher_tok = [(args.adapter or args.model, model)], load_teacher_tokenizer(args.teacher)
+    report_trajectory_nll(models, teacher, teacher_tok, tok, problems, settings, args.out)
 
 
 def tds_command(args):

@@ -9,14 +9,12 @@ A folder is append-only, one shard per rank, synced per record: a kill loses at 
 import os
 import time
 from collections import deque
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 import cli
@@ -35,9 +33,9 @@ class Shard:
     """
 
     def __init__(self, folder, rank, n_left, unit, what):
-        self.folder, self.file = Path(folder), Path(folder) / f"rank{rank}.jsonl"
+        self.file = Path(folder) / f"rank{rank}.jsonl"
         cli.drop_torn_line(self.file)
-        self.sizes = {f: f.stat().st_size for f in self.folder.glob("*.jsonl")}
+        self.sizes = {f: f.stat().st_size for f in self.file.parent.glob("*.jsonl")}
         self.bar = tqdm(total=n_left, unit=unit, desc=what, smoothing=0, disable=rank != 0)
         self.last = time.perf_counter()
 
@@ -48,7 +46,7 @@ class Shard:
             f.write(f"{now - self.last:.4f}\n")
         self.last = now
         self.bar.set_postfix_str(note, refresh=False)
-        for file in [] if self.bar.disable else self.folder.glob("*.jsonl"):
+        for file in [] if self.bar.disable else self.file.parent.glob("*.jsonl"):
             with open(file, "rb") as f:  # what the ranks appended since the last look
                 f.seek(self.sizes.get(file, 0))
                 self.bar.update(f.read().count(b"\n"))
@@ -57,14 +55,12 @@ class Shard:
 
 def rollout(model, tok, problems, folder, model_name, privileged=False, batch_size=64, allow_code=False,
             graded=True, **decoding):
-    """Decode every problem and append one record each to `folder`; finished ones are skipped.
-    Returns the records of all these problems. What no shard has is dealt out anew, on any number of ranks.
-
-    Every position is decoded (early_stop=False), as the papers do, unless asked otherwise. privileged: the
-    model sees the reference solution. allow_code: the tests of code problems may run; without it they are
-    refused, or with graded=False recorded as `correct: null`.
+    """Decode every problem that no shard in `folder` has, on any number of ranks, and append a record each ->
+    the records of all problems. Every position is decoded (early_stop=False), as the papers do, unless asked
+    otherwise. privileged: the model sees the reference solution. allow_code: the tests of code problems may
+    run; without it they are refused, or with graded=False recorded as `correct: null`.
     """
-    settings = {**vars(Decoding(**{"early_stop": False, **decoding})), "privileged": privileged}
+    settings = dict(vars(Decoding(**{"early_stop": False, **decoding})), privileged=privileged)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,26 +69,22 @@ def rollout(model, tok, problems, folder, model_name, privileged=False, batch_si
     check_same_settings(folder, done.values(), problems, facts)
     if graded and any(r["correct"] is None for r in done.values()):
         raise UserError(f"{folder} holds trajectories that were collected ungraded: choose another folder")
-    left = [i for i in range(len(problems)) if problems[i]["id"] not in done]
-    for i in left:  # said before hours of decoding
-        grade.check_gradable(problems[i], allow_code or not graded)
+    left = {i: p for i, p in enumerate(problems) if p["id"] not in done}
+    for p in left.values():  # said before hours of decoding
+        grade.check_gradable(p, allow_code or not graded)
     barrier()  # all ranks have read the same shards before one appends
-    if dist.is_initialized():
-        todo = left[rank::world]
-    else:  # ranks that cannot wait for each other may see different shards
-        todo = [i for i in left if i % world == rank]
+    # by its number: ranks that do not wait for each other may have read different shards
+    todo = {i: p for i, p in left.items() if i % world == rank}
     if todo:
         shard = Shard(folder, rank, len(left), "sample", "collect")
-        decode_into(shard, model, tok, problems, todo, facts, batch_size, allow_code)
+        decode_into(shard, model, tok, todo, facts, batch_size, allow_code)
     barrier()
     ids = {p["id"] for p in problems}
     return [r for r in read_trajectories(folder) if r["id"] in ids]
 
 
 def collect(cfg, model, tok, problems, folder, name="", **changes):
-    """A method's trajectories by its settings, one token per forward: cfg.collect_X is field X of Decoding,
-    unless `changes` replace it.
-    """
+    """A method's trajectories, a token per forward; cfg.collect_X is field X of Decoding, under `changes`."""
     how = {key.removeprefix("collect_"): value for key, value in vars(cfg).items()
            if key.startswith("collect_")}
     how.update(batch_size=how.pop("batch"), allow_code=cfg.allow_code_execution, gen_len=cfg.gen_len,
@@ -112,23 +104,28 @@ def check_same_settings(folder, records, problems, facts):
                             f"choose another folder or remove it")
 
 
-def decode_into(shard, model, tok, problems, todo, facts, batch_size, allow_code):
-    """Decode and grade the problems numbered todo and append their records to this rank's shard."""
-    decoding, problems = dict(facts["decoding"]), [problems[i] for i in todo]
+def decode_into(shard, model, tok, todo, facts, batch_size, allow_code):
+    """Decode and grade the problems {number: problem} and append their records to this rank's shard."""
+    problems, decoding = list(todo.values()), dict(facts["decoding"])
     privileged = decoding.pop("privileged")
-    prompts = plain = [tok.prompt_ids(p["prompt"]) for p in problems]
-    if privileged:
-        prompts = [tok.prompt_ids(privileged_prompt(p)) for p in problems]
+    prompts = [tok.prompt_ids(privileged_prompt(p) if privileged else p["prompt"]) for p in problems]
     n_done = n_correct = 0
-    outputs = stream(model, prompts, batch_size, streams=todo, **decoding)
+    outputs = stream(model, prompts, batch_size, streams=list(todo), **decoding)
     for i, out, n, verdict in graded(outputs, problems, tok, model.cfg.eos_ids, allow_code):
-        p, order, rank, correct = problems[i], out.order, out.rank, verdict.result()
+        p, order, rank = problems[i], out.order, out.rank
+        correct = verdict and verdict.result()
         if decoding["early_stop"] and n < len(out.ids):
             order, rank = consecutive_tail(out, n)
         record = dict(
-            id=p["id"], source=p["source"], prompt=p["prompt"], prompt_ids=plain[i].tolist(),
-            x0=out.ids.tolist(), order=order.tolist(), rank=rank.tolist(), nfe=out.nfe,
-            solution=p["solution"], answer=p.get("answer", ""), correct=correct, **facts,
+            id=p["id"], source=p["source"], prompt=p["prompt"],
+            prompt_ids=tok.prompt_ids(p["prompt"]).tolist(),
+            x0=out.ids.tolist(),
+            order=order.tolist(),
+            rank=rank.tolist(),
+            nfe=out.nfe,
+            solution=p["solution"], answer=p.get("answer", ""),
+            correct=correct,
+            **facts,
             **{k: p[k] for k in CARRIED if k in p})
         if privileged:
             record["privileged_prompt_ids"] = prompts[i].tolist()
@@ -137,18 +134,17 @@ def decode_into(shard, model, tok, problems, todo, facts, batch_size, allow_code
     shard.bar.close()
 
 
-def graded(outputs, problems, tok, eos_ids, allow_code, most=64):
+def graded(outputs, problems, tok, eos_ids, allow_code):
     """(problem index, Output) as they come -> (index, Output, tokens, Future of `correct`), in that order.
-    Programs run beside the decoder, at most `most` are waited for; without allow_code they are not graded.
+    Programs run beside the decoder, at most 64 are waited for; without allow_code the Future is None.
     """
-    waiting, ungraded = deque(), Future()
-    ungraded.set_result(None)
+    waiting = deque()
     for i, out in outputs:
-        n, verdict = out.n_tokens(eos_ids), ungraded
+        n, verdict = out.n_tokens(eos_ids), None
         if grade.grader_of(problems[i]) != "code" or allow_code:
             verdict = grade.submit(problems[i], tok.decode(out.ids[:n].tolist()), allow_code)
         waiting.append((i, out, n, verdict))
-        while waiting and (len(waiting) > most or waiting[0][3].done()):
+        while waiting and (len(waiting) > 64 or not waiting[0][3] or waiting[0][3].done()):
             yield waiting.popleft()
     yield from waiting
 
@@ -235,11 +231,10 @@ def records_asked_for(args):
     """The records of a folder or of one .jsonl; args then names their own model, unless it names another."""
     cli.at_least(1, args, "n")
     path = Path(args.path)
-    records = read_trajectories(path) if path.is_dir() else []
-    if path.suffix == ".jsonl" and path.is_file():
-        records = read_jsonl(path, tolerant=True)
-        for i, r in enumerate(records):
-            check_record(r, f"{path} record {i + 1}")
+    one = path.suffix == ".jsonl" and path.is_file()
+    records = read_jsonl(path, tolerant=True) if one else read_trajectories(path)
+    for i, r in enumerate(records if one else ()):
+        check_record(r, f"{path} record {i + 1}")
     if not records:
         raise UserError(f"{path} holds no trajectories: give a folder or a .jsonl of them")
     args.model = args.model or records[0]["model"]
@@ -258,8 +253,8 @@ def inspect_command(args):
         print("  order of reveal: " + " ".join(f"{words[i]}@{i}" for i in np.argsort(r["rank"])))
     if args.picture:
         r = records[0]
-        x0, order, rank = (torch.tensor(r[k]) for k in ("x0", "order", "rank"))
-        picture(Output(x0, order, rank, None, r["nfe"]), args.picture, f"{r['id']}: {r['nfe']} forwards")
+        drawn = Output(*(torch.tensor(r[k]) for k in ("x0", "order", "rank")), None, r["nfe"])
+        picture(drawn, args.picture, f"{r['id']}: {r['nfe']} forwards")
         print(f"written: {args.picture}")
 
 
@@ -269,8 +264,7 @@ def stats_command(args):
     records, eos_ids = records[:args.n], config_of(args.model, args.revision).eos_ids
     graded = [r["correct"] for r in records if r["correct"] is not None]
     tokens = [n_content(torch.tensor(r["x0"]), eos_ids) for r in records]
-    orders = [np.array(r["order"][:n]) for r, n in zip(records, tokens)]
-    pairs = np.sum(list(map(inverted, orders)), 0)
+    pairs = np.sum([inverted(np.array(r["order"][:n])) for r, n in zip(records, tokens)], 0)
     print(f"{'trajectories':<16} {len(records)} of {records[0]['model']}, length {len(records[0]['x0'])}")
     share = f"{np.mean(graded):.1%} of {len(graded)} graded" if graded else "not graded"
     print(f"{'correct':<16} {share}")

@@ -862,8 +862,8 @@ def read_prompts(source):
         rows = [dict(prompt=line) for line in cli.read_text(source).splitlines() if line.strip()]
     valid = [isinstance(r.get("prompt"), str) and isinstance(r.get("id", ""), (str, int)) for r in rows]
     if not rows or not all(valid):
-        raise UserError(f"{source}: every line needs a prompt, an id can be a text or a number, and there must "
-                        f"be a line")
+        raise UserError(f"{source}: every line needs a prompt, there must be one, and an id must be a text or "
+                        f"a number")
     return [{"id": f"{source.stem}-{i}", **r} for i, r in enumerate(rows)]
 
 

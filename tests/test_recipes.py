@@ -439,7 +439,7 @@ def test_rollout_inspect_and_stats_of_trajectories(tmp_path, monkeypatch, capsys
     (rollout, ("inspect", "nowhere"), "nowhere holds no trajectories"),
     (rollout, ("stats", "nowhere"), "nowhere holds no trajectories"),
     (data, ("stats", "nowhere"), "no data 'nowhere'"),
-    (rollout, ("inspect", "{t}/mine.jsonl"), "holds no trajectories"),
+    (rollout, ("inspect", "{t}/mine.jsonl"), "mine.jsonl record 1 lacks id, source"),
     (rollout, ("inspect", "{t}"), "holds no trajectories"),
     (data, ("stats", "{t}/torn.json.gz"), "is not a whole .gz file"),
     (data, ("stats", "{t}/bad.json"), "is not valid JSON"),

@@ -25,11 +25,9 @@ def run(tmp_path, script, *args):
 
 def test_embedded_model_solves_the_task_token_by_token_only():
     problems = data.load_problems("tiny", "dev", 96)
-    by_token = nt_eval.measure(TINY, TOK, problems, dict(SETTINGS, policy="static", cache="none"), "tiny")
-    all_at_once = dict(gen_len=48, block_len=48, policy="static", per_step=48, cache="none")
-    at_once = nt_eval.measure(TINY, TOK, problems, all_at_once, "tiny")
-    by_four = dict(SETTINGS, policy="static", per_step=4, cache="none")
-    four = nt_eval.measure(TINY, TOK, problems, by_four, "tiny")
+    protocol = dict(SETTINGS, policy="static", cache="none",
+                    rules=[{}, dict(block_len=48, per_step=48), dict(per_step=4)])
+    by_token, at_once, four = nt_eval.curve(TINY, TOK, problems, protocol, "tiny")
     assert nt_eval.accuracy(by_token)[0] > 95 and nt_eval.accuracy(at_once)[0] < 30
     assert nt_eval.accuracy(four)[0] < 50 and nt_eval.tpf(four) < 4
     assert set(at_once["nfe"]) == {1}
