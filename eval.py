@@ -10,7 +10,6 @@
     python eval.py tds --trajectories out/tabom-tiny/trajectories      # TABOM Fig. 2
 
 Tables over several runs, and the papers' numbers: tools/compare.py; tasks of lm_eval: tools/harness.py.
-
 Definitions, used everywhere:
     acc     share of problems whose final answer is right, percent; +- is the binomial standard error
     nfe     forwards of the model spent on a sample while it was unfinished, cache refreshes included
@@ -19,8 +18,7 @@ Definitions, used everywhere:
             of the batch. The speeds depend on what is printed beside them
     AUP     (d3LLM; TAD Eq. 26) points (rho_i = TPF, y_i = acc) sorted by rho, those with y < y_1 - 5 dropped:
             rho_1 y_1 + sum_i (rho_i - rho_{i-1}) (y_i W(y_i) + y_{i-1} W(y_{i-1})) / 2,
-            W(y) = min(exp(-3 (1 - y / y_max)), 1). y_max: the best accuracy of any compared model on the
-            task, always shown, since AUP changes with it
+            W(y) = min(exp(-3 (1 - y / y_max)), 1), y_max the best accuracy of any compared model
     TDS     (TABOM Eq. 10, 11) at each forward of a trajectory, the variance of the predictive entropies of
             what is still masked, in nats^2; its mean over trajectories and forwards
 """
@@ -60,8 +58,6 @@ from sample import ModelOptions, load_both
 from teacher import load_teacher, load_teacher_tokenizer, token_nll
 
 
-# A protocol fixes everything about decoding; `rules`, then `thresholds`, are the points of its curve, the
-# paper's own first. "family" and "task" hold what differs between models and benchmarks.
 def tokens_per_forward(*counts, **settings):
     return [dict(policy="static", per_step=k, **settings) for k in counts]
 
@@ -75,6 +71,8 @@ TINY = dict(data.TINY_DECODING, policy="threshold")
 MULTIBLOCK = dict(gen_len=256, block_len=32, policy="multiblock", block_add=0.1, decoded=0.95, cache="none",
                   temperature=0.0, early_stop=True)
 FAST_DLLM = dict(gen_len=256, block_len=32, policy="threshold", cache="none", temperature=0.0)
+# Everything about decoding; `rules`, then `thresholds`, are the points of a curve, the paper's own first.
+# NAME/FAMILY and NAME/FAMILY/TASK replace parts of NAME.
 PROTOCOLS = {
     "tiny": dict(TINY, rules=tokens_per_forward(1), thresholds=(0.97, 0.95, 0.93, 0.9, 0.8, 0.7, 0.5)),
     "tiny-thresholds": dict(TINY, thresholds=(0.97, 0.95, 0.93, 0.9, 0.8)),  # not the slow token by token
@@ -83,53 +81,50 @@ PROTOCOLS = {
         rules=[*tokens_per_forward(1, 2, 4), dict(threshold=0.95), dict(threshold=0.9)]),
     "tiny-static": dict(
         TINY, rules=[*tokens_per_forward(1, 2, 4, 8), *tokens_per_forward(48, block_len=48)]),  # all at once
-    "thresholds": dict(  # no paper's: a curve for any model, and for your own problems
-        FAST_DLLM, thresholds=(0.9, 0.95, 0.8, 0.7),
-        family=dict(sdar=dict(block_len=4, cache="exact"), other={})),
+    "thresholds": dict(FAST_DLLM, thresholds=(0.9, 0.95, 0.8, 0.7)),  # no paper's, for any model
+    "thresholds/sdar": dict(block_len=4, cache="exact"),
     # TAD, section 4.1 and Table 8: entropy 0.5. Not published: the other points of its curves (ours are below
     # it), the cache (its H200 figures: none), and whether it stops at EOS (d3LLM's code can)
     "tad": dict(MULTIBLOCK, thresholds=(0.5, 0.4, 0.3, 0.2, 0.1)),
-    "tad-code": dict(MULTIBLOCK, family=dict(  # TAD's scripts instead of its paper
-        llada=dict(block_add=0.5, decoded=0.5, thresholds=(0.5, 0.3, 0.1)),
-        dream=dict(thresholds=(0.4, 0.2, 0.1)))),
+    "tad-code": MULTIBLOCK,  # TAD's scripts instead of its paper
+    "tad-code/llada": dict(block_add=0.5, decoded=0.5, thresholds=(0.5, 0.3, 0.1)),
+    "tad-code/dream": dict(thresholds=(0.4, 0.2, 0.1)),
     # d3LLM's evaluation scripts; cache_delay and refresh are those of its cached variant (--cache prefix)
-    "d3llm": dict(MULTIBLOCK, family=dict(
-        llada=dict(cache_delay=2, refresh=3, thresholds=(0.5, 0.3, 0.1)),
-        dream=dict(cache_delay=1, task=dict(
-            humaneval=dict(thresholds=(0.5, 0.3, 0.1)), other=dict(thresholds=(0.4, 0.2, 0.1)))))),
-    # TRIMS, section 4.1: Fast-dLLM's sampler (0.9; it goes on behind EOS). Its other points and its cache are
-    # not published
+    "d3llm": MULTIBLOCK,
+    "d3llm/llada": dict(cache_delay=2, refresh=3, thresholds=(0.5, 0.3, 0.1)),
+    "d3llm/dream": dict(cache_delay=1, thresholds=(0.4, 0.2, 0.1)),
+    "d3llm/dream/humaneval": dict(thresholds=(0.5, 0.3, 0.1)),
+    # TRIMS, section 4.1: Fast-dLLM's sampler (0.9, on behind EOS). Not published: its other points, its cache
     "trims": dict(FAST_DLLM, early_stop=False, thresholds=(0.9, 0.95, 0.8, 0.7, 0.6, 0.5)),
     # TABOM, Table 8, the samplers of Dream and LLaDA; tasks that it does not name get GSM8K's settings
-    "tabom": dict(cache="none", early_stop=False, family=dict(
-        dream=dict(policy="dream", score="entropy", temperature=0.1, top_p=0.9, task=dict(
-            math500=dream_steps(512), mbpp=dream_steps(1024), humaneval=dream_steps(768),
-            other=dream_steps(256))),
-        llada=dict(temperature=0.0, rules=tokens_per_forward(1), task=dict(
-            math500=dict(gen_len=512, block_len=64), mbpp=dict(gen_len=256, block_len=256),
-            humaneval=dict(gen_len=512, block_len=512), other=dict(gen_len=512, block_len=8))))),
+    "tabom": dict(cache="none", early_stop=False),
+    "tabom/dream": dict(dream_steps(256), policy="dream", score="entropy", temperature=0.1, top_p=0.9),
+    "tabom/dream/math500": dream_steps(512),
+    "tabom/dream/mbpp": dream_steps(1024),
+    "tabom/dream/humaneval": dream_steps(768),
+    "tabom/llada": dict(gen_len=512, block_len=8, temperature=0.0, rules=tokens_per_forward(1)),
+    "tabom/llada/math500": dict(block_len=64),
+    "tabom/llada/mbpp": dict(gen_len=256, block_len=256),
+    "tabom/llada/humaneval": dict(block_len=512),
     # T3D: full decoding (Table 2), 2 and 4 tokens per step in blocks of 4 and 8 (Table 1), dynamic (Table 3)
-    "t3d": dict(
-        gen_len=2000, block_len=4, policy="threshold", temperature=0.1, early_stop=True, thresholds=(0.9,),
+    "t3d": dict(gen_len=2000, block_len=4, temperature=0.1, early_stop=True),
+    "t3d/sdar": dict(
+        cache="exact", policy="threshold", thresholds=(0.9,),
         rules=[rule for b, k in ((4, 1), (4, 2), (4, 4), (8, 2), (8, 4))
-               for rule in tokens_per_forward(k, block_len=b, name=f"block {b}: {k} per forward")],
-        family=dict(sdar=dict(cache="exact"))),
+               for rule in tokens_per_forward(k, block_len=b, name=f"block {b}: {k} per forward")]),
 }
+HOW = ("compiled", "sync_every")  # of the decoder: how it computes, not what
+NAMES = [key for key in PROTOCOLS if "/" not in key]
 
 
 def protocol_of(name, family, task="", points=None, thresholds=None, **own):
-    """PROTOCOLS[name] for a model family and a task: a dict of settings, which `own` replaces, and `rules`:
-    those numbered `points`, or one for each of `thresholds`.
-    """
-    chosen = dict(PROTOCOLS[name])
-    for kind, value in (("family", family), ("task", known_task(task) or "other")):
-        options = chosen.pop(kind, {value: {}})
-        settings = options.get(value, options.get("other"))
-        if settings is None:
-            raise UserError(f"protocol {name} has no settings for {kind} {value}: it is for "
-                            f"{', '.join(options)}")
-        chosen.update(settings)
+    """PROTOCOLS[name] for a family and a task, under `own` settings; `rules`: its points, or `thresholds`."""
+    parts = name, f"{name}/{family}", f"{name}/{family}/{known_task(task)}"
+    chosen = {k: v for part in parts for k, v in PROTOCOLS.get(part, {}).items()}
     rules = chosen.pop("rules", []) + [dict(threshold=value) for value in chosen.pop("thresholds", ())]
+    if not rules:
+        others = sorted({key.split("/")[1] for key in PROTOCOLS if key.startswith(f"{name}/")})
+        raise UserError(f"protocol {name} has no settings for family {family}: it is for {', '.join(others)}")
     rules = [{k: v for k, v in rule.items() if k not in own} for rule in rules]
     if points:
         if not all(0 <= i < len(rules) for i in points):
@@ -142,9 +137,6 @@ def protocol_of(name, family, task="", points=None, thresholds=None, **own):
     for rule in rules:
         decoding_of({**chosen, **own, **rule})  # refuses what is out of range
     return {**chosen, **own, "rules": [rule for i, rule in enumerate(rules) if rule not in rules[:i]]}
-
-
-HOW = ("compiled", "sync_every")  # of the decoder: how it computes, not what
 
 
 def decoding_of(settings):
@@ -168,11 +160,9 @@ def contamination_warning(task):
 
 # ------------------------------------------------------------------------- metrics
 def area_of(pairs, y_max):
-    """AUP, see above, of [(tpf, accuracy), ...], accuracies in percent; NaN where nobody solves anything."""
-    if y_max <= 0:
+    """AUP, see above, of [(tpf, accuracy), ...], in percent; NaN of no points and where nothing is solved."""
+    if not pairs or y_max <= 0:
         return math.nan
-    if not pairs:
-        raise UserError(f"AUP of no points, y_max {y_max}: it needs one")
     pairs = sorted(pairs)
     kept = [(x, y) for x, y in pairs if y >= pairs[0][1] - 5]
     weighted = [y * min(math.exp(-3 * (1 - y / y_max)), 1) for _, y in kept]
@@ -245,20 +235,18 @@ def wall_seconds(rows):
 
 
 def decode_by_id(model, tok, prompts, settings, batch_size, kept=None, name=""):
-    """Decode prompts {id: (P,) int64} -> {id: row}, see decode_rows. An id's random stream is its crc32.
-    kept: a Kept folder, whose shards `name` hold what is finished and get the rest row by row; every rank
-    decodes its share of what is left and gets the rows of all.
+    """Decode prompts {id: (P,) int64} -> {id: row}, see decode_rows. kept: a Kept folder, whose shards `name`
+    hold what is finished and get the rest row by row; a rank decodes its share and gets the rows of all.
     """
     rank, world, done = 0, 1, {}
     if kept:
         rank, world, done = kept.rank, kept.world, kept.rows(name)
     left = [i for i in prompts if i not in done][rank::world]
     work = [prompts[i] for i in left]
-    if kept:
-        # what the clock must not see; where there is something to compile: a batch of the shapes to come
+    if kept:  # what the clock must not see: where something is compiled, a batch of the shapes to come
         n = batch_size if settings.get("compiled") or model.embed.weight.is_cuda else 1
         list(decode_rows(model, tok, sorted(work, key=len)[-n:], settings, batch_size))
-    streams = [zlib.crc32(i.encode()) for i in left]  # the same on any rank
+    streams = [zlib.crc32(i.encode()) for i in left]  # of random numbers, the same on any rank
     for number, _, row in decode_rows(model, tok, work, settings, batch_size, streams, progress=rank == 0):
         done[left[number]] = row
         if kept:
@@ -289,8 +277,10 @@ def curve(model, tok, problems, protocol, label, batch_size=64, allow_code=False
         responses = columns["response"]
         correct = grade.grade_all(problems, responses, allow_code, progress=bool(kept))
         point = dict(
-            label=label, rule=rule_name(settings), settings=settings, ids=list(prompts),
-            correct=list(map(int, correct)), tokens=columns["tokens"], nfe=columns["nfe"],
+            label=label, rule=rule_name(settings), settings=settings,
+            ids=list(prompts),
+            correct=list(map(int, correct)),
+            tokens=columns["tokens"], nfe=columns["nfe"],
             responses=responses,
             seconds=wall_seconds(rows),
             ms_per_forward=1000 * sum(columns["seconds"]) / sum(columns["forwards"]),
@@ -311,8 +301,6 @@ def join_ranks():
     """(rank, world size): torchrun's, or (0, 1). The ranks only exchange words, so gloo does on GPUs too."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # one may wait long for another's decoding
     return rank, world
 
@@ -321,7 +309,7 @@ class Kept:
     """A folder of results that an interrupted command continues and that several ranks fill. config: all that
     they depend on, apart from the decoding rule; a folder with those of another config is refused.
     """
-    def __init__(self, out, config, rank=0, world=1):
+    def __init__(self, out, config, rank, world):
         self.out, self.config, self.rank, self.world = Path(out), config, rank, world
         self.results, file = self.out / "results.jsonl", self.out / "config.json"
         then = read_json(file) if file.exists() else {} if self.results.exists() else config
@@ -357,11 +345,7 @@ def digest(value):
 
 def checksum(files):
     """Of the content of files, in the order of their names."""
-    digests = []
-    for file in sorted(files):
-        with open(file, "rb") as f:
-            digests.append(hashlib.file_digest(f, "sha256").hexdigest())
-    return digest(digests)
+    return digest([hashlib.sha256(np.memmap(file, mode="r")).hexdigest() for file in sorted(files)])
 
 
 def versions(*packages):
@@ -380,12 +364,12 @@ def dtype_name(model):
 
 def made_of(args, model):
     """The facts about a model that decide what it answers. Files of a hub id are what its revision says."""
-    folder = nt_model.checkpoint_dir(args.model, args.revision)
+    weights = nt_model.checkpoint_dir(args.model, args.revision).glob("*.safetensors")
     code = ("model", "sample", "layers", "lora", "data", "recipes", "grade", "runner")
     return dict(
         model=str(args.model),
         revision=model.revision,
-        weights=None if model.revision else checksum(folder.glob("*.safetensors")),
+        weights=None if model.revision else checksum(weights),
         adapter=args.adapter and checksum(Path(args.adapter).glob("adapter_*")),
         dtype=dtype_name(model),
         code=checksum(nt_model.HERE / f"{name}.py" for name in code),
@@ -395,13 +379,13 @@ def made_of(args, model):
 
 def provenance(**facts):
     """What a number needs to be traced and made again; facts: of the model, the data, the protocol."""
-    def git(words):
-        done = subprocess.run(f"git {words}", shell=True, capture_output=True, text=True, cwd=nt_model.HERE)
-        return None if done.returncode else done.stdout.strip()
+    describe = "git describe --always --dirty --abbrev=40 --exclude='*'"
+    done = subprocess.run(describe, shell=True, capture_output=True, text=True, cwd=nt_model.HERE)
+    commit, dirty, _ = done.stdout.strip().partition("-dirty")
     return dict(
         command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        commit=git("rev-parse HEAD"),
-        dirty=bool(git("status --porcelain --untracked-files=no")),
+        commit=commit or None,
+        dirty=bool(dirty),
         python=platform.python_version(),
         **{"device": device_name(), **versions("torch", "transformers"), **facts})
 
@@ -435,9 +419,7 @@ def show(curves, y_max, out):
 
 
 def draw(panels, x, y, path):
-    """panels: {title: {label: [(x, y) or (x, y, error of y), ...]}}, side by side -> a PNG; x, y: what the
-    axes are. Without matplotlib a line that says so.
-    """
+    """panels: {title: {label: [(x, y) or (x, y, error of y)]}}, side by side -> a PNG; x, y: the axes."""
     try:
         plt = cli.pyplot()
     except UserError as e:
@@ -472,9 +454,7 @@ def plot_lines(curves, x, y, path):
 
 
 def closing(r, model, tok, label):
-    """The end of a training run: the curves of base and trained model on the tiny task, or the command that
-    makes one. model: r.save()'s. Returns [(label, model)].
-    """
+    """The curves of base and trained model on the tiny task -> [(label, model)]; or the command for one."""
     cfg, models = r.cfg, []
     if r.rank == 0 and r.evaluates:
         problems = data.load_problems(r.task, "dev", cfg.eval_problems)
@@ -495,9 +475,7 @@ def closing(r, model, tok, label):
 
 
 def compare_caches(model, tok, problems, rule, batch_size=64, allow_code=False):
-    """How approximate each cache is: a table of accuracy, forwards, the share of problems with an unchanged
-    response, and order agreement (the share of positions revealed by the same forward), against cache none.
-    """
+    """A table; also the shares of responses and of positions' forwards that are the same as with no cache."""
     prompts = [tok.prompt_ids(p["prompt"]) for p in problems]
     lines = ["| cache | accuracy, % | forwards | TPF | same response, % | order agreement, % |",
              "|---|---|---|---|---|---|"]
@@ -517,6 +495,7 @@ def compare_caches(model, tok, problems, rule, batch_size=64, allow_code=False):
     return "\n".join(lines)
 
 
+# ------------------------------------------------------------------------- along trajectories
 def mean_by_step(rows):
     """The mean of rows (T_i,) of several lengths, step by step: (T,); NaN where no row has a value."""
     padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], padding_value=math.nan)
@@ -532,10 +511,9 @@ def report_by_step(curves, what, unit, path):
     plot_lines(curves, "forward", f"{what}, {unit}", path)
 
 
-# ------------------------------------------------------------------------- TDS (TABOM Eq. 10 and 11)
 def along_trajectory(model, record, steps):
-    """Yield, at each of the steps (N,) of a record's trajectory, of what is masked before the response's first
-    EOS: its ids (n,), the forwards until its reveal (n,), log-probabilities (n, V) fp32.
+    """Yield, at each of the steps (N,) of a record's trajectory, for what is masked before the first EOS: its
+    ids in the end (n,), the forwards until its reveal (n,), log-probabilities (n, V) fp32.
     """
     x0, order = torch.tensor(record["x0"]), torch.tensor(record["order"])
     for some in steps.split(16):
@@ -557,7 +535,7 @@ def tds(model, record):
     return np.array(variances, dtype=np.float32)
 
 
-def mean_tds(model, records, label=""):
+def mean_tds(model, records, label):
     """TDS of a model on trajectories at every step: (T,), nats^2."""
     model, bar = for_decoding(model.eval()), tqdm(records, unit="trajectory", desc=f"TDS {label}")
     return mean_by_step([tds(model, record) for record in bar])  # Eq. 11
@@ -570,13 +548,13 @@ def report_tds(models, records, out):
 
 
 @torch.no_grad()
-def confidence_decay(model, records, n_records=64, n_states=8):
-    """Mean p(x0_i | plain prompt, x_t) of the untrained student by order_i - t, at states spread evenly over
-    each trajectory: (T,) numpy, NaN where no token is that far away. TAD Fig. 3(b).
+def confidence_decay(model, records):
+    """TAD Fig. 3(b): mean p(x0_i | plain prompt, x_t) of the untrained student by order_i - t, at 8 states of
+    each trajectory: (T,) numpy, NaN where no token is that far away.
     """
     offsets, values = [], []
-    for r in records[:n_records]:
-        steps = torch.linspace(0, max(r["order"]), n_states).long().unique()
+    for r in records[:64]:
+        steps = torch.linspace(0, max(r["order"]), 8).long().unique()
         for ids, offset, logp in along_trajectory(model, r, steps):
             offsets.append(offset)
             values.append(logp.cpu().gather(1, ids[:, None])[:, 0].double().exp())
@@ -584,11 +562,8 @@ def confidence_decay(model, records, n_records=64, n_states=8):
     return (offsets.bincount(torch.cat(values)) / offsets.bincount()).numpy()
 
 
-# ------------------------------------------------------------------------- the teacher's NLL (TRIMS Fig. 7)
 def trajectory_nll(teacher, teacher_tok, tok, prompt, out, eos_ids):
-    """At each forward of a decoding (an Output), the AR teacher's NLL per token of the text revealed so far,
-    masks taken out: (nfe,) fp32 numpy, NaN while there is none.
-    """
+    """The teacher's NLL per token of the text revealed up to each forward of an Output: (nfe,) fp32 numpy."""
     n = out.n_tokens(eos_ids)
     head, means = teacher_tok.prompt_ids(prompt).tolist(), []
     for forward in range(out.nfe):
@@ -626,7 +601,7 @@ class ProblemOptions(ModelOptions):
 
 @dataclass
 class ProtocolOptions:
-    protocol: str = option("", choices=list(PROTOCOLS))  # see eval.py protocols [tiny, or thresholds]
+    protocol: str = option("", choices=NAMES)  # see eval.py protocols [tiny, or thresholds]
     points: list[int] | None = None  # which points of the protocol, from 0 [all; of lm_eval: 0]
     thresholds: list[float] | None = None  # the points, instead of the protocol's
     label: str = ""  # name in tables and plots [base, or the run's directory]
@@ -663,8 +638,6 @@ def problems_of(args, graded=True):
     """The problems. Raises UserError, before anything is loaded or decoded, if one cannot be graded."""
     cli.at_least(1, args, "n", "batch_size")
     problems = data.load_problems(args.task, args.split, args.n or (500 if args.task == "tiny" else None))
-    if not problems:
-        raise UserError(f"{args.task} has no problem to evaluate")
     for p in problems if graded else ():
         grade.check_gradable(p, args.allow_code_execution)
     return problems

@@ -22,20 +22,16 @@ import grade
 from cli import UserError, option, read_jsonl, run_cli
 from data import (CARRIED, SCHEMA, check_record, load_tokenizer, privileged_prompt, problems_asked_for,
                   read_trajectories, spread)
-from model import config_of, decoding_defaults, default_device, load, n_content
+from model import config_of, decoding_defaults, n_content
 from run import barrier
-from sample import Decoding, Output, picture, stream
+from sample import Decoding, Output, load_both, picture, stream
 
 
 class Shard:
-    """This rank's file in a folder that all ranks append rows to, and FILE.seconds: the time of each append.
-    Rank 0 shows a bar over the rows of all, n_left of them.
-    """
-
+    """This rank's file in a folder of rows, and FILE.seconds: the time of each append; rank 0 shows a bar."""
     def __init__(self, folder, rank, n_left, unit, what):
         self.file = Path(folder) / f"rank{rank}.jsonl"
         cli.drop_torn_line(self.file)
-        self.sizes = {f: f.stat().st_size for f in self.file.parent.glob("*.jsonl")}
         self.bar = tqdm(total=n_left, unit=unit, desc=what, smoothing=0, disable=rank != 0)
         self.last = time.perf_counter()
 
@@ -46,11 +42,7 @@ class Shard:
             f.write(f"{now - self.last:.4f}\n")
         self.last = now
         self.bar.set_postfix_str(note, refresh=False)
-        for file in [] if self.bar.disable else self.file.parent.glob("*.jsonl"):
-            with open(file, "rb") as f:  # what the ranks appended since the last look
-                f.seek(self.sizes.get(file, 0))
-                self.bar.update(f.read().count(b"\n"))
-                self.sizes[file] = f.tell()
+        self.bar.update(len(rows))
 
 
 def rollout(model, tok, problems, folder, model_name, privileged=False, batch_size=64, allow_code=False,
@@ -76,7 +68,7 @@ def rollout(model, tok, problems, folder, model_name, privileged=False, batch_si
     # by its number: ranks that do not wait for each other may have read different shards
     todo = {i: p for i, p in left.items() if i % world == rank}
     if todo:
-        shard = Shard(folder, rank, len(left), "sample", "collect")
+        shard = Shard(folder, rank, len(todo), "sample", "collect")
         decode_into(shard, model, tok, todo, facts, batch_size, allow_code)
     barrier()
     ids = {p["id"] for p in problems}
@@ -119,14 +111,9 @@ def decode_into(shard, model, tok, todo, facts, batch_size, allow_code):
         record = dict(
             id=p["id"], source=p["source"], prompt=p["prompt"],
             prompt_ids=tok.prompt_ids(p["prompt"]).tolist(),
-            x0=out.ids.tolist(),
-            order=order.tolist(),
-            rank=rank.tolist(),
-            nfe=out.nfe,
-            solution=p["solution"], answer=p.get("answer", ""),
-            correct=correct,
-            **facts,
-            **{k: p[k] for k in CARRIED if k in p})
+            x0=out.ids.tolist(), order=order.tolist(), rank=rank.tolist(), nfe=out.nfe,
+            solution=p["solution"], answer=p.get("answer", ""), correct=correct,
+            **facts, **{k: p[k] for k in CARRIED if k in p})
         if privileged:
             record["privileged_prompt_ids"] = prompts[i].tolist()
         n_done, n_correct = n_done + 1, n_correct + bool(correct)
@@ -215,10 +202,7 @@ def collect_command(args, given):
     problems = problems_asked_for(args)
     for p in problems:  # said before a model is loaded
         grade.check_gradable(p, args.allow_code_execution or args.ungraded)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    model = load(args.model, *default_device(), args.revision)
-    tok = load_tokenizer(args.model, args.revision)
+    model, tok = load_both(args)
     decoding = {"policy": "static", "per_step": 1, **decoding_defaults(model.cfg), **given}
     records = rollout(model, tok, problems, args.out, args.model, args.privileged, args.batch_size,
                       args.allow_code_execution, not args.ungraded, **decoding)

@@ -775,23 +775,22 @@ def show(out, tokens, by="confidence"):
     colors = [palette[min(9, int(10 * p))] for p in level.tolist()]
     lines = []
     for t in range(out.nfe):
-        line = f"{t + 1:3d} |"
+        words = []
         for word, at, color in zip(tokens, out.order.tolist(), colors):
             if at > t:
-                word = "·" * max(1, len(word))
-            elif "NO_COLOR" not in os.environ:
-                bold = "1;" if at == t else ""
-                word = f"\033[{bold}38;5;{color}m{word}\033[0m"
-            elif at == t:
-                word = word.upper()
-            line += " " + word
-        lines.append(line)
+                word = "·" * len(word)
+            elif "NO_COLOR" in os.environ:
+                word = word.upper() if at == t else word
+            else:
+                word = f"\033[{'1;' if at == t else ''}38;5;{color}m{word}\033[0m"
+            words.append(word)
+        lines.append(f"{t + 1:3d} | {' '.join(words)}")
     return "\n".join(lines)
 
 
 def picture(out, path, title=""):
-    """Reveal order as PNG: positions across, forwards down; a token is coloured by its confidence from the
-    forward that revealed it on (by that forward where out.conf is None), masks stay white.
+    """Reveal order as PNG: positions across, forwards down; a revealed token has the colour of its confidence
+    (of its forward where out.conf is None), masks are white.
     """
     plt = cli.pyplot()
     L, forward = len(out.ids), torch.arange(out.nfe)[:, None]
@@ -801,8 +800,8 @@ def picture(out, path, title=""):
     fig, ax = plt.subplots(figsize=size, dpi=140, layout="tight")
     shown = ax.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
     ax.scatter(range(L), out.order, s=6, c="tab:red", marker="s", label="revealed here")
-    ax.set(xlabel="response position", ylabel="forward")
-    ax.set_title(title or f"{L} positions in {out.nfe} forwards", fontsize=10)
+    title = title or f"{L} positions in {out.nfe} forwards"
+    ax.set(xlabel="response position", ylabel="forward", title=title)
     ax.legend(loc="upper right", fontsize=7)
     fig.colorbar(shown, label="revealed: 0 first, 1 last" if out.conf is None else "confidence when revealed")
     fig.savefig(path)
@@ -826,15 +825,17 @@ class Options(ModelOptions):
     prompts: str = ""  # file of prompts: .jsonl, or text with one per line
     to: str = ""  # responses of --prompts [FILE.responses.jsonl]
     batch_size: int = 32  # prompts decoded at once
-    interactive: bool = False  # read prompts from the terminal
+    interactive: bool = False  # read prompts from the terminal, up to an empty line
     compiled: bool | None = None  # torch.compile [on a GPU]
     sync_every: int = 4  # forwards between two looks of the host at the device
 
 
 def load_both(args):
-    """-> the model of ModelOptions, adapted where asked, and its tokeniser."""
+    """-> the model that is asked for, on this rank's own GPU and with its adapter, and its tokeniser."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     model = load(args.model, *default_device(), args.revision)
-    if args.adapter:
+    if getattr(args, "adapter", ""):
         lora.load(model, args.adapter)
     return model, data.load_tokenizer(args.model, args.revision)
 
@@ -862,7 +863,7 @@ def read_prompts(source):
         rows = [dict(prompt=line) for line in cli.read_text(source).splitlines() if line.strip()]
     valid = [isinstance(r.get("prompt"), str) and isinstance(r.get("id", ""), (str, int)) for r in rows]
     if not rows or not all(valid):
-        raise UserError(f"{source}: every line needs a prompt, there must be one, and an id must be a text or "
+        raise UserError(f"{source}: every line needs a prompt, there must be one, and an id must be text or "
                         f"a number")
     return [{"id": f"{source.stem}-{i}", **r} for i, r in enumerate(rows)]
 
@@ -871,7 +872,7 @@ def decode_file(model, tok, args, settings, how):
     """--prompts: append a line per finished prompt to --to, or continue such a file, but no other one."""
     to = Path(args.to or Path(args.prompts).with_suffix(".responses.jsonl"))
     rows = read_prompts(Path(args.prompts))
-    made_by = dict(model=str(args.model), revision=model.revision, adapter=args.adapter, decoding=settings)
+    made_by = dict(model=args.model, revision=model.revision, adapter=args.adapter, decoding=settings)
     ours = {r["id"]: dict(prompt=r["prompt"], **made_by) for r in rows}  # what a line of this run says
     done = set()
     for r in cli.read_jsonl(to, tolerant=True) if to.exists() else []:
@@ -889,27 +890,22 @@ def decode_file(model, tok, args, settings, how):
     print(f"{len(todo)} responses written to {to}" + (f", {len(done)} were there" if done else ""))
 
 
-def interactive(model, tok, settings, how):
-    """--interactive: a prompt per line; an empty line or end of file ends."""
-    with suppress(EOFError):
-        while line := input("> ").strip():
-            try:
-                decode_one(model, tok, line, settings, how)
-            except UserError as e:  # a prompt too long: the next one may fit
-                print(f"error: {e}")
-
-
 def main():
     args, given = cli.parse(__doc__, Options, Decoding)
     cli.at_least(1, args, "batch_size", "sync_every")
     cli.check_picture(args.picture)
-    if args.to and not Path(args.to).absolute().parent.is_dir():
+    if args.to and not Path(args.to).parent.is_dir():
         raise UserError(f"no directory {Path(args.to).parent} to write {args.to} to")
     settings = vars(Decoding(**{**decoding_defaults(config_of(args.model, args.revision)), **given}))
     model, tok = load_both(args)
     how = dict(compiled=args.compiled, sync_every=args.sync_every)
     if args.interactive:
-        interactive(model, tok, settings, how)
+        with suppress(EOFError):
+            while line := input("> ").strip():
+                try:
+                    decode_one(model, tok, line, settings, how)
+                except UserError as e:  # a prompt too long: the next one may fit
+                    print(f"error: {e}")
     elif args.prompts:
         decode_file(model, tok, args, settings, how)
     else:

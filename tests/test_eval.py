@@ -32,9 +32,7 @@ def test_aup_by_hand():
     assert abs(nt_eval.area_of([(1, 50), (2, 50)], 50) - 100) < 1e-9  # W = 1 at y_max
     assert abs(nt_eval.area_of([(1, 50), (2, 60)], 40) - (50 + 55)) < 1e-9  # W is at most 1
     assert nt_eval.area_of([(1, 80), (3, 20)], 80) == 80  # clipped
-    assert np.isnan(nt_eval.area_of([(1, 0)], 0))
-    with pytest.raises(UserError):
-        nt_eval.area_of([], 80)
+    assert np.isnan(nt_eval.area_of([(1, 0)], 0)) and np.isnan(nt_eval.area_of([], 80))
 
 
 def point(label, rule, correct, tokens, nfe):
@@ -210,7 +208,7 @@ def test_protocols_fix_what_the_papers_say():
     assert nt_eval.protocol_of("t3d", "sdar", block_len=16)["rules"][3].get("block_len") is None
     with pytest.raises(UserError, match="protocol t3d has no settings for family llada: it is for sdar"):
         nt_eval.protocol_of("t3d", "llada")
-    for name in nt_eval.PROTOCOLS:  # whatever it is for, its settings make sense
+    for name in {key.split("/")[0] for key in nt_eval.PROTOCOLS}:  # whatever it is for, its settings make sense
         for family in ("llada", "dream", "sdar", "tiny"):
             for task in ("gsm8k", "math500", "mbpp", "humaneval", "x.jsonl"):
                 try:

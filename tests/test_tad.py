@@ -222,7 +222,7 @@ def test_confidence_decay_by_hand():
     """Against a plain loop over single states, EOS tail excluded."""
     model, r = random_model(**VOCAB), record(3)
     r["x0"][5:] = [296, 296, 296]
-    got = nt_eval.confidence_decay(model, [r], n_states=8)
+    got = nt_eval.confidence_decay(model, [r])
     sums = {}
     for t in range(8):
         xt = torch.tensor([r["x0"][i] if r["order"][i] < t else 297 for i in range(8)])

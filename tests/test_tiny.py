@@ -103,7 +103,8 @@ def test_interactive_and_picture(tmp_path, monkeypatch, capsys):
     prompts = [p["prompt"] for p in data.load_problems("tiny", "dev", 2)]
     answers = iter([prompts[0], "ball " * 300, prompts[1], ""])
     monkeypatch.setattr("builtins.input", lambda _: next(answers))
-    sample.interactive(TINY, TOK, dict(SETTINGS, cache="none"), {})
+    monkeypatch.setattr("sys.argv", ["sample.py", "--interactive"])
+    sample.main()
     said = capsys.readouterr().out
     assert said.count("####") == 2 and said.count("tokens in") == 2 and "exceeds the model's" in said
     out = generate(TINY, [TOK.prompt_ids(prompts[0])], **SETTINGS)[0]
