@@ -36,9 +36,12 @@ def run_cli(main):
     keep_freed_memory()
     try:
         code = main()
-    except UserError as e:
+    except (UserError, OSError) as e:  # of a disk that is full, a file that may not be written
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        sys.exit(130)
     except Stopped as e:
         code = e.code
     distributed = sys.modules.get("torch.distributed")
@@ -60,6 +63,29 @@ def keep_freed_memory():
 
 
 SHORT = {"n": ["-n", "--n_problems"]}  # other spellings of an option; torchrun takes --n for one of its own
+
+
+BOUNDS = {name: (least, most) for least, most, names in [  # of every numeric option
+    (1, 2**31, "n batch_size micro_batch score_batch collect_batch save_every log_every epochs rounds lora_r gen_len "
+               "block_len per_step sync_every prompt_len max_prompt n_buckets limit seeds"),
+    (0, 2**31, "seed collect_seed max_steps steps warmup_steps drill_steps eval_problems n_problems n_examples "
+               "states_per_trajectory window train_block vicinity top_k cache_delay refresh points num_fewshot"),
+    (0, 1, "lr_floor warmup_ratio trajectory_share block_share p_context p_future rand_p"),
+    (0, 0.999999, "lora_dropout beta2"),
+    (1e-9, 1, "top_p collect_top_p t_min eps"),
+    (0, 1e9, "temperature collect_temperature threshold thresholds block_add decoded lam alpha gamma muon_lr "
+             "weight_decay"),
+    (1e-12, 1e9, "lr clip lora_alpha tau beta y_max"),
+] for name in names.split()}
+
+
+def check_number(name, value):
+    """UserError for a number outside its BOUNDS; NaN is outside."""
+    least, most = BOUNDS[name]
+    if not value >= least:
+        raise UserError(f"{name} is {value}: it must be at least {least:g}")
+    if not value <= most:
+        raise UserError(f"{name} is {value}: it must be at most {most:g}")
 
 
 def option(default=dataclasses.MISSING, **about):
@@ -118,9 +144,18 @@ def new_parser(doc):
                                    allow_abbrev=False)
 
 
-def read_options(namespace, cls, *others):
+def given_to(parser):
+    """What the command line says, {name: value}, its numbers checked."""
+    given = vars(parser.parse_args())
+    for name, value in given.items():
+        for number in value if isinstance(value, list) else [value]:
+            if type(number) in (int, float):
+                check_number(name, number)
+    return given
+
+
+def read_options(given, cls, *others):
     """-> [an instance of cls, and per other dataclass (Decoding) a dict of what was given of it]."""
-    given = vars(namespace)
     first, *rest = [{f.name: given[f.name] for f in dataclasses.fields(each) if f.name in given}
                     for each in (cls, *others)]
     return [cls(**first), *rest]
@@ -131,7 +166,7 @@ def parse(doc, *classes):
     parser = new_parser(doc)
     for cls in classes:
         add_options(parser, cls)
-    options = read_options(parser.parse_args(), *classes)
+    options = read_options(given_to(parser), *classes)
     return options if len(classes) > 1 else options[0]
 
 
@@ -144,17 +179,9 @@ def run_command(doc, commands):
         one = choose.add_parser(name, help=about, description=about, allow_abbrev=False)
         for cls in classes:
             add_options(one, cls)
-    namespace = parser.parse_args()
-    function, *classes = commands[namespace.command]
-    return function(*read_options(namespace, *classes))
-
-
-def at_least(least, args, *names):
-    """UserError for an option below `least`; one that is None was not given."""
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name} is {value}: it must be at least {least}")
+    given = given_to(parser)
+    function, *classes = commands[given["command"]]
+    return function(*read_options(given, *classes))
 
 
 def read_text(path):

@@ -28,7 +28,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 import grade
-from cli import UserError, at_least, option, read_json, read_jsonl, read_rows, run_cli, run_command
+from cli import UserError, option, read_json, read_jsonl, read_rows, run_cli, run_command
 from model import FAMILIES, Chat, block_diffusion_layout, checkpoint_dir, config_of
 from recipes import RECIPES, TEST, overlap, recipe_problems
 
@@ -471,7 +471,6 @@ def spread(name, values):
 
 
 def problems_asked_for(args):
-    at_least(1, args, "n")
     test_only = getattr(RECIPES.get(args.path), "splits", None) == TEST
     return load_problems(args.path, args.split or ("test" if test_only else "train"), args.n)
 

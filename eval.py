@@ -636,7 +636,6 @@ class NoOptions:
 
 def problems_of(args, graded=True):
     """The problems. Raises UserError, before anything is loaded or decoded, if one cannot be graded."""
-    cli.at_least(1, args, "n", "batch_size")
     problems = data.load_problems(args.task, args.split, args.n or (500 if args.task == "tiny" else None))
     for p in problems if graded else ():
         grade.check_gradable(p, args.allow_code_execution)
@@ -658,8 +657,6 @@ def settle(args, tasks, given):
 
 def curve_command(args, given):
     """results.jsonl, summary.json and curve.png in the folder, and the table in print."""
-    if args.y_max is not None and not args.y_max > 0:
-        raise UserError(f"--y_max is {args.y_max}: it must be above 0")
     protocol, problems = settle(args, [args.task], given), problems_of(args)
     rank, world = join_ranks()
     model, tok = load_both(args)
@@ -704,7 +701,6 @@ def nll_command(args, given):
 
 
 def tds_command(args):
-    cli.at_least(1, args, "n")
     records = data.read_trajectories(args.trajectories)[:args.n]
     if not records:
         raise UserError(f"{args.trajectories} holds no trajectory")

@@ -198,7 +198,6 @@ class Inspect(Stats):
 
 
 def collect_command(args, given):
-    cli.at_least(1, args, "batch_size")
     problems = problems_asked_for(args)
     for p in problems:  # said before a model is loaded
         grade.check_gradable(p, args.allow_code_execution or args.ungraded)
@@ -213,7 +212,6 @@ def collect_command(args, given):
 
 def records_asked_for(args):
     """The records of a folder or of one .jsonl; args then names their own model, unless it names another."""
-    cli.at_least(1, args, "n")
     path = Path(args.path)
     one = path.suffix == ".jsonl" and path.is_file()
     records = read_jsonl(path, tolerant=True) if one else read_trajectories(path)

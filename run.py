@@ -68,15 +68,13 @@ def parse(Config, presets, doc):
     """The command line of a method: field default < preset of the model's family < what is given."""
     parser = cli.new_parser(doc)
     cli.add_options(parser, Config, presets)
-    given = vars(parser.parse_args())
+    given = cli.given_to(parser)
     name = given.get("model", Config.model)
     family = nt_model.family_of(name, given.get("revision"))
     if family not in presets:
         raise UserError(f"--model {name}: there is no preset for its family {family}, only for "
                         f"{', '.join(presets)}: add one to PRESETS")
     cfg = Config(**{**presets[family], **given})
-    cli.at_least(1, cfg, "batch_size", "micro_batch", "save_every", "log_every")
-    cli.at_least(0, cfg, "max_steps", "eval_problems")
     return cfg
 
 

@@ -49,8 +49,6 @@ from model import (KVCache, attention_mask, config_of, decoding_defaults, defaul
 
 CACHES = ("none", "prefix", "dual", "vicinity", "exact")
 SCORES = ("confidence", "entropy", "margin")
-LEAST = dict(gen_len=1, block_len=1, per_step=1, steps=0, vicinity=0, top_k=0, block_add=0, decoded=0,
-             cache_delay=0, refresh=0)
 COMPILE = dict(fullgraph=True, dynamic=False)  # a graph break is an error
 STALE = 2**40  # forwards that no row has
 
@@ -81,18 +79,10 @@ class Decoding:
         for name, allowed in dict(policy=POLICIES, cache=CACHES, score=SCORES).items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name} {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
-        for name, least in LEAST.items():
-            if not getattr(self, name) >= least:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least {least}")
-        if not (0 < self.top_p <= 1 and 0 <= self.temperature < math.inf and 0 < self.eps < 1):
-            raise UserError(f"top_p {self.top_p}, temperature {self.temperature}, eps {self.eps}: top_p must "
-                            f"be in (0, 1], temperature finite and not negative, eps in (0, 1)")
+        for name, value in vars(self).items():
+            if type(value) in (int, float):
+                cli.check_number(name, value)
         policy = POLICIES[self.policy]
-        if policy.threshold:
-            low, high = policy.threshold
-            if not low <= self.threshold < high:
-                raise UserError(f"threshold {self.threshold} of policy {self.policy}: "
-                                f"it must be at least {low} and below {high}")
         if self.cache not in policy.caches:
             raise UserError(f"cache {self.cache!r} with policy {self.policy}: "
                             f"choose {' or '.join(policy.caches)}")
@@ -201,7 +191,6 @@ class Policy:
     """A function that chooses, and what the decoders must know about it."""
     choose: Callable              # (Forward, Decoding) -> (R, W) bool: what to reveal, of the masked ones
     memory: int = 0               # numbers that it keeps for a row between forwards; they begin as 0
-    threshold: tuple = None       # bounds of Decoding.threshold; None: it uses none
     one_block: bool = False       # the response is one block
     whole_response: bool = False  # it chooses in all blocks that are not cached, not in one block only
     caches: tuple = CACHES        # those that it works with
@@ -296,14 +285,13 @@ def by_block(x, s):
     return F.pad(x, (0, -x.shape[1] % s.block_len)).unflatten(1, (-1, s.block_len))
 
 
-NOT_NEGATIVE = (0, math.inf)
 POLICIES = {
     "static": Policy(static_policy, certain=static_forwards),
-    "threshold": Policy(threshold_policy, threshold=NOT_NEGATIVE),  # above 1: one position per forward
-    "factor": Policy(factor_policy, threshold=NOT_NEGATIVE),
-    "entropy": Policy(entropy_policy, threshold=NOT_NEGATIVE),
+    "threshold": Policy(threshold_policy),  # above 1: one position per forward
+    "factor": Policy(factor_policy),
+    "entropy": Policy(entropy_policy),
     "dream": Policy(dream_policy, one_block=True, block_causal=False),
-    "multiblock": Policy(multiblock_policy, memory=1, threshold=NOT_NEGATIVE, whole_response=True,
+    "multiblock": Policy(multiblock_policy, memory=1, whole_response=True,
                          caches=("none", "prefix"), block_causal=False),
 }
 
@@ -892,7 +880,6 @@ def decode_file(model, tok, args, settings, how):
 
 def main():
     args, given = cli.parse(__doc__, Options, Decoding)
-    cli.at_least(1, args, "batch_size", "sync_every")
     cli.check_picture(args.picture)
     if args.to and not Path(args.to).parent.is_dir():
         raise UserError(f"no directory {Path(args.to).parent} to write {args.to} to")

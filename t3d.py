@@ -37,7 +37,7 @@ import torch.nn.functional as F
 import eval as nt_eval
 import lora
 import run
-from cli import UserError, at_least, run_cli
+from cli import UserError, run_cli
 from data import (TINY_TRAINING, example_rng, hidden_rows, load_problems, load_tokenizer, read_trajectories,
                   stacked, teacher_rows)
 from model import by_chunks
@@ -240,8 +240,7 @@ def collect_round(cfg, r, model, tok, problems, number, begins):
 
 def check_config(cfg):
     """The settings that are used: the code's choices under --variant code."""
-    at_least(1, cfg, "refresh", "rounds")
-    if cfg.save_every % cfg.refresh:  # a continued run then starts with a fresh reference, as the first did
+    if not cfg.refresh or cfg.save_every % cfg.refresh:  # a continued run then starts with a fresh reference, as the first did
         raise UserError(f"--save_every {cfg.save_every} must be a multiple of --refresh {cfg.refresh}")
     if not 0 <= cfg.rand_p <= 1:
         raise UserError(f"--rand_p {cfg.rand_p} is a probability")

@@ -206,7 +206,7 @@ def auto_window(decay, mode):
 
 def choose_window(cfg, model, records, r):
     """W: the number given, or by the rule. The untrained student's decay is measured and drawn anyway."""
-    fixed = cfg.window.isdigit()
+    fixed = cfg.window.isdecimal()
     decay = nt_eval.confidence_decay(model, records)
     window = int(cfg.window) if fixed else auto_window(decay, cfg.window)
     if r.rank == 0:
@@ -251,7 +251,7 @@ def training_pairs(records, cfg, epoch):
 
 def main():
     cfg = run.parse(Config, PRESETS, __doc__)
-    if cfg.window not in LEVEL and not cfg.window.lstrip("0").isdigit():
+    if cfg.window not in LEVEL and not cfg.window.lstrip("0").isdecimal():
         raise UserError(f"--window {cfg.window!r}: a positive number of forwards, {' or '.join(LEVEL)}")
     if cfg.near == cfg.distant == "none":
         raise UserError("--near none --distant none: nothing is left to learn from; choose one of them")

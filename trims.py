@@ -43,7 +43,7 @@ import eval as nt_eval
 import lora
 import model as nt_model
 import run
-from cli import UserError, at_least, run_cli
+from cli import UserError, run_cli
 from data import (TINY_DECODING, TinySFT, example_rng, hidden_rows, load_problems, load_tokenizer,
                   pad_response, read_trajectories, stacked)
 from teacher import load_teacher, load_teacher_tokenizer, score_examples
@@ -220,7 +220,6 @@ def check_config(cfg):
     for name in ("trajectory_share", "p_context", "p_future", "block_share"):
         if not 0 <= getattr(cfg, name) <= 1:
             raise UserError(f"--{name} {getattr(cfg, name)}: it must be between 0 and 1")
-    at_least(1, cfg, "n_buckets", "score_batch")
     if cfg.trajectory_share and cfg.data == "tiny" and not cfg.n_examples:
         raise UserError("--n_examples 0 draws new examples at every step, which no teacher can rank "
                         "beforehand: give --trajectory_share 0, or a number of examples")

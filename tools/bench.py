@@ -194,7 +194,6 @@ class Options(nt_eval.ModelOptions):
 
 def main():
     args, given = cli.parse(__doc__, Options, sample.Decoding)
-    cli.at_least(1, args, "batch_size", "prompt_len", "sync_every")
     if args.shape and args.shape not in SHAPES:
         raise UserError(f"no shape {args.shape}: choose one of {', '.join(SHAPES)}, or give --model instead")
     if args.shape:

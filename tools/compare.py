@@ -232,8 +232,6 @@ class PublishedOptions:
 
 
 def runs_command(args):
-    if args.y_max is not None and not args.y_max > 0:
-        raise UserError(f"--y_max is {args.y_max}: it must be above 0")
     runs, out = read_runs(args.sources), Path(args.out)
     if args.base not in runs:
         raise UserError(f"no run is labelled {args.base!r} (--base): there are {', '.join(runs)}")

@@ -181,7 +181,6 @@ def write(results, decoded, kept):
 
 def main():
     args, given = cli.parse(__doc__, Options, Decoding)
-    cli.at_least(1, args, "batch_size", "limit")
     names = args.tasks.split(",")
     protocol = nt_eval.settle(args, names, given)
     if len(args.points or args.thresholds or [0]) > 1:

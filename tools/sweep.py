@@ -137,7 +137,6 @@ class Options:
 
 def main():
     args = cli.parse(__doc__, Options)
-    cli.at_least(1, args, "seeds", "n")
     unknown = sorted(set(args.only or []) - set(METHODS))
     if unknown:
         raise UserError(f"--only {unknown}: unknown; there are {', '.join(METHODS)}")
