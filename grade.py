@@ -54,42 +54,32 @@ def is_correct(problem, text, allow_code=False):
     return GRADERS[grader_of(problem)](problem, text)
 
 
-def submit(problem, text, allow_code=False):
+def submit(problem, text, allow_code=False, pools={"code": PROGRAMS}):
     """is_correct as a Future: a program runs beside the caller, the rest is graded before this returns."""
     check_gradable(problem, allow_code)
-    if grader_of(problem) == "code":
-        return PROGRAMS.submit(GRADERS["code"], problem, text)
+    grader = grader_of(problem)
+    if grader in pools:
+        return pools[grader].submit(GRADERS[grader], problem, text)
     done = futures.Future()
     done.set_result(is_correct(problem, text))
     return done
 
 
-def grade_all(problems, texts, allow_code=False, workers=CORES, progress=False):
-    """is_correct of each pair -> list of bool; `workers` threads run programs, as many processes formulas."""
-    for problem in problems:
+def grade_all(problems, texts, allow_code=False, progress=False):
+    """is_correct of each pair -> list of bool: programs in threads, many formulas in processes."""
+    for problem in problems:  # before the first program starts
         check_gradable(problem, allow_code)
-    pairs = list(zip(problems, texts, strict=True))
-    graders = [grader_of(problem) for problem in problems]
-    pools = {"code": futures.ThreadPoolExecutor(workers)}
-    if graders.count("math") >= MANY:
+    pools = {"code": futures.ThreadPoolExecutor(CORES)}
+    if list(map(grader_of, problems)).count("math") >= MANY:
         from multiprocessing import get_context  # few need it
-        pools["math"] = futures.ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
-    right = [None] * len(pairs)
-    with tqdm(total=len(pairs), unit="problem", desc="grade", disable=not progress) as bar:
-        try:
-            jobs = {pools[grader].submit(GRADERS[grader], *pairs[i]): i
-                    for i, grader in enumerate(graders) if grader in pools}
-            for i, grader in enumerate(graders):
-                if grader not in pools:
-                    right[i] = is_correct(*pairs[i])
-                    bar.update()
-            for job in futures.as_completed(jobs):
-                right[jobs[job]] = job.result()
-                bar.update()
-        finally:
-            for pool in pools.values():
-                pool.shutdown(cancel_futures=True)  # ctrl-c does not wait for what has not begun
-    return right
+        pools["math"] = futures.ProcessPoolExecutor(CORES, mp_context=get_context("spawn"))
+    try:
+        jobs = [submit(*pair, allow_code, pools) for pair in zip(problems, texts, strict=True)]
+        list(tqdm(futures.as_completed(jobs), "grade", len(jobs), unit="problem", disable=not progress))
+        return [job.result() for job in jobs]
+    finally:
+        for pool in pools.values():
+            pool.shutdown(cancel_futures=True)  # ctrl-c does not wait for what has not begun
 
 
 # --------------------------------------------------------------------------------------- numbers and formulas
@@ -190,11 +180,11 @@ def programs(problem, text):
     name = "|".join(map(re.escape, [entry] if entry else called)) or "(?!)"  # (?!) matches nothing
     defines = re.compile(rf"^(?:(?:async )?def|class) +(?:{name})\b|^(?:{name}) *=", re.M).search
     wanted = [code for code in reversed(blocks) if defines(code)]  # not parsed: it is generated code
-    others = sorted((code for code in blocks if code not in wanted), key=len, reverse=True)
     heads = [code for _, code in FENCE.findall(prompt)] + [prompt]
     head = next((code for code in heads if entry and defines(code)), None)
     before = [f"{head}\n", f"{head}\n    ", ""] if head else [""]
-    return [start + code for code in [*wanted, *others, text] for start in before]
+    blocks.sort(key=len, reverse=True)  # those of `wanted` come twice: what did not compile will not
+    return [start + code for code in [*wanted, *blocks, text] for start in before]
 
 
 def tests_of(problem):
@@ -204,20 +194,19 @@ def tests_of(problem):
     """
     source = joined(problem.get("setup") or problem.get("test_setup")) + "\n" + joined(problem["tests"])
     body = statements(source) or []
-    tested = [n for n in body if isinstance(n, ast.ClassDef) and n.name.startswith("Test")]
-    defined = {n.name: n for n in body if isinstance(n, FUNCTION) or n in tested}
+    defined = {n.name: n for n in body if isinstance(n, FUNCTION)
+               or isinstance(n, ast.ClassDef) and n.name.startswith("Test")}
     calls = [call for node in defined.values() for call in calls_of(node)]
     if "check" in defined and (problem.get("entry_point") or "").isidentifier():
         calls.append(f"check({problem['entry_point']})")
-    ran = [n for n in body if not isinstance(n, (*FUNCTION, ast.ClassDef))]
-    ran += statements("\n".join(calls)) or []  # and the functions and classes that these name
+    source = "\n".join([source, *calls])
+    ran = [n for n in statements(source) or [] if not hasattr(n, "name")]  # and what these name
     named = {n.id for top in ran for n in ast.walk(top) if isinstance(n, ast.Name)}
     ran += [node for name, node in defined.items() if name in named]
-    nodes = [n for top in ran for n in ast.walk(top)]
-    used = ["assert" if isinstance(n, ast.Assert) else getattr(n, "attr", getattr(n, "id", ""))
-            for n in nodes]
-    checks = any(name == "raises" or name.startswith("assert") for name in used)
-    return "\n".join([source, *calls]) if checks else ""
+    used = {getattr(n, "attr", getattr(n, "id", "assert" * isinstance(n, ast.Assert)))
+            for top in ran for n in ast.walk(top)}
+    checks = any(re.match("assert|raises$", name) for name in used)
+    return source if checks else ""
 
 
 def calls_of(node):

@@ -106,20 +106,15 @@ def take(n):
 
 def watch(pid, timeout):
     """Wait for a process and end its group -> its exit code, 128 + the signal that ended it, or TIMED_OUT."""
-    late = []
-
-    def kill(*_):
-        late.append(True)
+    def kill(*_, end=os.kill):
         with suppress(OSError):
-            os.kill(pid, signal.SIGKILL)
+            end(pid, signal.SIGKILL)
     signal.signal(signal.SIGALRM, kill)
     signal.setitimer(signal.ITIMER_REAL, timeout)
-    _, status = os.waitpid(pid, 0)
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    with suppress(OSError):
-        os.killpg(pid, signal.SIGKILL)
-    code = os.waitstatus_to_exitcode(status)
-    return TIMED_OUT if late else code if code >= 0 else 128 - code
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    left, _ = signal.setitimer(signal.ITIMER_REAL, 0)
+    kill(end=os.killpg)
+    return TIMED_OUT if not left else code if code >= 0 else 128 - code
 
 
 def shut(event, args, error=RuntimeError, doors=("ctypes.", "sys.settrace")):

@@ -56,8 +56,13 @@ def forward_and_lora_step(model, device, length=512):
     return forward_ms, step_ms, finite
 
 
-def small_model(family="llada", **kw):
-    return bench.random_weights(nt_model.config_from_json(raw_config(family)), std=0.3, **kw)
+def small_model(family="llada"):
+    model = bench.random_weights(nt_model.config_from_json(raw_config(family)))
+    generator = torch.Generator().manual_seed(0)
+    for name, p in model.named_parameters():
+        if not name.endswith("norm.weight"):
+            p.data.normal_(std=0.3, generator=generator)
+    return model
 
 
 def tad_micro_batch(model, teacher, examples, cfg, device, plain):

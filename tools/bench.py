@@ -13,12 +13,12 @@ import re
 import resource
 import statistics
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.profiler import profile
+from torch.utils.benchmark import timer
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -44,55 +44,22 @@ SHAPES = {  # the public config.json files; llada-60m is a small one of our own,
 }
 
 
-def random_weights(cfg, device="cpu", dtype=torch.float32, std=0.02):
+def random_weights(cfg, device="cpu", dtype=torch.float32):
     """A model of a shape, built on the meta device and filled on `device`."""
     with torch.device("meta"):
         model = Transformer(cfg).to(dtype)
-    model = model.to_empty(device=device).eval()
     generator = torch.Generator(device).manual_seed(0)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.fill_(1) if name.endswith("norm.weight") else p.normal_(std=std, generator=generator)
-    return model
+    return model.to_empty(device=device).init_weights(generator).eval()
 
 
 def timed(what, call, n=3):
     """Call once, then n times -> the last result, seconds of the first call, median seconds of the others."""
     times = []
     for _ in tqdm(range(n + 1), desc=what, leave=False):
-        began = time.perf_counter()
+        began = timer()  # when the device is done
         result = call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
+        times.append(timer() - began)
     return result, times[0], statistics.median(times[1:])
-
-
-def device_limits():
-    """What the device reaches: copying (GB/s read and written), and a large matrix product (TFLOP/s)."""
-    device, dtype = default_device()
-    scale = 4 if torch.cuda.is_available() else 1
-    big = torch.ones(2**26 * scale, device=device)
-    other = torch.empty_like(big)
-    copying = timed("copy", lambda: other.copy_(big))[2]
-    n = 2048 * scale
-    x = torch.randn(n, n, device=device, dtype=dtype)
-    layer = torch.nn.Linear(n, n, bias=False, device=device, dtype=dtype)
-    if can_pack(layer.weight):
-        layer = with_linear(layer, PackedLinear)
-    multiplying = timed("matrix product", lambda: layer(x))[2]
-    return 2 * big.nbytes / copying / 1e9, 2 * n**3 / multiplying / 1e12
-
-
-def forwards_of(batch):
-    """{name: a forward over the whole canvases, and over the windows where there is a cache}."""
-    everyone = range(len(batch.owner))
-    batch.admit(dict(zip(everyone, everyone)))
-    rows, width = batch.row_numbers(list(everyone)), batch.window_width(batch.P)
-    forwards = {"whole_ms": lambda: batch.forward(rows, batch.s.scored_len)}
-    if batch.cache is not None:
-        forwards["window_ms"] = lambda: batch.forward(None, width)
-    return forwards
 
 
 def flop_and_bytes(batch):
@@ -111,30 +78,30 @@ def flop_and_bytes(batch):
 
 
 def roofline(batch, step_ms):
-    """How much of what the device reaches a forward uses -> dict."""
-    flop, n_bytes = flop_and_bytes(batch)
-    gb_limit, tflop_limit = device_limits()
+    """How much of what the device reaches, copying and multiplying large matrices, a forward uses -> dict."""
+    device, dtype = default_device()
+    scale = 4 if torch.cuda.is_available() else 1
+    big = torch.ones(2**26 * scale, device=device)
+    other = torch.empty_like(big)
+    gb_limit = 2 * big.nbytes / timed("copy", lambda: other.copy_(big))[2] / 1e9  # read and written
+    n = 2048 * scale
+    layer = torch.nn.Linear(n, n, bias=False, device=device, dtype=dtype)
+    x = layer.weight
+    if can_pack(x):
+        layer = with_linear(layer, PackedLinear)
+    tflop_limit = 2 * n**3 / timed("matrix product", lambda: layer(x))[2] / 1e12
     if re.search("H[12]00", nt_eval.device_name()):
         tflop_limit = 989.0  # dense bf16, by the data sheet
+    flop, n_bytes = flop_and_bytes(batch)
     gb_per_s, tflop_per_s = n_bytes / step_ms / 1e6, flop / step_ms / 1e9
     return dict(
         gb_per_s=gb_per_s, bandwidth_share=gb_per_s / gb_limit,
         tflop_per_s=tflop_per_s, peak_tflop_per_s=tflop_limit, flop_share=tflop_per_s / tflop_limit)
 
 
-def make_prompts(model, args):
-    """Problems of the tiny task for the tiny model, else random ids."""
-    if args.model == "tiny" and not args.shape:
-        tok = data.load_tokenizer("tiny")
-        return [tok.prompt_ids(p["prompt"]) for p in data.load_problems("tiny", "test", args.batch_size)]
-    torch.manual_seed(0)
-    return list(torch.randint(0, model.cfg.vocab_size // 2, (args.batch_size, args.prompt_len)))
-
-
 @torch.no_grad()
-def measure(model, args, s):
+def measure(model, prompts, args, s):
     """-> the facts that are printed, and a forward of the same work to look into. s: sample.Decoding."""
-    prompts = make_prompts(model, args)
     sample.check_prompts(model.cfg, prompts, s)
     model = sample.in_blocks(model, s.block_len)
     if torch.cuda.is_available():
@@ -154,16 +121,28 @@ def measure(model, args, s):
 
     (batch, outs), first_run_s, run_s = timed("decode", decode)
     tokens, nfe = sum(map(n_tokens, outs)), sum(out.nfe for out in outs)
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     facts = dict(
         device=nt_eval.device_name(), threads=torch.get_num_threads(), dtype=nt_eval.dtype_name(model),
         torch=torch.__version__, python=platform.python_version(),
-        model=args.shape or args.model, parameters=sum(p.numel() for p in model.parameters()),
-        batch=len(prompts), prompt_len=max(map(len, prompts)), **vars(s), **how,
-        compiled_now=batch.compiled, first_run_s=first_run_s, run_s=run_s, peak_gib=peak_gib(),
-        tok_per_s=tokens / run_s, samples_per_h=3600 * len(outs) / run_s, tpf=tokens / nfe, nfe=nfe,
+        model=args.shape or args.model,
+        parameters=sum(p.numel() for p in model.parameters()),
+        batch=len(prompts), prompt_len=max(map(len, prompts)),
+        **vars(s), **how,
+        compiled_now=batch.compiled, first_run_s=first_run_s, run_s=run_s,
+        peak_gib=(torch.cuda.max_memory_allocated() or resident) / 2**30,
+        tok_per_s=tokens / run_s,
+        samples_per_h=3600 * len(outs) / run_s,
+        tpf=tokens / nfe, nfe=nfe,
         forwards=batch.forwards, ms_per_forward=1000 * run_s / batch.forwards,
         forwards_per_look=batch.forwards / batch.looks)
-    for name, forward in forwards_of(batch).items():  # the median does not see the calls that compile
+    everyone = list(range(len(batch.owner)))
+    batch.admit(dict(zip(everyone, everyone)))
+    rows, width = batch.row_numbers(everyone), batch.window_width(batch.P)
+    forwards = {"whole_ms": lambda: batch.forward(rows, batch.s.scored_len)}
+    if batch.cache is not None:
+        forwards["window_ms"] = lambda: batch.forward(None, width)
+    for name, forward in forwards.items():  # the median does not see the calls that compile
         facts[name] = 1000 * timed(name, forward, 11)[2]
     facts |= roofline(batch, facts[name])
     alone, _, alone_s = timed("reference", reference)
@@ -172,14 +151,6 @@ def measure(model, args, s):
     if s.policy == "static" and not s.early_stop:  # else its one prompt is not the batch's work
         facts["speedup"] = facts["tok_per_s"] / facts["reference_tok_per_s"]
     return facts, forward
-
-
-def peak_gib():
-    """Of this process, so far: on a GPU, or resident on Linux and macOS."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    unit = 2**30 if sys.platform == "darwin" else 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 @dataclass
@@ -199,8 +170,14 @@ def main():
     if args.shape:
         model = random_weights(SHAPES[args.shape], *default_device())
     else:
-        model, _ = nt_eval.load_both(args)
-    facts, forward = measure(model, args, sample.Decoding(**{**decoding_defaults(model.cfg), **given}))
+        model, tok = nt_eval.load_both(args)
+    if args.shape or args.model != "tiny":
+        torch.manual_seed(0)
+        prompts = list(torch.randint(0, model.cfg.vocab_size // 2, (args.batch_size, args.prompt_len)))
+    else:
+        prompts = [tok.prompt_ids(p["prompt"]) for p in data.load_problems("tiny", "test", args.batch_size)]
+    settings = {**decoding_defaults(model.cfg), **given}
+    facts, forward = measure(model, prompts, args, sample.Decoding(**settings))
     facts = {key: round(v, 4) if isinstance(v, float) else v for key, v in facts.items()}
     for key, value in facts.items():
         print(f"{key:>26}  {value}")
