@@ -82,7 +82,6 @@ def grade_all(problems, texts, allow_code=False, progress=False):
             pool.shutdown(cancel_futures=True)  # ctrl-c does not wait for what has not begun
 
 
-# --------------------------------------------------------------------------------------- numbers and formulas
 NUMBER = re.compile(r"(?<![\w.)])-?(?:\$\s?)?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?"
                     r"|(?<![\w.)])-?\$?\.[0-9]+|[0-9]+(?:\.[0-9]+)?")
 
@@ -139,8 +138,6 @@ def math_correct(problem, text):
     return bool(library.verify(gold, given, timeout_seconds=seconds))
 
 
-# ------------------------------------------------------------------------------------- code: reply -> program
-FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 FENCE = re.compile(r"```[ \t]*(\w*)[^\n]*\n(.*?)(?:```|\Z)", re.S)  # a last block may be cut off
 
 
@@ -170,8 +167,8 @@ def joined(source):
 
 def programs(problem, text):
     """The programs a reply may mean, best first: the last fenced block that defines what the tests ask for,
-    the longest, the bare text. Before each, where the prompt has it, the head of entry_point (HumanEval): for
-    its imports, and because a reply may be the body alone, even with its first line's indentation stripped.
+    the longest, the bare text. Before each the prompt's head of entry_point (HumanEval), if there is one: for
+    its imports, and as a reply may be the body alone, even with its first line's indentation stripped.
     """
     blocks = [code for tag, code in FENCE.findall(text) if tag.lower() in ("", "py", "python", "python3")]
     entry, prompt = problem.get("entry_point"), problem.get("prompt", "")
@@ -194,7 +191,7 @@ def tests_of(problem):
     """
     source = joined(problem.get("setup") or problem.get("test_setup")) + "\n" + joined(problem["tests"])
     body = statements(source) or []
-    defined = {n.name: n for n in body if isinstance(n, FUNCTION)
+    defined = {n.name: n for n in body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))
                or isinstance(n, ast.ClassDef) and n.name.startswith("Test")}
     calls = [call for node in defined.values() for call in calls_of(node)]
     if "check" in defined and (problem.get("entry_point") or "").isidentifier():

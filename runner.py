@@ -30,7 +30,7 @@ WORD = 32  # characters
 TIMED_OUT = 124  # exit code
 TIMEOUT = 10  # seconds a program and its tests may take, of wall time and of CPU time
 LINUX = sys.platform == "linux"
-NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
+NAMESPACES, NEWUSER = 0x68020000, 0x10000000  # CLONE_NEWNET, NEWPID, NEWIPC and NEWNS
 # fork vfork clone clone3 execve execveat socket (a Unix one reaches out of a network namespace) ptrace
 # process_vm_readv process_vm_writev, and ways around: open_by_handle_at io_uring_setup
 SYSCALLS = {"x86_64": (0xC000003E, (57, 58, 56, 435, 59, 322, 41, 101, 310, 311, 304, 425)),
@@ -62,7 +62,7 @@ def child_says(task, timeout, word=""):
     """Start this file as a process -> (exit code, the first 4096 characters that it says)."""
     with (tempfile.TemporaryDirectory(prefix="nanotraj-", ignore_cleanup_errors=True) as cwd,
           tempfile.TemporaryFile() as said):  # not a pipe, which a program could flood or keep open
-        env = {**ENV, **{k: os.environ[k] for k in ("SYSTEMROOT",) if k in os.environ}}  # Windows needs it
+        env = {**ENV, **{k: v for k, v in os.environ.items() if k == "SYSTEMROOT"}}  # Windows needs it
         command = [sys.executable, "-I", "-B", "-X", "utf8", os.path.abspath(__file__)]
         line = json.dumps(task)  # ASCII
         try:  # the child keeps the time; what it forked dies with it (PR_SET_PDEATHSIG)
@@ -149,18 +149,18 @@ def run(programs, tests, said):
 def enter_namespaces():
     """No network, no other process in sight, a folder in 64 MB of memory -> words, False if not permitted."""
     libc = ctypes.CDLL(None)
-    uid, gid, flags = os.getuid(), os.getgid(), NEWNS | NEWIPC | NEWPID | NEWNET
+    uid, gid = os.getuid(), os.getgid()
     names = "network, pid, ipc, mount"
-    if libc.unshare(flags):  # root may do so at once, anyone else inside a user namespace
-        if libc.unshare(flags | NEWUSER):
+    if libc.unshare(NAMESPACES):  # root may do so at once, anyone else inside a user namespace
+        if libc.unshare(NAMESPACES | NEWUSER):
             return False
         names += ", user"
         for file, line in dict(setgroups="deny", uid_map=f"{uid} {uid} 1", gid_map=f"{gid} {gid} 1").items():
             with suppress(OSError), open(f"/proc/self/{file}", "w") as f:
                 f.write(line)
     private, plain, cwd = 0x4000 | 0x40000, 2 | 4 | 8, os.getcwd().encode()  # plain: no suid, device, exec
-    if (libc.mount(None, b"/", None, private, None) == 0
-            and libc.mount(b"tmpfs", cwd, b"tmpfs", plain, b"size=64m,mode=700") == 0):
+    if not (libc.mount(None, b"/", None, private, None)
+            or libc.mount(b"tmpfs", cwd, b"tmpfs", plain, b"size=64m,mode=700")):
         os.chdir(cwd)
         names += "; 64 MB folder"
     return names

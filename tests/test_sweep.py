@@ -11,17 +11,15 @@ import eval as nt_eval
 import model as nt_model
 import run
 import sweep
-import trims
 from cli import UserError, read_jsonl
 
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     rows = ("base", "SFT-SD", "TRIMS", "TAD: near only", "T3D")
-    few = {label: command and command.replace("--n_problems 1000", "--n_problems 8")
+    few = {label: command.replace("--n_problems 1000", "--n_problems 8")
            for label, command in sweep.METHODS.items() if label in rows}
     monkeypatch.setattr(sweep, "METHODS", {**few, "TRIMS": few["TRIMS"] + " --n_examples 8"})
-    monkeypatch.setitem(trims.PRESETS, "tiny", {**trims.PRESETS["tiny"], "n_examples": 8})
     monkeypatch.setattr(sweep, "N_TRAJECTORIES", 8)
     monkeypatch.setattr(sweep, "COMMON", sweep.COMMON.replace("200", "1").replace("16", "4"))
     protocol = {**nt_eval.PROTOCOLS["tiny-table"], "compiled": False}
@@ -38,7 +36,6 @@ def test_a_sweep_is_resumed_and_makes_the_table(small, monkeypatch, capsys):
         if words[1].endswith(".py"):  # what the runs share is there before the first one
             for name in ("own", "privileged", "rollouts"):
                 assert len(data.read_trajectories(small / f"trajectories-{name}")) == 8
-            assert len(read_jsonl(small / "difficulty/rank0.jsonl")) == 8
             trained.append(words)
         return real(words, **kw)
     monkeypatch.setattr(subprocess, "run", noted)
@@ -51,11 +48,15 @@ def test_a_sweep_is_resumed_and_makes_the_table(small, monkeypatch, capsys):
     monkeypatch.setattr(sweep, "evaluate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sweep.main()
+    scores = small / "difficulty/rank0.jsonl"
+    assert len(read_jsonl(scores)) == 8  # by the first TRIMS run, for all
+    scored = scores.stat().st_mtime_ns
     n, stamps = len(trained), {p: p.stat().st_mtime_ns for p in small.glob("*/results.jsonl")}
     assert n == 5 and len(stamps) == 6  # seed 0 whole, seed 1: the base
     monkeypatch.setattr(sweep, "evaluate", inner)
     sweep.main()
     assert len(trained) == 9 and all(p.stat().st_mtime_ns == t for p, t in stamps.items())
+    assert scores.stat().st_mtime_ns == scored
     text = (small / "compare.md").read_text()
     assert text in capsys.readouterr().out and text.startswith("8 problems")
     lines = [line.strip("| ").split(" | ") for line in text.splitlines() if "|" in line]
@@ -84,20 +85,16 @@ def test_the_teacher_scores_once_for_all_trims_runs(monkeypatch, tmp_path, capfd
     monkeypatch.setattr(sweep, "METHODS", {"TRIMS": "trims.py --n_examples 8",
                                             "SFT-GT": "trims.py --trajectory_share 0 --n_examples 8"})
     monkeypatch.setattr(sweep, "COMMON", "--max_steps 1 --batch_size 4 --micro_batch 4")
-    monkeypatch.setitem(trims.PRESETS, "tiny", {**trims.PRESETS["tiny"], "n_examples": 8})
-    sweep.score(data.load_tokenizer("tiny"), tmp_path)
-    assert "difficulty: " in capfd.readouterr().err
-    for seed in (0, 1):
+    for seed, scores in ((0, True), (1, False)):
         sweep.train("TRIMS", seed, tmp_path)
-    assert "difficulty: " not in capfd.readouterr().err
+        assert ("difficulty: " in capfd.readouterr().err) is scores
     assert len(read_jsonl(tmp_path / "difficulty/rank0.jsonl")) == 8
     spent = [sweep.costs("TRIMS", seed, tmp_path)["collect_s"] for seed in (0, 1)]
     assert spent[0] == spent[1] > 0  # each would have had to
-    shutil.rmtree(tmp_path / "difficulty")  # a link to nothing is no error: scored again before the runs
+    shutil.rmtree(tmp_path / "difficulty")  # a link to nothing is no error: scored again
     shutil.rmtree(tmp_path / "trims-1/adapter")
-    sweep.score(data.load_tokenizer("tiny"), tmp_path)
-    assert "difficulty: " in capfd.readouterr().err
     sweep.train("TRIMS", 1, tmp_path)
+    assert "difficulty: " in capfd.readouterr().err
     assert (tmp_path / "trims-1/difficulty/rank0.jsonl").exists()
     sweep.train("SFT-GT", 0, tmp_path)
     assert sweep.costs("SFT-GT", 0, tmp_path)["collect_s"] == 0
@@ -109,13 +106,14 @@ def test_only_what_the_rows_share_is_prepared(small, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["trajectories-own"]
 
 
-def test_a_run_that_fails_stops_the_sweep(small, monkeypatch):
-    monkeypatch.setattr(sweep, "METHODS", {"base": None, "broken": "tad.py --window never"})
+def test_a_run_that_fails_stops_the_sweep(small, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "METHODS", {"base": "", "broken": "tad.py --window never"})
     with pytest.raises(UserError, match="broken, seed 0: tad.py ended with 2"):
         sweep.main()
     monkeypatch.setattr("sys.argv", ["sweep.py", "--only", "nothing"])
-    with pytest.raises(UserError, match="unknown"):
+    with pytest.raises(SystemExit, match="2"):
         sweep.main()
+    assert "--only: invalid choice: 'nothing' (choose from" in capsys.readouterr().err
 
 
 def test_every_row_is_a_command_its_script_accepts(monkeypatch, tmp_path):

@@ -62,8 +62,10 @@ def timed(what, call, n=3):
     return result, times[0], statistics.median(times[1:])
 
 
-def flop_and_bytes(batch):
-    """Of a forward over the windows, or the canvases: floating-point operations, bytes that must be read."""
+def roofline(batch, step_ms):
+    """Of a forward over the windows, or the canvases: how much it uses of the speeds at which the device copies
+    and multiplies large matrices -> dict.
+    """
     cfg, rows, window = batch.model.cfg, len(batch.prompts), batch.cache is not None
     T = max(map(len, batch.prompts)) + batch.s.gen_len  # padding does not count
     columns = batch.window_width(batch.P) + sample.reach(batch.s, cfg) if window else T
@@ -74,11 +76,9 @@ def flop_and_bytes(batch):
     flop = 2 * rows * (columns * cfg.n_layer * (projections + attention) + scored * head)
     size = batch.model.embed.weight.element_size()
     keys = 2 * rows * T * cfg.n_layer * cfg.n_kv_head * cfg.head_dim * size if window else 0
-    return flop, (cfg.n_layer * projections + head) * size + keys
+    n_bytes = (cfg.n_layer * projections + head) * size + keys
+    gb_per_s, tflop_per_s = n_bytes / step_ms / 1e6, flop / step_ms / 1e9
 
-
-def roofline(batch, step_ms):
-    """How much of what the device reaches, copying and multiplying large matrices, a forward uses -> dict."""
     device, dtype = default_device()
     scale = 4 if torch.cuda.is_available() else 1
     big = torch.ones(2**26 * scale, device=device)
@@ -92,8 +92,6 @@ def roofline(batch, step_ms):
     tflop_limit = 2 * n**3 / timed("matrix product", lambda: layer(x))[2] / 1e12
     if re.search("H[12]00", nt_eval.device_name()):
         tflop_limit = 989.0  # dense bf16, by the data sheet
-    flop, n_bytes = flop_and_bytes(batch)
-    gb_per_s, tflop_per_s = n_bytes / step_ms / 1e6, flop / step_ms / 1e9
     return dict(
         gb_per_s=gb_per_s, bandwidth_share=gb_per_s / gb_limit,
         tflop_per_s=tflop_per_s, peak_tflop_per_s=tflop_limit, flop_share=tflop_per_s / tflop_limit)

@@ -4,8 +4,7 @@
     python tools/compare.py runs assets/comparison.jsonl.gz --control SFT-SD     # README's comparison
     python tools/compare.py published gsm8k --model llada
 
-A run is a folder with the results.jsonl of eval.py or tools/sweep.py; a .jsonl.gz holds many, see pack().
-`python tools/sweep.py` ends with writing assets/comparison.jsonl.gz anew, as out/sweep/comparison.jsonl.gz.
+A run is a folder with the results.jsonl of eval.py or tools/sweep.py; a .jsonl.gz of sweep.py holds many.
 """
 import gzip
 import json
@@ -27,12 +26,10 @@ from cli import UserError, option, read_json, read_jsonl, run_cli  # noqa: E402
 # what is said of a run; a column that no run has is left out
 COLUMNS = ("token by token, %", "2 per forward, %", "4 per forward, %", "at 0.9, %", "TPF at 0.9", "AUP",
            "TDS, nats^2", "tok/s at 0.9", "training, min", "collecting, min")
-PAIRED = COLUMNS[:6]  # whose differences from the control are printed
 ACCURACY_AT = dict(zip(("1 per forward", "2 per forward", "4 per forward", "threshold 0.9"), COLUMNS))
 COUNTS = ("correct", "tokens", "nfe")  # per problem
 
 
-# ------------------------------------------------------------------------- runs
 def read_points(source):
     """The points of a folder, or of a file that pack() wrote, which names their folders."""
     source = Path(source)
@@ -95,19 +92,18 @@ def summarize(points, y_max, pick=slice(None)):
     return [row.get(column, np.nan) for column in COLUMNS]
 
 
-def bootstrap(runs, y_max, n_boot=1000, seed=0):
-    """{label: (1 + n_boot, columns)}: the mean over a label's runs, then its replicates. A replicate draws
-    problems (the same for every model) and, for models with several runs, run numbers (the same for every
-    such model). Where every run has problems of its own, that counts their spread twice: the intervals are
-    then too wide.
+def bootstrap(runs, y_max, n_boot):
+    """{label: (1 + n_boot, columns)}: the mean over a label's runs, then replicates, which draw problems and,
+    where there are several runs, run numbers, the same for every label. Where every run has problems of its
+    own, that counts their spread twice: the intervals are then too wide.
     """
     draws = {label: [[summarize(points, y_max) for points in of_label]] for label, of_label in runs.items()}
     sets = sorted({tuple(points[0]["ids"]) for of_label in runs.values() for points in of_label})
     for replicate in tqdm(range(1, n_boot + 1), desc="bootstrap"):
-        rng = np.random.default_rng([seed, replicate])
+        rng = np.random.default_rng([0, replicate])
         picks = {ids: rng.integers(len(ids), size=len(ids)) for ids in sets}
         for label, of_label in runs.items():
-            same = np.random.default_rng([seed, replicate, 1])  # of every label
+            same = np.random.default_rng([0, replicate, 1])  # of every label
             chosen = [of_label[i] for i in same.integers(len(of_label), size=len(of_label))]
             rows = [summarize(points, y_max, picks[tuple(points[0]["ids"])]) for points in chosen]
             draws[label].append(rows)
@@ -126,25 +122,24 @@ def shown(values, bracketed=False):
 
 
 def compare(runs, base, control, n_boot=1000, y_max=None):
-    """Table of every label's mean over runs and, paired, its ratio to base and difference from control.
-    Intervals are 95% bootstrap percentiles, see there; in the table half their width.
-    """
-    every = [(label, points) for label, of_label in runs.items() for points in of_label]
-    y_max = y_max or nt_eval.best_accuracy([(label, filter(on_curve, points)) for label, points in every])
+    """The table of means over runs and, below it, paired: ratios to base, differences from control."""
+    every = sum(runs.values(), [])
+    correct = [point["correct"] for points in every for point in points if on_curve(point)]
+    y_max = y_max or 100 * max(map(np.mean, correct))
     draws = bootstrap(runs, y_max, n_boot)
-    known = [j for j in range(len(COLUMNS)) if not all(np.isnan(d[0, j]) for d in draws.values())]
+    (known,) = np.isfinite([rows[0] for rows in draws.values()]).any(0).nonzero()
     table = [["model", "runs", *(COLUMNS[j] for j in known)]]
     for label, rows in draws.items():
         table.append([label, str(len(runs[label])), *(shown(rows[:, j]) for j in known)])
     header, *body = (f"| {' | '.join(cells)} |" for cells in table)
-    n = len({i for _, points in every for i in points[0]["ids"]})
+    n = len({i for points in every for i in points[0]["ids"]})
     about = f"{n} problems, y_max {y_max:.2f}; ± is half of a 95% bootstrap interval over problems and runs"
     lines = [about, "", header, "|---" * len(table[0]) + "|", *body, ""]
     aup = COLUMNS.index("AUP")
     for label, rows in draws.items():
-        if base in draws and label != base:
+        if label != base:
             lines.append(f"AUP {label} / {base}: {shown(rows[:, aup] / draws[base][:, aup], bracketed=True)}")
-        for j, name in enumerate(PAIRED) if control in draws and label not in (base, control) else ():
+        for j, name in enumerate(COLUMNS[:6]) if control in draws and label not in (base, control) else ():
             values = rows[:, j] - draws[control][:, j]
             if not np.isnan(values).any():  # else the protocol lacks this rule
                 spread = values[1:].std()
@@ -153,45 +148,37 @@ def compare(runs, base, control, n_boot=1000, y_max=None):
     return "\n".join(lines)
 
 
-def pooled(of_label):
-    """The points of a label's runs as one: every point with the problems of all runs, run after run."""
-    points = []
-    for alike in zip(*of_label):
-        joined = {key: np.concatenate([point[key] for point in alike]) for key in COUNTS}
-        points.append({**alike[0], **joined})
-    return points
-
-
 def picture(runs, path):
-    """A curve per label: by thresholds, and by tokens per forward. A label with a colon ("TAD: near only") is
-    an ablation: in the table, not in the picture.
+    """A curve per label, over the problems of all its runs. Labels with a colon ("TAD: near only") are
+    ablations: in the table, not in the picture.
     """
-    curves = [(label, pooled(of_label)) for label, of_label in runs.items() if ":" not in label]
-    panels = {
+    curves, panels = {}, {}
+    for label, of_label in runs.items():
+        if ":" not in label:
+            curves[label] = [
+                {**alike[0], **{key: np.concatenate([point[key] for point in alike]) for key in COUNTS}}
+                for alike in zip(*of_label)]
+    for title, keep in {
         "thresholds, and token by token": on_curve,
         "a fixed number of tokens per forward": lambda point: point["rule"].endswith("per forward"),
-    }
-    for title, keep in list(panels.items()):
-        panels[title] = [(label, list(filter(keep, points))) for label, points in curves]
-        if any(len(points) < 2 for _, points in panels[title]):
-            del panels[title]
+    }.items():
+        kept = [(label, list(filter(keep, points))) for label, points in curves.items()]
+        if all(len(points) > 1 for _, points in kept):
+            panels[title] = kept
     nt_eval.plot(panels, path)
 
 
-# ------------------------------------------------------------------------- published numbers
 def published(task, family):
     """The papers' rows for a benchmark and a model family -> [{method, acc, tpf, aup, tok_s where the table
     has them, and what published.json says of the table}]. Nothing in it was run here.
     """
     found = []
     for paper in read_json(Path(__file__).with_name("published.json")):
-        columns = [column.split() for column in paper["columns"]]
-        if paper["family"] != family or all(benchmark != task for benchmark, _ in columns):
-            continue
         for method, *values in paper["rows"]:
-            own = {key: value for (benchmark, key), value in zip(columns, values)
-                   if benchmark == task and value is not None}
-            found.append({**paper, "method": method, **own})
+            cells = zip(map(str.split, paper["columns"]), values)
+            own = {key: value for (benchmark, key), value in cells if benchmark == task and value is not None}
+            if own and paper["family"] == family:
+                found.append({**paper, "method": method, **own})
     return found
 
 
@@ -211,7 +198,6 @@ def published_text(task, family, protocol, made_with):
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------- commands
 @dataclass
 class RunsOptions:
     """one table and one picture over several runs"""

@@ -16,29 +16,22 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import cli  # noqa: E402
-import data  # noqa: E402
-import eval as nt_eval  # noqa: E402
-from cli import UserError, option, run_cli, write_whole  # noqa: E402
-from compare import published_text  # noqa: E402
-from sample import Decoding  # noqa: E402
+from compare import published_text  # first: it puts the folder above on the path
+import cli
+import data
+import eval as nt_eval
+from cli import UserError, option, package, run_cli, write_whole
+from sample import Decoding
 
 
 def lm_eval_package():
-    try:
-        import lm_eval.api.model
-        import lm_eval.tasks
-        import lm_eval.utils
-    except ImportError:
-        raise UserError("this needs lm_eval: pip install 'lm_eval[math,ifeval]'") from None
-    return lm_eval
+    for name in ("lm_eval.evaluator", "lm_eval"):  # the first imports all that is used here
+        module = package(name, "this needs lm_eval: pip install 'lm_eval[math,ifeval]'")
+    return module
 
 
 class Rendered(str):
     """A chat as lm_eval passes it on: a text; its pieces say which special tokens in it are real."""
-    pieces = ()
 
 
 def render(chat, turns, answer=""):
@@ -47,9 +40,10 @@ def render(chat, turns, answer=""):
         turns = [("system", chat.system), *turns]
     if len(turns) > 1 and "{role}" not in chat.turn:
         raise UserError("the tiny model's template has one turn: --no-fewshot_as_multiturn, no system text")
-    pieces = data.turn_pieces(chat, turns) + [(answer, False)] * bool(answer)
-    if answer and not pieces[-2][1]:  # one text, or a token could not span the two
-        pieces[-2:] = [(pieces[-2][0] + answer, False)]
+    pieces = data.turn_pieces(chat, turns)
+    if answer:  # one text with what comes before, or a token could not span the two
+        before = "" if pieces[-1][1] else pieces.pop()[0]
+        pieces.append((before + answer, False))
     text = Rendered("".join(piece for piece, _ in pieces))
     text.pieces = pieces
     return text
@@ -68,75 +62,65 @@ def before_stop(text, until):
     return min((text.partition(stop)[0] for stop in stops if stop), key=len, default=text)
 
 
-class Bridge:
-    """A model as an LM of lm_eval for generative tasks; made by bridge().
-    Under torchrun every rank sees all requests, as lm_eval's rank 0 of 1, and decodes its share of them: were
-    lm_eval to split the documents itself, their random few-shots would depend on the number of ranks.
-    """
-
-    def __init__(self, model, tok, settings, batch_size, kept):
-        super().__init__()
-        self.model, self.tok, self.settings = model, tok, settings
-        self.batch_size, self.kept, self.chats = batch_size, kept, False
-        self.decoded = {}  # context_id-repeat -> row, see eval.decode_rows
-        self.asked = set()  # what the tasks ask for, while the protocol decides
-
-    def apply_chat_template(self, chat_history, add_generation_prompt=True):
-        self.chats = True
-        turns = [(said["role"], said["content"]) for said in chat_history]
-        answer = "" if add_generation_prompt else turns.pop()[1]
-        return render(self.tok.chat, turns, answer)
-
-    def prompt_ids(self, context):
-        if self.chats and not isinstance(context, Rendered):
-            raise UserError(f"a task changed its rendered chat, so that its special tokens are lost: "
-                            f"{context[-60:]!r}; run it without --apply_chat_template")
-        return self.tok.ids_of(context.pieces if self.chats else [(context, False)])
-
-    def generate_until(self, requests):
-        names, prompts, seen = [], {}, Counter()
-        for request in requests:
-            context, wishes = request.args
-            name = context_id(context)  # a prompt that comes again is decoded again only if it is sampled
-            names.append(f"{name}-{seen[name] if self.settings.get('temperature') else 0}")
-            prompts[names[-1]] = self.prompt_ids(context)
-            seen[name] += 1
-            wished = {key: wishes.get(key) for key in ("max_gen_toks", "temperature", "top_p")}
-            self.asked |= {f"{key} {value}" for key, value in wished.items() if value}
-        rows = nt_eval.decode_by_id(self.model, self.tok, prompts, self.settings, self.batch_size,
-                                    self.kept, "responses")
-        self.decoded.update({name: rows[name] for name in prompts})  # the folder may hold more
-        return [before_stop(self.decoded[name]["response"], request.args[1].get("until"))
-                for name, request in zip(names, requests)]
-
-    def loglikelihood(self, requests):
-        raise UserError(NO_LIKELIHOOD)
-
-    loglikelihood_rolling = loglikelihood
-
-
 def bridge(model, tok, settings, batch_size=32, kept=None):
-    """The model for simple_evaluate(model=bridge(...), tasks=[...]). settings: of a protocol and a rule; they
-    win over what a task asks for. kept: an eval.Kept folder of finished responses; needed by several ranks.
+    """The model as an LM of lm_eval, for simple_evaluate(model=bridge(...), tasks=[...]). settings: of a
+    protocol and a rule; they win over what a task asks for. kept: an eval.Kept folder of finished responses.
+
+    Under torchrun, which needs `kept`, every rank sees all requests, as lm_eval's rank 0 of 1, and decodes
+    its share: were lm_eval to split the documents, their few-shots would depend on the number of ranks.
     """
-    LM = lm_eval_package().api.model.LM
-    about = {"tokenizer_name": f"nanotraj-{model.cfg.family}"}
-    return type("MaskedDiffusion", (Bridge, LM), about)(model.eval(), tok, settings, batch_size, kept)
+    class MaskedDiffusion(lm_eval_package().api.model.LM):
+        tokenizer_name = f"nanotraj-{model.cfg.family}"
+        chats = False  # were the prompts rendered here?
+        decoded = {}  # context_id-repeat -> row, see eval.decode_rows
+        asked = set()  # what the tasks ask for, while the protocol decides
+
+        def apply_chat_template(self, chat_history, add_generation_prompt=True):
+            self.chats = True
+            turns = [(said["role"], said["content"]) for said in chat_history]
+            answer = "" if add_generation_prompt else turns.pop()[1]
+            return render(tok.chat, turns, answer)
+
+        def prompt_ids(self, context):
+            if self.chats and not isinstance(context, Rendered):
+                raise UserError(f"a task changed its rendered chat, so that its special tokens are lost: "
+                                f"{context[-60:]!r}; run it without --apply_chat_template")
+            return tok.ids_of(context.pieces if self.chats else [(context, False)])
+
+        def generate_until(self, requests):
+            names, prompts, seen = [], {}, Counter()
+            for request in requests:
+                context, wishes = request.args
+                name = context_id(context)  # a prompt that comes again is decoded again only if it is sampled
+                names.append(f"{name}-{seen[name] if settings.get('temperature') else 0}")
+                prompts[names[-1]] = self.prompt_ids(context)
+                seen[name] += 1
+                wished = {key: wishes.get(key) for key in ("max_gen_toks", "temperature", "top_p")}
+                self.asked |= {f"{key} {value}" for key, value in wished.items() if value}
+            rows = nt_eval.decode_by_id(model, tok, prompts, settings, batch_size, kept, "responses")
+            self.decoded |= {name: rows[name] for name in prompts}  # the folder may hold more
+            return [before_stop(rows[name]["response"], request.args[1].get("until"))
+                    for name, request in zip(names, requests)]
+
+        def loglikelihood(self, requests):
+            raise UserError(NO_LIKELIHOOD)
+
+        loglikelihood_rolling = loglikelihood
+
+    model.eval()
+    return MaskedDiffusion()
 
 
 def load_tasks(names, include_path, allow_code):
     """Names of lm_eval's tasks, groups or tags, or YAML files -> its tasks, and its manager."""
-    foreign = [name for name in names if not os.path.isfile(name)]  # else its thousands need not be read
-    manager = lm_eval_package().tasks.TaskManager(include_path=include_path, include_defaults=bool(foreign))
-    unknown = [name for name in foreign if name not in manager.all_tasks]
-    if unknown:
-        raise UserError(f"lm_eval has no task {', '.join(unknown)}: `lm_eval ls tasks` lists them, "
-                        f"--include_path adds a directory of your own")
+    own = all(map(os.path.isfile, names))  # then lm_eval's thousands need not be read
+    manager = lm_eval_package().tasks.TaskManager(include_path=include_path, include_defaults=not own)
     try:
         loaded = manager.load(names)
-    except Exception as e:  # a hub that cannot be reached, a package the task needs, a broken YAML
+    except Exception as e:  # no such task, no hub, a package the task needs, a broken YAML
         why, *_ = re.findall(r".*\w.*", str(e)) or ["no message"]
-        raise UserError(f"lm_eval cannot load {', '.join(names)} ({type(e).__name__}: {why})") from None
+        raise UserError(f"lm_eval cannot load {', '.join(names)} ({type(e).__name__}: {why}): `lm_eval ls "
+                        f"tasks` lists what it has, --include_path adds a directory of your own") from None
     for name, task in loaded["tasks"].items():
         if task.OUTPUT_TYPE != "generate_until":
             raise UserError(f"task {name} asks for {task.OUTPUT_TYPE}: {NO_LIKELIHOOD}")

@@ -5,33 +5,28 @@
     python tools/sweep.py --dry_run          # the training commands, to run one by hand
 
 All runs share COMMON and the adapter rank of the tiny presets: the rows differ in their data, in what is
-masked and in the loss. Nothing is tuned. Each is trained by its own script, as a user would; trajectories are
-collected, and TRIMS's examples scored, once for all. Seed s is evaluated on --n test problems of its own. All
-results end in comparison.jsonl.gz (assets/ has that of the whole sweep), from which `python tools/compare.py
-runs` makes the table again.
+masked and in the loss. Nothing is tuned. Each is trained by its own script; trajectories are collected, and
+TRIMS's examples scored, once for all. Seed s is evaluated on --n test problems of its own. The results end in
+comparison.jsonl.gz (assets/ has that of the whole sweep), which `python tools/compare.py runs` reads.
 """
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import cli  # noqa: E402
-import compare  # noqa: E402
-import data  # noqa: E402
-import eval as nt_eval  # noqa: E402
-import lora  # noqa: E402
-import model as nt_model  # noqa: E402
-import rollout  # noqa: E402
-import t3d  # noqa: E402
-import trims  # noqa: E402
-from cli import UserError, read_json, read_jsonl, run_cli  # noqa: E402
+import compare  # first: it puts the folder above on the path
+import cli
+import data
+import eval as nt_eval
+import lora
+import model as nt_model
+import rollout
+import t3d
+from cli import UserError, option, read_json, read_jsonl, run_cli
 
 COMMON = "--max_steps 200 --batch_size 16 --micro_batch 16 --lr 1e-3 --lr_schedule tail --warmup_steps 10"
 BATCH = 51  # problems decoded at once: 251 nearly fill five such batches
@@ -39,7 +34,7 @@ N_TRAJECTORIES = 1000
 SHARED = f"--n_problems {N_TRAJECTORIES} --trajectories {{root}}/trajectories"  # -own, -privileged, -rollouts
 SFT = "--trajectory_share 0"
 METHODS = {  # label -> script and its options; a label with a colon is an ablation
-    "base": None,
+    "base": "",
     "SFT-GT": f"trims.py {SFT}",
     "SFT-SD": f"trims.py {SFT} --data {{root}}/trajectories-own",
     "SFT-SD privileged": f"trims.py {SFT} --data {{root}}/trajectories-privileged",  # TAD's responses
@@ -72,34 +67,28 @@ def command(label, seed, root):
     return f"{METHODS[label].format(root=root)} {COMMON} {own}".split()
 
 
-def score(tok, root):
-    """The teacher's scores of the examples that every TRIMS run trains on, into root/difficulty."""
-    cfg = trims.Config(**trims.PRESETS["tiny"])
-    alone = SimpleNamespace(out=root, rank=0, world=1, device="cpu", dtype=torch.float32)  # as a run.Run
-    trims.score_examples(trims.load_examples(cfg, tok), tok, cfg, alone)
-
-
 def prepare(labels, model, tok, root):
     """What several of these runs share, before the first one -> the own trajectories, for TDS."""
     problems, records = data.load_problems("tiny", "train", N_TRAJECTORIES), {}
+    asked_for = " ".join(["trajectories-own", *map(METHODS.get, labels)])
     for name in ("own", "privileged", "rollouts"):  # token by token, as the scripts collect them
-        if name == "own" or any(f"trajectories-{name}" in (METHODS[label] or "") for label in labels):
+        if f"trajectories-{name}" in asked_for:
             records[name] = rollout.rollout(
                 model, tok, problems, root / f"trajectories-{name}", "tiny", privileged=name == "privileged",
                 temperature=t3d.Config.collect_temperature if name == "rollouts" else 0.0,
                 policy="static", per_step=1, **data.TINY_DECODING)
-    if any(label.startswith("TRIMS") for label in labels):
-        score(tok, root)
     return records["own"]
 
 
 def train(label, seed, root):
     """Run the method's script, which continues what was interrupted and says so where it is finished."""
     script, *options = command(label, seed, root)
-    scores = run_folder(label, seed, root) / "difficulty"
-    if label.startswith("TRIMS") and not (scores.is_symlink() or scores.exists()):
-        scores.parent.mkdir(exist_ok=True)
-        scores.symlink_to("../difficulty")
+    if label.startswith("TRIMS"):  # the first of them scores for all
+        folder = run_folder(label, seed, root)
+        folder.mkdir(exist_ok=True)
+        (root / "difficulty").mkdir(exist_ok=True)
+        with suppress(FileExistsError):
+            (folder / "difficulty").symlink_to("../difficulty")
     done = subprocess.run([sys.executable, str(nt_model.HERE / script), *options])
     if done.returncode:
         raise UserError(f"{label}, seed {seed}: {script} ended with {done.returncode}; its message is above")
@@ -130,7 +119,7 @@ def evaluate(label, seed, root, tok, problems, records):
 class Options:
     seeds: int = 4  # runs of every method
     n: int = 251  # test problems per seed
-    only: list[str] | None = None  # some labels of METHODS; base always is
+    only: list[str] | None = option(None, choices=lambda: list(METHODS))  # some of the rows; base always is
     out: str = "out/sweep"  # directory of the runs, compare.md, compare.png and comparison.jsonl.gz
     dry_run: bool = False  # print the training commands and stop
 
@@ -145,7 +134,7 @@ def main():
     jobs = [(label, seed) for seed in range(args.seeds) for label in labels]
     if args.dry_run:
         for label, seed in jobs:
-            print("python", *(command(label, seed, root) if METHODS[label] else ["(base: no training)"]))
+            print("python", *command(label, seed, root) if METHODS[label] else ["(base: no training)"])
         return
     every, left = data.load_problems("tiny", "test", args.seeds * args.n), []
     problems = [every[seed * args.n:(seed + 1) * args.n] for seed in range(args.seeds)]
@@ -156,7 +145,6 @@ def main():
         elif read_jsonl(results)[0]["ids"] != [p["id"] for p in problems[seed]]:
             raise UserError(f"{results} is of other problems: repeat its --n, or another --out")
     if left:
-        root.mkdir(parents=True, exist_ok=True)
         tok, model = data.load_tokenizer("tiny"), nt_model.load("tiny").requires_grad_(False)
         own = prepare({label for label, _ in left}, model, tok, root)
         # compile what the runs will share, so that tokens per second are those of decoding
