@@ -23,7 +23,10 @@ from runner import run_program
 
 MATH = ("math_verify", "grader math needs math-verify: pip install math-verify")
 MANY = 100  # formulas from which on processes are worth their start
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+NUMBER = re.compile(r"(?<![\w.)])-?(?:\$\s?)?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?"
+                    r"|(?<![\w.)])-?\$?\.[0-9]+|[0-9]+(?:\.[0-9]+)?")
+FENCE = re.compile(r"```[ \t]*(\w*)[^\n]*\n(.*?)(?:```|\Z)", re.S)  # a last block may be cut off
 PROGRAMS = futures.ThreadPoolExecutor(CORES)  # its threads start with the first program
 
 
@@ -72,7 +75,7 @@ def grade_all(problems, texts, allow_code=False, progress=False):
     pools = {"code": futures.ThreadPoolExecutor(CORES)}
     if list(map(grader_of, problems)).count("math") >= MANY:
         from multiprocessing import get_context  # few need it
-        pools["math"] = futures.ProcessPoolExecutor(CORES, mp_context=get_context("spawn"))
+        pools["math"] = futures.ProcessPoolExecutor(CORES, get_context("spawn"))
     try:
         jobs = [submit(*pair, allow_code, pools) for pair in zip(problems, texts, strict=True)]
         list(tqdm(futures.as_completed(jobs), "grade", len(jobs), unit="problem", disable=not progress))
@@ -80,10 +83,6 @@ def grade_all(problems, texts, allow_code=False, progress=False):
     finally:
         for pool in pools.values():
             pool.shutdown(cancel_futures=True)  # ctrl-c does not wait for what has not begun
-
-
-NUMBER = re.compile(r"(?<![\w.)])-?(?:\$\s?)?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?"
-                    r"|(?<![\w.)])-?\$?\.[0-9]+|[0-9]+(?:\.[0-9]+)?")
 
 
 def last_number(text):
@@ -103,7 +102,6 @@ def boxed(text):
         depth += (c == "{") - (c == "}")
         if not depth:
             return rest[1:i].strip()
-    return None
 
 
 def final_answer(text):
@@ -138,9 +136,6 @@ def math_correct(problem, text):
     return bool(library.verify(gold, given, timeout_seconds=seconds))
 
 
-FENCE = re.compile(r"```[ \t]*(\w*)[^\n]*\n(.*?)(?:```|\Z)", re.S)  # a last block may be cut off
-
-
 def statements(source):
     """The statements of a source; None if it does not parse."""
     try:
@@ -158,7 +153,7 @@ def parses(text):
     if text.count("```") % 2 or None in bodies:
         return False
     words = (ast.Expr, ast.AnnAssign)  # 'Answer: 4' parses too
-    return any(not isinstance(s, words) or isinstance(s.value, ast.Call) for body in bodies for s in body)
+    return any(not isinstance(s, words) or isinstance(s.value, ast.Call) for s in sum(bodies, []))
 
 
 def joined(source):
@@ -167,8 +162,8 @@ def joined(source):
 
 def programs(problem, text):
     """The programs a reply may mean, best first: the last fenced block that defines what the tests ask for,
-    the longest, the bare text. Before each the prompt's head of entry_point (HumanEval), if there is one: for
-    its imports, and as a reply may be the body alone, even with its first line's indentation stripped.
+    the longest, the bare text. Before each, if there is one, the prompt's head of entry_point (HumanEval): a
+    reply may need its imports, or be the body alone, even with its first line's indentation stripped.
     """
     blocks = [code for tag, code in FENCE.findall(text) if tag.lower() in ("", "py", "python", "python3")]
     entry, prompt = problem.get("entry_point"), problem.get("prompt", "")
@@ -185,9 +180,8 @@ def programs(problem, text):
 
 
 def tests_of(problem):
-    """The tests as one program to be run in the solution's module -> source; '' if it checks nothing.
-    tests: assertions (MBPP, T3D), `def check(candidate)` with entry_point (HumanEval), or pytest's functions
-    and classes, unittest's too, without fixtures and parametrize (KodCode). setup or test_setup comes first.
+    """A program of setup or test_setup, then tests: assertions (MBPP, T3D), check() with entry_point (HumanEval),
+    pytest's or unittest's functions and classes, without fixtures (KodCode). '' if it checks nothing.
     """
     source = joined(problem.get("setup") or problem.get("test_setup")) + "\n" + joined(problem["tests"])
     body = statements(source) or []
@@ -198,7 +192,7 @@ def tests_of(problem):
         calls.append(f"check({problem['entry_point']})")
     source = "\n".join([source, *calls])
     ran = [n for n in statements(source) or [] if not hasattr(n, "name")]  # and what these name
-    named = {n.id for top in ran for n in ast.walk(top) if isinstance(n, ast.Name)}
+    named = {getattr(n, "id", None) for top in ran for n in ast.walk(top)}
     ran += [node for name, node in defined.items() if name in named]
     used = {getattr(n, "attr", getattr(n, "id", "assert" * isinstance(n, ast.Assert)))
             for top in ran for n in ast.walk(top)}

@@ -92,9 +92,7 @@ def teacher_pieces(example, tok, teacher_tok):
 
 @torch.no_grad()
 def difficulty(examples, tok, teacher, teacher_tok, metric):
-    """Scores (L,) of every example's response tokens, in nats: lists of floats. The first EOS has that of the
-    teacher's end token, the filling behind it NaN.
-    """
+    """Every example's L scores in nats; the first EOS has that of the teacher's end token, the rest NaN."""
     pieces = [teacher_pieces(e, tok, teacher_tok) for e in examples]
     rows = [prompt + ids + [teacher_tok.eos_id] for prompt, ids, *_ in pieces]
     ids, valid = collate(rows, torch.empty(len(rows), 0, dtype=torch.long), teacher_tok.eos_id)

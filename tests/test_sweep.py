@@ -41,10 +41,10 @@ def test_a_sweep_is_resumed_and_makes_the_table(small, monkeypatch, capsys):
     monkeypatch.setattr(subprocess, "run", noted)
     inner = sweep.evaluate
 
-    def interrupted(label, seed, *args):
-        if (label, seed) == ("SFT-SD", 1):
+    def interrupted(label, folder, *args):
+        if folder.name == "sft-sd-1":
             raise KeyboardInterrupt
-        return inner(label, seed, *args)
+        return inner(label, folder, *args)
     monkeypatch.setattr(sweep, "evaluate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sweep.main()
@@ -86,18 +86,18 @@ def test_the_teacher_scores_once_for_all_trims_runs(monkeypatch, tmp_path, capfd
                                             "SFT-GT": "trims.py --trajectory_share 0 --n_examples 8"})
     monkeypatch.setattr(sweep, "COMMON", "--max_steps 1 --batch_size 4 --micro_batch 4")
     for seed, scores in ((0, True), (1, False)):
-        sweep.train("TRIMS", seed, tmp_path)
+        sweep.train("TRIMS", seed, tmp_path / f"trims-{seed}")
         assert ("difficulty: " in capfd.readouterr().err) is scores
     assert len(read_jsonl(tmp_path / "difficulty/rank0.jsonl")) == 8
-    spent = [sweep.costs("TRIMS", seed, tmp_path)["collect_s"] for seed in (0, 1)]
+    spent = [sweep.costs(tmp_path / f"trims-{seed}")["collect_s"] for seed in (0, 1)]
     assert spent[0] == spent[1] > 0  # each would have had to
     shutil.rmtree(tmp_path / "difficulty")  # a link to nothing is no error: scored again
     shutil.rmtree(tmp_path / "trims-1/adapter")
-    sweep.train("TRIMS", 1, tmp_path)
+    sweep.train("TRIMS", 1, tmp_path / "trims-1")
     assert "difficulty: " in capfd.readouterr().err
     assert (tmp_path / "trims-1/difficulty/rank0.jsonl").exists()
-    sweep.train("SFT-GT", 0, tmp_path)
-    assert sweep.costs("SFT-GT", 0, tmp_path)["collect_s"] == 0
+    sweep.train("SFT-GT", 0, tmp_path / "sft-gt-0")
+    assert sweep.costs(tmp_path / "sft-gt-0")["collect_s"] == 0
 
 
 def test_only_what_the_rows_share_is_prepared(small, tmp_path):
@@ -120,7 +120,7 @@ def test_every_row_is_a_command_its_script_accepts(monkeypatch, tmp_path):
     import importlib
     for label, line in sweep.METHODS.items():
         if line:
-            script, *options = sweep.command(label, 1, tmp_path)
+            script, *options = sweep.command(label, 1, tmp_path / "run")
             module = importlib.import_module(script[:-3])
             monkeypatch.setattr("sys.argv", [script, *options])
             cfg = run.parse(module.Config, module.PRESETS, "")

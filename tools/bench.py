@@ -63,9 +63,7 @@ def timed(what, call, n=3):
 
 
 def roofline(batch, step_ms):
-    """Of a forward over the windows, or the canvases: how much it uses of the speeds at which the device copies
-    and multiplies large matrices -> dict.
-    """
+    """How much a forward over the windows, or the canvases, uses of what the device reaches -> dict."""
     cfg, rows, window = batch.model.cfg, len(batch.prompts), batch.cache is not None
     T = max(map(len, batch.prompts)) + batch.s.gen_len  # padding does not count
     columns = batch.window_width(batch.P) + sample.reach(batch.s, cfg) if window else T
@@ -78,14 +76,13 @@ def roofline(batch, step_ms):
     keys = 2 * rows * T * cfg.n_layer * cfg.n_kv_head * cfg.head_dim * size if window else 0
     n_bytes = (cfg.n_layer * projections + head) * size + keys
     gb_per_s, tflop_per_s = n_bytes / step_ms / 1e6, flop / step_ms / 1e9
-
     device, dtype = default_device()
     scale = 4 if torch.cuda.is_available() else 1
     big = torch.ones(2**26 * scale, device=device)
     other = torch.empty_like(big)
     gb_limit = 2 * big.nbytes / timed("copy", lambda: other.copy_(big))[2] / 1e9  # read and written
     n = 2048 * scale
-    layer = torch.nn.Linear(n, n, bias=False, device=device, dtype=dtype)
+    layer = torch.nn.Linear(n, n, False, device, dtype)
     x = layer.weight
     if can_pack(x):
         layer = with_linear(layer, PackedLinear)
@@ -116,7 +113,6 @@ def measure(model, prompts, args, s):
 
     def n_tokens(out):  # a response ends with its first EOS where decoding stops there
         return out.n_tokens(model.cfg.eos_ids) if s.early_stop else s.gen_len
-
     (batch, outs), first_run_s, run_s = timed("decode", decode)
     tokens, nfe = sum(map(n_tokens, outs)), sum(out.nfe for out in outs)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -135,7 +131,7 @@ def measure(model, prompts, args, s):
         forwards=batch.forwards, ms_per_forward=1000 * run_s / batch.forwards,
         forwards_per_look=batch.forwards / batch.looks)
     everyone = list(range(len(batch.owner)))
-    batch.admit(dict(zip(everyone, everyone)))
+    batch.admit(dict(enumerate(everyone)))
     rows, width = batch.row_numbers(everyone), batch.window_width(batch.P)
     forwards = {"whole_ms": lambda: batch.forward(rows, batch.s.scored_len)}
     if batch.cache is not None:

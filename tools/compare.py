@@ -169,9 +169,7 @@ def picture(runs, path):
 
 
 def published(task, family):
-    """The papers' rows for a benchmark and a model family -> [{method, acc, tpf, aup, tok_s where the table
-    has them, and what published.json says of the table}]. Nothing in it was run here.
-    """
+    """The papers' rows for a benchmark and a family: method, acc, tpf, aup, tok_s, and the table's facts."""
     found = []
     for paper in read_json(Path(__file__).with_name("published.json")):
         for method, *values in paper["rows"]:

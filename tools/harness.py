@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,8 @@ import eval as nt_eval
 from cli import UserError, option, package, run_cli, write_whole
 from sample import Decoding
 
+NO_LIKELIHOOD = "a masked diffusion model has no exact log-likelihoods: choose tasks of generate_until"
+
 
 def lm_eval_package():
     for name in ("lm_eval.evaluator", "lm_eval"):  # the first imports all that is used here
@@ -30,12 +31,8 @@ def lm_eval_package():
     return module
 
 
-class Rendered(str):
-    """A chat as lm_eval passes it on: a text; its pieces say which special tokens in it are real."""
-
-
 def render(chat, turns, answer=""):
-    """[(role, text), ...] in a family's template -> Rendered. answer: how the reply already begins."""
+    """[(role, text), ...] in a family's template: data.turn_pieces, and how the reply already begins."""
     if chat.system and turns[0][0] != "system":
         turns = [("system", chat.system), *turns]
     if len(turns) > 1 and "{role}" not in chat.turn:
@@ -44,12 +41,7 @@ def render(chat, turns, answer=""):
     if answer:  # one text with what comes before, or a token could not span the two
         before = "" if pieces[-1][1] else pieces.pop()[0]
         pieces.append((before + answer, False))
-    text = Rendered("".join(piece for piece, _ in pieces))
-    text.pieces = pieces
-    return text
-
-
-NO_LIKELIHOOD = "a masked diffusion model has no exact log-likelihoods: choose tasks of generate_until"
+    return pieces
 
 
 def context_id(context):
@@ -64,28 +56,29 @@ def before_stop(text, until):
 
 def bridge(model, tok, settings, batch_size=32, kept=None):
     """The model as an LM of lm_eval, for simple_evaluate(model=bridge(...), tasks=[...]). settings: of a
-    protocol and a rule; they win over what a task asks for. kept: an eval.Kept folder of finished responses.
-
-    Under torchrun, which needs `kept`, every rank sees all requests, as lm_eval's rank 0 of 1, and decodes
-    its share: were lm_eval to split the documents, their few-shots would depend on the number of ranks.
+    protocol and a rule; they win over what a task asks for. kept: an eval.Kept folder of finished responses,
+    which torchrun needs: every rank sees all requests, as lm_eval's rank 0 of 1, and decodes its share; were
+    lm_eval to split the documents, their few-shots would depend on the number of ranks.
     """
     class MaskedDiffusion(lm_eval_package().api.model.LM):
         tokenizer_name = f"nanotraj-{model.cfg.family}"
-        chats = False  # were the prompts rendered here?
+        chats = {}  # a rendered text -> its pieces, which say what special tokens in it are real
         decoded = {}  # context_id-repeat -> row, see eval.decode_rows
         asked = set()  # what the tasks ask for, while the protocol decides
 
         def apply_chat_template(self, chat_history, add_generation_prompt=True):
-            self.chats = True
             turns = [(said["role"], said["content"]) for said in chat_history]
             answer = "" if add_generation_prompt else turns.pop()[1]
-            return render(tok.chat, turns, answer)
+            pieces = render(tok.chat, turns, answer)
+            text = "".join(piece for piece, _ in pieces)
+            self.chats[text] = pieces
+            return text
 
         def prompt_ids(self, context):
-            if self.chats and not isinstance(context, Rendered):
+            if self.chats and context not in self.chats:
                 raise UserError(f"a task changed its rendered chat, so that its special tokens are lost: "
                                 f"{context[-60:]!r}; run it without --apply_chat_template")
-            return tok.ids_of(context.pieces if self.chats else [(context, False)])
+            return tok.ids_of(self.chats.get(context, [(context, False)]))
 
         def generate_until(self, requests):
             names, prompts, seen = [], {}, Counter()
@@ -95,8 +88,8 @@ def bridge(model, tok, settings, batch_size=32, kept=None):
                 names.append(f"{name}-{seen[name] if settings.get('temperature') else 0}")
                 prompts[names[-1]] = self.prompt_ids(context)
                 seen[name] += 1
-                wished = {key: wishes.get(key) for key in ("max_gen_toks", "temperature", "top_p")}
-                self.asked |= {f"{key} {value}" for key, value in wished.items() if value}
+                wished = filter(wishes.get, ("max_gen_toks", "temperature", "top_p"))
+                self.asked.update(f"{key} {wishes[key]}" for key in wished)
             rows = nt_eval.decode_by_id(model, tok, prompts, settings, batch_size, kept, "responses")
             self.decoded |= {name: rows[name] for name in prompts}  # the folder may hold more
             return [before_stop(rows[name]["response"], request.args[1].get("until"))

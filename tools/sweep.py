@@ -57,14 +57,10 @@ METHODS = {  # label -> script and its options; a label with a colon is an ablat
 }
 
 
-def run_folder(label, seed, root):
-    return root / f"{label.lower().replace(': ', '-').replace(' ', '_')}-{seed}"
-
-
-def command(label, seed, root):
+def command(label, seed, folder):
     """The training command of one run, as a list of words without the interpreter."""
-    own = f"--eval_problems 0 --seed {seed} --out {run_folder(label, seed, root)}"
-    return f"{METHODS[label].format(root=root)} {COMMON} {own}".split()
+    own = f"--eval_problems 0 --seed {seed} --out {folder}"
+    return f"{METHODS[label].format(root=folder.parent)} {COMMON} {own}".split()
 
 
 def prepare(labels, model, tok, root):
@@ -80,13 +76,12 @@ def prepare(labels, model, tok, root):
     return records["own"]
 
 
-def train(label, seed, root):
+def train(label, seed, folder):
     """Run the method's script, which continues what was interrupted and says so where it is finished."""
-    script, *options = command(label, seed, root)
+    script, *options = command(label, seed, folder)
     if label.startswith("TRIMS"):  # the first of them scores for all
-        folder = run_folder(label, seed, root)
         folder.mkdir(exist_ok=True)
-        (root / "difficulty").mkdir(exist_ok=True)
+        (folder.parent / "difficulty").mkdir(exist_ok=True)
         with suppress(FileExistsError):
             (folder / "difficulty").symlink_to("../difficulty")
     done = subprocess.run([sys.executable, str(nt_model.HERE / script), *options])
@@ -94,22 +89,20 @@ def train(label, seed, root):
         raise UserError(f"{label}, seed {seed}: {script} ended with {done.returncode}; its message is above")
 
 
-def costs(label, seed, root):
+def costs(folder):
     """Seconds of training and of collecting, from the run's own log and its trajectories."""
-    folder = run_folder(label, seed, root)
     config = read_json(folder / "config.json")
     sources = [config.get("trajectories") or config["data"], folder / "difficulty"]  # TRIMS scores instead
     return dict(train_s=sum(row["seconds"] for row in read_jsonl(folder / "log.jsonl")),
                 collect_s=sum(map(rollout.collection_seconds, sources)))
 
 
-def evaluate(label, seed, root, tok, problems, records):
+def evaluate(label, folder, tok, problems, records):
     """One run -> results.jsonl in its folder: the points of the protocol, TDS, and what the run cost."""
-    folder = run_folder(label, seed, root)
     model, cost = nt_model.load("tiny").requires_grad_(False), {}  # as under adapters: one graph for all
     if METHODS[label]:
         lora.load(model, folder / "adapter")
-        cost = costs(label, seed, root)
+        cost = costs(folder)
     cost["tds"] = float(np.nanmean(nt_eval.mean_tds(model, records, label)))
     points = nt_eval.curve(model, tok, problems, nt_eval.PROTOCOLS["tiny-table"], label, BATCH)
     nt_eval.write_results([(label, [{**point, "run": cost} for point in points])], folder)
@@ -131,29 +124,30 @@ def main():
         raise UserError(f"--only {unknown}: unknown; there are {', '.join(METHODS)}")
     root = Path(args.out)
     labels = [label for label in METHODS if label == "base" or label in (args.only or METHODS)]
-    jobs = [(label, seed) for seed in range(args.seeds) for label in labels]
+    names = {label: label.lower().replace(": ", "-").replace(" ", "_") for label in labels}
+    jobs = [(label, seed, root / f"{names[label]}-{seed}") for seed in range(args.seeds) for label in labels]
     if args.dry_run:
-        for label, seed in jobs:
-            print("python", *command(label, seed, root) if METHODS[label] else ["(base: no training)"])
+        for label, *run in jobs:
+            print("python", *command(label, *run) if METHODS[label] else ["(base: no training)"])
         return
     every, left = data.load_problems("tiny", "test", args.seeds * args.n), []
     problems = [every[seed * args.n:(seed + 1) * args.n] for seed in range(args.seeds)]
-    for label, seed in jobs:
-        results = run_folder(label, seed, root) / "results.jsonl"
+    for label, seed, folder in jobs:
+        results = folder / "results.jsonl"
         if not results.exists():
-            left.append((label, seed))
+            left.append((label, seed, folder))
         elif read_jsonl(results)[0]["ids"] != [p["id"] for p in problems[seed]]:
             raise UserError(f"{results} is of other problems: repeat its --n, or another --out")
     if left:
         tok, model = data.load_tokenizer("tiny"), nt_model.load("tiny").requires_grad_(False)
-        own = prepare({label for label, _ in left}, model, tok, root)
+        own = prepare({label for label, *_ in left}, model, tok, root)
         # compile what the runs will share, so that tokens per second are those of decoding
         nt_eval.curve(model, tok, problems[0][:BATCH], nt_eval.PROTOCOLS["tiny-table"], "warm-up", BATCH)
-    for label, seed in tqdm(left, unit="run", desc="sweep", initial=len(jobs) - len(left), total=len(jobs)):
+    for label, seed, folder in tqdm(left, "sweep", len(jobs), unit="run", initial=len(jobs) - len(left)):
         if METHODS[label]:
-            train(label, seed, root)
-        evaluate(label, seed, root, tok, problems[seed], own[:32])
-    folders = [run_folder(label, seed, root) for label in labels for seed in range(args.seeds)]
+            train(label, seed, folder)
+        evaluate(label, folder, tok, problems[seed], own[:32])
+    folders = [root / f"{names[label]}-{seed}" for label in labels for seed in range(args.seeds)]
     compare.pack(folders, root / "comparison.jsonl.gz")
     compare.runs_command(compare.RunsOptions(folders, control="SFT-SD", out=root))
 
