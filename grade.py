@@ -133,22 +133,21 @@ def math_correct(problem, text):
     if not re.search(r"(?<!\\)\$|\\boxed|\\\(|\\\[", wanted):
         wanted = f"\\boxed{{{wanted}}}"
     gold, given = (library.parse(t, parsing_timeout=seconds) for t in (wanted, text))
-    return bool(library.verify(gold, given, timeout_seconds=seconds))
+    return library.verify(gold, given, timeout_seconds=seconds)
 
 
 def statements(source):
-    """The statements of a source; None if it does not parse."""
     try:
         return ast.parse(source).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
+        return None  # it does not parse
 
 
 def parses(text):
     """Is a reply's Python (its fenced blocks, all closed, else the whole text) valid and more than words?"""
     blocks = re.findall(r"```[ \t]*(\w*)[^\n]*\n(.*?)```", text, re.S)
     code = ([body for tag, body in blocks if tag.lower() in ("python", "py", "python3")]
-            or [body for tag, body in blocks if not tag] or ([] if blocks else [text]))
+            or [body for tag, body in blocks if not tag] or [text] * (not blocks))
     bodies = [statements(body) for body in code]
     if text.count("```") % 2 or None in bodies:
         return False
@@ -180,8 +179,8 @@ def programs(problem, text):
 
 
 def tests_of(problem):
-    """A program of setup or test_setup, then tests: assertions (MBPP, T3D), check() with entry_point (HumanEval),
-    pytest's or unittest's functions and classes, without fixtures (KodCode). '' if it checks nothing.
+    """A program of setup or test_setup, then tests: assertions (MBPP, T3D), check() with entry_point
+    (HumanEval), pytest's or unittest's functions and classes (KodCode). '' if it checks nothing.
     """
     source = joined(problem.get("setup") or problem.get("test_setup")) + "\n" + joined(problem["tests"])
     body = statements(source) or []

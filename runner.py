@@ -3,10 +3,9 @@
     passed, why = run_program(program, tests)
 
 Run as a script this file is that child: it imports nothing of ours. What contains it: docs/code-runner.md.
-A pass is exit code 0 and a random word that the child says after the last test. The program and its tests
-are one code object, which ends by itself or by an exception. While it runs the word is only on the value
-stack of a suspended expression (see `run`), in no file, argument, descriptor, module or frame; an audit hook
-shuts out tracers and ctypes. For the same reason each function below loads the C library for itself.
+A pass is exit code 0 and a random word that the child says after the last test. While the program runs it is
+only on the value stack of a suspended expression (see `run`), in no file, argument, descriptor, module or
+frame; an audit hook shuts out tracers and ctypes, and each function loads the C library for itself.
 """
 import ctypes
 import json
@@ -61,7 +60,7 @@ def child_says(task, timeout, word=""):
     with (tempfile.TemporaryDirectory(prefix="nanotraj-", ignore_cleanup_errors=True) as cwd,
           tempfile.TemporaryFile() as said):  # not a pipe, which a program could flood or keep open
         env = {**ENV, **{k: v for k, v in os.environ.items() if k == "SYSTEMROOT"}}  # Windows needs it
-        command = [sys.executable, "-I", "-B", "-X", "utf8", os.path.abspath(__file__)]
+        command = [sys.executable, "-I", "-B", "-Xutf8", os.path.abspath(__file__)]
         line = json.dumps(task)  # ASCII
         try:  # the child keeps the time; what it forked dies with it (PR_SET_PDEATHSIG)
             child = subprocess.run(command, cwd=cwd, env=env, stdout=said, stderr=said, timeout=timeout + 5,

@@ -93,17 +93,14 @@ def summarize(points, y_max, pick=slice(None)):
 
 
 def bootstrap(runs, y_max, n_boot):
-    """{label: (1 + n_boot, columns)}: the mean over a label's runs, then replicates, which draw problems and,
-    where there are several runs, run numbers, the same for every label. Where every run has problems of its
-    own, that counts their spread twice: the intervals are then too wide.
-    """
+    """{label: (1 + n_boot, columns)}: the mean over its runs, then means of runs and problems drawn anew."""
     draws = {label: [[summarize(points, y_max) for points in of_label]] for label, of_label in runs.items()}
     sets = sorted({tuple(points[0]["ids"]) for of_label in runs.values() for points in of_label})
     for replicate in tqdm(range(1, n_boot + 1), desc="bootstrap"):
-        rng = np.random.default_rng([0, replicate])
+        rng = np.random.default_rng([0, replicate])  # the same problems and run numbers for every label
         picks = {ids: rng.integers(len(ids), size=len(ids)) for ids in sets}
         for label, of_label in runs.items():
-            same = np.random.default_rng([0, replicate, 1])  # of every label
+            same = np.random.default_rng([0, replicate, 1])
             chosen = [of_label[i] for i in same.integers(len(of_label), size=len(of_label))]
             rows = [summarize(points, y_max, picks[tuple(points[0]["ids"])]) for points in chosen]
             draws[label].append(rows)
@@ -149,9 +146,7 @@ def compare(runs, base, control, n_boot=1000, y_max=None):
 
 
 def picture(runs, path):
-    """A curve per label, over the problems of all its runs. Labels with a colon ("TAD: near only") are
-    ablations: in the table, not in the picture.
-    """
+    """A curve per label, over the problems of all its runs; none of ablations ("TAD: near only")."""
     curves, panels = {}, {}
     for label, of_label in runs.items():
         if ":" not in label:

@@ -97,9 +97,7 @@ def bridge(model, tok, settings, batch_size=32, kept=None):
 
         def loglikelihood(self, requests):
             raise UserError(NO_LIKELIHOOD)
-
         loglikelihood_rolling = loglikelihood
-
     model.eval()
     return MaskedDiffusion()
 
@@ -138,24 +136,6 @@ class Options(nt_eval.ModelOptions, nt_eval.ProtocolOptions):
     allow_code_execution: bool = False  # run the programs that the model writes, in this process
 
 
-def write(results, decoded, kept):
-    """lm_eval.json and samples-TASK.jsonl in the folder -> what decoding cost."""
-    for name, rows in results.pop("samples").items():
-        lines = []
-        for row in sorted(rows, key=lambda row: (row["doc_id"], row["filter"])):
-            first = decoded[context_id(row["arguments"][0][0]) + "-0"]
-            row.update(tokens=first["tokens"], nfe=first["nfe"])
-            lines.append(json.dumps(row, default=str) + "\n")
-        write_whole(kept.out / f"samples-{name}.jsonl", "".join(lines))
-    tokens, nfe = (sum(row[key] for row in decoded.values()) for key in ("tokens", "nfe"))
-    seconds = nt_eval.wall_seconds(decoded.values())
-    speed = dict(tokens=tokens, nfe=nfe, tpf=tokens / nfe, seconds=seconds, tok_per_s=tokens / seconds)
-    facts = dict(results, speed=speed, provenance=nt_eval.provenance(**kept.config))
-    facts.pop("pretty_env_info", None)
-    write_whole(kept.out / "lm_eval.json", json.dumps(facts, indent=1, default=str) + "\n")
-    return speed
-
-
 def main():
     args, given = cli.parse(__doc__, Options, Decoding)
     names = args.tasks.split(",")
@@ -178,13 +158,26 @@ def main():
         **{name: getattr(args, name) for name in same})
     if rank:
         return
-    names, speed = list(results["samples"]), write(results, asking.decoded, kept)
+    samples, decoded = results.pop("samples"), asking.decoded
+    for name, rows in samples.items():
+        lines = []
+        for row in sorted(rows, key=lambda row: (row["doc_id"], row["filter"])):
+            first = decoded[context_id(row["arguments"][0][0]) + "-0"]
+            row.update(tokens=first["tokens"], nfe=first["nfe"])
+            lines.append(json.dumps(row, default=str) + "\n")
+        write_whole(kept.out / f"samples-{name}.jsonl", "".join(lines))
+    tokens, nfe = (sum(row[key] for row in decoded.values()) for key in ("tokens", "nfe"))
+    seconds = nt_eval.wall_seconds(decoded.values())
+    speed = dict(tokens=tokens, nfe=nfe, tpf=tokens / nfe, seconds=seconds, tok_per_s=tokens / seconds)
+    facts = dict(results, speed=speed, provenance=nt_eval.provenance(**config))
+    facts.pop("pretty_env_info", None)
+    write_whole(kept.out / "lm_eval.json", json.dumps(facts, indent=1, default=str) + "\n")
     print(lm_eval_package().utils.make_table(results))
     print(f"{nt_eval.rule_name(settings)}: TPF {speed['tpf']:.2f}, {speed['tok_per_s']:.1f} tok/s over "
-          f"{len(asking.decoded)} prompts (batch {args.batch_size}, {world} rank(s))")
+          f"{len(decoded)} prompts (batch {args.batch_size}, {world} rank(s))")
     print(f"the tasks ask for {', '.join(sorted(asking.asked)) or 'nothing'}; the protocol decides: gen_len "
           f"{settings['gen_len']}, temperature {settings.get('temperature', 0.0)}")
-    for name in names:
+    for name in samples:
         published = published_text(name, model.cfg.family, args.protocol, "lm_eval")
         print((nt_eval.contamination_warning(name) + published).strip() or f"nothing is published of {name}")
     print(f"written: {kept.out / 'lm_eval.json'}, {kept.out / 'samples-*.jsonl'}")

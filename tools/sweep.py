@@ -58,7 +58,6 @@ METHODS = {  # label -> script and its options; a label with a colon is an ablat
 
 
 def command(label, seed, folder):
-    """The training command of one run, as a list of words without the interpreter."""
     own = f"--eval_problems 0 --seed {seed} --out {folder}"
     return f"{METHODS[label].format(root=folder.parent)} {COMMON} {own}".split()
 
