@@ -161,8 +161,7 @@ def joined(source):
 
 def programs(problem, text):
     """The programs a reply may mean, best first: the last fenced block that defines what the tests ask for,
-    the longest, the bare text. Before each, if there is one, the prompt's head of entry_point (HumanEval): a
-    reply may need its imports, or be the body alone, even with its first line's indentation stripped.
+    the longest, the bare text; each first behind the prompt's head (HumanEval), as it may be the body alone.
     """
     blocks = [code for tag, code in FENCE.findall(text) if tag.lower() in ("", "py", "python", "python3")]
     entry, prompt = problem.get("entry_point"), problem.get("prompt", "")
@@ -173,7 +172,7 @@ def programs(problem, text):
     wanted = [code for code in reversed(blocks) if defines(code)]  # not parsed: it is generated code
     heads = [code for _, code in FENCE.findall(prompt)] + [prompt]
     head = next((code for code in heads if entry and defines(code)), None)
-    before = [f"{head}\n", f"{head}\n    ", ""] if head else [""]
+    before = [f"{head}\n", f"{head}\n    ", ""] if head else [""]  # the first line's indentation may be lost
     blocks.sort(key=len, reverse=True)  # those of `wanted` come twice: what did not compile will not
     return [start + code for code in [*wanted, *blocks, text] for start in before]
 

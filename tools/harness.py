@@ -4,13 +4,11 @@
     python tools/harness.py --tasks my_task.yaml --limit 20          # or --include_path DIRECTORY
     torchrun --nproc_per_node=8 tools/harness.py ...                 # prompts are split over the ranks
 
-The same command continues an interrupted one. Options of decoding replace what the protocol says. It needs
-lm_eval: pip install 'lm_eval[math,ifeval]'
+The same command continues an interrupted one. Options of decoding replace what the protocol says.
 """
 import hashlib
 import json
 import os
-import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +107,7 @@ def load_tasks(names, include_path, allow_code):
     try:
         loaded = manager.load(names)
     except Exception as e:  # no such task, no hub, a package the task needs, a broken YAML
-        why, *_ = re.findall(r".*\w.*", str(e)) or ["no message"]
+        why = str(e).strip().partition("\n")[0]
         raise UserError(f"lm_eval cannot load {', '.join(names)} ({type(e).__name__}: {why}): `lm_eval ls "
                         f"tasks` lists what it has, --include_path adds a directory of your own") from None
     for name, task in loaded["tasks"].items():

@@ -5,9 +5,8 @@
     python tools/sweep.py --dry_run          # the training commands, to run one by hand
 
 All runs share COMMON and the adapter rank of the tiny presets: the rows differ in their data, in what is
-masked and in the loss. Nothing is tuned. Each is trained by its own script; trajectories are collected, and
-TRIMS's examples scored, once for all. Seed s is evaluated on --n test problems of its own. The results end in
-comparison.jsonl.gz (assets/ has that of the whole sweep), which `python tools/compare.py runs` reads.
+masked and in the loss. Nothing is tuned. Trajectories are collected, and TRIMS's examples scored, once for
+all. Seed s has --n test problems of its own. comparison.jsonl.gz keeps the results for tools/compare.py.
 """
 import subprocess
 import sys
@@ -26,7 +25,7 @@ import lora
 import model as nt_model
 import rollout
 import t3d
-from cli import UserError, option, read_json, read_jsonl, run_cli
+from cli import UserError, read_json, read_jsonl, run_cli
 
 COMMON = "--max_steps 200 --batch_size 16 --micro_batch 16 --lr 1e-3 --lr_schedule tail --warmup_steps 10"
 BATCH = 51  # problems decoded at once: 251 nearly fill five such batches
@@ -111,7 +110,7 @@ def evaluate(label, folder, tok, problems, records):
 class Options:
     seeds: int = 4  # runs of every method
     n: int = 251  # test problems per seed
-    only: list[str] | None = option(None, choices=lambda: list(METHODS))  # some of the rows; base always is
+    only: list[str] | None = None  # some labels of METHODS; base always is
     out: str = "out/sweep"  # directory of the runs, compare.md, compare.png and comparison.jsonl.gz
     dry_run: bool = False  # print the training commands and stop
 
