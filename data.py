@@ -29,7 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import grade
 from cli import UserError, option, read_json, read_jsonl, read_rows, run_cli, run_command
-from model import FAMILIES, Chat, block_diffusion_layout, checkpoint_dir, config_of
+from model import FAMILIES, Chat, ModelOptions, block_diffusion_layout, checkpoint_dir, config_of
 from recipes import RECIPES, TEST, overlap, recipe_problems
 
 TINY_DECODING = FAMILIES["tiny"].decoding
@@ -338,6 +338,13 @@ def stacked(examples, *fields):
     return *(torch.tensor([e[field] for e in examples]) for field in fields), names
 
 
+def left_padded(rows, pad_id):
+    """Rows (T_i,) int64 -> ids, valid (B, T)."""
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
+    n_pad = torch.tensor([ids.shape[1] - len(row) for row in rows])[:, None]
+    return ids, torch.arange(ids.shape[1]) >= n_pad
+
+
 def response_inputs(model_cfg, prompts, xt, x0=None):
     """Prompts (lists of ids) and noisy responses xt (B, L) -> arguments of model.hidden(), left-padded; cols
     (B, L), where the response is. x0 (B, L): a block-causal model then sees clean blocks before noisy ones.
@@ -345,10 +352,9 @@ def response_inputs(model_cfg, prompts, xt, x0=None):
     if x0 is not None:
         return block_diffusion_layout(model_cfg, prompts, xt, x0)
     rows = [torch.cat([torch.tensor(p, dtype=torch.long), row]) for p, row in zip(prompts, xt.cpu())]
-    ids = pad_sequence(rows, batch_first=True, padding_value=model_cfg.pad_id, padding_side="left")
-    at = torch.arange(ids.shape[1])
-    valid = at >= torch.tensor([len(at) - len(row) for row in rows])[:, None]
-    return dict(ids=ids, valid=None if valid.all() else valid), at[-xt.shape[1]:].expand(xt.shape)
+    ids, valid = left_padded(rows, model_cfg.pad_id)
+    cols = torch.arange(ids.shape[1])[-xt.shape[1]:].expand(xt.shape)
+    return dict(ids=ids, valid=None if valid.all() else valid), cols
 
 
 def hidden_rows(model, prompts, xt, where, x0=None):
@@ -439,12 +445,10 @@ def show(args):
 
 
 @dataclass
-class Stats(Show):
+class Stats(ModelOptions, Show):
     """lengths, graders, and problems that two sets share"""
     path: str = option(positional=True)  # data, see above
     n: int | None = None  # the first n only
-    model: str = "tiny"  # whose tokeniser counts
-    revision: str = ""  # commit, branch or tag of a hub id
     against: str = ""  # a benchmark: which of its test problems are asked here too
 
 

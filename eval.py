@@ -54,7 +54,7 @@ import sample
 from cli import UserError, append_line, drop_torn_line, option, read_json, read_jsonl, run_cli, write_whole
 from layers import for_decoding
 from run import barrier
-from sample import ModelOptions, load_both
+from sample import AdaptedModel, load_both
 from teacher import load_teacher, load_teacher_tokenizer, token_nll
 
 
@@ -158,7 +158,6 @@ def contamination_warning(task):
                       f"Report math500 (lm_eval: minerva_math500) instead\n")
 
 
-# ------------------------------------------------------------------------- metrics
 def area_of(pairs, y_max):
     """AUP, see above, of [(tpf, accuracy), ...], in percent; NaN of no points and where nothing is solved."""
     if not pairs or y_max <= 0:
@@ -194,7 +193,6 @@ def summary_of(point):
         ms_per_forward=point["ms_per_forward"])
 
 
-# ------------------------------------------------------------------------- measurement
 def rule_name(settings):
     if settings.get("name"):
         return settings["name"]
@@ -338,7 +336,6 @@ class Kept:
         return rows
 
 
-# ------------------------------------------------------------------------- where a number comes from
 def digest(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -390,7 +387,6 @@ def provenance(**facts):
         **{"device": device_name(), **versions("torch", "transformers"), **facts})
 
 
-# ------------------------------------------------------------------------- reports
 def write_results(curves, out):
     """results.jsonl, a line per point: whole or absent."""
     out.mkdir(parents=True, exist_ok=True)
@@ -495,7 +491,6 @@ def compare_caches(model, tok, problems, rule, batch_size=64, allow_code=False):
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------- along trajectories
 def mean_by_step(rows):
     """The mean of rows (T_i,) of several lengths, step by step: (T,); NaN where no row has a value."""
     padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], padding_value=math.nan)
@@ -588,9 +583,8 @@ def report_trajectory_nll(models, teacher, teacher_tok, tok, problems, settings,
     report_by_step(curves, "teacher NLL", "nats per token", Path(folder) / "trajectory_nll.png")
 
 
-# ------------------------------------------------------------------------- commands
 @dataclass
-class ProblemOptions(ModelOptions):
+class ProblemOptions(AdaptedModel):
     """what each cache costs against cache none"""
     task: str = "tiny"  # tiny, gsm8k, math500, ... (python data.py list), or a .jsonl with prompt and answer
     split: Literal["train", "dev", "test"] = "test"  # of the task
@@ -622,7 +616,7 @@ class NllOptions(ProblemOptions):
 
 
 @dataclass
-class TdsOptions(ModelOptions):
+class TdsOptions(AdaptedModel):
     """how much the entropies of masked tokens differ (TABOM Eq. 10, 11)"""
     trajectories: str = option()  # folder that rollout or a method collected
     n: int = 64  # how many of them

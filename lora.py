@@ -159,12 +159,10 @@ def load(model, folder):
 
 
 @dataclass
-class Merge:
+class Merge(nt_model.ModelOptions):
     """merge an adapter into its base model (fp32, official names)"""
     adapter: str = option()  # adapter directory
     to: str = option()  # directory to write
-    model: str = "tiny"  # preset name, hub id or directory of the base model
-    revision: str = ""  # commit, branch or tag of a hub id
 
 
 def merge_command(args):

@@ -164,8 +164,8 @@ def decoding_defaults(cfg):
 
 
 def read_config(folder):
-    """The Config of a checkpoint's directory. What SDAR's and A2D's hub files leave out of config.json is the
-    tokeniser's mask token, and stands in the name: the length of a block (SDAR-4B-Chat-b8), the kind of network.
+    """The Config of a checkpoint's directory. What SDAR's and A2D's hub files leave out of config.json: the
+    mask id is the tokeniser's; the name says the length of a block (SDAR-4B-Chat-b8), the kind of network.
     """
     raw, tokens, name = read_json(folder / "config.json"), folder / "tokenizer_config.json", folder.as_posix()
     if not isinstance(raw, dict):
@@ -594,13 +594,13 @@ def copy_tokenizer(name, folder, revision=None):
 
 
 @dataclass
-class Options:
+class ModelOptions:
     model: str = "tiny"  # preset name, hub id or directory
     revision: str = ""  # commit, branch or tag of a hub id
 
 
 def main():
-    args = cli.parse(__doc__, Options)
+    args = cli.parse(__doc__, ModelOptions)
     model = load(args.model, *default_device(), args.revision)
     print(f"family {model.cfg.family}: {sum(p.numel() for p in model.parameters()):,} parameters")
     for key, value in vars(model.cfg).items():

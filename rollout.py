@@ -22,7 +22,7 @@ import grade
 from cli import UserError, option, read_jsonl, run_cli
 from data import (CARRIED, SCHEMA, check_record, load_tokenizer, privileged_prompt, problems_asked_for,
                   read_trajectories, spread)
-from model import config_of, decoding_defaults, n_content
+from model import ModelOptions, config_of, decoding_defaults, n_content
 from run import barrier
 from sample import Decoding, Output, load_both, picture, stream
 
@@ -165,14 +165,11 @@ def inverted(order):
     return int((later > 0).sum()), int((later != 0).sum())
 
 
-# ------------------------------------------------------------------------- commands
 @dataclass
-class Collect:
+class Collect(ModelOptions):
     """decode problems into a folder of trajectories: one token per forward, unless told otherwise"""
     path: str = option("tiny", positional=True)  # data, see python data.py --help
     out: str = option()  # folder to collect into
-    model: str = "tiny"  # preset name, hub id or directory
-    revision: str = ""  # commit, branch or tag of a hub id
     n: int | None = None  # the first n only
     split: Literal["train", "dev", "test"] | None = None  # of a data set [train; test where it is alone]
     privileged: bool = False  # show the model the solution, as TAD does
@@ -182,12 +179,11 @@ class Collect:
 
 
 @dataclass
-class Stats:
+class Stats(ModelOptions):
     """lengths, share correct, order, samples per hour"""
     path: str = option(positional=True)  # a folder or .jsonl of trajectories
     n: int | None = None  # the first n only
     model: str = ""  # whose tokens these are [the trajectories' own]
-    revision: str = ""  # commit, branch or tag of a hub id
 
 
 @dataclass

@@ -78,7 +78,6 @@ def parse(Config, presets, doc):
     return cfg
 
 
-# ------------------------------------------------------------------------- ranks
 def barrier():
     if dist.is_initialized():
         dist.barrier()
@@ -149,7 +148,6 @@ def unsharded(model, device="cpu", dtype=None, keep=True):
     return plain.eval()
 
 
-# ------------------------------------------------------------------------- the schedule
 def lr_frac(step, n_steps, cfg):
     """Share of the peak learning rate at a step (0-based), after the schedules of the settings."""
     decay = 1.0
@@ -190,7 +188,6 @@ def on_sigterm(handler):
         signal.signal(signal.SIGTERM, before)
 
 
-# ------------------------------------------------------------------------- the run
 class Run:
     """A run of the settings cfg, a method's Config: beside Options it has seed, data, full, batch_size,
     micro_batch, clip, lr_schedule, lr_floor and warmup_steps. whole: all weights are trained and saved, not
@@ -503,7 +500,6 @@ class Reference:
         return lora.swapped(model, self.adapters) if self.adapters else nullcontext(self.model)
 
 
-# ------------------------------------------------------------------------- checkpoint files
 def checkpoint_tensors(model, optimizers, reference=None):
     """name -> tensor: the trained weights; "name/slot": the optimizer's state, and T3D's reference."""
     params = trainable(model)
@@ -559,9 +555,11 @@ def newest_checkpoint(out):
         print(f"warning: checkpoint {folder} is damaged, trying the one before", file=sys.stderr)
 
 
-# ------------------------------------------------------------------------- before a run
 def dry_run(cfg, n_examples, targets=lora.ALL, frozen_copy=False, scratch=False):
-    """Print the number of steps and the memory that training takes, from config.json alone."""
+    """Print, from config.json alone, the number of steps and what each of 1, 8 and 16 GPUs holds in training:
+    bf16, with fp32 for what is trained; prompts of 256 tokens; a rough count of activations. frozen_copy:
+    --full keeps one.
+    """
     with torch.device("meta"):
         model = nt_model.Transformer(nt_model.config_of(cfg.model, cfg.revision))
         if not (cfg.full or scratch):
@@ -569,20 +567,11 @@ def dry_run(cfg, n_examples, targets=lora.ALL, frozen_copy=False, scratch=False)
     per_epoch = n_examples // cfg.batch_size
     print(f"at most {n_examples:,} examples: {per_epoch:,} steps per epoch, "
           f"{cfg.max_steps or cfg.epochs * per_epoch:,} steps in all")
-    print_memory(model, cfg, frozen_copy)
-
-
-def print_memory(model, cfg, frozen_copy):
-    """What each of 1, 8 and 16 GPUs holds in training, in GiB: bf16, with fp32 for what is trained; prompts
-    of 256 tokens; activations are a rough count. model: on the meta device; frozen_copy: --full keeps one.
-    """
     facts, kinds = model.cfg, [model.parameters(), model.blocks[0].parameters(), trainable(model).values()]
     n_all, n_block, n_trained = (sum(p.numel() for p in params) for params in kinds)
     rest = n_all - facts.n_layer * n_block  # embedding, norm, head: whole until the last gradient
     heads = facts.n_head + 2 * facts.n_kv_head
     per_token = 2 * (16 * facts.d_model + 3 * heads * facts.head_dim + 4 * facts.d_mlp)  # of one block
-    if n_trained < n_all:  # the inputs of adapters, in fp32
-        per_token += 4 * (6 * facts.d_model + facts.d_mlp)
     inputs = facts.n_layer * 2 * facts.d_model
     per_token = per_token + inputs if cfg.checkpoint_blocks else per_token * facts.n_layer
     tokens = cfg.micro_batch * (256 + cfg.gen_len * (2 if facts.block_len else 1))

@@ -43,7 +43,7 @@ import data
 import lora
 from cli import UserError, option, run_cli
 from layers import for_decoding
-from model import (KVCache, attention_mask, config_of, decoding_defaults, default_device, load, n_content,
+from model import (KVCache, ModelOptions, attention_mask, config_of, decoding_defaults, default_device, load, n_content,
                    rope_angles)
 
 
@@ -111,7 +111,6 @@ class Output:
         return n_content(self.ids, eos_ids)
 
 
-# ------------------------------------------------------------------------------------------ choosing tokens
 def pick_tokens(logits, cfg, s, noise=None):
     """logits (..., V) -> token, confidence, entropy in nats, score; all (...). The mask id is never picked.
     noise (..., V) uniform in (0, 1) drives sampling at temperature > 0 (Gumbel argmax).
@@ -171,7 +170,6 @@ def uniform_noise(key, nfe, positions, n_vocab):
     return ((x >> 9).float() + 0.5) / 2**23
 
 
-# ------------------------------------------------------------------------------------------------- policies
 @dataclass
 class Forward:
     """What a policy decides from: the scores of W positions in R rows, and how far the rows are."""
@@ -308,7 +306,6 @@ def choose(model, h, s, key, nfe, positions, *state):
     return token, now, POLICIES[s.policy].choose(now, s) & now.masked
 
 
-# ---------------------------------------------------------------------------------------------- the reference
 @torch.no_grad()
 def reference(model, prompt, **settings):
     """Decode one prompt (P,) int64 with plain code and no cache -> Output: the oracle for `generate`. Stale
@@ -391,7 +388,6 @@ def stale_hidden(model, old, new, start, end):
     return torch.cat([h[:, :1], h[:, :-1]], 1) if cfg.shift else h
 
 
-# ---------------------------------------------------------------------------------------- the batched decoder
 def generate(model, prompts, batch_size=32, **options):
     """Decode a list of prompts (P,) int64 -> list of Output. options: those of stream, fields of Decoding."""
     outs = dict(stream(model, prompts, batch_size, **options))
@@ -755,7 +751,6 @@ class Batch:
         graph.replay()
 
 
-# --------------------------------------------------------------------------------------------------- terminal
 def show(out, tokens, by="confidence"):
     """The decoding as text, a line per forward: masks are dots, tokens have the colour of `by`."""
     palette = [196, 202, 208, 214, 220, 190, 154, 118, 82, 46]  # red ... green
@@ -796,16 +791,13 @@ def picture(out, path, title=""):
     plt.close(fig)
 
 
-# --------------------------------------------------------------------------------------------------- commands
 @dataclass
-class ModelOptions:
-    model: str = "tiny"  # preset name, hub id or directory
-    revision: str = ""  # commit, branch or tag of a hub id
+class AdaptedModel(ModelOptions):
     adapter: str = ""  # directory of a trained LoRA adapter to decode with
 
 
 @dataclass
-class Options(ModelOptions):
+class Options(AdaptedModel):
     """decode one prompt, a file of prompts, or what you type"""
     prompt: str = ""  # user turn [a problem of the tiny task]
     show: str = option("", bare="confidence", choices=["confidence", "step"])  # draw each forward in colour

@@ -240,10 +240,9 @@ def collect_round(cfg, r, model, tok, problems, number, begins):
 
 def check_config(cfg):
     """The settings that are used: the code's choices under --variant code."""
-    if not cfg.refresh or cfg.save_every % cfg.refresh:  # a continued run then starts with a fresh reference, as the first did
+    # a continued run starts with a fresh reference, as the first did
+    if not cfg.refresh or cfg.save_every % cfg.refresh:
         raise UserError(f"--save_every {cfg.save_every} must be a multiple of --refresh {cfg.refresh}")
-    if not 0 <= cfg.rand_p <= 1:
-        raise UserError(f"--rand_p {cfg.rand_p} is a probability")
     if cfg.variant == "paper":
         return cfg
     if cfg.fake == "expected" or cfg.logratio == "sum":

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 
 from cli import UserError, read_jsonl
-from data import Tokenizer, collate, read_tokens
+from data import Tokenizer, left_padded, read_tokens
 from model import FAMILIES, by_chunks, checkpoint_dir, n_content, token_positions
 from rollout import Shard
 from run import barrier
@@ -94,8 +94,8 @@ def teacher_pieces(example, tok, teacher_tok):
 def difficulty(examples, tok, teacher, teacher_tok, metric):
     """Every example's L scores in nats; the first EOS has that of the teacher's end token, the rest NaN."""
     pieces = [teacher_pieces(e, tok, teacher_tok) for e in examples]
-    rows = [prompt + ids + [teacher_tok.eos_id] for prompt, ids, *_ in pieces]
-    ids, valid = collate(rows, torch.empty(len(rows), 0, dtype=torch.long), teacher_tok.eos_id)
+    rows = [torch.tensor(prompt + ids + [teacher_tok.eos_id]) for prompt, ids, *_ in pieces]
+    ids, valid = left_padded(rows, teacher_tok.eos_id)
     scored = token_nll(teacher, ids.to(teacher.device), valid.to(teacher.device), metric)
     out = []
     for row, e, piece in zip(scored.cpu().double().numpy(), examples, pieces):
@@ -132,7 +132,7 @@ def score_examples(examples, tok, cfg, r):
     if todo:
         teacher_tok = load_teacher_tokenizer(cfg.teacher)
         teacher = load_teacher(cfg.teacher, r.device, r.dtype)
-        shard = Shard(folder, r.rank, len(left), "example", "difficulty")
+        shard = Shard(folder, r.rank, len(todo), "example", "difficulty")
         for first in range(0, len(todo), cfg.score_batch):
             some_keys, some = zip(*todo[first:first + cfg.score_batch])
             scored = difficulty(some, tok, teacher, teacher_tok, cfg.metric)

@@ -217,9 +217,6 @@ def build_optimizers(cfg, model):
 
 
 def check_config(cfg):
-    for name in ("trajectory_share", "p_context", "p_future", "block_share"):
-        if not 0 <= getattr(cfg, name) <= 1:
-            raise UserError(f"--{name} {getattr(cfg, name)}: it must be between 0 and 1")
     if cfg.trajectory_share and cfg.data == "tiny" and not cfg.n_examples:
         raise UserError("--n_examples 0 draws new examples at every step, which no teacher can rank "
                         "beforehand: give --trajectory_share 0, or a number of examples")

@@ -325,10 +325,10 @@ def test_humaneval_end_to_end_on_a_random_checkpoint(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("words, match", [
-    (["--points", "9"], "has 0 to 7"), (["--n", "0"], "--n is 0: it must be at least 1"),
+    (["--points", "9"], "has 0 to 7"), (["--n", "0"], "n is 0: it must be at least 1"),
     (["--protocol", "tiny-static", "--thresholds", "0.5"], "no chosen point of protocol tiny-static has one"),
     (["--protocol", "t3d"], "it is for sdar"), (["--block_len", "-1"], "block_len is -1"),
-    (["--task", "no.jsonl"], "no.jsonl"), (["--y_max", "-5"], "must be above 0"),
+    (["--task", "no.jsonl"], "no.jsonl"), (["--y_max", "-5"], "y_max is -5.0: it must be at least"),
     (["--out", "old"], "holds results already")])
 def test_bad_input_is_one_line(tmp_path, monkeypatch, words, match):
     (tmp_path / "old").mkdir()

@@ -435,7 +435,7 @@ def test_rollout_inspect_and_stats_of_trajectories(tmp_path, monkeypatch, capsys
 
 @pytest.mark.parametrize("script, args, words", [
     (data, ("show", "gsm8"), "no data 'gsm8': give 'tiny', one of gsm8k"),
-    (data, ("show", "tiny", "-n", "0"), "-n is 0"),
+    (data, ("show", "tiny", "-n", "0"), "n is 0: it must be at least 1"),
     (rollout, ("inspect", "nowhere"), "nowhere holds no trajectories"),
     (rollout, ("stats", "nowhere"), "nowhere holds no trajectories"),
     (data, ("stats", "nowhere"), "no data 'nowhere'"),
@@ -445,7 +445,7 @@ def test_rollout_inspect_and_stats_of_trajectories(tmp_path, monkeypatch, capsys
     (data, ("stats", "{t}/bad.json"), "is not valid JSON"),
     (rollout, ("collect", "{t}/code.jsonl", "--out", "{t}/o"), "give --allow_code_execution"),
     (rollout, ("collect", "tiny", "--out", "{t}/o", "--gen_len", "0"), "gen_len is 0"),
-    (rollout, ("collect", "tiny", "--out", "{t}/o", "--batch_size", "0"), "--batch_size is 0")])
+    (rollout, ("collect", "tiny", "--out", "{t}/o", "--batch_size", "0"), "batch_size is 0: it must be at least 1")])
 def test_bad_commands_are_one_line_and_exit_2(tmp_path, monkeypatch, capsys, script, args, words):
     write(tmp_path / "mine.jsonl", [dict(prompt="a", answer=1)])
     write(tmp_path / "code.jsonl", [dict(prompt="a", tests=["assert f()"])])

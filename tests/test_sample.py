@@ -199,7 +199,7 @@ def test_a_policy_is_one_entry(monkeypatch, capsys, name):
         from_right = now.masked.flip(1).cumsum(1).flip(1)
         return from_right % 2 == now.memory % 2
 
-    policy = sample.Policy(every_second, memory=1, caches=("none", "dual"), threshold=(1, 2))
+    policy = sample.Policy(every_second, memory=1, caches=("none", "dual"))
     monkeypatch.setitem(sample.POLICIES, "every_second", policy)
     model, prompts = random_model(**CONFIGS[name]), prompts_of([2, 9, 5, 12])
     for cache, early_stop in itertools.product(policy.caches, (True, False)):
@@ -211,7 +211,7 @@ def test_a_policy_is_one_entry(monkeypatch, capsys, name):
             assert same(out, reference(model, prompt, **settings))
     if not model.cfg.block_len:  # the first block of 4: two, one and one
         assert sorted(out.order.tolist()[:4]) == [0, 0, 1, 2]
-    for bad, match in ((dict(cache="prefix"), "none or dual"), (dict(threshold=2), "threshold 2")):
+    for bad, match in ((dict(cache="prefix"), "none or dual"), (dict(threshold=-1), "threshold is -1")):
         with pytest.raises(UserError, match=match):
             Decoding(**{**settings, **bad})
     parser = argparse.ArgumentParser()

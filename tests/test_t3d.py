@@ -261,7 +261,7 @@ def test_a_shared_folder_long_prompts_and_small_data(monkeypatch, tmp_path):
 def test_variants_and_bad_settings(monkeypatch, tmp_path):
     cfg = t3d.check_config(Config(variant="code", save_every=100))
     assert (cfg.fake, cfg.mask_order, cfg.state_dist, cfg.path) == ("argmax", "code", "code", "code")
-    for args, words in ((["--save_every", "15"], "multiple of"), (["--rand_p", "2"], "probability"),
+    for args, words in ((["--save_every", "15"], "multiple of"), (["--rand_p", "2"], "rand_p is 2.0: it must be at most 1"),
                         (["--variant", "code", "--fake", "expected"], "one by one"),
                         (["--batch_size", "0"], "at least 1")):
         with pytest.raises(nt_model.UserError, match=words):

@@ -271,7 +271,7 @@ def test_trims_trains_two_steps_on_every_family_with_another_tokeniser(tmp_path,
 
 
 def test_bad_settings_are_one_line(monkeypatch, tmp_path):
-    for args, words in ((["--trajectory_share", "2"], "between 0 and 1"),
+    for args, words in ((["--trajectory_share", "2"], "trajectory_share is 2.0: it must be at most 1"),
                         (["--n_buckets", "0"], "at least 1"),
                         (["--n_examples", "0"], "--trajectory_share 0")):
         monkeypatch.setattr("sys.argv", ["trims.py", "--out", str(tmp_path / "x"), *args])

@@ -148,7 +148,7 @@ def measure(model, prompts, args, s):
 
 
 @dataclass
-class Options(nt_eval.ModelOptions):
+class Options(nt_eval.AdaptedModel):
     shape: str = option("", positional=True)  # llada-8b, dream-7b, sdar-4b, llada-60m [--model instead]
     batch_size: int = 32  # prompts decoded at once
     prompt_len: int = 128  # of random prompts

@@ -122,7 +122,7 @@ def load_tasks(names, include_path, allow_code):
 
 
 @dataclass
-class Options(nt_eval.ModelOptions, nt_eval.ProtocolOptions):
+class Options(nt_eval.AdaptedModel, nt_eval.ProtocolOptions):
     tasks: str = option()  # lm_eval's names or YAML files, with commas
     include_path: str | None = None  # directory with task YAMLs of your own
     num_fewshot: int | None = None  # instead of the task's
