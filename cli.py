@@ -1,10 +1,6 @@
 """The ground floor: errors of one line, JSON lines, whole files, and command lines made from dataclasses,
 whose fields are options with their defaults and the comments behind them as help:
 
-    @dataclass
-    class Options:
-        path: str = option(positional=True)  # data to read
-        n: int | None = None  # the first n only
     args, decoding = parse(__doc__, Options, Decoding)  # Options(...), {what was given of Decoding}
 """
 import argparse
@@ -27,10 +23,6 @@ class UserError(ValueError):
     """Bad input: one line that names the thing, the value and the fix."""
 
 
-class Stopped(SystemExit):
-    """All ranks end here, before the work is done, with this exit code; the same command continues."""
-
-
 def run_cli(main):
     """Bad input is one line on stderr and exit code 2, never a traceback; main may return an exit code."""
     keep_freed_memory()
@@ -42,7 +34,7 @@ def run_cli(main):
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         sys.exit(130)
-    except Stopped as e:
+    except SystemExit as e:  # all ranks end here, before the work is done
         code = e.code
     distributed = sys.modules.get("torch.distributed")
     if distributed and distributed.is_available() and distributed.is_initialized():

@@ -210,11 +210,8 @@ def decode_rows(model, tok, prompts, settings, batch_size, streams=None, progres
     if not prompts:
         return
     began, forwards = time.perf_counter(), 0
-    s = decoding_of(settings)
-    sample.check_prompts(model.cfg, prompts, s)
     how = {k: settings[k] for k in HOW if k in settings}
-    batch = sample.Batch(sample.in_blocks(model, s.block_len), prompts, s, batch_size,
-                         streams or range(len(prompts)), **how)
+    batch = sample.Batch(model, prompts, decoding_of(settings), batch_size, streams, **how)
     for i, out in sample.decode(batch, progress):
         n = out.n_tokens(model.cfg.eos_ids)
         now = time.perf_counter()

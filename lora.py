@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
+import cli
 import model as nt_model
 from cli import UserError, option, read_json, run_cli, run_command
 from model import FAMILIES, official_name
@@ -67,8 +68,7 @@ def add(model, r, alpha, dropout=0.0, targets=ALL):
     """Freeze the model and put an adapter on every block's `targets` (names as in ALL). Returns the model."""
     if not targets or not set(targets) <= set(ALL):
         raise UserError(f"LoRA targets {list(targets)}: choose from {', '.join(ALL)}")
-    if r < 1:
-        raise UserError(f"LoRA rank is {r}: it must be at least 1")
+    cli.check_number("lora_r", r)
     if adapters(model):
         raise UserError("the model already carries LoRA adapters: merge them first")
     model.requires_grad_(False)

@@ -40,7 +40,7 @@ from tqdm import tqdm
 import cli
 import lora
 import model as nt_model
-from cli import Stopped, UserError
+from cli import UserError
 
 
 @dataclass
@@ -312,7 +312,7 @@ class Run:
                     if self.rank == 0:
                         note = f"SIGTERM: stopped after step {done}; the same command continues"
                         print(note, file=sys.stderr)
-                    raise Stopped(128 + signal.SIGTERM)
+                    raise SystemExit(128 + signal.SIGTERM)
 
     def between_steps(self):
         """For something long between two steps that is on the disk as it goes: SIGTERM stops it at once."""

@@ -19,10 +19,9 @@ whole canvas, refreshes all keys and values, and also reveals. The following for
                 are committed by the next block's first forward, which also runs over that block; `commits`
                 counts the forwards that a decoder without this fusion spends on top of nfe
 
-Read the policies and `reference` first. The batched decoder is one function of tensors, `step`, and a host
-loop, `Batch`. A step is one forward and what it reveals, for all rows at once, of fixed shapes and without a
-wait, so that it can be compiled, and captured as a CUDA graph. The host looks at the device once in
-`sync_every` steps: finished rows leave, waiting prompts take their places, rows with a full block refresh.
+Read the policies and `reference` first. The batched decoder is `step`, one forward and what it reveals, for
+all rows at once, of fixed shapes and without a wait, so that it compiles to a CUDA graph; and a host loop,
+`Batch`, which looks at the device once in `sync_every` steps: finished rows make room for waiting prompts.
 """
 import copy
 import math
@@ -43,8 +42,8 @@ import data
 import lora
 from cli import UserError, option, run_cli
 from layers import for_decoding
-from model import (KVCache, ModelOptions, attention_mask, config_of, decoding_defaults, default_device, load, n_content,
-                   rope_angles)
+from model import (KVCache, ModelOptions, attention_mask, config_of, decoding_defaults, default_device, load,
+                   n_content, rope_angles)
 
 
 CACHES = ("none", "prefix", "dual", "vicinity", "exact")
@@ -337,7 +336,8 @@ def reference(model, prompt, **settings):
         token, now, chosen = choose(model, h, s, key, torch.tensor([[nfe]]), window, masked[window],
                                     window - P, masked[None, P:], threshold, torch.tensor([[tries]]), memory)
         memory, at = now.memory, window[chosen]
-        x[at], conf[at], order[at], masked[at] = token[chosen], now.confidence[chosen], nfe, False
+        x[at], conf[at] = token[chosen], now.confidence[chosen]
+        order[at], masked[at] = nfe, False
         revealed += at[now.entropy[chosen].argsort(stable=True)].tolist()  # the lowest first
         first_eos = P + n_content(x[P:], cfg.eos_ids)
         if s.early_stop and not masked[:first_eos].any():  # the rest becomes EOS
@@ -405,20 +405,14 @@ def stream(model, prompts, batch_size=32, progress=False, streams=None, compiled
     Greedy fp32 decoding gives each prompt what it gets alone. UserError: a prompt does not fit.
     """
     s = Decoding(**settings)
-    check_prompts(model.cfg, prompts, s)
-    if not prompts:
-        return
-    prompts = [p.cpu() for p in prompts]
-    streams = range(len(prompts)) if streams is None else streams
-    model = in_blocks(model, s.block_len)
-    yield from decode(Batch(model, prompts, s, batch_size, streams, compiled, sync_every), progress)
+    if prompts:
+        yield from decode(Batch(model, prompts, s, batch_size, streams, compiled, sync_every), progress)
 
 
 @torch.no_grad()
 def decode(batch, progress=False):
     """Run a batch over all of its prompts -> (prompt index, Output) as they finish."""
-    waiting, n_tokens, n_forwards = iter(range(len(batch.prompts))), 0, 0
-    began = time.perf_counter()
+    waiting = iter(range(len(batch.prompts)))
     bar = tqdm(total=len(batch.prompts), unit="sample", desc="decode", disable=not progress, smoothing=0)
     while True:
         finished = batch.finished()  # the one place where the host waits for the device
@@ -427,10 +421,6 @@ def decode(batch, progress=False):
         batch.run()  # the device is busy while the finished ones are looked at
         for i, out in finished:
             check_finite(out, i)
-            n_tokens += out.n_tokens(batch.model.cfg.eos_ids)
-            n_forwards += out.nfe
-            tok_per_s = n_tokens / (time.perf_counter() - began)
-            bar.set_postfix_str(f"{tok_per_s:.0f} tok/s, TPF {n_tokens / n_forwards:.2f}", refresh=False)
             bar.update()
             yield i, out
         if not batch.busy():
@@ -600,8 +590,11 @@ def advance(x, s):
 class Batch:
     """The rows of a batch, the cache, and the host's picture of them as of its last look."""
 
-    def __init__(self, model, prompts, s, batch_size, streams, compiled=None, sync_every=4):
-        self.model, self.prompts, self.s, self.streams = for_decoding(model), prompts, s, streams
+    def __init__(self, model, prompts, s, batch_size, streams=None, compiled=None, sync_every=4):
+        check_prompts(model.cfg, prompts, s)
+        self.model, self.s = for_decoding(in_blocks(model, s.block_len)), s
+        self.prompts = [p.cpu() for p in prompts]
+        self.streams = streams or range(len(prompts))
         self.dev, self.sync_every = model.embed.weight.device, sync_every
         self.compiled = self.dev.type == "cuda" if compiled is None else compiled
         n_rows, T = len(prompts), max(map(len, prompts)) + reach(s, model.cfg) + s.gen_len + 1
@@ -825,7 +818,8 @@ def decode_one(model, tok, prompt, settings, how, by="", path=""):
     out = generate(model, [tok.prompt_ids(prompt)], **how, **settings)[0]
     n = out.n_tokens(model.cfg.eos_ids)
     if by:
-        print(show(out, [tok.decode([i]).strip() or "∅" for i in out.ids.tolist()], by))
+        words = [tok.decode([i]).strip() or "∅" for i in out.ids.tolist()]
+        print(show(out, words, by))
     print(f"response {tok.decode(out.ids[:n].tolist())}")
     print(f"{n} tokens in {out.nfe} forwards: {n / out.nfe:.2f} tokens per forward")
     if path:
@@ -875,7 +869,8 @@ def main():
     cli.check_picture(args.picture)
     if args.to and not Path(args.to).parent.is_dir():
         raise UserError(f"no directory {Path(args.to).parent} to write {args.to} to")
-    settings = vars(Decoding(**{**decoding_defaults(config_of(args.model, args.revision)), **given}))
+    defaults = decoding_defaults(config_of(args.model, args.revision))
+    settings = vars(Decoding(**{**defaults, **given}))
     model, tok = load_both(args)
     how = dict(compiled=args.compiled, sync_every=args.sync_every)
     if args.interactive:

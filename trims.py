@@ -216,15 +216,11 @@ def build_optimizers(cfg, model):
     return optimizers
 
 
-def check_config(cfg):
+def main():
+    cfg = run.parse(Config, PRESETS, __doc__)
     if cfg.trajectory_share and cfg.data == "tiny" and not cfg.n_examples:
         raise UserError("--n_examples 0 draws new examples at every step, which no teacher can rank "
                         "beforehand: give --trajectory_share 0, or a number of examples")
-
-
-def main():
-    cfg = run.parse(Config, PRESETS, __doc__)
-    check_config(cfg)
     whole = cfg.full or cfg.init == "scratch"
     tok = load_tokenizer(cfg.model, cfg.revision)
     examples = load_examples(cfg, tok)

@@ -94,7 +94,7 @@ def test_official_module_names(tmp_path, name):
 def test_errors(tmp_path):
     with pytest.raises(UserError, match="wq"):
         lora.add(random_model(), 4, 4, 0.0, ("wq",))
-    with pytest.raises(UserError, match="rank is 0"):
+    with pytest.raises(UserError, match="lora_r is 0"):
         lora.add(random_model(), 0, 4)
     with pytest.raises(UserError, match="already carries"):
         lora.add(trained(random_model()), 4, 4)

@@ -97,14 +97,12 @@ def roofline(batch, step_ms):
 @torch.no_grad()
 def measure(model, prompts, args, s):
     """-> the facts that are printed, and a forward of the same work to look into. s: sample.Decoding."""
-    sample.check_prompts(model.cfg, prompts, s)
-    model = sample.in_blocks(model, s.block_len)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     how = {key: getattr(args, key) for key in nt_eval.HOW}
 
     def decode():
-        batch = sample.Batch(model, prompts, s, len(prompts), range(len(prompts)), **how)
+        batch = sample.Batch(model, prompts, s, len(prompts), **how)
         return batch, [out for _, out in sample.decode(batch)]
 
     def reference():
