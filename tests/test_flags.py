@@ -1,0 +1,96 @@
+"""Every numeric option of every command has bounds, and a value outside them ends in one line, before anything."""
+import importlib
+import math
+import random
+import sys
+from dataclasses import fields
+from typing import get_args, get_origin, get_type_hints
+
+import pytest
+
+import cli
+import compare
+import data
+import harness
+import sample
+import sweep
+import t3d
+import tabom
+import tad
+import trims
+
+eval_module = importlib.import_module("eval")
+METHODS = {module.__name__: (module, [], [module.Config]) for module in (tad, t3d, tabom, trims)}
+BENCH, ROLLOUT = (importlib.import_module(name) for name in ("bench", "rollout"))
+REQUIRED = {"collect": ["--out", "out"], "inspect": ["out"], "stats": ["out"], "tds": ["--trajectories", "out"],
+            "runs": ["out"], "published": ["gsm8k"], "merge": ["--adapter", "a", "--to", "b"]}
+COMMANDS = {
+    **METHODS, "sample": (sample, [], [sample.Options, sample.Decoding]),
+    "bench": (BENCH, [], [BENCH.Options, sample.Decoding]), "sweep": (sweep, [], [sweep.Options]),
+    "harness": (harness, ["--tasks", "gsm8k"], [harness.Options, sample.Decoding]),
+    **{f"{module.__name__} {name}": (module, [name, *REQUIRED.get(name, ())], classes)
+       for module in (eval_module, ROLLOUT, data, compare) for name, (_, *classes) in module.COMMANDS.items()}}
+
+
+def numeric(classes):
+    """Yield (option, int or float) of the fields of dataclasses."""
+    for cls in classes:
+        hints = get_type_hints(cls)
+        for field in fields(cls):
+            kind = hints[field.name]
+            kinds = [a for a in get_args(kind) if a is not type(None)] or [kind]
+            if get_origin(kinds[0]) is list:
+                kinds = get_args(kinds[0])
+            if kinds[0] in (int, float):
+                yield field.name, kinds[0]
+
+
+def test_every_numeric_option_has_bounds_that_hold_its_defaults():
+    named = set()
+    for _, _, classes in COMMANDS.values():
+        named |= {name for name, _ in numeric(classes)}
+        for cls in classes:
+            for name, _ in numeric([cls]):
+                value = getattr(cls, name, None)
+                if value is not None:
+                    cli.check_number(name, value)
+    assert named == cli.BOUNDS.keys()
+    for module, _, _ in METHODS.values():
+        for preset in module.PRESETS.values():
+            for name, value in preset.items():
+                if type(value) in (int, float):
+                    cli.check_number(name, value)
+
+
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_a_number_outside_is_one_line_before_anything_happens(command, monkeypatch, tmp_path, capsys):
+    module, words, classes = COMMANDS[command]
+    monkeypatch.chdir(tmp_path)
+    draw = random.Random(command)
+    for name, kind in numeric(classes):
+        least, most = cli.BOUNDS[name]
+        below, above = least - draw.uniform(1e-3, 10), most * draw.uniform(1.1, 1e3) + 1
+        values = [str(math.floor(below)), str(math.ceil(above)), "x", "", "1e", "²", "0x10"]
+        values += [repr(below), repr(above), "nan", "inf", "-inf"] if kind is float else ["1.5", "nan", "1e3"]
+        for value in draw.sample(values, 3):
+            monkeypatch.setattr(sys, "argv", [module.__file__, *words, f"--{name}={value}"])
+            with pytest.raises((SystemExit, cli.UserError)) as ended:
+                module.main() if hasattr(module, "main") else cli.run_command(module.__doc__, module.COMMANDS)
+            if ended.type is SystemExit:
+                assert ended.value.code == 2 and f"--{name}" in capsys.readouterr().err.splitlines()[-1], value
+            else:
+                assert f"{name} is " in str(ended.value) and "\n" not in str(ended.value), (name, value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_and_a_full_disk_are_one_line(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    def full():
+        raise OSError(28, "No space left on device", "out/x")
+    for main, code, words in ((interrupted, 130, "the same command continues"), (full, 2, "out/x")):
+        with pytest.raises(SystemExit) as ended:
+            cli.run_cli(main)
+        said = capsys.readouterr().err
+        assert ended.value.code == code and words in said and said.count("\n") == 1
