@@ -61,7 +61,8 @@ SLOW_TESTS = {
     "test_sigkill_during_collection", "test_five_problems_of_your_own", "test_a_killed_curve_goes_on",
     "test_any_batch_composition", "test_batch_equals_alone_equals_reference", "test_attacks_are_contained",
     "test_attacks_are_contained_for_a_normal_user", "test_interrupted_training_is_bit_identical",
-    "test_without_datasets_or_network_the_files_are_named", "test_bad_commands_are_one_line"}
+    "test_without_datasets_or_network_the_files_are_named", "test_bad_commands_are_one_line",
+    "test_the_fork_example"}
 
 
 def pytest_collection_modifyitems(items):
