@@ -1,4 +1,4 @@
-"""The command behind the README's comparison, with five rows, one step and four problems."""
+"""The command behind the comparison in docs/results.md, with five rows, one step and four problems."""
 import json
 import shutil
 import subprocess
