@@ -1,7 +1,7 @@
 """Decoding: a short reference that reads like the papers, and the compiled, batched, block-cached decoder
 that everything runs on.
 
-    outs = generate(model, prompts, gen_len=48, block_len=16, policy="threshold", threshold=0.9, cache="dual")
+    outs = generate(model, prompts, gen_len=48, block_len=16, policy="threshold", threshold=0.9, cache="none")
     python sample.py --model tiny --prompt "..." --show           # or --picture order.png
     python sample.py --model tiny --prompts questions.jsonl       # or --interactive
 

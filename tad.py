@@ -1,5 +1,4 @@
-"""TAD: Temporal-Aware trajectory self-Distillation
-(RUC and Ant Group, 2026; code: github.com/BHmingyang/TAD).
+"""TAD: Temporal-Aware trajectory self-Distillation (arXiv 2605.09536; code: github.com/BHmingyang/TAD).
 
 The idea: (1) the base model, shown the worked solution, decodes every training problem one token per forward;
 wrong answers are dropped. (2) The student never sees the solution. At a state t of such a trajectory it

@@ -1,7 +1,7 @@
 """One table and one picture over several runs and seeds; and the papers' numbers to stand beside yours.
 
     python tools/compare.py runs out/tad-eval-* --base base --control SFT
-    python tools/compare.py runs assets/comparison.jsonl.gz --control SFT-SD     # README's comparison
+    python tools/compare.py runs assets/comparison.jsonl.gz --control SFT-SD     # docs/results.md
     python tools/compare.py published gsm8k --model llada
 
 A run is a folder with the results.jsonl of eval.py or tools/sweep.py; a .jsonl.gz of sweep.py holds many.
