@@ -1,7 +1,5 @@
 """The ground floor: errors of one line, JSON lines, whole files, and command lines made from dataclasses,
-whose fields are options with their defaults and the comments behind them as help:
-
-    args, decoding = parse(__doc__, Options, Decoding)  # Options(...), {what was given of Decoding}
+whose fields are options with their defaults and the comments behind them as help.
 """
 import argparse
 import ctypes
@@ -18,6 +16,8 @@ import zlib
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
+from safetensors import SafetensorError
+
 
 class UserError(ValueError):
     """Bad input: one line that names the thing, the value and the fix."""
@@ -28,7 +28,7 @@ def run_cli(main):
     keep_freed_memory()
     try:
         code = main()
-    except (UserError, OSError) as e:  # of a disk that is full, a file that may not be written
+    except (UserError, OSError, SafetensorError) as e:  # the last two: a disk that is full, say
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -41,7 +41,7 @@ def run_cli(main):
         gc.collect()  # without this order some processes abort when they exit
         distributed.barrier()
         distributed.destroy_process_group()
-    if isinstance(code, int):
+    if isinstance(code, (int, str)):
         sys.exit(code)
 
 

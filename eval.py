@@ -9,8 +9,7 @@
     python eval.py nll --n 40                                          # TRIMS Fig. 7
     python eval.py tds --trajectories out/tabom-tiny/trajectories      # TABOM Fig. 2
 
-Tables over several runs, and the papers' numbers: tools/compare.py; tasks of lm_eval: tools/harness.py.
-Definitions, used everywhere:
+Tables of runs: tools/compare.py; tasks of lm_eval: tools/harness.py. Definitions, used everywhere:
     acc     share of problems whose final answer is right, percent; +- is the binomial standard error
     nfe     forwards of the model spent on a sample while it was unfinished, cache refreshes included
     tokens  response ids before the first EOS; TPF: their sum / sum of nfe over the problems
@@ -125,7 +124,8 @@ def protocol_of(name, family, task="", points=None, thresholds=None, **own):
     if not rules:
         others = sorted({key.split("/")[1] for key in PROTOCOLS if key.startswith(f"{name}/")})
         raise UserError(f"protocol {name} has no settings for family {family}: it is for {', '.join(others)}")
-    rules = [{k: v for k, v in rule.items() if k not in own} for rule in rules]
+    for given in own:  # a name tells what its rule says
+        rules = [{k: v for k, v in r.items() if given not in r or k not in (given, "name")} for r in rules]
     if points:
         if not all(0 <= i < len(rules) for i in points):
             raise UserError(f"--points {points}: protocol {name} has 0 to {len(rules) - 1}")

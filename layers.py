@@ -1,7 +1,4 @@
-"""Linear layers as the decoder runs them: adapters merged, packed for oneDNN on a CPU.
-
-    fast = for_decoding(model)    # its weights as they are now
-"""
+"""Linear layers as the decoder runs them: adapters merged, packed for oneDNN on a CPU."""
 import copy
 import weakref
 

@@ -48,9 +48,7 @@ class LoRALinear(nn.Module):
         return y + F.linear(self.alpha / self.r * h, self.lora_B.to(x.dtype))
 
     def merged(self):
-        """A plain nn.Linear with W + alpha/r B A: added in fp32, rounded once to the weight's dtype. Inside
-        off() with W.
-        """
+        """A plain nn.Linear with W + alpha/r B A, added in fp32 and rounded once; inside off() with W."""
         linear = nn.Linear(*self.weight.shape[::-1], bias=False, device="meta")
         linear.weight, linear.bias = self.weight, self.bias
         if self.enabled:

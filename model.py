@@ -167,18 +167,23 @@ def read_config(folder):
     """The Config of a checkpoint's directory. What SDAR's and A2D's hub files leave out of config.json: the
     mask id is the tokeniser's; the name says the length of a block (SDAR-4B-Chat-b8), the kind of network.
     """
-    raw, tokens, name = read_json(folder / "config.json"), folder / "tokenizer_config.json", folder.as_posix()
-    if not isinstance(raw, dict):
+    raw = read_json(folder / "config.json")
+    if not isinstance(raw, dict) or raw.get("mask_token_id") is not None:
         return config_from_json(raw)
-    block, kind = re.search(r"-b(\d+)(/|$)", name), re.search("mdlm|bd3lm", name)
-    said = dict(block_size=block and int(block[1]), kind=kind and kind[0])
+    tokens, path = folder / "tokenizer_config.json", folder.resolve()
+    # of a hub id the path is models--OWNER--NAME/snapshots/COMMIT
+    name = next((part for part in path.parts if part.startswith("models--")), path.name)
+    block, kind = re.search(r"-b(\d+)$", name), re.search("mdlm|bd3lm", name)
     try:
         table = read_json(tokens) if tokens.exists() else {}
         ids = {token["content"]: int(i) for i, token in table.get("added_tokens_decoder", {}).items()}
-        said["mask_token_id"] = ids.get(table.get("mask_token"))
+        mask = table.get("mask_token")
+        mask_id = ids.get(mask["content"] if isinstance(mask, dict) else mask)
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise UserError(f"{tokens} holds a value of the wrong type ({e!r})") from None
-    return config_from_json({**{key: value for key, value in said.items() if value is not None}, **raw})
+    found = dict(mask_token_id=mask_id, block_size=block and int(block[1]), kind=kind and kind[0])
+    raw.update({key: value for key, value in found.items() if value and not raw.get(key)})
+    return config_from_json(raw)
 
 
 def config_from_json(raw):
@@ -489,7 +494,7 @@ def load(name, device="cpu", dtype=torch.float32, revision=None):
             tensors[key] = t.to(device=device, dtype=dtype)
     own = {official_name(cfg, name): (name, p.shape) for name, p in model.named_parameters()}
     head, embed = (official_name(cfg, name) for name in ("head.weight", "embed.weight"))
-    if cfg.tied and head in tensors and torch.equal(tensors[head], tensors.get(embed)):
+    if cfg.tied and {head, embed} <= tensors.keys() and torch.equal(tensors[head], tensors[embed]):
         del tensors[head]
     missing, extra = sorted(own.keys() - tensors), sorted(tensors.keys() - own)
     if missing or extra:

@@ -144,7 +144,7 @@ RECIPES = {
 def recipe_problems(name, split, n, path=None):
     """The first n usable problems of a known set, from the hub or a local copy (`path`: file or pattern)."""
     recipe, rank0 = RECIPES[name], int(os.environ.get("RANK", 0)) == 0
-    n = recipe.n if n is None else n
+    n = recipe.n if n is None and path is None else n
     own = "local" if path is not None else {"dev": recipe.splits.get("train"), **recipe.splits}.get(split)
     draws_dev = own == "train" and "dev" not in recipe.splits
     if own is None:

@@ -65,8 +65,9 @@ def rollout(model, tok, problems, folder, model_name, privileged=False, batch_si
     for p in left.values():  # said before hours of decoding
         grade.check_gradable(p, allow_code or not graded)
     barrier()  # all ranks have read the same shards before one appends
-    # by its number: ranks that do not wait for each other may have read different shards
-    todo = {i: p for i, p in left.items() if i % world == rank}
+    # dealt out anew; ranks that do not wait for each other may have read different shards: by number
+    places = range(len(left)) if torch.distributed.is_initialized() else left
+    todo = {i: p for place, (i, p) in zip(places, left.items()) if place % world == rank}
     if todo:
         shard = Shard(folder, rank, len(todo), "sample", "collect")
         decode_into(shard, model, tok, todo, facts, batch_size, allow_code)
@@ -215,7 +216,7 @@ def records_asked_for(args):
         check_record(r, f"{path} record {i + 1}")
     if not records:
         raise UserError(f"{path} holds no trajectories: give a folder or a .jsonl of them")
-    args.model = args.model or records[0]["model"]
+    args.model = args.model or records[0]["model"].split(", trained for")[0]  # of T3D's later rounds
     args.revision = args.revision or records[0].get("revision")
     return records
 

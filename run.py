@@ -209,8 +209,7 @@ class Run:
             store = None if self.world > 1 else dist.HashStore()
             dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12), rank=self.rank,
                                     world_size=self.world, store=store)
-        # but in a step a rank that hangs is noticed soon
-        self.group = dist.new_group(timeout=STEP_TIMEOUT) if dist.is_initialized() else None
+        self.group = dist.new_group(timeout=STEP_TIMEOUT) if dist.is_initialized() else None  # in a step
         self.shards = self.shards and dist.is_initialized()  # else every rank has all of the model
         self.split = self.whole and self.shards  # also what is trained
         script = Path(sys.modules[type(cfg).__module__].__file__).stem
@@ -308,7 +307,6 @@ class Run:
                     self.save_checkpoint(done)
                 if self.stops:  # a preempted job; all ranks are at this step
                     self.finish_writing()
-                    barrier()
                     if self.rank == 0:
                         note = f"SIGTERM: stopped after step {done}; the same command continues"
                         print(note, file=sys.stderr)
@@ -415,13 +413,14 @@ class Run:
         self.writing = self.writer.submit(write_checkpoint, root, step, tensors, self.rank, n_files)
 
     def finish_writing(self):
-        """Wait until the last checkpoint is on disk."""
+        """Wait until the last checkpoint is on disk, on every rank."""
         writing, self.writing = self.writing, None
         try:
             if writing:
                 writing.result()
         except Exception as e:
             raise UserError(f"a checkpoint could not be written: {e}") from None
+        barrier()
 
     def resume(self):
         """Fill all from the newest intact checkpoint, whatever its number of ranks -> the next step, or 0."""
@@ -447,6 +446,7 @@ class Run:
                 n = -(-len(whole) // self.world)
                 whole = whole[self.rank * n:][:n]
             local(target).copy_(whole)
+        barrier()  # reading took each rank its own time
         return step
 
     def save(self, model):
@@ -524,7 +524,7 @@ def write_checkpoint(root, step, tensors, rank, n_files):
     shutil.rmtree(folder, ignore_errors=True)
     tmp.rename(folder)
     sync(root)
-    for old in sorted(root.glob("step-*"))[:-2]:
+    for old in set(sorted(root.glob("step-*"))[:-2]) - {folder}:  # damaged ones may have higher numbers
         shutil.rmtree(old)
 
 

@@ -400,9 +400,8 @@ def stream(model, prompts, batch_size=32, progress=False, streams=None, compiled
     """Like generate, but yields (prompt index, Output) as rows finish; waiting prompts take their places.
     streams: the number of each prompt's random stream [its index]. compiled: run torch.compile's form of the
     step [on a GPU]. sync_every: forwards between two looks of the host at the device; a row that is finished
-    or needs its keys refreshed waits for the next look (on a CPU 1 wastes nothing).
-
-    Greedy fp32 decoding gives each prompt what it gets alone. UserError: a prompt does not fit.
+    or needs its keys refreshed waits for the next look (on a CPU 1 wastes nothing). UserError: a prompt that
+    does not fit.
     """
     s = Decoding(**settings)
     if prompts:
@@ -507,7 +506,7 @@ class Rows:
 
 ROWS = tuple(Rows.__annotations__)  # torch 2.11 cannot trace vars() of an object
 
-def step(model, x, cache, s, rows, width, conclude):
+def step(model, x, cache, s, rows, width, finish):  # finish: conclude(), below
     """One forward and what it reveals, written into the Rows x: tensors of fixed shapes, nothing that the
     host must wait for. A row that has nothing to do in it stays as it is. rows (N,) int64: over the whole
     canvas of these rows of x, whose keys go into the cache, if any. rows None: over `width` columns from
@@ -525,7 +524,7 @@ def step(model, x, cache, s, rows, width, conclude):
     else:
         h = model.hidden(before.canvas, valid=before.valid, positions=before.positions, cache=cache,
                          rows=rows, out=scored)
-    conclude(model, x, s, rows, before, active, scored, h)
+    finish(model, x, s, rows, before, active, scored, h)
 
 
 def conclude(model, x, s, rows, before, active, scored, h):
@@ -618,13 +617,13 @@ class Batch:
         whole, end = step, conclude
         if self.compiled:  # a graph for every shape and setting; beyond the limit fullgraph=True raises
             torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
-        if self.capture:  # in parts, which takes seconds, not minutes: the CUDA graph makes one of them
+        if self.capture:  # its parts, in seconds instead of minutes; a CUDA graph holds the whole step
             end = torch.compile(conclude, **COMPILE)
             for block in self.model.blocks:
                 block.compile(**COMPILE)
         elif self.compiled:
             whole = torch.compile(step, **COMPILE)
-        self.step = partial(whole, self.model, self.rows, self.cache, s, conclude=end)
+        self.step = partial(whole, self.model, self.rows, self.cache, s, finish=end)
         self.graphs = {}  # (rows, width) -> None after the first time, and then the step as a CUDA graph
         self.pool = torch.cuda.graph_pool_handle() if self.capture else None
 
@@ -839,7 +838,10 @@ def read_prompts(source):
     if not rows or not all(valid):
         raise UserError(f"{source}: every line needs a prompt, there must be one, and an id must be text or "
                         f"a number")
-    return [{"id": f"{source.stem}-{i}", **r} for i, r in enumerate(rows)]
+    rows = [{"id": f"{source.stem}-{i}", **r} for i, r in enumerate(rows)]
+    if len({r["id"] for r in rows}) < len(rows):
+        raise UserError(f"{source} has an id more than once: responses are kept by id")
+    return rows
 
 
 def decode_file(model, tok, args, settings, how):

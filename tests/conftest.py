@@ -57,7 +57,7 @@ SLOW_TESTS = {
     "test_sigkill_during_training_is_bit_identical", "test_bad_input_is_one_line_and_exit_2",
     "test_damaged_checkpoint_falls_back", "test_llada_official_samplers", "test_sdars_official_sampler",
     "test_dreams_official_sampler", "test_the_hub_cache_revisions_and_offline_mode", "test_multiblock",
-    "test_peak_memory_of_loading", "test_human_eval", "test_two_ranks_agree_with_batch_one", "test_math",
+    "test_human_eval", "test_two_ranks_agree_with_batch_one", "test_math",
     "test_sigkill_during_collection", "test_five_problems_of_your_own", "test_a_killed_curve_goes_on",
     "test_any_batch_composition", "test_batch_equals_alone_equals_reference", "test_attacks_are_contained",
     "test_attacks_are_contained_for_a_normal_user", "test_interrupted_training_is_bit_identical",

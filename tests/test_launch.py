@@ -10,7 +10,6 @@ import torch
 from checkpoints import official_checkpoint
 from conftest import CONFIGS, ROOT, random_model
 
-import cli
 import data
 import grade
 import lora
@@ -113,7 +112,7 @@ def test_rounds_collect_with_the_student_and_continue(tmp_path, monkeypatch):
             run("cut")
     assert len(data.read_trajectories(tmp_path / "cut/trajectories-round-1")) == 2
     with monkeypatch.context() as m:  # SIGTERM within the round
-        m.setattr(training.Run, "check_finite", lambda self, loss: self.step == 2 and self.stop_asked.set())
+        m.setattr(training.Run, "check_finite", lambda self, *_: self.step == 2 and self.stop_asked.set())
         with pytest.raises(SystemExit) as ended:
             run("cut")
         assert ended.value.code == 143
@@ -229,75 +228,3 @@ def test_memory_of_real_shapes(monkeypatch, capsys):
     lora.add(model, 128, 128)
     row = capsys.readouterr().out.splitlines()[-2].split()
     assert float(row[1]) == round((2 * n + 4 * (sum(p.numel() for p in model.parameters()) - n)) / 2**30, 1)
-
-
-# ---------------------------------------------------------------------------------- measured: BENCH.md's rows
-PEAK = """
-import re, sys, threading, time
-import torch
-import torch.distributed as dist
-import lora, model, run, tad
-torch.set_num_threads(1)
-class Peak(threading.Thread):
-    # the largest anonymous memory in between, MiB: pages that are mapped from a file are not counted
-    def now(self):
-        return int(re.search(r'RssAnon:\\s+(\\d+)', open('/proc/self/status').read())[1]) >> 10
-    def run(self):
-        self.at, self.top = self.now(), 0
-        while not self.top < 0:
-            self.top = max(self.top, self.now())
-            time.sleep(0.001)
-    def grown(self):
-        top, self.top = self.top, -10**9
-        return top - self.at
-peak = Peak(daemon=True)
-"""
-LOSS = PEAK + """
-n, V, C = 2048, 32000, 256
-head, h, x0 = torch.nn.Linear(C, V, bias=False), torch.randn(n, C, requires_grad=True), torch.arange(n)
-peak.start(); time.sleep(0.05)
-terms = lambda h, t, x0: tad.token_terms(head(h), head(t).detach(), x0, tad.Config())
-rows = h, torch.randn(n, C), x0
-(model.by_chunks(terms, V, *rows) if sys.argv[1] == 'chunked' else terms(*rows)).sum().backward()
-print(peak.grown())
-"""
-LOADING = PEAK + """
-dist.init_process_group('gloo')
-cpu, how = torch.device('cpu'), sys.argv[2]
-run.shard(model.load('tiny'), cpu, train=True)  # what is imported and set up once
-peak.start(); time.sleep(0.05)
-m = model.load(sys.argv[1], cpu, torch.bfloat16 if how == 'mapped' else torch.float32)
-m = run.shard(m, cpu, train=True)
-grown, own = peak.grown(), sum(run.local(p).numel() for p in m.parameters()) * 4 >> 20
-if dist.get_rank() == 0: print(grown, own)
-dist.barrier(); dist.destroy_process_group()
-"""
-
-
-def measured(code, *args, torchrun=()):
-    done = subprocess.run([sys.executable, *torchrun, *map(str, args)] if torchrun else
-                          [sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536"})
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [int(x) for x in done.stdout.split()]
-
-
-def test_peak_memory_of_the_loss(tmp_path):
-    """2,048 rows over 32,000 tokens, forward and backward of TAD's loss: whole, and in chunks of 64 MiB."""
-    peaks = {how: measured(LOSS, how)[0] for how in ("plain", "chunked")}
-    print(f"\n| {peaks['plain']} MiB | {peaks['chunked']} MiB |")
-    assert peaks["plain"] > 4 * 250 and peaks["chunked"] < peaks["plain"] / 2  # logits: 250 MiB
-
-
-def test_peak_memory_of_loading_shards(tmp_path):
-    """A bf16 checkpoint to fp32 shards on two ranks: mapped and block by block, or loaded in fp32 first."""
-    folder = official_checkpoint(tmp_path / "base", "dream", tokenizer=False, vocab_size=4_000,
-                                 hidden_size=512, intermediate_size=1408, num_hidden_layers=12,
-                                 num_attention_heads=8, num_key_value_heads=4, dtype=torch.bfloat16)
-    (tmp_path / "loading.py").write_text(LOADING)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    peaks = {}
-    for how in ("mapped", "fp32"):
-        peaks[how], shard = measured("", tmp_path / "loading.py", folder, how, torchrun=torchrun)
-    print(f"\n| {shard} MiB | {peaks['mapped']} MiB | {peaks['fp32']} MiB |")
-    assert shard <= peaks["mapped"] < 1.5 * shard and peaks["fp32"] > 1.9 * shard
