@@ -67,7 +67,7 @@ def test_sample_command(tmp_path):
     for args, words in ((["--prompt", "ball " * 300], "exceeds the model's"),
                         (["--model", "tinny"], "no model"),
                         (["--policy", "greedy"], "invalid choice"), (["--gen_len", "0"], "at least 1"),
-                        (["--top_p", "0", "--temperature", "1"], "top_p must be"),
+                        (["--top_p", "0", "--temperature", "1"], "top_p is 0.0: it must be at least"),
                         (["--temperature", "-1"], "not negative"), (["--to", "none/x.jsonl"], "no directory"),
                         (["--picture", "x.foo"], ".png"),
                         (["--adapter", "nowhere"], "no file")):
@@ -149,7 +149,7 @@ def test_trims_baseline_in_small(tmp_path):
                 "--n_examples", "16", "--eval_problems", "0", "--out", "sft")
     assert tuned.returncode == 0 and (tmp_path / "sft/adapter/adapter_config.json").exists(), tuned.stderr
     refused = run(tmp_path, "trims.py", "--trajectory_share", "1.5", "--out", "x")
-    assert refused.returncode == 2 and "between 0 and 1" in refused.stderr
+    assert refused.returncode == 2 and "trajectory_share is 1.5: it must be at most 1" in refused.stderr
 
 
 def test_bench_prints_what_was_measured_and_json(tmp_path):
