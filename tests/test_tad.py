@@ -361,7 +361,7 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, graded_right):
         "unrecognized arguments: --lrr": tad_args(model_dir, tmp_path / "f", "--lrr", "1"),
         "invalid float value: 'fast'": tad_args(model_dir, tmp_path / "g", "--lr", "fast"),
         "invalid choice: 'mse'": tad_args(model_dir, tmp_path / "h", "--near", "mse"),
-        "the loss is nan": tad_args(model_dir, tmp_path / "i", "--lr", "1e9", "--clip", "1e9",
+        "look at these examples, or start anew": tad_args(model_dir, tmp_path / "i", "--lr", "1e9", "--clip", "1e9",
                                     "--window", "8"),
     }
     for words, args in cases.items():

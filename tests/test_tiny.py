@@ -68,7 +68,8 @@ def test_sample_command(tmp_path):
                         (["--model", "tinny"], "no model"),
                         (["--policy", "greedy"], "invalid choice"), (["--gen_len", "0"], "at least 1"),
                         (["--top_p", "0", "--temperature", "1"], "top_p is 0.0: it must be at least"),
-                        (["--temperature", "-1"], "not negative"), (["--to", "none/x.jsonl"], "no directory"),
+                        (["--temperature", "-1"], "temperature is -1.0: it must be at least 0"),
+                        (["--to", "none/x.jsonl"], "no directory"),
                         (["--picture", "x.foo"], ".png"),
                         (["--adapter", "nowhere"], "no file")):
         bad = run(tmp_path, "sample.py", *args)
