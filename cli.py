@@ -72,13 +72,17 @@ BOUNDS = {name: (least, most) for least, most, names in [  # of every numeric op
 ] for name in names.split()}
 
 
-def check_number(name, value):
-    """UserError for a number outside its BOUNDS; NaN is outside."""
-    least, most = BOUNDS[name]
-    if not value >= least:
-        raise UserError(f"{name} is {value}: it must be at least {least:g}")
-    if not value <= most:
-        raise UserError(f"{name} is {value}: it must be at most {most:g}")
+def check_numbers(values):
+    """UserError for a number in {name: value or list of values} outside its BOUNDS; NaN is outside."""
+    for name, value in values.items():
+        for number in value if isinstance(value, list) else [value]:
+            if type(number) not in (int, float):
+                continue
+            least, most = BOUNDS[name]
+            if not number >= least:
+                raise UserError(f"{name} is {number}: it must be at least {least:g}")
+            if not number <= most:
+                raise UserError(f"{name} is {number}: it must be at most {most:g}")
 
 
 def option(default=dataclasses.MISSING, **about):
@@ -140,10 +144,7 @@ def new_parser(doc):
 def given_to(parser):
     """What the command line says, {name: value}, its numbers checked."""
     given = vars(parser.parse_args())
-    for name, value in given.items():
-        for number in value if isinstance(value, list) else [value]:
-            if type(number) in (int, float):
-                check_number(name, number)
+    check_numbers(given)
     return given
 
 

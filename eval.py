@@ -52,7 +52,7 @@ import recipes
 import sample
 from cli import UserError, append_line, drop_torn_line, option, read_json, read_jsonl, run_cli, write_whole
 from layers import for_decoding
-from run import barrier
+from run import barrier, sha256
 from sample import AdaptedModel, load_both
 from teacher import load_teacher, load_teacher_tokenizer, token_nll
 
@@ -339,7 +339,7 @@ def digest(value):
 
 def checksum(files):
     """Of the content of files, in the order of their names."""
-    return digest([hashlib.sha256(np.memmap(file, mode="r")).hexdigest() for file in sorted(files)])
+    return digest(list(map(sha256, sorted(files))))
 
 
 def versions(*packages):

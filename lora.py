@@ -66,7 +66,7 @@ def add(model, r, alpha, dropout=0.0, targets=ALL):
     """Freeze the model and put an adapter on every block's `targets` (names as in ALL). Returns the model."""
     if not targets or not set(targets) <= set(ALL):
         raise UserError(f"LoRA targets {list(targets)}: choose from {', '.join(ALL)}")
-    cli.check_number("lora_r", r)
+    cli.check_numbers({"lora_r": r})
     if adapters(model):
         raise UserError("the model already carries LoRA adapters: merge them first")
     model.requires_grad_(False)

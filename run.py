@@ -74,8 +74,7 @@ def parse(Config, presets, doc):
     if family not in presets:
         raise UserError(f"--model {name}: there is no preset for its family {family}, only for "
                         f"{', '.join(presets)}: add one to PRESETS")
-    cfg = Config(**{**presets[family], **given})
-    return cfg
+    return Config(**{**presets[family], **given})
 
 
 def barrier():
@@ -409,7 +408,8 @@ class Run:
             return
         kept = checkpoint_tensors(self.model, self.optimizers, self.reference(step))
         tensors = {name: local(t).to("cpu", copy=True).contiguous() for name, t in kept.items()}
-        self.check_finite("sum of the weights", sum(t.double().sum().item() for t in tensors.values()))
+        total = sum(t.sum(dtype=torch.float64).item() for t in tensors.values())
+        self.check_finite("sum of the weights", total)
         self.writing = self.writer.submit(write_checkpoint, root, step, tensors, self.rank, n_files)
 
     def finish_writing(self):

@@ -26,7 +26,6 @@ all rows at once, of fixed shapes and without a wait, so that it compiles to a C
 import copy
 import math
 import os
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -78,9 +77,7 @@ class Decoding:
         for name, allowed in dict(policy=POLICIES, cache=CACHES, score=SCORES).items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name} {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
-        for name, value in vars(self).items():
-            if type(value) in (int, float):
-                cli.check_number(name, value)
+        cli.check_numbers(vars(self))
         policy = POLICIES[self.policy]
         if self.cache not in policy.caches:
             raise UserError(f"cache {self.cache!r} with policy {self.policy}: "

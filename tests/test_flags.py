@@ -55,13 +55,11 @@ def test_every_numeric_option_has_bounds_that_hold_its_defaults():
             for name, _ in numeric([cls]):
                 value = getattr(cls, name, None)
                 if value is not None:
-                    cli.check_number(name, value)
+                    cli.check_numbers({name: value})
     assert named == cli.BOUNDS.keys()
     for module, _, _ in METHODS.values():
         for preset in module.PRESETS.values():
-            for name, value in preset.items():
-                if type(value) in (int, float):
-                    cli.check_number(name, value)
+            cli.check_numbers(preset)
 
 
 @pytest.mark.parametrize("command", list(COMMANDS))
