@@ -1,11 +1,16 @@
 """Small random models that mix every fact of the families, so that nothing is only true of weights/tiny."""
 import bz2
+import contextlib
 import hashlib
+import io
 import json
 import os
+import runpy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -92,6 +97,18 @@ def hub(tmp_path_factory):
     assert hashlib.sha256(vocab).hexdigest() == DREAM_VOCAB
     (root / "dream/vocab.json").write_bytes(vocab)
     return root
+
+
+def command(cwd, script, *args, **env):
+    """`python script args` in this process, which starting one would take seconds of: what run() returns."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
+          mock.patch.dict(os.environ, env), mock.patch.object(sys, "argv", [script, *map(str, args)])):
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as end:
+            code = end.code or 0
+    return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
 
 
 def prompts_of(lengths, vocab=38, seed=0):

@@ -1,9 +1,8 @@
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+import ranks
 import torch
 from checkpoints import official_checkpoint
 from conftest import CONFIGS, ROOT, random_model
@@ -251,8 +250,8 @@ def test_a_killed_curve_goes_on(tmp_path, monkeypatch, capsys):
     options = ["--protocol", "tiny-thresholds", "--points", "0", "3", "--n", "5", "--batch_size", "2"]
     argv = ["eval.py", "curve", *options, "--out", "again"]
     monkeypatch.chdir(tmp_path)
-    killed = subprocess.run([sys.executable, "-c", KILLED.format(root=str(ROOT), argv=argv)], cwd=tmp_path)
-    assert killed.returncode == -9
+    (tmp_path / "killed.py").write_text(KILLED.format(root=str(ROOT), argv=argv))
+    assert ranks.launch(1, tmp_path / "killed.py", log=tmp_path / "log", cwd=tmp_path) == [-9]
     shards = (tmp_path / "again").glob("rows-*.rank0.jsonl")
     assert sorted(len(shard.read_text().splitlines()) for shard in shards) == [3]  # two, and a torn one
     assert len(content(tmp_path / "again")) == 1
@@ -278,10 +277,9 @@ def test_a_killed_curve_goes_on(tmp_path, monkeypatch, capsys):
 def test_two_ranks_agree_with_batch_one(tmp_path, monkeypatch):
     options = ["--protocol", "tiny-thresholds", "--points", "3", "--n_problems", "5"]
     cli(monkeypatch, "curve", *options, "--batch_size", "1", "--out", tmp_path / "one")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*torchrun, str(ROOT / "eval.py"), "curve", *options, "--batch_size", "4", "--out",
-                           str(tmp_path / "two")], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = ranks.launch(2, ROOT / "eval.py", "curve", *options, "--batch_size", "4", "--out", tmp_path / "two",
+                        log=tmp_path / "log")
+    assert done == [0, 0], (tmp_path / "log").read_text()[-3000:]
     differ = ("provenance", "key", "batch_size", "ranks")
     assert content(tmp_path / "one", *differ) == content(tmp_path / "two", *differ)
     assert content(tmp_path / "two")[0]["ranks"] == 2

@@ -10,7 +10,7 @@ import jinja2
 import pytest
 import torch
 from checkpoints import BYTES, SPECIALS, VOCAB, official_checkpoint, raw_config, write_bpe, write_tokenizer
-from conftest import FIXTURES, ROOT, prompts_of, random_model
+from conftest import FIXTURES, ROOT, command, prompts_of, random_model
 from safetensors.torch import load_file, save_file
 from test_model import LLADA_NAMES, llada_name
 
@@ -636,16 +636,16 @@ def test_the_hub_cache_revisions_and_offline_mode(tmp_path):
     (repo / "refs").mkdir()
     (repo / "refs/main").write_text(commit)
     env = dict(HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
-    code = ("import model, data, sys; m = model.load('some/dream', revision=sys.argv[1] or None);"
-            "print(m.revision, data.load_tokenizer('some/dream', sys.argv[1]).encode('a'))")
-    for revision in ("", commit, "main"):
-        found = run("-c", code, revision, **env)
-        assert found.returncode == 0 and found.stdout.split() == [commit, "[97]"], found.stderr
+    code = ("import model, data, sys\nfor revision in sys.argv[1:]:\n"
+            "    m = model.load('some/dream', revision=revision or None)\n"
+            "    print(m.revision, data.load_tokenizer('some/dream', revision).encode('a'))")
+    found = run("-c", code, "", commit, "main", **env)
+    assert found.returncode == 0 and found.stdout.split() == [commit, "[97]"] * 3, found.stderr
     for args in (["--model", "some/dream", "--revision", "f" * 40], ["--model", "other/dream"]):
         absent = run("model.py", *args, **env)
         assert absent.returncode == 2 and "HF_HUB_OFFLINE is set" in absent.stderr
         assert absent.stderr.count("\n") == 1, absent.stderr
-    local = run("model.py", "--model", repo / "snapshots" / commit, "--revision", "main")
+    local = command(tmp_path, "model.py", "--model", repo / "snapshots" / commit, "--revision", "main")
     assert local.returncode == 2 and "a revision pins a hub id" in local.stderr
 
 

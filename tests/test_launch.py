@@ -1,7 +1,6 @@
 """ddp_launch.sh, rounds, memory and compiled blocks: what a launch on several machines is made of."""
 import json
 import os
-import socket
 import subprocess
 import sys
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 from checkpoints import official_checkpoint
 from conftest import CONFIGS, ROOT, random_model
+from ranks import free_port
 
 import data
 import grade
@@ -20,12 +20,6 @@ import tad
 from model import UserError
 
 SCRIPT = ["bash", str(ROOT / "ddp_launch.sh")]
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
 
 
 def test_help_and_mistakes():

@@ -1,11 +1,11 @@
 """The lm_eval bridge: real task definitions on local files, a scripted model, scores computed by hand."""
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import jinja2
 import pytest
+import ranks
 from checkpoints import official_checkpoint
 from conftest import ROOT
 
@@ -175,11 +175,9 @@ def test_batch_ranks_and_a_second_run_agree(here, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(sys, "argv", command(here, tmp_path / "one", "--batch_size", "1"))
     harness.main()
     assert "gsm8k" in capsys.readouterr().out
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    argv = command(here, tmp_path / "two", "--batch_size", "2")
-    done = subprocess.run([*torchrun, str(ROOT / argv[0]), *argv[1:]], capture_output=True, text=True,
-                          timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    script, *argv = command(here, tmp_path / "two", "--batch_size", "2")
+    done = ranks.launch(2, ROOT / script, *argv, log=tmp_path / "log")
+    assert done == [0, 0], (tmp_path / "log").read_text()[-3000:]
     shards = [read_jsonl(p) for p in sorted((tmp_path / "two").glob("responses.rank*.jsonl"))]
     assert [len(s) for s in shards] == [2, 1]  # three documents over two ranks, each decoded once
 

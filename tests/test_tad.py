@@ -1,16 +1,13 @@
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import ranks
 import torch
-from conftest import CONFIGS, ROOT, random_model
+from conftest import CONFIGS, ROOT, command, random_model
 from safetensors.torch import load_file
 
 import data
@@ -274,11 +271,6 @@ def problems_any_answer(tmp_path, model_dir):
     return file
 
 
-def run_tad(cwd, *args, env=None, **kw):
-    return subprocess.run([sys.executable, str(ROOT / "tad.py"), *args], cwd=cwd, capture_output=True,
-                          text=True, env={**os.environ, **(env or {})}, **kw)
-
-
 def tad_args(model_dir, out, *extra):
     return ["--model", str(model_dir), "--data", "tiny", "--n_problems", "12", "--gen_len", "8",
             "--block_len", "4", "--batch_size", "8", "--micro_batch", "4", "--max_steps", "12",
@@ -287,46 +279,48 @@ def tad_args(model_dir, out, *extra):
 
 
 @pytest.fixture
-def graded_right(monkeypatch):
-    """A random model answers nothing: let the filter pass, in this process and in the ones it starts."""
+def graded_right(monkeypatch, tmp_path):
+    """A random model answers nothing: let the filter pass, here and in a process that runs the file."""
     import grade
     monkeypatch.setattr(grade, "is_correct", lambda *_: True)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests" / "lenient"))
+    file = tmp_path / "lenient.py"
+    file.write_text("import runpy, grade\ngrade.is_correct = lambda *_: True\n"
+                    f"runpy.run_path({str(ROOT / 'tad.py')!r}, run_name='__main__')")
+    return file
 
 
 @pytest.mark.parametrize("full", [False, True])
 def test_sigkill_during_training_is_bit_identical(tmp_path, graded_right, full):
     model_dir, extra = checkpoint(tmp_path), ["--full"] if full else []
     final = "model/model.safetensors" if full else "adapter/adapter_model.safetensors"
-    whole = run_tad(tmp_path, *tad_args(model_dir, tmp_path / "whole", *extra))
+    whole = command(tmp_path, "tad.py", *tad_args(model_dir, tmp_path / "whole", *extra))
     assert whole.returncode == 0, whole.stderr
     out, kills = tmp_path / "killed", 0
     for seen in (4, 8):
-        run = subprocess.Popen([sys.executable, str(ROOT / "tad.py"), *tad_args(model_dir, out, *extra)],
-                               cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        [run] = ranks.start(1, graded_right, *tad_args(model_dir, out, *extra), log=tmp_path / "said")
         deadline = time.time() + 120
-        while time.time() < deadline and run.poll() is None:  # kill it after `seen` logged steps
+        while time.time() < deadline and run.is_alive():  # kill it after `seen` logged steps
             if (out / "log.jsonl").exists() and (out / "log.jsonl").read_text().count("\n") >= seen:
                 break
             time.sleep(0.002)
-        kills += run.poll() is None
-        os.kill(run.pid, signal.SIGKILL)
-        run.wait()
+        kills += run.is_alive()
+        run.kill()
+        run.join()
     assert kills >= 1
-    assert run_tad(tmp_path, *tad_args(model_dir, out, *extra)).returncode == 0
+    assert command(tmp_path, "tad.py", *tad_args(model_dir, out, *extra)).returncode == 0
     a, b = load_file(tmp_path / "whole" / final), load_file(out / final)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 13))
-    done = run_tad(tmp_path, *tad_args(model_dir, out, *extra))
+    done = command(tmp_path, "tad.py", *tad_args(model_dir, out, *extra))
     assert done.returncode == 0 and "finished already" in done.stdout
-    again = run_tad(tmp_path, *tad_args(model_dir, out, *extra), "--eval_problems", "2")
+    again = command(tmp_path, "tad.py", *tad_args(model_dir, out, *extra), "--eval_problems", "2")
     assert again.returncode == 0, again.stderr  # saved before; only the closing evaluation is left
 
 
 def test_damaged_checkpoint_falls_back(tmp_path, graded_right):
     model_dir, out = checkpoint(tmp_path), tmp_path / "run"
-    assert run_tad(tmp_path, *tad_args(model_dir, out)).returncode == 0
+    assert command(tmp_path, "tad.py", *tad_args(model_dir, out)).returncode == 0
     want = load_file(out / "adapter/adapter_model.safetensors")
     steps = sorted((out / "checkpoints").glob("step-*"))
     assert [s.name for s in steps] == ["step-000009", "step-000012"]
@@ -335,7 +329,7 @@ def test_damaged_checkpoint_falls_back(tmp_path, graded_right):
     for file in (out / "adapter").iterdir():
         file.unlink()
     (out / "adapter").rmdir()
-    again = run_tad(tmp_path, *tad_args(model_dir, out))
+    again = command(tmp_path, "tad.py", *tad_args(model_dir, out))
     assert again.returncode == 0 and "damaged" in again.stderr
     got = load_file(out / "adapter/adapter_model.safetensors")
     assert all(torch.equal(want[k], got[k]) for k in want)
@@ -343,7 +337,7 @@ def test_damaged_checkpoint_falls_back(tmp_path, graded_right):
 
 def test_bad_input_is_one_line_and_exit_2(tmp_path, graded_right):
     model_dir, out = checkpoint(tmp_path), tmp_path / "run"
-    assert run_tad(tmp_path, *tad_args(model_dir, out)).returncode == 0
+    assert command(tmp_path, "tad.py", *tad_args(model_dir, out)).returncode == 0
     (tmp_path / "empty.jsonl").write_text("")
     broken = tmp_path / "broken"
     nt_model.save(random_model(**VOCAB), broken)
@@ -365,7 +359,7 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, graded_right):
                                     "--window", "8"),
     }
     for words, args in cases.items():
-        run = run_tad(tmp_path, *args)
+        run = command(tmp_path, "tad.py", *args)
         assert run.returncode == 2, (words, run.stderr)
         assert words in run.stderr and "Traceback" not in run.stderr, (words, run.stderr)
     nonfinite = tmp_path / "i/nonfinite-rank0.json"
@@ -374,5 +368,5 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, graded_right):
     shard = out / "trajectories/rank0.jsonl"
     shard.write_text("{torn\n" + shard.read_text())
     (out / "adapter").rename(out / "gone")
-    run = run_tad(tmp_path, *tad_args(model_dir, out))
+    run = command(tmp_path, "tad.py", *tad_args(model_dir, out))
     assert run.returncode == 2 and "line 1 is not valid JSON" in run.stderr

@@ -1,10 +1,8 @@
 """The embedded model, and the commands a newcomer runs."""
 import json
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, command
 
 import data
 import eval as nt_eval
@@ -18,13 +16,8 @@ TOK = data.load_tokenizer("tiny")
 SETTINGS = dict(gen_len=data.TINY_LEN, block_len=data.TINY_BLOCK)
 
 
-def run(tmp_path, script, *args):
-    return subprocess.run([sys.executable, str(ROOT / script), *args], cwd=tmp_path, capture_output=True,
-                          text=True)
-
-
 def test_embedded_model_solves_the_task_token_by_token_only():
-    problems = data.load_problems("tiny", "dev", 96)
+    problems = data.load_problems("tiny", "dev", 48)
     protocol = dict(SETTINGS, policy="static", cache="none",
                     rules=[{}, dict(block_len=48, per_step=48), dict(per_step=4)])
     by_token, at_once, four = nt_eval.curve(TINY, TOK, problems, protocol, "tiny")
@@ -35,7 +28,7 @@ def test_embedded_model_solves_the_task_token_by_token_only():
 
 @pytest.mark.parametrize("policy", [dict(policy="static"), dict(policy="threshold", threshold=0.9)])
 def test_embedded_model_decodes_as_the_reference(policy):
-    prompts = [TOK.prompt_ids(p["prompt"]) for p in data.load_problems("tiny", "dev", 4)]
+    prompts = [TOK.prompt_ids(p["prompt"]) for p in data.load_problems("tiny", "dev", 2)]
     for cache in ("none", "prefix", "dual"):
         outs = generate(TINY, prompts, cache=cache, **SETTINGS, **policy)
         for prompt, out in zip(prompts, outs):
@@ -62,7 +55,7 @@ def test_show_draws_every_forward(monkeypatch):
 
 
 def test_sample_command(tmp_path):
-    ok = run(tmp_path, "sample.py", "--prompt", data.load_problems("tiny", "dev", 1)[0]["prompt"], "--show")
+    ok = command(tmp_path, "sample.py", "--prompt", data.load_problems("tiny", "dev", 1)[0]["prompt"], "--show")
     assert ok.returncode == 0 and "tokens per forward" in ok.stdout and "####" in ok.stdout
     for args, words in ((["--prompt", "ball " * 300], "exceeds the model's"),
                         (["--model", "tinny"], "no model"),
@@ -72,7 +65,7 @@ def test_sample_command(tmp_path):
                         (["--to", "none/x.jsonl"], "no directory"),
                         (["--picture", "x.foo"], ".png"),
                         (["--adapter", "nowhere"], "no file")):
-        bad = run(tmp_path, "sample.py", *args)
+        bad = command(tmp_path, "sample.py", *args)
         assert bad.returncode == 2 and words in bad.stderr and "Traceback" not in bad.stderr, bad.stderr
 
 
@@ -81,13 +74,13 @@ def test_prompts_from_a_file_continue_where_they_stopped(tmp_path):
     lines = [json.dumps(dict(id=p["id"], prompt=p["prompt"])) for p in problems]
     (tmp_path / "q.jsonl").write_text("\n".join(lines) + "\n")
     args = ["--prompts", "q.jsonl", "--to", "a.jsonl", "--policy", "static", "--batch_size", "2"]
-    first = run(tmp_path, "sample.py", *args)
+    first = command(tmp_path, "sample.py", *args)
     assert first.returncode == 0 and "5 responses written" in first.stdout, first.stderr
     full = {r["id"]: r for r in map(json.loads, (tmp_path / "a.jsonl").read_text().splitlines())}
     assert all(full[p["id"]]["response"].endswith(p["answer"]) for p in problems)
     kept = (tmp_path / "a.jsonl").read_text().splitlines(True)
     (tmp_path / "a.jsonl").write_text("".join(kept[:2]) + kept[2][:30])  # killed while writing the third
-    again = run(tmp_path, "sample.py", *args)
+    again = command(tmp_path, "sample.py", *args)
     assert "3 responses written to a.jsonl, 2 were there" in again.stdout, again.stderr
     assert {r["id"]: r for r in map(json.loads, (tmp_path / "a.jsonl").read_text().splitlines())} == full
     (tmp_path / "changed.jsonl").write_text(lines[0].replace("swap", "trade") + "\n" + "\n".join(lines[1:]))
@@ -96,7 +89,7 @@ def test_prompts_from_a_file_continue_where_they_stopped(tmp_path):
                        (changed, "other prompts"),
                        (["--prompts", "q.jsonl", "--to", "q.jsonl"], "choose another"),
                        (["--prompts", "q.jsonl", "--batch_size", "0"], "at least 1")):
-        refused = run(tmp_path, "sample.py", *bad)
+        refused = command(tmp_path, "sample.py", *bad)
         assert refused.returncode == 2 and words in refused.stderr, refused.stderr
 
 
@@ -117,8 +110,8 @@ def test_the_whole_story_in_small(tmp_path):
     """tad.py end to end on the embedded model with few problems; then its adapter decodes, merges and
     compares.
     """
-    few = ["--n_problems", "24", "--max_steps", "4", "--eval_problems", "8"]
-    story = run(tmp_path, "tad.py", *few, "--out", "run")
+    few = ["--n_problems", "16", "--max_steps", "2", "--eval_problems", "4"]
+    story = command(tmp_path, "tad.py", *few, "--out", "run")
     assert story.returncode == 0, story.stderr
     for word in ("trajectories are correct", "W = ", "AUP base", "AUP TAD", "threshold 0.9"):
         assert word in story.stdout
@@ -127,37 +120,37 @@ def test_the_whole_story_in_small(tmp_path):
         assert (tmp_path / "run" / file).stat().st_size > 0
     config = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
     assert config["target_modules"].count("_proj") == 7
-    merged = run(tmp_path, "lora.py", "merge", "--adapter", "run/adapter", "--to", "merged")
+    merged = command(tmp_path, "lora.py", "merge", "--adapter", "run/adapter", "--to", "merged")
     assert merged.returncode == 0, merged.stderr
     a = lora.load(nt_model.load("tiny"), tmp_path / "run/adapter")
     b = nt_model.load(tmp_path / "merged")
     prompts = [TOK.prompt_ids(p["prompt"]) for p in data.load_problems("tiny", "dev", 3)]
     for x, y in zip(generate(a, prompts, **SETTINGS), generate(b, prompts, **SETTINGS)):
         assert x.ids.tolist() == y.ids.tolist()
-    curve = run(tmp_path, "eval.py", "curve", "--model", "merged", "--n", "4", "--label", "merged")
-    again = run(tmp_path, "eval.py", "curve", "--model", "merged", "--n", "4", "--label", "merged")
-    assert curve.returncode == 0 and "AUP merged" in curve.stdout, curve.stderr
+    curve = command(tmp_path, "eval.py", "curve", "--model", "merged", "--n", "4", "--points", "3", "4")
+    again = command(tmp_path, "eval.py", "curve", "--model", "merged", "--n", "4", "--points", "3", "4")
+    assert curve.returncode == 0 and "threshold 0.9" in curve.stdout, curve.stderr
     assert again.returncode == 0 and again.stdout == curve.stdout  # read, not measured again
 
 
 def test_trims_baseline_in_small(tmp_path):
     few = ["--max_steps", "3", "--batch_size", "8", "--eval_problems", "0", "--out", "base"]
-    made = run(tmp_path, "trims.py", "--init", "scratch", "--n_examples", "0", "--drill_steps", "1",
+    made = command(tmp_path, "trims.py", "--init", "scratch", "--n_examples", "0", "--drill_steps", "1",
                "--trajectory_share", "0", "--muon_lr", "0.02", "--block_share", "0.5", *few)
     assert made.returncode == 0, made.stderr
     assert nt_model.load(tmp_path / "base/model").cfg == TINY.cfg
-    tuned = run(tmp_path, "trims.py", "--model", "base/model", "--max_steps", "2", "--batch_size", "8",
+    tuned = command(tmp_path, "trims.py", "--model", "base/model", "--max_steps", "2", "--batch_size", "8",
                 "--n_examples", "16", "--eval_problems", "0", "--out", "sft")
     assert tuned.returncode == 0 and (tmp_path / "sft/adapter/adapter_config.json").exists(), tuned.stderr
-    refused = run(tmp_path, "trims.py", "--trajectory_share", "1.5", "--out", "x")
+    refused = command(tmp_path, "trims.py", "--trajectory_share", "1.5", "--out", "x")
     assert refused.returncode == 2 and "trajectory_share is 1.5: it must be at most 1" in refused.stderr
 
 
 def test_bench_prints_what_was_measured_and_json(tmp_path):
-    ok = run(tmp_path, "tools/bench.py", "--batch_size", "2", "--gen_len", "16", "--policy", "static",
+    ok = command(tmp_path, "tools/bench.py", "--batch_size", "2", "--gen_len", "16", "--policy", "static",
              "--no-early_stop", "--cache", "dual", "--profile")
     facts = json.loads(ok.stdout.splitlines()[-1])
     assert ok.returncode == 0 and facts["nfe"] == 32 and facts["forwards"] == 16 and facts["tpf"] == 1
     assert facts["reference_nfe"] == 16 and facts["tok_per_s"] > 0 and "aten::" in ok.stdout
-    bad = run(tmp_path, "tools/bench.py", "llada-9b")
+    bad = command(tmp_path, "tools/bench.py", "llada-9b")
     assert bad.returncode == 2 and "llada-8b" in bad.stderr
