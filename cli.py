@@ -6,13 +6,17 @@ import ctypes
 import dataclasses
 import gc
 import gzip
+import hashlib
 import importlib
 import inspect
 import json
 import os
 import re
+import shutil
+import signal
 import sys
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -26,6 +30,8 @@ class UserError(ValueError):
 def run_cli(main):
     """Bad input is one line on stderr and exit code 2, never a traceback; main may return an exit code."""
     keep_freed_memory()
+    if "RANK" not in os.environ:  # a rank may be waiting for another, and then only the signal itself ends it
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = main()
     except (UserError, OSError, SafetensorError) as e:  # the last two: a disk that is full, say
@@ -34,6 +40,11 @@ def run_cli(main):
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         sys.exit(130)
+    except RuntimeError as e:
+        if not re.search("gloo|nccl|Connection (closed|reset)", str(e), re.I):
+            raise
+        print("another rank has ended or did not answer in time; the same command continues", file=sys.stderr)
+        sys.exit(1)
     except SystemExit as e:  # all ranks end here, before the work is done
         code = e.code
     distributed = sys.modules.get("torch.distributed")
@@ -54,7 +65,8 @@ def keep_freed_memory():
         libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD no longer adapts by itself; larger blocks go back at once
 
 
-SHORT = {"n": ["-n", "--n_problems"]}  # other spellings of an option; torchrun takes --n for one of its own
+CRC = ', "crc": "01234567"}'  # how a line of ours ends
+SUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
 
 
 BOUNDS = {name: (least, most) for least, most, names in [  # of every numeric option
@@ -79,10 +91,9 @@ def check_numbers(values):
             if type(number) not in (int, float):
                 continue
             least, most = BOUNDS[name]
-            if not number >= least:
-                raise UserError(f"{name} is {number}: it must be at least {least:g}")
-            if not number <= most:
-                raise UserError(f"{name} is {number}: it must be at most {most:g}")
+            if not least <= number <= most:
+                bound = f"at most {most:g}" if number > most else f"at least {least:g}"
+                raise UserError(f"{name} is {number}: it must be {bound}")
 
 
 def option(default=dataclasses.MISSING, **about):
@@ -116,7 +127,7 @@ def add_options(parser, cls, presets={}):
         about, kind = field.metadata, hints[field.name]
         if type(None) in get_args(kind):  # X | None
             kind = get_args(kind)[0]
-        names = ["--" + field.name, *SHORT.get(field.name, ())]
+        names = ["--" + field.name] + ["-n", "--n_problems"] * (field.name == "n")  # --n is torchrun's, too
         text = help_of(field, comments.get(field.name, ""), presets)
         settings = dict(default=argparse.SUPPRESS, help=text)  # absent unless given
         if about.get("positional"):
@@ -178,11 +189,11 @@ def run_command(doc, commands):
     return function(*read_options(given, *classes))
 
 
-def read_text(path):
+def read_text(path, errors="strict"):
     """The text of a file, unpacked where its name ends in .gz."""
     try:
-        with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as f:
-            return f.read()
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as f:
+            return f.read().decode("utf-8", errors).replace("\r\n", "\n")
     except FileNotFoundError:
         raise UserError(f"no file {path}") from None
     except UnicodeDecodeError:
@@ -199,16 +210,43 @@ def read_json(path):
         raise UserError(f"{path} is not valid JSON ({e})") from None
 
 
-def read_jsonl(path, tolerant=False):
-    """The objects of a .jsonl file. tolerant: a last line without its newline (killed in it) is dropped."""
-    lines, rows = read_text(path).split("\n"), []
-    for i, line in enumerate(lines[:-1] if tolerant else lines, 1):
+def read_jsonl(path, ours=False, mend=False, **kinds):
+    """The objects of a .jsonl. ours: of line_of(); a last line without its newline (killed in it) does not
+    count. mend: cut it and damaged lines off, so that they are made again. kinds: types of fields.
+    """
+    lines, rows, whole = read_text(path, "replace" if ours else "strict").split("\n"), [], []
+    for i, line in enumerate(lines[:-1] if ours else lines, 1):
         try:
-            rows += [json.loads(line)] if line.strip() else []
-        except ValueError:
-            raise UserError(f"{path} line {i} is not valid JSON: {line[:60]!r}; "
-                            f"remove or repair that line") from None
+            rows += [row_of(line, kinds) if ours else json.loads(line)] if line.strip() else []
+            whole.append(line)
+        except (ValueError, RecursionError) as e:
+            fault = f"{path} line {i} is not valid JSON or is damaged ({e}): {line[:60]!r}"
+            if not mend:
+                raise UserError(f"{fault}; remove or repair that line") from None
+            print(f"warning: {fault}; it is made again", file=sys.stderr)
+    if mend and (lines[-1] or len(whole) < len(lines) - 1):
+        write_whole(path, "".join(line + "\n" for line in whole))
     return rows
+
+
+def line_of(row):
+    """A line for a .jsonl of ours. Its last field is a checksum of what stands before it."""
+    text = json.dumps(row)[:-1]
+    return f'{text}, "crc": "{zlib.crc32(text.encode()):08x}"}}\n'
+
+
+def row_of(line, kinds={}):
+    """The object in such a line, or in an old one without a checksum. Raises ValueError if it is damaged."""
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError("not an object")
+    crc = row.pop("crc", None)
+    if crc is not None and crc != f"{zlib.crc32(line[:-len(CRC)].encode()):08x}":
+        raise ValueError("not as it was written")
+    wrong = [name for name, kind in kinds.items() if not isinstance(row.get(name), kind)]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is absent or of another type")
+    return row
 
 
 def read_rows(path):
@@ -240,22 +278,54 @@ def parquet_rows(path):
 def append_line(path, *rows):
     """One or more lines of a .jsonl, on the disk when this returns."""
     with open(path, "ab", buffering=0) as f:
-        f.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        f.write("".join(map(line_of, rows)).encode())
         os.fsync(f.fileno())
 
 
-def drop_torn_line(path):
-    """Cut a last line without its newline: what a kill left of a record."""
-    if path.exists():
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-
-
 def write_whole(path, text):
-    """Under another name, then renamed: whole or absent."""
+    """Under another name, then renamed: whole and on the disk, or absent."""
     path = Path(path)
     tmp = path.with_name(path.name + ".tmp")
     tmp.write_text(text)
+    sync(tmp)
     os.replace(tmp, path)
+    sync(path.parent)
+
+
+@contextmanager
+def whole_folder(path):
+    """A folder to fill; it gets its name when all of it is on the disk, with the checksums of its files."""
+    tmp = path.with_name(path.name + ".unfinished")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    yield tmp
+    files = sorted(tmp.iterdir())
+    write_whole(tmp / SUMS, "".join(f"{sha256(file)}  {file.name}\n" for file in files))
+    for place in (*files, tmp):
+        sync(place)
+    shutil.rmtree(path, ignore_errors=True)
+    tmp.rename(path)
+    sync(path.parent)
+
+
+def check_sums(folder):
+    """UserError if a file that whole_folder() wrote is not as it was."""
+    for line in read_text(folder / SUMS).splitlines() if (folder / SUMS).exists() else ():
+        file = folder / line[66:]
+        if not file.is_file() or sha256(file) != line[:64]:
+            raise UserError(f"{file} is not as it was written: make it again; or remove {folder / SUMS} "
+                            f"if you changed it")
+
+
+def sync(path):
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
+def sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def package(name, otherwise):

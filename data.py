@@ -50,8 +50,9 @@ DRILL_SHARE, PRIVILEGED_SHARE = 0.35, 0.15  # of the base model's training examp
 TEXTS = ("prompt", "question", "solution", "thinking", "entry_point", "grader")  # fields that hold text
 OWN_FIELDS = ("id", *TEXTS, "answer", "tests", "setup")  # of a problem
 CARRIED = ("question", "grader", "tests", "entry_point", "setup")  # into its record, where it has them
-RECORD_FIELDS = ("id", "source", "prompt", "prompt_ids", "x0", "order", "rank", "nfe", "solution", "answer",
-                 "correct", "model", "decoding", "schema")
+RECORD_FIELDS = {**dict.fromkeys(("id", "source", "prompt", "solution", "model"), str),
+                 **dict.fromkeys(("prompt_ids", "x0", "order", "rank"), list), "decoding": dict,
+                 "nfe": int, "schema": int, "correct": (bool, type(None))}
 SCHEMA = 1
 SPECIAL = re.compile(r"(</?[|\w]+>)")  # tokens in a chat template
 
@@ -380,24 +381,22 @@ def state_at(x0, order, t, mask_id):
     return torch.where(masked, mask_id, x0), masked
 
 
-def read_trajectories(folder):
-    """All records of a trajectory folder (every rank's shard), checked, in a fixed order (by id)."""
-    records = {}
-    for shard in sorted(Path(folder).glob("*.jsonl")):
-        for i, r in enumerate(read_jsonl(shard, tolerant=True)):
+def read_trajectories(path):
+    """All records of a folder (every rank's shard) or of one .jsonl, checked, in a fixed order (by id)."""
+    records, path = {}, Path(path)
+    for shard in [path] if path.is_file() else sorted(path.glob("*.jsonl")):
+        for i, r in enumerate(read_jsonl(shard, ours=True, **RECORD_FIELDS)):
             check_record(r, f"{shard} record {i + 1}")
             records[r["id"]] = r
     return [records[key] for key in sorted(records)]
 
 
 def check_record(r, where):
-    missing = [f for f in RECORD_FIELDS if not isinstance(r, dict) or f not in r]
-    if missing:
-        raise UserError(f"{where} lacks {', '.join(missing)}: not a trajectory record of schema {SCHEMA}")
     if r["schema"] != SCHEMA:
         raise UserError(f"{where} has schema {r['schema']}, this code reads {SCHEMA}: collect again")
-    L = len(r["x0"])
-    if len(r["order"]) != L or sorted(r["rank"]) != list(range(L)) or min(r["order"], default=0) < 0:
+    numbers, L = r["x0"] + r["order"] + r["rank"] + r["prompt_ids"], len(r["x0"])
+    valid = all(type(i) is int and i >= 0 for i in numbers) and sorted(r["rank"]) == list(range(L))
+    if not valid or len(r["order"]) != L:
         raise UserError(f"{where} is inconsistent: "
                         f"x0, order and rank must have one length and rank be a permutation")
 
@@ -462,7 +461,7 @@ def stats(args):
     if args.against:
         shared, n = [p["id"] for p in overlap(problems, others)], len(others)
         print(f"{'overlap':<16} {len(shared)} of the {n} problems of {args.against} are asked here too")
-        for name in shared[:5] + ["..."] * (len(shared) > 5):
+        for name in shared[:5]:
             print(f"  {name}")
 
 

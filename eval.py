@@ -4,8 +4,6 @@
     python eval.py curve --model tiny --adapter out/tad-tiny/adapter --label TAD --out out/tad-eval
     python eval.py curve --model llada --task gsm8k --protocol tad     # or math500, humaneval, my.jsonl
     torchrun --nproc_per_node=8 eval.py curve ...                      # problems are split over the ranks
-    python eval.py protocols                                           # the papers' decoding settings
-    python eval.py caches --n 200                                      # what the caches cost
     python eval.py nll --n 40                                          # TRIMS Fig. 7
     python eval.py tds --trajectories out/tabom-tiny/trajectories      # TABOM Fig. 2
 
@@ -36,7 +34,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
-from pprint import pprint
 from typing import Literal
 
 import numpy as np
@@ -50,9 +47,9 @@ import grade
 import model as nt_model
 import recipes
 import sample
-from cli import UserError, append_line, drop_torn_line, option, read_json, read_jsonl, run_cli, write_whole
+from cli import UserError, append_line, option, read_json, read_jsonl, run_cli, write_whole
 from layers import for_decoding
-from run import barrier, sha256
+from run import agreed, barrier, mend_shards, sha256
 from sample import AdaptedModel, load_both
 from teacher import load_teacher, load_teacher_tokenizer, token_nll
 
@@ -245,7 +242,7 @@ def decode_by_id(model, tok, prompts, settings, batch_size, kept=None, name=""):
     for number, _, row in decode_rows(model, tok, work, settings, batch_size, streams, progress=rank == 0):
         done[left[number]] = row
         if kept:
-            append_line(kept.shard(name), dict(id=left[number], **row))
+            append_line(kept.out / f"{name}.rank{rank}.jsonl", dict(id=left[number], **row))
     return kept.rows(name) if kept else done
 
 
@@ -301,9 +298,7 @@ def join_ranks():
 
 
 class Kept:
-    """A folder of results that an interrupted command continues and that several ranks fill. config: all that
-    they depend on, apart from the decoding rule; a folder with those of another config is refused.
-    """
+    """A folder of results of one config: all that they depend on but the decoding rule; ranks share it."""
     def __init__(self, out, config, rank, world):
         self.out, self.config, self.rank, self.world = Path(out), config, rank, world
         self.results, file = self.out / "results.jsonl", self.out / "config.json"
@@ -315,20 +310,17 @@ class Kept:
         self.out.mkdir(parents=True, exist_ok=True)
         if rank == 0:
             write_whole(file, json.dumps(config, indent=1) + "\n")
-            drop_torn_line(self.results)
-        rows = read_jsonl(self.results, tolerant=True) if self.results.exists() else []
-        self.points = {row["key"]: row for row in rows}  # finished; key: a hash of all that it depends on
-
-    def shard(self, name):
-        return self.out / f"{name}.rank{self.rank}.jsonl"
+        rows = []
+        if rank == 0 and self.results.exists():
+            rows = read_jsonl(self.results, ours=True, mend=True, key=str)
+        self.points = agreed({row["key"]: row for row in rows})  # key: a hash of all that it depends on
 
     def rows(self, name):
         """{id: row} of the shards that all ranks wrote under a name, when all have come here."""
-        drop_torn_line(self.shard(name))
-        barrier()
+        mend_shards(self.out.glob(f"{name}.rank*.jsonl"), self.rank, self.world)
         rows = {row["id"]: {**row, "shard": shard.name}
                 for shard in sorted(self.out.glob(f"{name}.rank*.jsonl"))
-                for row in read_jsonl(shard, tolerant=True)}
+                for row in read_jsonl(shard, ours=True, id=str, seconds=float)}
         barrier()  # nobody writes before all have read
         return rows
 
@@ -388,7 +380,7 @@ def write_results(curves, out):
     """results.jsonl, a line per point: whole or absent."""
     out.mkdir(parents=True, exist_ok=True)
     facts = provenance()
-    lines = [json.dumps({**point, "provenance": facts}) + "\n" for _, points in curves for point in points]
+    lines = [cli.line_of({**point, "provenance": facts}) for _, points in curves for point in points]
     write_whole(out / "results.jsonl", "".join(lines))
 
 
@@ -465,27 +457,6 @@ def closing(r, model, tok, label):
         print(f"evaluate: python eval.py curve {which}{task} --gen_len {cfg.gen_len} "
               f"--block_len {model.cfg.block_len or cfg.block_len}")
     return models
-
-
-def compare_caches(model, tok, problems, rule, batch_size=64, allow_code=False):
-    """A table; also the shares of responses and of positions' forwards that are the same as with no cache."""
-    prompts = [tok.prompt_ids(p["prompt"]) for p in problems]
-    lines = ["| cache | accuracy, % | forwards | TPF | same response, % | order agreement, % |",
-             "|---|---|---|---|---|---|"]
-    uncached = None
-    for cache in ["none", "prefix", "dual", "vicinity"] + ["exact"] * bool(model.cfg.block_len):
-        settings = {**rule, "cache": cache}
-        done = decode_rows(model, tok, prompts, settings, batch_size, progress=True)
-        _, outs, rows = zip(*sorted(done, key=lambda one: one[0]))
-        correct = grade.grade_all(problems, [row["response"] for row in rows], allow_code)
-        uncached = uncached or outs
-        same = [torch.equal(a.ids, b.ids) for a, b in zip(outs, uncached)]
-        agree = torch.cat([a.order == b.order for a, b in zip(outs, uncached)])
-        tokens, nfe = (sum(row[key] for row in rows) for key in ("tokens", "nfe"))
-        lines.append(
-            f"| {cache} | {100 * np.mean(correct):.1f} | {nfe / len(rows):.1f} | {tokens / nfe:.2f} "
-            f"| {100 * np.mean(same):.1f} | {100 * agree.float().mean():.1f} |")
-    return "\n".join(lines)
 
 
 def mean_by_step(rows):
@@ -582,7 +553,6 @@ def report_trajectory_nll(models, teacher, teacher_tok, tok, problems, settings,
 
 @dataclass
 class ProblemOptions(AdaptedModel):
-    """what each cache costs against cache none"""
     task: str = "tiny"  # tiny, gsm8k, math500, ... (python data.py list), or a .jsonl with prompt and answer
     split: Literal["train", "dev", "test"] = "test"  # of the task
     n: int | None = None  # number of problems [500 of tiny, else all]
@@ -592,7 +562,7 @@ class ProblemOptions(AdaptedModel):
 
 @dataclass
 class ProtocolOptions:
-    protocol: str = option("", choices=NAMES)  # see eval.py protocols [tiny, or thresholds]
+    protocol: str = option("", choices=NAMES)  # of PROTOCOLS in eval.py [tiny, or thresholds]
     points: list[int] | None = None  # which points of the protocol, from 0 [all; of lm_eval: 0]
     thresholds: list[float] | None = None  # the points, instead of the protocol's
     label: str = ""  # name in tables and plots [base, or the run's directory]
@@ -618,11 +588,6 @@ class TdsOptions(AdaptedModel):
     trajectories: str = option()  # folder that rollout or a method collected
     n: int = 64  # how many of them
     out: str = "out"  # directory of tds.png
-
-
-@dataclass
-class NoOptions:
-    """the decoding settings behind --protocol; point 0 is the paper's own"""
 
 
 def problems_of(args, graded=True):
@@ -675,13 +640,6 @@ def curve_command(args, given):
     print(f"written: {kept.results}, {kept.out / 'summary.json'}, {kept.out / 'curve.png'}")
 
 
-def caches_command(args, given):
-    problems = problems_of(args)
-    model, tok = load_both(args)
-    settings = {**nt_model.decoding_defaults(model.cfg), **given}
-    print(compare_caches(model, tok, problems, settings, args.batch_size, args.allow_code_execution))
-
-
 def nll_command(args, given):
     problems = problems_of(args, graded=False)
     model, tok = load_both(args)
@@ -700,10 +658,8 @@ def tds_command(args):
 
 COMMANDS = {
     "curve": (curve_command, CurveOptions, sample.Decoding),
-    "caches": (caches_command, ProblemOptions, sample.Decoding),
     "nll": (nll_command, NllOptions, sample.Decoding),
     "tds": (tds_command, TdsOptions),
-    "protocols": (lambda args: pprint(PROTOCOLS, sort_dicts=False, width=110), NoOptions),
 }
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torch import nn
 
 import cli
 import model as nt_model
-from cli import UserError, option, read_json, run_cli, run_command
+from cli import UserError, check_sums, option, read_json, run_cli, run_command, whole_folder
 from model import FAMILIES, official_name
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -135,6 +135,7 @@ def save(model, folder, base=""):
 
 def load(model, folder):
     """Add the adapter stored in a folder (PEFT's layout) and fill it, strictly. Returns the model."""
+    check_sums(Path(folder))
     config = read_json(Path(folder) / "adapter_config.json")
     tensors = nt_model.read_tensors(Path(folder) / "adapter_model.safetensors")
     used = {**config, "bias": config.get("bias", "none") != "none"}
@@ -164,9 +165,13 @@ class Merge(nt_model.ModelOptions):
 
 
 def merge_command(args):
+    to = Path(args.to).absolute()
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UserError(f"--to {args.to!r} is there and not empty: choose another, or remove it")
     model = merge(load(nt_model.load(args.model, revision=args.revision), args.adapter))
-    nt_model.save(model, args.to)
-    nt_model.copy_tokenizer(args.model, args.to, args.revision)
+    with whole_folder(to) as folder:
+        nt_model.save(model, folder)
+        nt_model.copy_tokenizer(args.model, folder, args.revision)
     print(f"merged model written to {args.to}")
 
 

@@ -19,43 +19,41 @@ from tqdm import tqdm
 
 import cli
 import grade
-from cli import UserError, option, read_jsonl, run_cli
-from data import (CARRIED, SCHEMA, check_record, load_tokenizer, privileged_prompt, problems_asked_for,
-                  read_trajectories, spread)
+from cli import UserError, option, run_cli
+from data import (CARRIED, SCHEMA, load_tokenizer, privileged_prompt, problems_asked_for, read_trajectories,
+                  spread)
 from model import ModelOptions, config_of, decoding_defaults, n_content
-from run import barrier
-from sample import Decoding, Output, load_both, picture, stream
+from run import barrier, check_alike, mend_shards
+from sample import Decoding, load_both, stream
 
 
 class Shard:
     """This rank's file in a folder of rows, and FILE.seconds: the time of each append; rank 0 shows a bar."""
     def __init__(self, folder, rank, n_left, unit, what):
         self.file = Path(folder) / f"rank{rank}.jsonl"
-        cli.drop_torn_line(self.file)
         self.bar = tqdm(total=n_left, unit=unit, desc=what, smoothing=0, disable=rank != 0)
         self.last = time.perf_counter()
 
-    def append(self, rows, note=""):
+    def append(self, rows):
         cli.append_line(self.file, *rows)
         now = time.perf_counter()
         with open(self.file.with_suffix(".seconds"), "a") as f:  # apart: records are the same in every run
             f.write(f"{now - self.last:.4f}\n")
         self.last = now
-        self.bar.set_postfix_str(note, refresh=False)
         self.bar.update(len(rows))
 
 
 def rollout(model, tok, problems, folder, model_name, privileged=False, batch_size=64, allow_code=False,
             graded=True, **decoding):
-    """Decode every problem that no shard in `folder` has, on any number of ranks, and append a record each ->
-    the records of all problems. Every position is decoded (early_stop=False), as the papers do, unless asked
-    otherwise. privileged: the model sees the reference solution. allow_code: the tests of code problems may
-    run; without it they are refused, or with graded=False recorded as `correct: null`.
+    """Decode every problem that no shard in `folder` has, on any number of ranks -> the records of all. Every
+    position is decoded, as the papers do, unless asked otherwise. privileged: the model sees the solution.
+    allow_code: tests may run; without it they are refused, or with graded=False `correct` is null.
     """
     settings = dict(vars(Decoding(**{"early_stop": False, **decoding})), privileged=privileged)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    mend_shards(folder.glob("rank*.jsonl"), rank, world)
     done = {r["id"]: r for r in read_trajectories(folder)}
     facts = dict(model=str(model_name), revision=model.revision, decoding=settings, schema=SCHEMA)
     check_same_settings(folder, done.values(), problems, facts)
@@ -73,7 +71,9 @@ def rollout(model, tok, problems, folder, model_name, privileged=False, batch_si
         decode_into(shard, model, tok, todo, facts, batch_size, allow_code)
     barrier()
     ids = {p["id"] for p in problems}
-    return [r for r in read_trajectories(folder) if r["id"] in ids]
+    records = [r for r in read_trajectories(folder) if r["id"] in ids]
+    check_alike(folder, [r["id"] for r in records])
+    return records
 
 
 def collect(cfg, model, tok, problems, folder, name="", **changes):
@@ -102,7 +102,6 @@ def decode_into(shard, model, tok, todo, facts, batch_size, allow_code):
     problems, decoding = list(todo.values()), dict(facts["decoding"])
     privileged = decoding.pop("privileged")
     prompts = [tok.prompt_ids(privileged_prompt(p) if privileged else p["prompt"]) for p in problems]
-    n_done = n_correct = 0
     outputs = stream(model, prompts, batch_size, streams=list(todo), **decoding)
     for i, out, n, verdict in graded(outputs, problems, tok, model.cfg.eos_ids, allow_code):
         p, order, rank = problems[i], out.order, out.rank
@@ -117,15 +116,12 @@ def decode_into(shard, model, tok, todo, facts, batch_size, allow_code):
             **facts, **{k: p[k] for k in CARRIED if k in p})
         if privileged:
             record["privileged_prompt_ids"] = prompts[i].tolist()
-        n_done, n_correct = n_done + 1, n_correct + bool(correct)
-        shard.append([record], f"correct {n_correct / n_done:.0%}")
+        shard.append([record])
     shard.bar.close()
 
 
 def graded(outputs, problems, tok, eos_ids, allow_code):
-    """(problem index, Output) as they come -> (index, Output, tokens, Future of `correct`), in that order.
-    Programs run beside the decoder, at most 64 are waited for; without allow_code the Future is None.
-    """
+    """(problem index, Output) as they come -> the same, its tokens, and a Future of `correct` or None."""
     waiting = deque()
     for i, out in outputs:
         n, verdict = out.n_tokens(eos_ids), None
@@ -160,12 +156,6 @@ def only_correct(records):
     return kept
 
 
-def inverted(order):
-    """How many pairs of positions are revealed right to left, and how many not together. order (L,) ints."""
-    later = np.subtract.outer(order, order)[np.triu_indices(len(order), 1)]  # order[i] - order[j], i < j
-    return int((later > 0).sum()), int((later != 0).sum())
-
-
 @dataclass
 class Collect(ModelOptions):
     """decode problems into a folder of trajectories: one token per forward, unless told otherwise"""
@@ -181,17 +171,10 @@ class Collect(ModelOptions):
 
 @dataclass
 class Stats(ModelOptions):
-    """lengths, share correct, order, samples per hour"""
+    """trajectories: lengths, share correct, samples per hour; or in the order they were decoded"""
     path: str = option(positional=True)  # a folder or .jsonl of trajectories
-    n: int | None = None  # the first n only
+    n: int | None = None  # the first n only [inspect: 3]
     model: str = ""  # whose tokens these are [the trajectories' own]
-
-
-@dataclass
-class Inspect(Stats):
-    """trajectories in the order they were decoded"""
-    n: int = 3  # how many
-    picture: str = ""  # PNG of the reveal order of the first one, to write
 
 
 def collect_command(args, given):
@@ -209,13 +192,9 @@ def collect_command(args, given):
 
 def records_asked_for(args):
     """The records of a folder or of one .jsonl; args then names their own model, unless it names another."""
-    path = Path(args.path)
-    one = path.suffix == ".jsonl" and path.is_file()
-    records = read_jsonl(path, tolerant=True) if one else read_trajectories(path)
-    for i, r in enumerate(records if one else ()):
-        check_record(r, f"{path} record {i + 1}")
+    records = read_trajectories(args.path)
     if not records:
-        raise UserError(f"{path} holds no trajectories: give a folder or a .jsonl of them")
+        raise UserError(f"{args.path} holds no trajectories: give a folder or a .jsonl of them")
     args.model = args.model or records[0]["model"].split(", trained for")[0]  # of T3D's later rounds
     args.revision = args.revision or records[0].get("revision")
     return records
@@ -223,18 +202,12 @@ def records_asked_for(args):
 
 def inspect_command(args):
     """Tokens in the order they were revealed, ∅ for what is written as nothing."""
-    cli.check_picture(args.picture)
     records = records_asked_for(args)
     tok = load_tokenizer(args.model, args.revision)
-    for r in records[:args.n]:
+    for r in records[:args.n or 3]:
         words = [tok.decode([i]) or "∅" for i in r["x0"]]
         print(f"{r['id']} correct={r['correct']} nfe={r['nfe']}\n  {r['prompt']}\n  {' '.join(words)}")
         print("  order of reveal: " + " ".join(f"{words[i]}@{i}" for i in np.argsort(r["rank"])))
-    if args.picture:
-        r = records[0]
-        drawn = Output(*(torch.tensor(r[k]) for k in ("x0", "order", "rank")), None, r["nfe"])
-        picture(drawn, args.picture, f"{r['id']}: {r['nfe']} forwards")
-        print(f"written: {args.picture}")
 
 
 def stats_command(args):
@@ -243,7 +216,6 @@ def stats_command(args):
     records, eos_ids = records[:args.n], config_of(args.model, args.revision).eos_ids
     graded = [r["correct"] for r in records if r["correct"] is not None]
     tokens = [n_content(torch.tensor(r["x0"]), eos_ids) for r in records]
-    pairs = np.sum([inverted(np.array(r["order"][:n])) for r, n in zip(records, tokens)], 0)
     print(f"{'trajectories':<16} {len(records)} of {records[0]['model']}, length {len(records[0]['x0'])}")
     share = f"{np.mean(graded):.1%} of {len(graded)} graded" if graded else "not graded"
     print(f"{'correct':<16} {share}")
@@ -251,12 +223,11 @@ def stats_command(args):
     spread("response tokens", tokens)
     spread("forwards (nfe)", [r["nfe"] for r in records])
     print(f"{'tokens/forward':<16} {sum(tokens) / sum(r['nfe'] for r in records):.2f}")
-    print(f"{'right to left':<16} {pairs[0] / max(1, pairs[1]):.1%} of the pairs of response tokens")
     if seconds:
         print(f"{'collected in':<16} {seconds:.0f} s: {3600 * len(records) / seconds:.0f} samples/h")
 
 
-COMMANDS = {"collect": (collect_command, Collect, Decoding), "inspect": (inspect_command, Inspect),
+COMMANDS = {"collect": (collect_command, Collect, Decoding), "inspect": (inspect_command, Stats),
             "stats": (stats_command, Stats)}
 
 if __name__ == "__main__":

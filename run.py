@@ -11,15 +11,16 @@
 A batch is a dict that has `ids`, `prompts` (lists of token ids) and `xt` (B, L), whatever else it holds.
 """
 import fcntl
-import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
 import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
@@ -40,7 +41,7 @@ from tqdm import tqdm
 import cli
 import lora
 import model as nt_model
-from cli import UserError
+from cli import UserError, sha256, sync, whole_folder
 
 
 @dataclass
@@ -61,6 +62,9 @@ class Options:
 
 
 STEP_TIMEOUT = timedelta(minutes=4)  # within which all ranks come to the same place of a step
+MADE = ("checkpoints adapter model adapter.unfinished model.unfinished trajectories trajectories-round-* "
+        "difficulty results.jsonl log.jsonl nonfinite-rank*.json window.json window.png curve.png tds.png "
+        "trajectory_nll.png").split()  # what --overwrite removes
 FREE = {f.name for f in fields(Options)} - {"model", "revision", "max_steps"}
 
 
@@ -82,12 +86,28 @@ def barrier():
         dist.barrier()
 
 
+def mend_shards(files, rank, world):
+    """Before anyone reads: this rank mends its own of *rankN.jsonl, and those of ranks that are no more."""
+    for file in files:
+        number = re.search(r"rank(\d+)\.jsonl$", file.name)
+        if number and int(number[1]) % world == rank:
+            cli.read_jsonl(file, True, mend=True)
+    barrier()
+
+
 def agreed(value):
     """Rank 0's value, on every rank."""
     values = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(values)
     return values[0]
+
+
+def check_alike(what, names):
+    """UserError on a rank that has read other things than rank 0. names: what they are called."""
+    digest = zlib.crc32("\n".join(names).encode())
+    if agreed(digest) != digest:
+        raise UserError(f"{what}: this rank reads others than rank 0: all machines must see the same files")
 
 
 def trainable(model):
@@ -104,9 +124,7 @@ def local(t):
 
 
 def shard(model, device, train=False, group=None):
-    """Spread the tensors over all ranks (FSDP2), in place and block by block; LoRA adapters stay whole.
-    For hidden() and then head(); decode with unsharded(). train: fp32 masters, in bf16 on a GPU for a step.
-    """
+    """Spread all but adapters over all ranks (FSDP2), in place; decode with unsharded(). train: in fp32."""
     mesh = DeviceMesh.from_group(group or dist.group.WORLD, device.type)
     in_bf16 = train and device.type == "cuda"
     policy = MixedPrecisionPolicy(torch.bfloat16 if in_bf16 else None, torch.float32 if in_bf16 else None,
@@ -182,16 +200,13 @@ def batch_of(step, n, cfg):
 def on_sigterm(handler):
     before = signal.signal(signal.SIGTERM, handler)
     try:
-        yield
+        yield before
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 class Run:
-    """A run of the settings cfg, a method's Config: beside Options it has seed, data, full, batch_size,
-    micro_batch, clip, lr_schedule, lr_floor and warmup_steps. whole: all weights are trained and saved, not
-    adapters [--full].
-    """
+    """A run of the settings cfg, a method's Config. whole: all weights are trained, not adapters [--full]."""
 
     def __init__(self, cfg, whole=None):
         self.cfg, self.whole = cfg, cfg.full if whole is None else whole
@@ -233,9 +248,11 @@ class Run:
             raise UserError("--overwrite on several nodes: the nodes that did not fail cannot tell a restart "
                             "from a start; remove the directory instead")
         now = {k: v for k, v in vars(cfg).items() if k not in FREE}
-        old = cli.read_json(file) if file.exists() else now
-        if not isinstance(old, dict) or not {"model", "seed"} <= old.keys():
-            raise UserError(f"{file} is not that of a run: choose another --out")
+        made = [path for name in MADE for path in out.glob(name)]
+        trained = any((out / name).exists() for name in MADE[:3])
+        old = cli.read_json(file) if file.exists() else {} if trained else now
+        if not isinstance(old, dict) or not {"model", "seed", "micro_batch"} <= old.keys():
+            raise UserError(f"{file} is absent or not that of a run: choose another --out")
         out.mkdir(parents=True, exist_ok=True)
         self.lock = open(out / "lock", "a")  # held until the process ends
         try:
@@ -247,8 +264,8 @@ class Run:
         restarts = [int(os.environ.get(f"{by}_RESTART_COUNT", 0)) for by in ("TORCHELASTIC", "SLURM")]
         if cfg.overwrite and not any(restarts) and file.exists():
             old = now
-            for made in set(out.iterdir()) - {out / "lock"}:
-                shutil.rmtree(made) if made.is_dir() and not made.is_symlink() else made.unlink()
+            for path in made:  # nothing that a user has put beside it
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         differ = [f"{k} {old.get(k)!r} -> {now.get(k)!r}"
                   for k in {**old, **now} if old.get(k) != now.get(k)]
         if differ and (out / "checkpoints").exists():  # before, nothing is trained that could be mixed up
@@ -272,9 +289,8 @@ class Run:
         return shard(model, self.device, self.whole and not frozen, self.group) if self.shards else model
 
     def steps(self, model, optimizers, n_steps, reference=None, also_save=0):
-        """The steps that are left, from the newest checkpoint on, logged and saved as the settings say.
-        SIGTERM ends the run after its step, with a checkpoint. also_save: a second save_every.
-        reference(step) -> {name: tensor} that a checkpoint after `step` steps must hold as well, or None.
+        """The steps from the newest checkpoint on, logged and saved; SIGTERM ends them. also_save: a second
+        save_every. reference(step) -> {name: tensor} that a checkpoint after `step` steps holds too, or None.
         """
         cfg = self.cfg
         self.model, self.optimizers, self.n_steps = model, optimizers, n_steps
@@ -282,11 +298,11 @@ class Run:
         first = self.resume()
         log = self.out / "log.jsonl"
         if self.rank == 0:  # without the lines of steps that will be repeated
-            rows = cli.read_jsonl(log, tolerant=True) if log.exists() else []
-            cli.write_whole(log, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= first))
+            rows = cli.read_jsonl(log, True, mend=True, step=int) if log.exists() else []
+            cli.write_whole(log, "".join(cli.line_of(row) for row in rows if row["step"] <= first))
         model.train()
         logged = time.perf_counter()
-        with on_sigterm(lambda *_: self.stop_asked.set()):
+        with on_sigterm(lambda *_: self.stop_asked.set()) as self.without:
             left = range(first, n_steps)
             bar = tqdm(left, "train", n_steps, unit="step", initial=first, disable=self.rank != 0)
             for self.step in bar:
@@ -307,14 +323,13 @@ class Run:
                 if self.stops:  # a preempted job; all ranks are at this step
                     self.finish_writing()
                     if self.rank == 0:
-                        note = f"SIGTERM: stopped after step {done}; the same command continues"
-                        print(note, file=sys.stderr)
+                        bar.write(f"SIGTERM: stopped after step {done}; the same command goes on", sys.stderr)
                     raise SystemExit(128 + signal.SIGTERM)
 
     def between_steps(self):
         """For something long between two steps that is on the disk as it goes: SIGTERM stops it at once."""
         self.finish_writing()
-        return on_sigterm(signal.SIG_DFL)
+        return on_sigterm(self.without)
 
     def micro_batches(self, chosen, length, build):
         """This rank's share of a step's examples (indices), in micro-batches: build(indices) -> batch."""
@@ -359,11 +374,7 @@ class Run:
             grads = [p.grad for p in params if not isinstance(p, DTensor)]
             grads.append(torch.tensor(list(self.total.values()), device=params[0].device))
             bucket = torch.cat([g.flatten() for g in grads])
-            try:
-                dist.all_reduce(bucket, group=self.group)
-            except RuntimeError as e:
-                raise UserError(f"step {self.step}: another rank has ended or did not answer within "
-                                f"{STEP_TIMEOUT}; the same command continues ({e})") from None
+            dist.all_reduce(bucket, group=self.group)
             for g, summed in zip(grads, bucket.split([g.numel() for g in grads])):
                 g.copy_(summed.view_as(g))
             self.total = dict(zip(self.total, grads[-1].tolist()))
@@ -380,19 +391,13 @@ class Run:
             optimizer.zero_grad()
 
     def pace(self):
-        """Speed of this step over all ranks. data_wait: share of the time in which batches were built.
-        mfu: of 989 TFLOP/s (H100, H200), at 4 (LoRA) or 6 FLOP per parameter and token; no teacher's forward.
-        """
+        """Speed of this step over all ranks. data_wait: share of the time in which batches were built."""
         seconds = time.perf_counter() - self.began
         tok_per_s = self.total.pop("tokens") / seconds
         wait = self.total.pop("data_s") / (self.world * seconds)
         speed = dict(tok_per_s=round(tok_per_s, 1), data_wait=round(wait, 4))
         if torch.cuda.is_available():
             speed["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-            if any(name in torch.cuda.get_device_name() for name in ("H100", "H200")):
-                flop = 6 if self.model.embed.weight.requires_grad else 4
-                n = sum(p.numel() for p in self.model.parameters())
-                speed["mfu"] = round(tok_per_s / self.world * flop * n / 989e12, 4)
         return speed
 
     def save_checkpoint(self, step):
@@ -455,23 +460,18 @@ class Run:
         plain, final = unsharded(model, keep=self.rank == 0), self.final
         if self.rank != 0:
             return None
-        tmp = final.with_name("tmp-" + final.name)
-        shutil.rmtree(tmp, ignore_errors=True)
-        if self.whole:
-            nt_model.save(plain, tmp)
-            nt_model.copy_tokenizer(self.cfg.model, tmp, self.cfg.revision)
-        else:
-            lora.save(plain, tmp, base=self.cfg.model)
-        shutil.rmtree(final, ignore_errors=True)  # saved before, and killed during the closing evaluation
-        tmp.rename(final)
+        with whole_folder(final) as folder:  # it is there if the closing evaluation was killed
+            if self.whole:
+                nt_model.save(plain, folder)
+                nt_model.copy_tokenizer(self.cfg.model, folder, self.cfg.revision)
+            else:
+                lora.save(plain, folder, base=self.cfg.model)
         print(f"saved {final}")
         return plain
 
 
 class Reference:
-    """A frozen copy of the trained weights from an earlier step: adapters, or with --full a model. Until
-    its first refresh this is the model that the run started from.
-    """
+    """A frozen copy of the weights of an earlier step (at first, of the start): adapters or a model."""
 
     def __init__(self, r, model):
         self.adapters = None
@@ -528,17 +528,6 @@ def write_checkpoint(root, step, tensors, rank, n_files):
         shutil.rmtree(old)
 
 
-def sync(path):
-    fd = os.open(path, os.O_RDONLY)
-    os.fsync(fd)
-    os.close(fd)
-
-
-def sha256(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 def intact(folder):
     """Is a checkpoint as it was written? The name of each of its files says how many there are."""
     files = sorted(folder.glob("rank-*.safetensors"))
@@ -556,10 +545,7 @@ def newest_checkpoint(out):
 
 
 def dry_run(cfg, n_examples, targets=lora.ALL, frozen_copy=False, scratch=False):
-    """Print, from config.json alone, the number of steps and what each of 1, 8 and 16 GPUs holds in training:
-    bf16, with fp32 for what is trained; prompts of 256 tokens; a rough count of activations. frozen_copy:
-    --full keeps one.
-    """
+    """Print, from config.json alone, the steps and what 1, 8 and 16 GPUs hold each; prompts of 256 tokens."""
     with torch.device("meta"):
         model = nt_model.Transformer(nt_model.config_of(cfg.model, cfg.revision))
         if not (cfg.full or scratch):

@@ -29,10 +29,16 @@ TIMED_OUT = 124  # exit code
 TIMEOUT = 10  # seconds a program and its tests may take, of wall time and of CPU time
 LINUX = sys.platform == "linux"
 NAMESPACES, NEWUSER = 0x68020000, 0x10000000  # CLONE_NEWNET, NEWPID, NEWIPC and NEWNS
-# fork vfork clone clone3 execve execveat socket (a Unix one reaches out of a network namespace) ptrace
-# process_vm_readv process_vm_writev, and ways around: open_by_handle_at io_uring_setup
-SYSCALLS = {"x86_64": (0xC000003E, (57, 58, 56, 435, 59, 322, 41, 101, 310, 311, 304, 425)),
-            "aarch64": (0xC00000B7, (220, 435, 221, 281, 198, 117, 270, 271, 265, 425))}
+# refused: fork vfork clone clone3 execve execveat socket (a Unix one leaves a network namespace) ptrace
+# process_vm_readv process_vm_writev open_by_handle_at io_uring_setup memfd_create memfd_secret unshare setns
+# keyctl add_key request_key bpf perf_event_open userfaultfd; pretended: all chmod chown utime setxattr
+SYSCALLS = {"x86_64": (0xC000003E, (57, 58, 56, 435, 59, 322, 41, 101, 310, 311, 304, 425, 319, 447, 272, 308,
+                                    250, 248, 249, 321, 298, 323),
+                       (90, 91, 268, 452, 92, 93, 94, 260, 132, 235, 261, 280, *range(188, 191),
+                        *range(197, 200), 463, 466, 469)),
+            "aarch64": (0xC00000B7, (220, 435, 221, 281, 198, 117, 270, 271, 265, 425, 279, 447, 97, 268, 219,
+                                     217, 218, 280, 241, 282),
+                        (52, 53, 452, 54, 55, 88, *range(5, 8), *range(14, 17), 463, 466, 469))}
 
 
 def run_program(program, tests, timeout=TIMEOUT):
@@ -113,9 +119,14 @@ def watch(pid, timeout):
     return TIMED_OUT if not left else code if code >= 0 else 128 - code
 
 
-def shut(event, args, error=RuntimeError, doors=("ctypes.", "sys.settrace")):
-    """The audit hook, which Python code cannot take off and whose names it cannot change."""
-    if event.startswith(doors) and event != "ctypes.dlopen":  # that is needed to import ctypes (pandas does)
+def shut(event, args, error=RuntimeError):
+    """The audit hook: Python code cannot take it off, nor change its code. What it compares are constants."""
+    closed = event.startswith(("ctypes.", "sys.settrace", "sys.setprofile", "sys.monitoring."))
+    if event == "import":  # no other interpreter; a str of the program's own kind becomes a plain one
+        closed = "".join(args[:1]).startswith(("_interp", "_xx", "_test"))
+    if event == "object.__setattr__":  # asyncio sets that of other functions
+        closed = args[1] == "__code__" and args[0].__code__.co_name == "shut"
+    if closed and event != "ctypes.dlopen":  # that is needed to import ctypes (pandas does)
         raise error(f"{event} is not for a graded program")
 
 
@@ -225,13 +236,15 @@ def forbid_syscalls():
     """A seccomp filter: what SYSCALLS lists fails with 'not permitted', for root as well -> bool."""
     if os.uname().machine not in SYSCALLS:
         return False
-    arch, numbers = SYSCALLS[os.uname().machine]
+    arch, refused, pretended = SYSCALLS[os.uname().machine]
     load, equal, greater, ret = 0x20, 0x15, 0x35, 0x06
-    kill, deny, allow = 0x80000000, 0x00050001, 0x7FFF0000
+    kill, deny, pretend, allow = 0x80000000, 0x00050001, 0x00050000, 0x7FFF0000
     lines = [(load, 0, 0, 4), (equal, 1, 0, arch), (ret, 0, 0, kill), (load, 0, 0, 0)]
-    tests = [(greater, 1 << 30), *((equal, n) for n in numbers)]  # above 2^30: x86's second table of calls
-    lines += [(op, len(tests) - i, 0, k) for i, (op, k) in enumerate(tests)]  # jump to the last line
-    lines += [(ret, 0, 0, allow), (ret, 0, 0, deny)]
+    rules = [(greater, 1 << 30, deny)]  # x86's second table of calls
+    rules += [(equal, n, deny) for n in refused] + [(equal, n, pretend) for n in pretended]
+    for test, n, verdict in rules:
+        lines += [(test, 0, 1, n), (ret, 0, 0, verdict)]
+    lines.append((ret, 0, 0, allow))
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in lines))
     program = struct.pack("HP", len(lines), ctypes.addressof(code))  # struct sock_fprog
     return ctypes.CDLL(None).prctl(22, 2, program, 0, 0) == 0  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER

@@ -848,12 +848,13 @@ def decode_file(model, tok, args, settings, how):
     made_by = dict(model=args.model, revision=model.revision, adapter=args.adapter, decoding=settings)
     ours = {r["id"]: dict(prompt=r["prompt"], **made_by) for r in rows}  # what a line of this run says
     done = set()
-    for r in cli.read_jsonl(to, tolerant=True) if to.exists() else []:
-        if not isinstance(r, dict) or r.get("id") not in ours or {**r, **ours[r["id"]]} != r:
+    for r in cli.read_jsonl(to, ours=True) if to.exists() else []:
+        if r.get("id") not in ours or {**r, **ours[r["id"]]} != r:
             raise UserError(f"{to} holds responses of another model, other settings or other prompts: "
                             f"choose another --to or remove it")
         done.add(r["id"])
-    cli.drop_torn_line(to)
+    if to.exists():
+        cli.read_jsonl(to, ours=True, mend=True)
     todo = [i for i, r in enumerate(rows) if r["id"] not in done]
     prompts = [tok.prompt_ids(rows[i]["prompt"]) for i in todo]
     for i, out in stream(model, prompts, args.batch_size, progress=True, streams=todo, **how, **settings):

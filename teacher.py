@@ -15,7 +15,7 @@ from cli import UserError, read_jsonl
 from data import Tokenizer, left_padded, read_tokens
 from model import FAMILIES, by_chunks, checkpoint_dir, n_content, token_positions
 from rollout import Shard
-from run import barrier
+from run import barrier, check_alike, mend_shards
 
 
 def load_teacher(name, device="cpu", dtype=torch.float32, revision=None):
@@ -118,13 +118,15 @@ def score_examples(examples, tok, cfg, r):
 
     def read():
         return {row["key"]: row["scores"] for f in sorted(folder.glob("rank*.jsonl"))
-                for row in read_jsonl(f, tolerant=True)}
+                for row in read_jsonl(f, True, key=str, scores=list)}
 
     def key(e):  # everything the scores depend on
         what = json.dumps([cfg.teacher, cfg.metric, e["prompt"], e["x0"]])
         return hashlib.sha256(what.encode()).hexdigest()
     examples = [examples[i] for i in range(len(examples))]
     keys = list(map(key, examples))
+    check_alike("the examples", keys)
+    mend_shards(folder.glob("rank*.jsonl"), r.rank, r.world)
     done = read()
     barrier()  # all ranks have read the same shards before one appends
     left = [(k, e) for k, e in zip(keys, examples) if k not in done]

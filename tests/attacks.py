@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -32,6 +33,30 @@ def trace(frame, event, arg):
 HERE = sys._getframe().f_lineno + 3
 sys._getframe().f_trace = trace
 sys.settrace(trace)
+"""
+MONITOR = """
+import sys
+mon = sys.monitoring
+def line(code, number):
+    if code is HERE and number > LAST:  # the first test: go on with the second
+        mon.set_events(4, 0)
+        sys._getframe(1).f_lineno = number + 1
+mon.use_tool_id(4, "x")
+HERE, LAST = sys._getframe().f_code, sys._getframe().f_lineno + 2
+mon.register_callback(4, mon.events.LINE, line)
+mon.set_events(4, mon.events.LINE)
+"""
+HOOK = """
+import gc
+for one in gc.get_objects():
+    if getattr(one, "__name__", "") == "shut":
+        {}
+"""
+INTERPRETER = """
+try:
+    import _interpreters as other
+except ImportError:
+    import _xxsubinterpreters as other
 """
 FORGE = """
 import gc, os, re, sys, types
@@ -79,6 +104,8 @@ def walk(x, depth, seen, texts):
 """
 SLOW = r"took more than"
 ENDED = r"ended before its tests, exit code 0"  # it left by itself, with whatever it had to say
+SHUT = r"is not for a graded program|has no attribute 'monitoring'|AttributeError"
+SAME = r"AssertionError|PermissionError|Operation not permitted"  # it may believe to have changed something
 DENIED = r"PermissionError|Operation not permitted|Permission denied|BlockingIOError|temporarily unavailable"
 
 # name: (program, what the verdict must say)
@@ -202,6 +229,62 @@ import sys, types
 sys.modules["__main__"] = sys.modules["solution"] = sys.modules["builtins"] = types.ModuleType("x")
 globals()["__builtins__"] = {"f": lambda: 1}
 """, r"AssertionError"),
+    # other tracers, other interpreters, memory that is a file
+    "jumps with sys.monitoring": (MONITOR, SHUT),
+    "jumps with sys.monitoring, registered before the events are set": (MONITOR.replace(
+        "mon.register_callback", "register = mon.register_callback\nregister"), SHUT),
+    "a profiler": ("import sys\nsys.setprofile(lambda *a: None)", SHUT),
+    "a profiler's timer": ("import cProfile\ncProfile.Profile(lambda: 1).enable()", SHUT + "|SystemError"),
+    "a debugger": ("import bdb\nbdb.Bdb().set_trace()\n", SHUT),
+    "jumps with a tracer of all threads": (JUMP.replace("sys.settrace(trace)", (
+        "import threading\ngetattr(threading, 'settrace_all_threads', sys.settrace)(trace)")).replace("+ 3", "+ 4"),
+        SHUT + "|AssertionError"),  # it may be told of no error
+    "jumps, the audit hook's code replaced": (HOOK.format("one.__code__ = (lambda *_: None).__code__") + JUMP,
+                                              r"__setattr__ is not for"),
+    "jumps, the audit hook's defaults replaced": (HOOK.format("one.__defaults__ = (print,)") + JUMP, r"TypeError"),
+    "jumps, the list of audit hooks emptied": (HOOK.format(
+        "[x.clear() for x in gc.get_referrers(one) if type(x) is list]") + JUMP, r"settrace is not for"),
+    "another interpreter": (INTERPRETER + "other.run_string(other.create(), 'import os; os._exit(0)')",
+                            r"import is not for"),
+    "another interpreter, asked for by a text that lies": (
+        "class Name(str):\n    def startswith(self, *_):\n        return False\n"
+        "import importlib\nimportlib.import_module(Name('_testcapi')).run_in_subinterp('')\nimport os\nos._exit(0)",
+        r"import is not for"),
+    "another interpreter of the old kind": (
+        "import _testcapi\n_testcapi.run_in_subinterp('import os; os._exit(0)')", r"import is not for"),
+    "an object from an address": ("import _ctypes\n_ctypes.PyObj_FromPtr(id(f))", r"ctypes\.\S+ is not for"),
+    "C from a library": ("import ctypes\nctypes.CDLL('libc.so.6').syscall(319, b'x', 0)",
+                         r"ctypes\.\S+ is not for"),
+    "a memory file": ("import os\nos.memfd_create('x')", DENIED),
+    "2 GB in memory files": ("import os\nfor i in range(200):\n    os.write(os.memfd_create(str(i)), bytes(10 << 20))",
+                             DENIED),
+    "native code from a memory file": (
+        "import ctypes, os\nfd = os.memfd_create('x')\nwith open(os.__file__, 'rb') as f:\n"
+        "    os.write(fd, f.read())\nctypes.CDLL(f'/proc/self/fd/{fd}')", DENIED),
+    "shared memory": ("from multiprocessing import shared_memory\n"
+                      "shared_memory.SharedMemory('nanotraj', True, 9)", DENIED + "|FileNotFoundError"),
+    "a semaphore": ("import multiprocessing\nmultiprocessing.Lock()", DENIED + "|FileNotFoundError|OSError"),
+    "leaves its namespaces": ("import os\nos.setns(os.open('/proc/self/ns/net', os.O_RDONLY))",
+                              DENIED + "|FileNotFoundError|AttributeError"),
+    "makes namespaces": ("import os\nos.unshare(os.CLONE_NEWUSER)", DENIED + "|AttributeError"),
+    # what Landlock does not know: mode, owner, times and attributes of the user's own files
+    "changes a mode": ("import os\nos.chmod('VICTIM/secret', 0)", SAME),
+    "changes a folder's mode": ("import os\nos.chmod('VICTIM', 0)", SAME),
+    "changes a mode through a folder": (
+        "import os\nos.chmod('secret', 0, dir_fd=os.open('VICTIM', os.O_PATH))", SAME),
+    "changes times": ("import os\nos.utime('VICTIM/secret', (1, 1))", SAME),
+    "changes an owner": ("import os\nos.chown('VICTIM/secret', os.getuid(), os.getgid())", SAME),
+    "adds an attribute": ("import os\nos.setxattr('VICTIM/secret', 'user.mark', b'x')", SAME),
+    "removes an attribute": ("import os\nos.removexattr('VICTIM/secret', 'user.old')", SAME),
+    "links a file outside": ("import os\nos.link('VICTIM/secret', 'x')", DENIED + "|OSError"),
+    "renames to outside": ("import os\nopen('x', 'w').close()\nos.rename('x', 'VICTIM/mark')",
+                           DENIED + "|OSError"),
+    "makes a pipe outside": ("import os\nos.mkfifo('VICTIM/mark')", DENIED),
+    "ends a bystander by its descriptor": (
+        "import os, signal\nsignal.pidfd_send_signal(os.pidfd_open(BYSTANDER), 9)",
+        DENIED + "|ProcessLookupError"),
+    "limits a bystander": ("import resource as r\nr.prlimit(BYSTANDER, r.RLIMIT_NOFILE, (3, 3))",
+                           DENIED + "|ProcessLookupError"),
     "raises its limits": ("import resource as r\nr.setrlimit(r.RLIMIT_AS, (-1, -1))",
                           r"ValueError|" + DENIED),
 }
@@ -223,7 +306,16 @@ NEEDS = {
     "kills a bystander": ("namespaces", "Landlock"),
     "kills its parent and group": ("namespaces", "Landlock"), "fork bomb": FORKS, "thread bomb": FORKS,
     "daemon (two forks, setsid)": FORKS, "starts a shell": FORKS,
-    "becomes another program": ("Landlock", "seccomp")}
+    "becomes another program": ("Landlock", "seccomp"), "links a file outside": FILES,
+    "renames to outside": FILES, "makes a pipe outside": FILES, "shared memory": FILES, "a semaphore": FILES,
+    "a memory file": ("seccomp",), "2 GB in memory files": ("seccomp",),
+    "native code from a memory file": ("seccomp",), "makes namespaces": ("seccomp",),
+    "leaves its namespaces": ("seccomp", "Landlock"),
+    "ends a bystander by its descriptor": ("namespaces", "Landlock"),
+    "limits a bystander": ("namespaces",),
+    **dict.fromkeys(("changes a mode", "changes a folder's mode", "changes a mode through a folder",
+                     "changes times", "changes an owner", "adds an attribute", "removes an attribute"),
+                    ("seccomp",))}
 
 
 class Scene:
@@ -235,6 +327,9 @@ class Scene:
         self.victim.chmod(0o777)
         (self.victim / "secret").write_text("secret")
         (self.victim / "secret").chmod(0o666)
+        with suppress(OSError):  # not every file system has these
+            os.setxattr(self.victim / "secret", "user.old", b"x")
+        self.before = self.about()
         self.tcp, self.udp = socket.socket(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.tcp.bind(("127.0.0.1", 0))
         self.udp.bind(self.tcp.getsockname())
@@ -261,8 +356,17 @@ class Scene:
             program = program.replace(word, str(value))
         return program
 
+    def about(self):
+        """What may be changed of a file without writing into it."""
+        said = [(s.st_mode, s.st_uid, s.st_gid) for s in map(os.stat, (self.victim, self.victim / "secret"))]
+        with suppress(OSError):
+            said += os.listxattr(self.victim / "secret")
+        return said, os.stat(self.victim / "secret").st_mtime_ns
+
     def marks(self):
         found = []
+        if not (self.victim / "secret").exists() or self.about() != self.before:
+            found.append("a changed mode, owner, time or attribute")
         if sorted(p.name for p in self.victim.iterdir()) != ["secret", "socket"]:
             found.append("a file outside")
         if (self.victim / "secret").exists() and (self.victim / "secret").read_text() != "secret":

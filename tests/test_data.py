@@ -220,9 +220,15 @@ def test_malformed_trajectories(tmp_path):
     shard = tmp_path / "rank0.jsonl"
     lines = shard.read_text().splitlines()
     good = json.loads(lines[1])
-    bad = [("{not json", "line 2 is not valid JSON"), (json.dumps({"id": "x"}), "lacks"),
-           (json.dumps({**good, "schema": 99}), "schema 99"),
-           (json.dumps({**good, "rank": [0] * 8}), "inconsistent"), (json.dumps([1]), "lacks")]
+    del good["crc"]  # as older versions wrote them
+    bad = [("{not json", "line 2 is not valid JSON"), (json.dumps({"id": "x"}), "source is absent"),
+           (lines[1].replace('"nfe": 4', '"nfe": 5'), "line 2 .* damaged .not as it was written"),
+           (json.dumps({**good, "schema": 99}), "schema 99"), (json.dumps([1]), "not an object")]
+    bad += [(json.dumps({**good, **change}), "inconsistent") for change in (
+        dict(rank=[0] * 8), dict(order=[0.5] * 8), dict(x0=[*good["x0"][1:], "7"]), dict(x0=good["x0"][1:]),
+        dict(prompt_ids=[-1]), dict(prompt_ids=[[1]]))]
+    bad += [(json.dumps({**good, key: value}), f"{key} is .* of another type") for key, value in (
+        ("x0", None), ("decoding", None), ("correct", "no"), ("prompt", 3), ("nfe", "4"))]
     for text, words in bad:
         shard.write_text("\n".join([lines[0], text, lines[2]]) + "\n")
         with pytest.raises(UserError, match=words):

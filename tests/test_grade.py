@@ -307,6 +307,12 @@ BROKEN = {  # attack: what must be broken in runner.py for it to get through; th
     "UDP to a listener": [NO_NAMESPACES, NO_SECCOMP],
     "Unix socket": [NO_SECCOMP],
     "becomes another program": [NO_LANDLOCK, NO_SECCOMP],
+    "jumps, the audit hook's code replaced": [('co_name == "shut"', 'co_name == "x"')],
+    "another interpreter of the old kind": [('"_xx", "_test")', '"_xx")')],
+    "a profiler": [('"sys.setprofile", ', '')],
+    "a memory file": [NO_SECCOMP],
+    "changes a mode": [NO_SECCOMP, ROOT_STAYS], "changes times": [NO_SECCOMP, ROOT_STAYS],
+    "adds an attribute": [("*range(188, 191)", "189"), ROOT_STAYS],
     "daemon (two forks, setsid)": [NO_NAMESPACES, NO_SECCOMP, NO_FORK_LIMIT]}
 
 

@@ -33,7 +33,7 @@ COUNTS = ("correct", "tokens", "nfe")  # per problem
 def read_points(source):
     """The points of a folder, or of a file that pack() wrote, which names their folders."""
     source = Path(source)
-    rows = read_jsonl(source / "results.jsonl" if source.is_dir() else source, tolerant=True)
+    rows = read_jsonl(source / "results.jsonl" if source.is_dir() else source, ours=True)
     return [{"folder": source.name, **row} for row in rows]
 
 
