@@ -1,9 +1,17 @@
 """Runs that end too early, for many reasons: one line says so, and the same command ends in the same bytes."""
+import errno
 import json
+import os
+import random
 
 import pytest
+import torch
 from small_runs import METHODS, Runs
 
+import cli
+import grade
+import lora
+import model as nt_model
 import run as training
 
 
@@ -37,3 +45,78 @@ def test_a_gradient_that_is_not_finite(runs, method):
     assert runs(method, "broken") == (0, [])
     assert runs.adapter("broken") == runs.adapter("whole")
     assert [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()] == [*range(1, 7)]
+
+
+# ------------------------------------------------------------------------- interrupted anywhere, and a full disk
+WRITES = [(cli, "append_line"), (cli, "write_whole"), (cli, "sync"), (training, "save_file"),
+          (training, "sync"), (os, "replace"), (lora, "save_file")]
+PLACES = [*WRITES, (training, "write_checkpoint"), (training, "newest_checkpoint"), (training.Run, "update"),
+          (training.Run, "backward"), (training.Run, "save_checkpoint"), (training.Run, "finish_writing"),
+          (nt_model, "load"), (lora, "add"), (lora, "save"), (grade, "is_correct"), (torch.optim.AdamW, "step")]
+
+
+def disturbed(runs, name, place, n, fault):
+    """A run in which the n-th call of a function (from 0) meets `fault` -> its exit code, what it said."""
+    owner, attribute = place
+    inner, calls = getattr(owner, attribute), []
+    with runs.patch.context() as patch:
+        def call(*args, **options):
+            calls.append(1)
+            return fault(inner, *args, **options) if len(calls) == n + 1 else inner(*args, **options)
+        patch.setattr(owner, attribute, call)
+        return runs("tabom", name, "--max_steps", "3")
+
+
+def interrupted(inner, *args, **options):
+    """Before or after the call."""
+    if len(str(args)) % 2:
+        inner(*args, **options)
+    raise KeyboardInterrupt
+
+
+def full(inner, *args, **options):
+    """Some of it is written, then the disk is full."""
+    if inner.__name__ == "append_line":
+        with open(args[0], "a") as f:
+            f.write("".join(map(cli.line_of, args[1:]))[:-9])
+    elif inner.__name__ == "write_whole":
+        args[0].with_name(args[0].name + ".tmp").write_text(args[1][:len(args[1]) // 2])
+    elif inner.__name__ == "save_file":
+        args[1].write_bytes(b"x" * 999)
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
+
+
+@pytest.mark.parametrize("fault, places, code, words, n_moments", [
+    (interrupted, PLACES, 130, "interrupted; the same command continues", 24),
+    (full, WRITES, 2, "No space left on device", 16)])
+def test_ended_anywhere(runs, fault, places, code, words, n_moments):
+    """Moment after moment in one folder until a run comes through; then in the next. All end in the same bytes."""
+    assert runs("tabom", "whole", "--max_steps", "3") == (0, [])
+    want, draw, number, met = runs.adapter("whole"), random.Random(words), 0, 0
+    while met < n_moments:
+        place = draw.choice(places)
+        got, said = disturbed(runs, f"{number}", place, draw.randrange(6), fault)
+        if got:
+            assert got == code and len(said) == 1 and words in said[0], (place, got, said)
+            assert runs.adapter(f"{number}") in (None, want)  # whole or absent
+            met += 1
+        else:
+            assert said == [] and runs.adapter(f"{number}") == want, place
+            number += 1
+    assert runs("tabom", f"{number}", "--max_steps", "3") == (0, []) and runs.adapter(f"{number}") == want
+    for out in (runs.folder / f"{i}" for i in range(number + 1)):
+        lines = (out / "trajectories/rank0.jsonl").read_text().splitlines()
+        assert len({json.loads(line)["id"] for line in lines}) == len(lines) == 8
+        steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
+        assert steps == [1, 2, 3] and not list(out.glob("*.unfinished"))
+
+
+def test_folders_that_cannot_be(runs):
+    (runs.folder / "file").write_text("mine")
+    (runs.folder / "cycle").symlink_to("cycle")
+    (runs.folder / "linked").symlink_to("file")
+    for name in ("file", "cycle", "linked", "file/below", "/dev/null", "/proc/nanotraj", "x" * 300):
+        code, said = runs("tabom", name)
+        assert code == 2 and len(said) == 1 and said[0].startswith("error: "), (name, said)
+        assert name in said[0]
+    assert (runs.folder / "file").read_text() == "mine"
