@@ -211,14 +211,14 @@ def read_json(path):
 
 
 def read_jsonl(path, ours=False, mend=False, **kinds):
-    """The objects of a .jsonl. ours: of line_of(); a last line without its newline (killed in it) does not
-    count. mend: cut it and damaged lines off, so that they are made again. kinds: types of fields.
-    """
+    """The objects of a .jsonl. ours: made by line_of(), the last may be torn. mend: cut damaged lines off."""
     lines, rows, whole = read_text(path, "replace" if ours else "strict").split("\n"), [], []
+    sealed = False  # lines of before checksums do not stand behind those with one
     for i, line in enumerate(lines[:-1] if ours else lines, 1):
         try:
-            rows += [row_of(line, kinds) if ours else json.loads(line)] if line.strip() else []
+            rows += [row_of(line, kinds, sealed) if ours else json.loads(line)] if line.strip() else []
             whole.append(line)
+            sealed = sealed or CRC[:10] in line
         except (ValueError, RecursionError) as e:
             fault = f"{path} line {i} is not valid JSON or is damaged ({e}): {line[:60]!r}"
             if not mend:
@@ -235,13 +235,13 @@ def line_of(row):
     return f'{text}, "crc": "{zlib.crc32(text.encode()):08x}"}}\n'
 
 
-def row_of(line, kinds={}):
-    """The object in such a line, or in an old one without a checksum. Raises ValueError if it is damaged."""
+def row_of(line, kinds, sealed):
+    """Its object; not sealed: it may lack the checksum. ValueError if it is damaged. kinds: of fields."""
     row = json.loads(line)
     if not isinstance(row, dict):
         raise ValueError("not an object")
     crc = row.pop("crc", None)
-    if crc is not None and crc != f"{zlib.crc32(line[:-len(CRC)].encode()):08x}":
+    if (sealed or crc is not None) and crc != f"{zlib.crc32(line[:-len(CRC)].encode()):08x}":
         raise ValueError("not as it was written")
     wrong = [name for name, kind in kinds.items() if not isinstance(row.get(name), kind)]
     if wrong:

@@ -1,0 +1,177 @@
+"""Random flips and cuts over every kind of file a run reads: made again, or refused in one line; and what
+--overwrite and merge leave alone.
+"""
+import importlib
+import json
+import random
+import shutil
+
+import pytest
+from conftest import random_model
+from small_runs import VOCAB, Runs
+
+import cli
+import lora
+import model as nt_model
+import run as training
+import tabom
+from cli import UserError
+
+nt_eval = importlib.import_module("eval")
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch, capsys):
+    return Runs(tmp_path, monkeypatch, capsys)
+
+
+def damage(raw, draw):
+    """Bytes with one fault: a bit, a lost end, an end of zeros (a power cut), a lost middle, a strange line."""
+    at, n = draw.randrange(len(raw)), draw.randrange(1, 60)
+    kind = draw.choice(["bit", "bit", "bit", "end", "zeros", "middle", "line"])
+    if kind == "bit":
+        return raw[:at] + bytes([raw[at] ^ 1 << draw.randrange(8)]) + raw[at + 1:]
+    if kind == "line":
+        line = draw.choice([b"[1]", b"5", b"null", b"{", b"[" * 9000, b'{"id": 3}', b"\xff\xfe", b""])
+        return raw + line if b"\n" not in raw else raw[:raw.rfind(b"\n", 0, at) + 1] + line + b"\n" + raw[at:]
+    return {"end": raw[:at], "zeros": raw[:at] + bytes(n), "middle": raw[:at] + raw[at + n:]}[kind]
+
+
+ROWS = [dict(id=f"r{i}", x0=[i, 2, 3], scores=[0.25, None, 1e-6], text='é "\n\ud83d', correct=i % 2 == 0)
+        for i in range(6)]
+
+
+def test_a_line_is_whole_or_made_again(tmp_path):
+    """200 faults: what is read after mending are rows as they were written, and the file then holds no others."""
+    file, draw = tmp_path / "rank0.jsonl", random.Random(0)
+    cli.append_line(file, *ROWS)
+    raw, found = file.read_bytes(), 0
+    assert cli.read_jsonl(file, ours=True) == ROWS
+    for _ in range(200):
+        broken = damage(raw, draw)
+        file.write_bytes(broken)
+        try:
+            strict = cli.read_jsonl(file, ours=True, id=str, x0=list)
+            assert all({key: row[key] for key in ROWS[0]} in ROWS for row in strict)
+        except UserError as e:
+            found += "\n" not in str(e) and "rank0.jsonl line" in str(e)
+        mended = [row for row in cli.read_jsonl(file, ours=True, mend=True) if row != {"id": 3}]
+        assert all({key: row[key] for key in ROWS[0]} in ROWS for row in mended) and len(mended) >= len(ROWS) - 6
+        cli.append_line(file, *(row for row in ROWS if row not in mended))
+        assert {row["id"] for row in cli.read_jsonl(file, ours=True)} >= {row["id"] for row in ROWS}
+    assert found > 80
+
+
+def test_lines_of_before_are_read(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"id": "a", "x0": [1]}\n{"id": "b", "x0": [2]}\n{"id": "torn')
+    assert [row["id"] for row in cli.read_jsonl(tmp_path / "a.jsonl", ours=True)] == ["a", "b"]
+    cli.read_jsonl(tmp_path / "a.jsonl", ours=True, mend=True)
+    cli.append_line(tmp_path / "a.jsonl", {"id": "c"})
+    assert [row["id"] for row in cli.read_jsonl(tmp_path / "a.jsonl", ours=True)] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("method, pattern, again, n", [
+    ("tabom", "trajectories/rank0.jsonl", ["checkpoints"], 12), ("tabom", "checkpoints/step-000003/*", [], 10),
+    ("tabom", "log.jsonl", [], 8), ("tabom", "config.json", [], 10),
+    ("trims", "difficulty/rank0.jsonl", ["checkpoints"], 6)])
+def test_a_run_ends_in_the_same_bytes_or_is_refused(runs, method, pattern, again, n):
+    """again: what is made anew, so that the damaged file is read."""
+    assert runs(method, "whole", "--max_steps", "3") == (0, [])
+    want, draw, out = runs.adapter("whole"), random.Random(pattern), runs.folder / "run"
+    for _ in range(n):
+        shutil.copytree(runs.folder / "whole", out)
+        for name in ["adapter", *again]:
+            shutil.rmtree(out / name)
+        file = draw.choice(sorted(out.glob(pattern)))
+        file.write_bytes(damage(file.read_bytes(), draw))
+        code, said = runs(method, "run", "--max_steps", "3")
+        if code:
+            assert code == 2 and len(said) == 1 and said[0].startswith("error: ") and not runs.adapter("run"), said
+        else:
+            assert runs.adapter("run") == want and all(line.startswith("warning: ") for line in said), said
+        shutil.rmtree(out)
+
+
+def test_an_adapter_is_as_it_was_written_or_refused(runs):
+    assert runs("tabom", "whole", "--max_steps", "1") == (0, [])
+    folder, draw = runs.folder / "whole/adapter", random.Random(0)
+    files = {file: file.read_bytes() for file in folder.iterdir()}
+    assert len(files) == 3
+    lora.load(nt_model.load(runs.folder / "base"), folder)
+    for _ in range(40):
+        file = draw.choice(sorted(files))
+        broken = damage(files[file], draw)
+        file.write_bytes(broken)
+        if broken != files[file] and broken.splitlines() != files[file].splitlines():
+            with pytest.raises(UserError) as refused:
+                lora.load(nt_model.load(runs.folder / "base"), folder)
+            assert "\n" not in str(refused.value)
+        file.write_bytes(files[file])
+
+
+def test_results_of_an_evaluation(tmp_path):
+    """The points that a continued evaluation takes over, and the rows of one that is not finished."""
+    config, draw = dict(model="tiny", label="x", problems="abc", decoding={}), random.Random(0)
+    points = [dict(key=f"k{i}", ids=["a", "b"], correct=[1, 0], tokens=[5, 6 + i], nfe=[4, 4]) for i in range(3)]
+    rows = [dict(id=f"p{i}", response="é", tokens=3, nfe=2, seconds=0.5, forwards=2) for i in range(3)]
+    kept = nt_eval.Kept(tmp_path, config, 0, 1)
+    cli.append_line(kept.results, *points)
+    cli.append_line(tmp_path / "rows-k.rank0.jsonl", *rows)
+    files = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    for _ in range(60):
+        file = draw.choice(sorted(files))
+        file.write_bytes(damage(files[file], draw))
+        try:
+            kept = nt_eval.Kept(tmp_path, config, 0, 1)
+            assert all({k: point[k] for k in points[0]} in points for point in kept.points.values())
+            assert all({k: row[k] for k in rows[0]} in rows for row in kept.rows("rows-k").values())
+        except UserError as e:
+            assert "\n" not in str(e)
+        for file, raw in files.items():
+            file.write_bytes(raw)
+    assert nt_eval.Kept(tmp_path, config, 0, 1).points.keys() == {"k0", "k1", "k2"}
+
+
+# --------------------------------------------------------------------------------------- what is left alone
+def test_overwrite_removes_only_what_a_run_made(runs):
+    assert runs("tabom", "run", "--max_steps", "1") == (0, [])
+    out, mine = runs.folder / "run", ["thesis.tex", "adapter-old/x", "notes.jsonl", "model.py"]
+    for name in mine:
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+    (runs.folder / "elsewhere").mkdir()
+    (runs.folder / "elsewhere/rank0.jsonl").write_text("mine")
+    (out / "difficulty").symlink_to(runs.folder / "elsewhere")
+    assert runs("tabom", "run", "--max_steps", "2", "--lr", "1e-3", "--overwrite") == (0, [])
+    assert len((out / "log.jsonl").read_text().splitlines()) == 2 and not (out / "difficulty").exists()
+    assert all((out / name).read_text() == "mine" for name in [*mine, "../elsewhere/rank0.jsonl"])
+
+
+@pytest.mark.parametrize("made", [["model/model.safetensors"], ["adapter/x"], ["checkpoints/step-000009/x"]])
+def test_a_folder_without_config_json_that_holds_a_model_is_refused(tmp_path, made):
+    for name in made:
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="config.json is absent or not that of a run"):
+            training.Run(tabom.Config(out=str(tmp_path), overwrite=overwrite))
+    assert all((tmp_path / name).read_text() == "mine" for name in made)
+
+
+def test_merge_replaces_nothing(tmp_path, monkeypatch):
+    nt_model.save(random_model(max_position_embeddings=160, **VOCAB), tmp_path / "base")
+    nt_model.copy_tokenizer("tiny", tmp_path / "base")
+    lora.save(lora.add(nt_model.load(tmp_path / "base"), 4, 4), tmp_path / "adapter")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for to in ("base", "adapter", "", ".", "base/config.json"):
+        with pytest.raises(UserError, match="choose another, or remove it"):
+            lora.merge_command(lora.Merge(model="base", adapter="adapter", to=to))
+    assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    for to in ("new", "empty", "deep/er"):
+        lora.merge_command(lora.Merge(model="base", adapter="adapter", to=to))
+        sums = dict(line.split("  ")[::-1] for line in (tmp_path / to / cli.SUMS).read_text().splitlines())
+        assert sums == {f.name: cli.sha256(f) for f in (tmp_path / to).iterdir() if f.name != cli.SUMS}
+        assert nt_model.load(tmp_path / to) and json.loads((tmp_path / to / "config.json").read_text())
+    assert not list(tmp_path.glob("*.unfinished"))
