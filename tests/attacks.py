@@ -231,7 +231,7 @@ globals()["__builtins__"] = {"f": lambda: 1}
 """, r"AssertionError"),
     # other tracers, other interpreters, memory that is a file
     "jumps with sys.monitoring": (MONITOR, SHUT),
-    "jumps with sys.monitoring, registered before the events are set": (MONITOR.replace(
+    "jumps with sys.monitoring, by another name": (MONITOR.replace(
         "mon.register_callback", "register = mon.register_callback\nregister"), SHUT),
     "a profiler": ("import sys\nsys.setprofile(lambda *a: None)", SHUT),
     "a profiler's timer": ("import cProfile\ncProfile.Profile(lambda: 1).enable()", SHUT + "|SystemError"),
@@ -365,8 +365,14 @@ class Scene:
 
     def marks(self):
         found = []
-        if not (self.victim / "secret").exists() or self.about() != self.before:
+        same = False
+        with suppress(OSError):
+            same = self.about() == self.before
+        if not same:
             found.append("a changed mode, owner, time or attribute")
+            for path, mode in ((self.victim, 0o777), (self.victim / "secret", 0o666)):
+                with suppress(OSError):
+                    path.chmod(mode)
         if sorted(p.name for p in self.victim.iterdir()) != ["secret", "socket"]:
             found.append("a file outside")
         if (self.victim / "secret").exists() and (self.victim / "secret").read_text() != "secret":

@@ -106,6 +106,7 @@ def a_run(tmp_path, model, optimizers):
 @pytest.mark.parametrize("n_files", [1, 2])
 def test_a_checkpoint_cut_anywhere_is_not_used(tmp_path, capsys, n_files):
     model, opts = trained()
+    a_run(tmp_path, model, opts)  # its config.json
     tensors = {k: t.detach().clone() for k, t in training.checkpoint_tensors(model, opts, None).items()}
     for step in (5, 10):
         (tmp_path / "checkpoints/tmp").mkdir(parents=True)

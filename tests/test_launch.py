@@ -43,7 +43,7 @@ def test_overwrite_is_refused_on_several_nodes(tmp_path, monkeypatch):
 def test_a_folder_of_something_else_is_left_alone(tmp_path, text, overwrite):
     (tmp_path / "config.json").write_text(text)
     (tmp_path / "weights").write_text("mine")
-    with pytest.raises(nt_model.UserError, match="config.json is not that of a run"):
+    with pytest.raises(nt_model.UserError, match="config.json is absent or not that of a run"):
         training.Run(t3d.Config(out=str(tmp_path), overwrite=overwrite))
     assert (tmp_path / "config.json").read_text() == text and (tmp_path / "weights").exists()
 
