@@ -67,7 +67,8 @@ SLOW_TESTS = {
     "test_any_batch_composition", "test_batch_equals_alone_equals_reference", "test_attacks_are_contained",
     "test_attacks_are_contained_for_a_normal_user", "test_interrupted_training_is_bit_identical",
     "test_without_datasets_or_network_the_files_are_named", "test_bad_commands_are_one_line",
-    "test_the_fork_example"}
+    "test_the_fork_example", "test_a_gradient_that_is_not_finite", "test_ended_anywhere",
+    "test_a_run_ends_in_the_same_bytes_or_is_refused"}
 
 
 def pytest_collection_modifyitems(items):

@@ -3,6 +3,7 @@ import errno
 import json
 import os
 import random
+import signal
 
 import pytest
 import torch
@@ -120,3 +121,44 @@ def test_folders_that_cannot_be(runs):
         assert code == 2 and len(said) == 1 and said[0].startswith("error: "), (name, said)
         assert name in said[0]
     assert (runs.folder / "file").read_text() == "mine"
+
+
+# ----------------------------------------------------------------------------------------------- several ranks
+@pytest.mark.parametrize("error, code, words", [
+    (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1"), 1, "another rank"),
+    (RuntimeError("NCCL communicator was aborted on rank 1"), 1, "another rank has ended or did not answer"),
+    (cli.UserError("lr is 0"), 2, "error: lr is 0"), (PermissionError(13, "denied", "out"), 2, "denied: 'out'"),
+    (RuntimeError("shapes do not fit"), None, "")])
+def test_an_error_on_one_rank_is_what_is_read(error, code, words, capsys, monkeypatch):
+    """The rank that failed says why, the others one line; what nobody foresaw keeps its traceback."""
+    monkeypatch.setenv("RANK", "1")
+
+    def main():
+        raise error
+    with pytest.raises(SystemExit if code else RuntimeError) as ended:
+        cli.run_cli(main)
+    said = capsys.readouterr().err
+    assert not code or (ended.value.code == code and words in said and said.count("\n") == 1)
+
+
+def test_ranks_that_read_other_records(monkeypatch):
+    names = [f"tiny-train-{i}" for i in range(9)]
+    training.check_alike("out/trajectories", names)
+    for others in (names[:-1], [*names, "x"], names[::-1], []):
+        with monkeypatch.context() as patch:
+            theirs = []
+            patch.setattr(training, "agreed", lambda value: theirs.append(value) or value)
+            training.check_alike("", others)
+            patch.setattr(training, "agreed", lambda value: theirs[0])  # rank 0 has read the others
+            with pytest.raises(cli.UserError, match="out/trajectories: this rank reads others than rank 0"):
+                training.check_alike("out/trajectories", names)
+
+
+def test_sigterm_outside_training_is_one_line(capsys, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.run_cli(lambda: signal.raise_signal(signal.SIGTERM))
+        assert ended.value.code == 130 and capsys.readouterr().err == "interrupted; the same command continues\n"
+    finally:
+        signal.signal(signal.SIGTERM, before)
