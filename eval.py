@@ -67,10 +67,11 @@ def dream_steps(n):
 
 
 TINY = dict(data.TINY_DECODING, policy="threshold")
+ANCHOR = dict(policy="entropy", threshold=0.0, name="TPF 1")  # token by token: published curves begin with it
 MULTIBLOCK = dict(gen_len=256, block_len=32, policy="multiblock", block_add=0.1, decoded=0.95, cache="none",
-                  temperature=0.0, early_stop=True)
+                  temperature=0.0, early_stop=True, anchor=True)
 FAST_DLLM = dict(gen_len=256, block_len=32, policy="threshold", cache="none", temperature=0.0)
-# Everything about decoding; `rules`, then `thresholds`, are the points of a curve, the paper's own first.
+# Everything about decoding; `rules`, `thresholds`, ANCHOR are the points of a curve, the paper's own first.
 # NAME/FAMILY and NAME/FAMILY/TASK replace parts of NAME.
 PROTOCOLS = {
     "tiny": dict(TINY, rules=tokens_per_forward(1), thresholds=(0.97, 0.95, 0.93, 0.9, 0.8, 0.7, 0.5)),
@@ -82,10 +83,10 @@ PROTOCOLS = {
         TINY, rules=[*tokens_per_forward(1, 2, 4, 8), *tokens_per_forward(48, block_len=48)]),  # all at once
     "thresholds": dict(FAST_DLLM, thresholds=(0.9, 0.95, 0.8, 0.7)),  # no paper's, for any model
     "thresholds/sdar": dict(block_len=4, cache="exact"),
-    # TAD, section 4.1 and Table 8: entropy 0.5. Not published: the other points of its curves (ours are below
-    # it), the cache (its H200 figures: none), and whether it stops at EOS (d3LLM's code can)
+    # TAD, section 4.1 and Table 8: entropy 0.5. Its curves are that point and ANCHOR; the others are ours.
+    # Not published: the cache (its H200 figures: none), and whether it stops at EOS (its code does not)
     "tad": dict(MULTIBLOCK, thresholds=(0.5, 0.4, 0.3, 0.2, 0.1)),
-    "tad-code": MULTIBLOCK,  # TAD's scripts instead of its paper
+    "tad-code": dict(MULTIBLOCK, early_stop=False),  # TAD's scripts instead of its paper
     "tad-code/llada": dict(block_add=0.5, decoded=0.5, thresholds=(0.5, 0.3, 0.1)),
     "tad-code/dream": dict(thresholds=(0.4, 0.2, 0.1)),
     # d3LLM's evaluation scripts; cache_delay and refresh are those of its cached variant (--cache prefix)
@@ -124,6 +125,7 @@ def protocol_of(name, family, task="", points=None, thresholds=None, **own):
     if not rules:
         others = sorted({key.split("/")[1] for key in PROTOCOLS if key.startswith(f"{name}/")})
         raise UserError(f"protocol {name} has no settings for family {family}: it is for {', '.join(others)}")
+    rules += [ANCHOR] * chosen.pop("anchor", False)
     for given in own:  # a name tells what its rule says
         rules = [{k: v for k, v in r.items() if given not in r or k not in (given, "name")} for r in rules]
     if points:
@@ -151,11 +153,13 @@ def known_task(task):
     return known and known[1]
 
 
-def contamination_warning(task):
-    """One line where a benchmark and training data overlap, else ""."""
-    known = recipes.contamination("prm12k", known_task(task) or "")
-    return known and (f"warning: TAD and TABOM train on PRM12K. {known}. "
-                      f"Report math500 (lm_eval: minerva_math500) instead\n")
+def papers_hint(task, model):
+    """Where the papers' numbers on a benchmark are, and where it overlaps with training data; or ""."""
+    name = known_task(task)
+    known = recipes.contamination("prm12k", name or "")
+    warning = known and (f"warning: TAD and TABOM train on PRM12K. {known}. "
+                         f"Report math500 (lm_eval: minerva_math500) instead\n")
+    return name and f"{warning}the papers' numbers: tools/compare.py published {name} --model {model}\n" or ""
 
 
 def area_of(pairs, y_max):
@@ -176,6 +180,18 @@ def accuracy(point):
 
 def tpf(point):
     return sum(point["tokens"]) / sum(point["nfe"])
+
+
+def rho(point):
+    """TPF as AUP takes it: the published curves write 1 for their token-by-token run."""
+    return 1.0 if point["rule"] == ANCHOR["name"] else tpf(point)
+
+
+def anchor_warning(curves):
+    """A line that names the curves without a point near TPF 1, whose AUP is no published one; or ''."""
+    labels = ", ".join(dict.fromkeys(label for label, points in curves if min(map(rho, points)) > 1.1))
+    return labels and (f"warning: the curve of {labels} has no token-by-token point, with which published "
+                       f"ones begin: its AUP is overrated\n")
 
 
 def best_accuracy(curves):
@@ -401,12 +417,12 @@ def show(curves, y_max, out):
     for label, points in curves:
         for point in points:
             print(row.format(label=label, **summary_of(point)))
-    areas = [area_of([(tpf(p), accuracy(p)[0]) for p in points], y_max) for _, points in curves]
+    areas = [area_of([(rho(p), accuracy(p)[0]) for p in points], y_max) for _, points in curves]
     for (label, points), area in zip(curves, areas):
         print(f"AUP {label}: {area:.1f}   (y_max {y_max:.1f}, {len(points[0]['correct'])} problems)")
     place = "speed: {device}, {dtype}, batch {batch_size}, {ranks} rank(s), up to {settings[gen_len]} tokens"
     places = {place.format(**point) for _, points in curves for point in points}
-    print(*sorted(places), sep="\n")
+    print(anchor_warning(curves) + "\n".join(sorted(places)))
     plot({"accuracy against parallelism": curves}, out / "curve.png")
     return areas
 
@@ -669,9 +685,7 @@ def curve_command(args, given):
         y_max_from="--y_max" if args.y_max else "the best of these points",
         points=list(map(summary_of, points)))
     write_whole(kept.out / "summary.json", json.dumps(summary, indent=1) + "\n")
-    if known_task(args.task):
-        print(f"{contamination_warning(args.task)}the papers' numbers: python tools/compare.py published "
-              f"{args.task} --model {args.model} --protocol {args.protocol}")
+    print(papers_hint(args.task, args.model), end="")
     print(f"written: {kept.results}, {kept.out / 'summary.json'}, {kept.out / 'curve.png'}")
 
 

@@ -74,7 +74,9 @@ def parse(Config, presets, doc):
     if family not in presets:
         raise UserError(f"--model {name}: there is no preset for its family {family}, only for "
                         f"{', '.join(presets)}: add one to PRESETS")
-    return Config(**{**presets[family], **given})
+    cfg = Config(**{**presets[family], **given})
+    lora.named(cfg.lora_targets)  # an error before anything long
+    return cfg
 
 
 def barrier():
@@ -271,9 +273,9 @@ class Run:
                 block.compile()
         return shard(model, self.device, self.whole and not frozen, self.group) if self.shards else model
 
-    def steps(self, model, optimizers, n_steps, reference=None, also_save=0):
+    def steps(self, model, optimizers, n_steps, reference=None):
         """The steps that are left, from the newest checkpoint on, logged and saved as the settings say.
-        SIGTERM ends the run after its step, with a checkpoint. also_save: a second save_every.
+        SIGTERM ends the run after its step, with a checkpoint.
         reference(step) -> {name: tensor} that a checkpoint after `step` steps must hold as well, or None.
         """
         cfg = self.cfg
@@ -301,8 +303,7 @@ class Run:
                     before, logged = logged, time.perf_counter()
                     row = dict(step=done, **self.total, **speed, seconds=round(logged - before, 3))
                     cli.append_line(log, row)
-                due = done % cfg.save_every == 0 or (also_save and done % also_save == 0)
-                if due or done == n_steps or self.stops:
+                if done % cfg.save_every == 0 or done == n_steps or self.stops:
                     self.save_checkpoint(done)
                 if self.stops:  # a preempted job; all ranks are at this step
                     self.finish_writing()
@@ -310,11 +311,6 @@ class Run:
                         note = f"SIGTERM: stopped after step {done}; the same command continues"
                         print(note, file=sys.stderr)
                     raise SystemExit(128 + signal.SIGTERM)
-
-    def between_steps(self):
-        """For something long between two steps that is on the disk as it goes: SIGTERM stops it at once."""
-        self.finish_writing()
-        return on_sigterm(signal.SIG_DFL)
 
     def micro_batches(self, chosen, length, build):
         """This rank's share of a step's examples (indices), in micro-batches: build(indices) -> batch."""
@@ -555,7 +551,7 @@ def newest_checkpoint(out):
         print(f"warning: checkpoint {folder} is damaged, trying the one before", file=sys.stderr)
 
 
-def dry_run(cfg, n_examples, targets=lora.ALL, frozen_copy=False, scratch=False):
+def dry_run(cfg, n_examples, frozen_copy=False, scratch=False):
     """Print, from config.json alone, the number of steps and what each of 1, 8 and 16 GPUs holds in training:
     bf16, with fp32 for what is trained; prompts of 256 tokens; a rough count of activations. frozen_copy:
     --full keeps one.
@@ -563,7 +559,7 @@ def dry_run(cfg, n_examples, targets=lora.ALL, frozen_copy=False, scratch=False)
     with torch.device("meta"):
         model = nt_model.Transformer(nt_model.config_of(cfg.model, cfg.revision))
         if not (cfg.full or scratch):
-            lora.add(model, cfg.lora_r, cfg.lora_alpha, 0.0, targets)
+            lora.add(model, cfg.lora_r, cfg.lora_alpha, 0.0, cfg.lora_targets)
     per_epoch = n_examples // cfg.batch_size
     print(f"at most {n_examples:,} examples: {per_epoch:,} steps per epoch, "
           f"{cfg.max_steps or cfg.epochs * per_epoch:,} steps in all")

@@ -38,8 +38,8 @@ import eval as nt_eval
 import lora
 import run
 from cli import UserError, run_cli
-from data import (TINY_TRAINING, example_rng, hidden_rows, load_problems, load_tokenizer, read_trajectories,
-                  stacked, teacher_rows)
+from data import (TINY_TRAINING, example_rng, hidden_rows, load_problems, load_tokenizer, stacked,
+                  teacher_rows)
 from model import by_chunks
 from rollout import collect
 
@@ -78,6 +78,7 @@ class Config(run.Options):
     lora_r: int = 128  # LoRA rank (the paper trains all weights)
     lora_alpha: int = 128  # LoRA alpha
     lora_dropout: float = 0.0  # LoRA dropout
+    lora_targets: str = "all"  # matrices of a block that carry adapters, with commas, or all
     lr: float = 1e-5  # peak learning rate
     lr_schedule: Literal["constant", "cosine", "tail"] = "cosine"  # tail: linear to zero over the last 40%
     lr_floor: float = 0.1  # share of the peak that the schedules end at
@@ -86,7 +87,6 @@ class Config(run.Options):
     clip: float = 1.0  # gradient norm
     batch_size: int = 256  # trajectories per optimizer step over all ranks
     micro_batch: int = 4  # trajectories per forward
-    rounds: int = 1  # times to collect, each with the student of then; they share the steps
     epochs: int = 30  # passes over the trajectories, each with new states
     save_every: int = 100  # steps between checkpoints, a multiple of refresh
 
@@ -222,22 +222,6 @@ def training_loss(model, ref, b, cfg):
     return t3d_loss(*values.unbind(1), path_w, at[0].to(device), cfg.batch_size, cfg)
 
 
-def collect_round(cfg, r, model, tok, problems, number, begins):
-    """A later round's trajectories, of the student as it begins; a continued run finds them in the folder."""
-    folder = r.out / f"trajectories-round-{number}"
-    found = {record["id"] for record in read_trajectories(folder)}
-    if not begins and not {p["id"] for p in problems} <= found:
-        raise UserError(f"{folder} is not complete, and the weights it began with "
-                        f"are gone: choose another --out, or --overwrite")
-    with r.between_steps():
-        student = run.unsharded(model, r.device, r.dtype).eval()
-        name = f"{cfg.model}, trained for {number} rounds"
-        block_len = model.cfg.block_len or cfg.block_len
-        records = collect(cfg, student, tok, problems, folder, name, graded=False, block_len=block_len)
-    model.train()
-    return records
-
-
 def check_config(cfg):
     """The settings that are used: the code's choices under --variant code."""
     # a continued run starts with a fresh reference, as the first did
@@ -255,7 +239,8 @@ def main():
     cfg = check_config(run.parse(Config, PRESETS, __doc__))
     found = load_problems(cfg.data, "train", cfg.n_problems or None)
     if cfg.dry_run:
-        return run.dry_run(cfg, len(found), frozen_copy=cfg.loss != "naive_td")
+        has_reference = cfg.loss != "naive_td"
+        return run.dry_run(cfg, len(found), frozen_copy=has_reference)
     r = run.Run(cfg)  # ranks, device, the folder: new or to be continued
     if r.finished:
         return
@@ -276,15 +261,14 @@ def main():
         raw = {**model.cfg.raw, "block_size": cfg.train_block}
         model.cfg = replace(model.cfg, block_len=cfg.train_block, raw=raw)
     if not cfg.full:
-        lora.add(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout)
+        lora.add(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets)
     model = r.for_training(model)
     ref = None if cfg.loss == "naive_td" else run.Reference(r, model)
     optimizer = torch.optim.AdamW(run.trainable(model).values(), lr=cfg.lr, weight_decay=cfg.weight_decay)
 
     # 3. training
     n_steps = cfg.max_steps or cfg.epochs * run.steps_per_epoch(len(records), cfg)
-    per_round = -(-n_steps // cfg.rounds)
-    round_ = epoch = 0
+    epoch = 0
     vocabulary = np.setdiff1d(np.arange(tok.n_vocab), [*tok.special.values(), model.cfg.mask_id])
 
     def between_refreshes(step):  # what a checkpoint holds of the reference: it is refreshed first, or saved
@@ -294,10 +278,7 @@ def main():
         rngs = [example_rng(cfg.seed, epoch, n) for n in numbers]
         return make_batch([records[n] for n in numbers], rngs, cfg, model.cfg, vocabulary)
 
-    for step in r.steps(model, [optimizer], n_steps, between_refreshes, also_save=per_round):
-        if step // per_round != round_:
-            round_ = step // per_round
-            records = collect_round(cfg, r, model, tok, problems, round_, step % per_round == 0)
+    for step in r.steps(model, [optimizer], n_steps, between_refreshes):
         if step % cfg.refresh == 0 and ref:
             ref.refresh(model)
         epoch, chosen = run.batch_of(step, len(records), cfg)

@@ -187,10 +187,9 @@ def check_config(cfg):
 def main():
     cfg = run.parse(Config, PRESETS, __doc__)
     check_config(cfg)
-    targets = lora.ALL if cfg.lora_targets == "all" else tuple(cfg.lora_targets.split(","))
     problems = load_problems(cfg.data, "train", cfg.n_problems or None)
     if cfg.dry_run:
-        return run.dry_run(cfg, len(problems), targets)
+        return run.dry_run(cfg, len(problems))
     r = run.Run(cfg)  # ranks, device, the folder: new or to be continued
     if r.finished:
         return
@@ -205,7 +204,7 @@ def main():
     torch.manual_seed(cfg.seed)
     model = r.load(to_train=True)
     if not cfg.full:
-        lora.add(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets)
+        lora.add(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets)
     model = r.for_training(model)
     optimizer = torch.optim.AdamW(run.trainable(model).values(), lr=cfg.lr, weight_decay=cfg.weight_decay)
 

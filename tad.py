@@ -72,6 +72,7 @@ class Config(run.Options):
     lora_r: int = 128  # LoRA rank
     lora_alpha: int = 128  # LoRA alpha
     lora_dropout: float = 0.05  # LoRA dropout
+    lora_targets: str = "all"  # matrices of a block that carry adapters, with commas, or all
     lr: float = 2e-5  # peak learning rate
     lr_schedule: Literal["constant", "cosine", "tail"] = "constant"  # tail: linear to zero over the last 40%
     lr_floor: float = 0.0  # share of the peak that the schedules end at
@@ -274,7 +275,8 @@ def main():
         teacher = r.for_training(r.load(to_train=True), frozen=True)
         model = r.for_training(r.load(to_train=True))
     else:
-        model = lora.add(r.load(to_train=True), cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout)
+        model = r.load(to_train=True)
+        lora.add(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets)
         model = teacher = r.for_training(model)
     optimizer = torch.optim.AdamW(run.trainable(model).values(), lr=cfg.lr, weight_decay=cfg.weight_decay)
 

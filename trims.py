@@ -77,6 +77,7 @@ class Config(run.Options):
     lora_r: int = 32  # LoRA rank
     lora_alpha: int = 32  # LoRA alpha (not published)
     lora_dropout: float = 0.0  # LoRA dropout
+    lora_targets: str = "all"  # matrices of a block that carry adapters, with commas, or all
     lr: float = 1e-4  # peak learning rate
     muon_lr: float = 0.0  # Muon's learning rate for the blocks' matrices; 0: AdamW everywhere
     lr_schedule: Literal["constant", "cosine", "tail"] = "cosine"  # tail: linear to zero over the last 40%
@@ -235,7 +236,7 @@ def main():
     else:
         model = r.load(to_train=True)
     if not whole:
-        lora.add(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout)
+        lora.add(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets)
 
     # 1. how hard the teacher finds the examples' tokens
     n_steps = cfg.max_steps or cfg.epochs * run.steps_per_epoch(len(examples), cfg)

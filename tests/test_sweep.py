@@ -62,7 +62,7 @@ def test_a_sweep_is_resumed_and_makes_the_table(small, monkeypatch, capsys):
     lines = [line.strip("| ").split(" | ") for line in text.splitlines() if "|" in line]
     rows = {line[0]: line for line in lines}
     assert rows["base"][1] == rows["SFT-SD"][1] == "2"
-    for column in compare.COLUMNS:
+    for column in set(compare.COLUMNS) - {"first point, %", "TPF there"}:  # its first point is token by token
         assert "±" in rows["TAD: near only"][rows["model"].index(column)], column
     assert (small / "compare.png").stat().st_size > 5000
     packed = compare.read_runs([small / "comparison.jsonl.gz"])

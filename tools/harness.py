@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from compare import published_text  # first: it puts the folder above on the path
+import compare  # noqa: F401, first: it puts the folder above on the path
 import cli
 import data
 import eval as nt_eval
@@ -31,8 +31,6 @@ def lm_eval_package():
 
 def render(chat, turns, answer=""):
     """[(role, text), ...] in a family's template: data.turn_pieces, and how the reply already begins."""
-    if chat.system and turns[0][0] != "system":
-        turns = [("system", chat.system), *turns]
     if len(turns) > 1 and "{role}" not in chat.turn:
         raise UserError("the tiny model's template has one turn: --no-fewshot_as_multiturn, no system text")
     pieces = data.turn_pieces(chat, turns)
@@ -176,8 +174,7 @@ def main():
     print(f"the tasks ask for {', '.join(sorted(asking.asked)) or 'nothing'}; the protocol decides: gen_len "
           f"{settings['gen_len']}, temperature {settings.get('temperature', 0.0)}")
     for name in samples:
-        published = published_text(name, model.cfg.family, args.protocol, "lm_eval")
-        print((nt_eval.contamination_warning(name) + published).strip() or f"nothing is published of {name}")
+        print(nt_eval.papers_hint(name, args.model), end="")
     print(f"written: {kept.out / 'lm_eval.json'}, {kept.out / 'samples-*.jsonl'}")
 
 
