@@ -24,7 +24,7 @@ from data import (CARRIED, SCHEMA, check_record, load_tokenizer, privileged_prom
                   read_trajectories, spread)
 from model import ModelOptions, config_of, decoding_defaults, n_content
 from run import barrier
-from sample import Decoding, Output, load_both, picture, stream
+from sample import Decoding, load_both, stream
 
 
 class Shard:
@@ -160,12 +160,6 @@ def only_correct(records):
     return kept
 
 
-def inverted(order):
-    """How many pairs of positions are revealed right to left, and how many not together. order (L,) ints."""
-    later = np.subtract.outer(order, order)[np.triu_indices(len(order), 1)]  # order[i] - order[j], i < j
-    return int((later > 0).sum()), int((later != 0).sum())
-
-
 @dataclass
 class Collect(ModelOptions):
     """decode problems into a folder of trajectories: one token per forward, unless told otherwise"""
@@ -191,7 +185,6 @@ class Stats(ModelOptions):
 class Inspect(Stats):
     """trajectories in the order they were decoded"""
     n: int = 3  # how many
-    picture: str = ""  # PNG of the reveal order of the first one, to write
 
 
 def collect_command(args, given):
@@ -223,18 +216,12 @@ def records_asked_for(args):
 
 def inspect_command(args):
     """Tokens in the order they were revealed, ∅ for what is written as nothing."""
-    cli.check_picture(args.picture)
     records = records_asked_for(args)
     tok = load_tokenizer(args.model, args.revision)
     for r in records[:args.n]:
         words = [tok.decode([i]) or "∅" for i in r["x0"]]
         print(f"{r['id']} correct={r['correct']} nfe={r['nfe']}\n  {r['prompt']}\n  {' '.join(words)}")
         print("  order of reveal: " + " ".join(f"{words[i]}@{i}" for i in np.argsort(r["rank"])))
-    if args.picture:
-        r = records[0]
-        drawn = Output(*(torch.tensor(r[k]) for k in ("x0", "order", "rank")), None, r["nfe"])
-        picture(drawn, args.picture, f"{r['id']}: {r['nfe']} forwards")
-        print(f"written: {args.picture}")
 
 
 def stats_command(args):
@@ -243,7 +230,6 @@ def stats_command(args):
     records, eos_ids = records[:args.n], config_of(args.model, args.revision).eos_ids
     graded = [r["correct"] for r in records if r["correct"] is not None]
     tokens = [n_content(torch.tensor(r["x0"]), eos_ids) for r in records]
-    pairs = np.sum([inverted(np.array(r["order"][:n])) for r, n in zip(records, tokens)], 0)
     print(f"{'trajectories':<16} {len(records)} of {records[0]['model']}, length {len(records[0]['x0'])}")
     share = f"{np.mean(graded):.1%} of {len(graded)} graded" if graded else "not graded"
     print(f"{'correct':<16} {share}")
@@ -251,7 +237,6 @@ def stats_command(args):
     spread("response tokens", tokens)
     spread("forwards (nfe)", [r["nfe"] for r in records])
     print(f"{'tokens/forward':<16} {sum(tokens) / sum(r['nfe'] for r in records):.2f}")
-    print(f"{'right to left':<16} {pairs[0] / max(1, pairs[1]):.1%} of the pairs of response tokens")
     if seconds:
         print(f"{'collected in':<16} {seconds:.0f} s: {3600 * len(records) / seconds:.0f} samples/h")
 

@@ -224,9 +224,7 @@ def main():
         r.update()  # sum over ranks, clip, AdamW at this step's learning rate
 
     # 4. the same problems, the same decoding rules: base against TABOM
-    models = nt_eval.closing(r, r.save(model), tok, "TABOM")
-    if models:
-        nt_eval.report_tds(models, records[:64], r.out)
+    nt_eval.closing(r, r.save(model), tok, "TABOM")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ per forward, one run each, standard error 2.6): trajectory_share 0.5 (0: 75.0%, 
 63.7, 1: 55.0); LoRA alpha = r = 32 (16: 69.7, 64: 71.7); weight decay 0.01 (0: 72.7, 0.1: 73.0).
 
     python trims.py                                          # tiny model, tiny AR teacher, on a laptop CPU
-    python trims.py --trajectory_share 0                     # SFT on ground truth
     python trims.py --trajectory_share 0 --data out/tad-tiny/trajectories      # SFT on collected responses
     python trims.py --model llada --data problems.jsonl      # one GPU; teacher Qwen/Qwen3-8B
     torchrun --nproc_per_node=8 trims.py --model dream           # s1K, by preset
@@ -44,9 +43,9 @@ import lora
 import model as nt_model
 import run
 from cli import UserError, run_cli
-from data import (TINY_DECODING, TinySFT, example_rng, hidden_rows, load_problems, load_tokenizer,
-                  pad_response, read_trajectories, stacked)
-from teacher import load_teacher, load_teacher_tokenizer, score_examples
+from data import (TinySFT, example_rng, hidden_rows, load_problems, load_tokenizer, pad_response,
+                  read_trajectories, stacked)
+from teacher import score_examples
 
 
 @dataclass
@@ -266,11 +265,7 @@ def main():
         r.update()  # sum over ranks, clip, the optimizers at this step's learning rate
 
     # 3. the same problems, the same decoding rules: base against TRIMS
-    models = nt_eval.closing(r, r.save(model), tok, "TRIMS" if cfg.trajectory_share else "SFT")
-    if models and cfg.trajectory_share:  # Fig. 7
-        teacher = load_teacher(cfg.teacher, r.device, r.dtype), load_teacher_tokenizer(cfg.teacher)
-        problems = load_problems("tiny", "dev", min(40, cfg.eval_problems))
-        nt_eval.report_trajectory_nll(models, *teacher, tok, problems, TINY_DECODING, r.out)
+    nt_eval.closing(r, r.save(model), tok, "TRIMS" if cfg.trajectory_share else "SFT")
 
 
 if __name__ == "__main__":

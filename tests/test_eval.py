@@ -139,13 +139,13 @@ def test_teacher_nll_along_a_decoding():
 def test_published_aups_are_reproduced():
     """The curves behind TAD Tables 1 and 2, with y_max the best accuracy of any method listed for the task."""
     published = json.loads((ROOT / "assets/aup_points.json").read_text())
-    tables = json.loads((ROOT / "tools/published.json").read_text())
-    far, count = {}, 0
-    for family in ("llada", "dream"):
-        for task, curves in zip(("gsm8k", "math", "mbpp", "humaneval"), published[family].values()):
-            (table,) = (t for t in tables if t["family"] == family and f"{task} aup" in t["columns"]
-                        and t["source"] in ("TAD Table 1", "TAD Table 2"))
-            rows = {row[0]: row[1 + table["columns"].index(f"{task} aup")] for row in table["rows"]}
+    page, far, count = (ROOT / "docs/papers-tad.md").read_text(), {}, 0
+    for number, family in ((1, "llada"), (2, "dream")):
+        lines = [line.strip("| ").split(" | ") for line in page.split(f"\n## TAD-{number} ")[1].splitlines()]
+        header, _, *table = lines[lines.index(next(cells for cells in lines if cells[0] == "method")):][:9]
+        assert header[1:5] == ["gsm8k", "math", "mbpp", "humaneval"]
+        for column, (task, curves) in enumerate(zip(header[1:5], published[family].values()), 1):
+            rows = {row[0]: float(row[column].split("/")[-1]) for row in table}
             y_max = max(accuracy for points in curves.values() for _, accuracy in points)
             short = {re.sub("-(LLaDA|Dream|7B)", "", name).replace("Quality", "Q").replace("Speed", "S"): name
                      for name in curves}  # AR models have no AUP in the tables
@@ -203,19 +203,11 @@ def test_a_table_over_tasks_is_their_average():
                                       sum(x for (x, _), _ in tasks) / 2], abs=0.05)
 
 
-def test_published_numbers_are_consistent_and_marked(monkeypatch, capsys):
-    for table in json.loads((ROOT / "tools/published.json").read_text()):
-        assert all(len(row) == 1 + len(table["columns"]) for row in table["rows"]), table["source"]
-        assert all(0 <= x < 1000 for row in table["rows"] for x in row[1:] if x is not None)
-    monkeypatch.setattr("sys.argv", ["compare.py", "published", "gsm8k_cot_zeroshot", "--model", "llada"])
-    run_command("", compare.COMMANDS)
-    text = capsys.readouterr().out
-    assert "TAD Table 1, LLaDA-8B-Instruct: lm_eval: gsm8k_cot_zeroshot" in text and "Dream" not in text
-    assert re.search(r"\n  d3LLM +73.1 +9.11 +539.2\n", text) and re.search(r"\n  TAD-S +451.8 +78.8\n", text)
-    assert "Report math500" in nt_eval.papers_hint("minerva_math", "llada")
-    for task in ("minerva_math500", "math500", "humaneval_instruct"):
-        assert nt_eval.papers_hint(task, "dream").startswith("the papers' numbers: ")
-    assert nt_eval.papers_hint("tiny", "tiny") == nt_eval.papers_hint("mine.jsonl", "tiny") == ""
+def test_contamination_warning():
+    for task in ("minerva_math", "math", "math=x.jsonl"):
+        assert "MATH-500, which is disjoint (lm_eval: minerva_math500)" in nt_eval.contamination_warning(task)
+    for task in ("minerva_math500", "math500", "humaneval_instruct", "gsm8k_cot_zeroshot", "tiny", "mine.jsonl"):
+        assert nt_eval.contamination_warning(task) == ""
 
 
 def test_protocols_fix_what_the_papers_say():
@@ -234,7 +226,8 @@ def test_protocols_fix_what_the_papers_say():
     assert (dream.policy, dream.steps, dream.temperature, dream.top_p) == ("dream", 768, 0.1, 0.9)
     t3d = nt_eval.protocol_of("t3d", "sdar")
     assert [nt_eval.rule_name({**t3d, **rule}) for rule in t3d["rules"]][3:] == [
-        "block 8: 2 per forward", "block 8: 4 per forward", "threshold 0.9"]
+        "block 8: 2 per forward", "block 8: 4 per forward", "block 8: 1 per forward", "block 8: 8 per forward",
+        "threshold 0.9"]
     assert nt_eval.rule_name({**nt_eval.protocol_of("tabom", "dream"), "steps": 128}) == "2 per forward"
     assert nt_eval.protocol_of("thresholds", "sdar")["cache"] == "exact"
     assert nt_eval.protocol_of("t3d", "sdar", block_len=16)["rules"][3].get("block_len") is None
@@ -247,6 +240,29 @@ def test_protocols_fix_what_the_papers_say():
                     nt_eval.protocol_of(name, family, task)
                 except UserError as e:
                     assert "no settings for family" in str(e)
+
+
+def test_protocols_word_the_benchmarks_as_the_papers_do():
+    problem = dict(question="2 + {prompt}?", prompt="Question: 2 + {prompt}?")  # braces in a text stay
+    boxed = "Please reason step by step, and put your final answer within \\boxed{}."
+
+    def asked(name, family, task):
+        return nt_eval.wording(problem, nt_eval.protocol_of(name, family, task))
+    for task in ("gsm8k", "math", "math500"):
+        assert asked("t3d", "sdar", task) == (
+            f"2 + {{prompt}}?. {boxed} You are a precise math problem solver. "
+            f"Solve the given math problem step by step.")
+    assert asked("t3d", "sdar", "humaneval").startswith("This is the problem: 2 + {prompt}?. Place your code")
+    assert asked("t3d", "sdar", "mbpp").startswith("This is the problem: Question: 2 + {prompt}?. Place your")
+    assert asked("tad-code", "llada", "gsm8k") == f"Question: 2 + {{prompt}}? {boxed}"
+    for name, family, task in (("tad", "llada", "gsm8k"), ("tad-code", "dream", "gsm8k"),
+                               ("tad-code", "llada", "math"), ("thresholds", "sdar", "gsm8k")):
+        assert asked(name, family, task) == problem["prompt"]
+    assert nt_eval.wording({"prompt": "mine"}, nt_eval.protocol_of("t3d", "sdar", "gsm8k")).startswith("mine. ")
+    ifeval = [nt_eval.decoding_of({**(p := nt_eval.protocol_of("tabom", f, "ifeval")), **p["rules"][0]})
+              for f in ("dream", "llada")]
+    assert [(s.gen_len, s.block_len, s.score) for s in ifeval] == [(512, 512, "entropy")] * 2
+    assert (ifeval[0].temperature, ifeval[0].top_p, ifeval[1].temperature) == (0.1, 0.9, 0.0)
 
 
 def cli(monkeypatch, *words):

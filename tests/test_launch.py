@@ -16,7 +16,6 @@ import model as nt_model
 import run as training
 import t3d
 import tad
-from model import UserError
 
 SCRIPT = ["bash", str(ROOT / "ddp_launch.sh")]
 

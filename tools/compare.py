@@ -1,8 +1,7 @@
-"""One table and one picture over several runs and seeds; and the papers' numbers to stand beside yours.
+"""One table and one picture over several runs, seeds and tasks. The papers' numbers: docs/papers.md.
 
     python tools/compare.py runs out/tad-eval-* --base base --control SFT
     python tools/compare.py runs assets/comparison.jsonl.gz --control SFT-SD     # docs/results.md
-    python tools/compare.py published gsm8k --model llada
 
 A run is a folder with the results.jsonl of eval.py or tools/sweep.py; a .jsonl.gz of sweep.py holds many.
 """
@@ -19,8 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cli  # noqa: E402
 import eval as nt_eval  # noqa: E402
-import model as nt_model  # noqa: E402
-from cli import UserError, option, read_json, read_jsonl, run_cli  # noqa: E402
+from cli import UserError, option, read_jsonl, run_cli  # noqa: E402
 
 # what is said of a run; a column that no run has is left out
 COLUMNS = ("token by token, %", "2 per forward, %", "4 per forward, %", "at 0.9, %", "TPF at 0.9", "AUP",
@@ -140,7 +138,8 @@ def compare(runs, base, control, n_boot=1000, y_max=None):
     (known,) = np.isfinite([rows[0] for rows in draws.values()]).any(0).nonzero()
     table = [["model", "runs", *(COLUMNS[j] for j in known)]]
     for label, rows in draws.items():
-        table.append([label, str(len(runs[label])), *(shown(rows[:, j]) for j in known)])
+        cells = [shown(rows[:, j]) for j in known]
+        table.append([label, str(len(runs[label])), *cells])
     header, *body = (f"| {' | '.join(cells)} |" for cells in table)
     n = len({i for points in every for i in points[0]["ids"]})
     highest = ", ".join(f"{value:.2f}" for value in y_max.values())
@@ -149,7 +148,8 @@ def compare(runs, base, control, n_boot=1000, y_max=None):
     for label, of_label in runs.items():
         for points in of_label:
             kept = list(filter(on_curve, points))
-            curves += [(label, kept)] * bool(kept)
+            if kept:
+                curves.append((label, kept))
     warning = nt_eval.anchor_warning(curves)
     lines = [about, *warning.splitlines(), "", header, "|---" * len(table[0]) + "|", *body, ""]
     aup = COLUMNS.index("AUP")
@@ -180,7 +180,8 @@ def picture(runs, path):
         kept = [(label, list(filter(keep, points))) for label, points in curves.items()]
         if all(len(points) > 1 for _, points in kept):
             panels[title] = kept
-    nt_eval.plot(panels, path)
+    if panels:  # not of single points
+        nt_eval.plot(panels, path)
 
 
 @dataclass
@@ -193,13 +194,6 @@ class RunsOptions:
     out: str = "out/compare"  # directory of compare.md and compare.png
 
 
-@dataclass
-class PublishedOptions:
-    """the papers' rows for a benchmark; nothing in them was run here"""
-    task: str = option(positional=True)  # gsm8k, math, math500, humaneval, mbpp, ifeval, or lm_eval's name
-    model: str = "llada"  # preset name, hub id or directory: its family's rows
-
-
 def runs_command(args):
     runs, out = read_runs(args.sources), Path(args.out)
     if args.base not in runs:
@@ -208,23 +202,10 @@ def runs_command(args):
     text = compare(runs, args.base, args.control, y_max=args.y_max)
     (out / "compare.md").write_text(text + "\n")
     picture(runs, out / "compare.png")
-    print(f"{text}\nwritten: {out / 'compare.md'}, {out / 'compare.png'}")
+    print(f"{text}\nwritten: {out / 'compare.md'}, with a picture of curves")
 
 
-def published_command(args):
-    family, name = nt_model.family_of(args.model), nt_eval.known_task(args.task)
-    for paper in read_json(Path(__file__).with_name("published.json")):
-        columns = [
-            i for i, text in enumerate(paper["columns"], 1)
-            if text.split()[0] == name]
-        if columns and paper["family"] == family:
-            print("{source}, {model}: {setting}".format(**paper))
-            for row in [["", *paper["columns"]], *paper["rows"]]:
-                print(f"  {row[0]:<40}", *(f"{'-' if row[i] is None else row[i]:>14}" for i in columns))
-    print("published, not run here; docs/papers.md says what has the same protocol")
-
-
-COMMANDS = {"runs": (runs_command, RunsOptions), "published": (published_command, PublishedOptions)}
+COMMANDS = {"runs": (runs_command, RunsOptions)}
 
 if __name__ == "__main__":
     run_cli(lambda: cli.run_command(__doc__, COMMANDS))

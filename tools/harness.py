@@ -60,7 +60,6 @@ def bridge(model, tok, settings, batch_size=32, kept=None):
         tokenizer_name = f"nanotraj-{model.cfg.family}"
         chats = {}  # a rendered text -> its pieces, which say what special tokens in it are real
         decoded = {}  # context_id-repeat -> row, see eval.decode_rows
-        asked = set()  # what the tasks ask for, while the protocol decides
 
         def apply_chat_template(self, chat_history, add_generation_prompt=True):
             turns = [(said["role"], said["content"]) for said in chat_history]
@@ -79,13 +78,11 @@ def bridge(model, tok, settings, batch_size=32, kept=None):
         def generate_until(self, requests):
             names, prompts, seen = [], {}, Counter()
             for request in requests:
-                context, wishes = request.args
+                context = request.args[0]
                 name = context_id(context)  # a prompt that comes again is decoded again only if it is sampled
                 names.append(f"{name}-{seen[name] if settings.get('temperature') else 0}")
                 prompts[names[-1]] = self.prompt_ids(context)
                 seen[name] += 1
-                wished = filter(wishes.get, ("max_gen_toks", "temperature", "top_p"))
-                self.asked.update(f"{key} {wishes[key]}" for key in wished)
             rows = nt_eval.decode_by_id(model, tok, prompts, settings, batch_size, kept, "responses")
             self.decoded |= {name: rows[name] for name in prompts}  # the folder may hold more
             return [before_stop(rows[name]["response"], request.args[1].get("until"))
@@ -171,10 +168,8 @@ def main():
     print(lm_eval_package().utils.make_table(results))
     print(f"{nt_eval.rule_name(settings)}: TPF {speed['tpf']:.2f}, {speed['tok_per_s']:.1f} tok/s over "
           f"{len(decoded)} prompts (batch {args.batch_size}, {world} rank(s))")
-    print(f"the tasks ask for {', '.join(sorted(asking.asked)) or 'nothing'}; the protocol decides: gen_len "
-          f"{settings['gen_len']}, temperature {settings.get('temperature', 0.0)}")
     for name in samples:
-        print(nt_eval.papers_hint(name, args.model), end="")
+        print(nt_eval.contamination_warning(name), end="")
     print(f"written: {kept.out / 'lm_eval.json'}, {kept.out / 'samples-*.jsonl'}")
 
 
