@@ -3,9 +3,7 @@
     python eval.py curve --model tiny --n 500                          # the base model
     python eval.py curve --model tiny --adapter out/tad-tiny/adapter --label TAD --out out/tad-eval
     python eval.py curve --model llada --task gsm8k --protocol tad     # or math500, humaneval, my.jsonl
-    torchrun --nproc_per_node=8 eval.py curve ...                      # problems are split over the ranks
-    python eval.py protocols                                           # the papers' decoding settings
-    python eval.py caches --n 200                                      # what the caches cost
+    python eval.py protocols           # the papers' decoding settings; caches: what the caches cost
     python eval.py nll --n 40                                          # TRIMS Fig. 7
     python eval.py tds --trajectories out/tabom-tiny/trajectories      # TABOM Fig. 2
 
@@ -121,7 +119,6 @@ PROTOCOLS = {
     "t3d/sdar/mbpp": dict(prompt=recipes.T3D_CODE.replace("question", "prompt")),  # which has the tests
 }
 HOW = ("compiled", "sync_every")  # of the decoder: how it computes, not what
-NAMES = [key for key in PROTOCOLS if "/" not in key]
 
 
 def protocol_of(name, family, task="", points=None, thresholds=None, **own):
@@ -605,7 +602,7 @@ class ProblemOptions(AdaptedModel):
 
 @dataclass
 class ProtocolOptions:
-    protocol: str = option("", choices=NAMES)  # see eval.py protocols [tiny, or thresholds]
+    protocol: str = option("", choices=[x for x in PROTOCOLS if "/" not in x])  # see eval.py protocols
     points: list[int] | None = None  # which points of the protocol, from 0 [all; of lm_eval: 0]
     thresholds: list[float] | None = None  # the points, instead of the protocol's
     label: str = ""  # name in tables and plots [base, or the run's directory]
@@ -705,8 +702,8 @@ def nll_command(args, given):
     rows = []
     for p, out in zip(tqdm(problems, unit="decoding", desc=f"teacher NLL {label}"), outs):
         rows.append(trajectory_nll(teacher, teacher_tok, tok, p["prompt"], out, model.cfg.eos_ids))
-    values, path = mean_by_step(rows), Path(args.out) / "trajectory_nll.png"
-    report_by_step({label: values}, "teacher NLL", "nats per token", path)
+    path = Path(args.out) / "trajectory_nll.png"
+    report_by_step({label: mean_by_step(rows)}, "teacher NLL", "nats per token", path)
 
 
 def tds_command(args):

@@ -78,6 +78,9 @@ def rollout(model, tok, problems, folder, model_name, privileged=False, batch_si
 
 def collect(cfg, model, tok, problems, folder, **changes):
     """A method's trajectories, a token per forward; cfg.collect_X is field X of Decoding, under `changes`."""
+    if "+" in str(folder):  # several that are finished, whatever their settings
+        ids = {p["id"] for p in problems}
+        return [r for one in folder.split("+") for r in read_trajectories(one) if r["id"] in ids]
     how = {key.removeprefix("collect_"): value for key, value in vars(cfg).items()
            if key.startswith("collect_")}
     how.update(batch_size=how.pop("batch"), allow_code=cfg.allow_code_execution, gen_len=cfg.gen_len,
@@ -236,7 +239,6 @@ def stats_command(args):
     spread("prompt tokens", [len(r["prompt_ids"]) for r in records])
     spread("response tokens", tokens)
     spread("forwards (nfe)", [r["nfe"] for r in records])
-    print(f"{'tokens/forward':<16} {sum(tokens) / sum(r['nfe'] for r in records):.2f}")
     if seconds:
         print(f"{'collected in':<16} {seconds:.0f} s: {3600 * len(records) / seconds:.0f} samples/h")
 

@@ -553,8 +553,7 @@ def newest_checkpoint(out):
 
 def dry_run(cfg, n_examples, frozen_copy=False, scratch=False):
     """Print, from config.json alone, the number of steps and what each of 1, 8 and 16 GPUs holds in training:
-    bf16, with fp32 for what is trained; prompts of 256 tokens; a rough count of activations. frozen_copy:
-    --full keeps one.
+    bf16, fp32 for what is trained; prompts of 256 tokens; a rough count of activations.
     """
     with torch.device("meta"):
         model = nt_model.Transformer(nt_model.config_of(cfg.model, cfg.revision))

@@ -40,7 +40,7 @@ import run
 from cli import UserError, run_cli
 from data import (TINY_TRAINING, example_rng, hidden_rows, load_problems, load_tokenizer, stacked,
                   teacher_rows)
-from model import by_chunks
+from model import by_chunks, n_content
 from rollout import collect
 
 
@@ -52,7 +52,7 @@ class Config(run.Options):
     n_problems: int = 0  # problems to collect on (0: all; tiny: 1000)
     max_prompt: int = 512  # problems with a longer prompt are left out, tokens
     allow_code_execution: bool = False  # only to record which rollouts on code problems are right
-    trajectories: str = ""  # folder to collect into, which runs may share; default: the run's own
+    trajectories: str = ""  # folder to collect into, runs may share it; A+B: finished ones [the run's own]
     gen_len: int = 256  # response length L, tokens
     block_len: int = 4  # decoding block of the rollouts, tokens; one token per forward
     collect_cache: Literal["none", "prefix", "dual", "vicinity", "exact"] = "none"  # of the rollouts
@@ -71,6 +71,7 @@ class Config(run.Options):
     mask_order: Literal["paper", "code"] = "paper"  # paper: the latest-decoded are masked; code: the earliest
     state_dist: Literal["uniform", "code"] = "uniform"  # code: share r masked in {1, .75, .5, .25}, P ~ r^8
     path: Literal["paper", "code"] = "paper"  # weights of Eq. 9; code: first half of a block 3, second half 1
+    eos_in_loss: int = 0  # EOS behind an answer that are learned; rollouts then stop there (0: all that fit)
     rand_p: float = 0.1  # share of masked inputs that show a random token instead of the mask
     refresh: int = 10  # optimizer steps between refreshes of the reference
     # --- training
@@ -95,7 +96,8 @@ PRESETS = {
     "tiny": dict(TINY_TRAINING, lr_floor=0.0),
     "llada": dict(data="t3d-math", block_len=32),  # not in the paper
     "dream": dict(data="t3d-math", block_len=32),  # not in the paper
-    "sdar": dict(data="t3d-math", full=True, collect_cache="exact", gen_len=1024),  # code: --data t3d-code
+    "sdar": dict(data="t3d-math", full=True, collect_cache="exact", gen_len=1024,  # code: --data t3d-code
+                 eos_in_loss=2),  # (code)
 }
 
 
@@ -170,6 +172,11 @@ def make_batch(records, rngs, cfg, model_cfg, vocabulary):
     x0, rank, names = stacked(records, "x0", "rank")
     L = x0.shape[1]
     pi, size = ranks_in_blocks(rank, [len(p) for p in names["prompts"]], model_cfg.block_len)
+    if cfg.eos_in_loss:  # what stands behind them is shown
+        ends = torch.tensor([n_content(x, model_cfg.eos_ids) for x in x0])[:, None]
+        behind = torch.arange(L) >= ends + cfg.eos_in_loss
+        pi = pi.masked_fill(behind, 0)
+        size = size.masked_fill(behind, -1)
     masked = draw_mask(pi, size, model_cfg.block_len, cfg, rngs)
     u = np.array([rng.random(L) for rng in rngs])
     swap = np.array([rng.random(L) for rng in rngs])
@@ -189,12 +196,12 @@ def token_terms(logits, ref_logits, x0, u, cfg, mask_id=None):
 
     def of(ids):
         return [t.gather(1, ids[:, None])[:, 0] for t in (logp, ref)]
-    if cfg.fake == "expected":  # the mean over x_hat ~ p_ref of the log-ratio is -KL(p_ref, p_theta)
-        fake = [(ref.exp() * (logp - ref)).sum(-1), torch.zeros_like(u)]
+    p_ref = ref.exp()
+    if mask_id is not None:
+        p_ref[:, mask_id] = 0
+    if cfg.fake == "expected":  # the mean over x_hat ~ p_ref of the log-ratio: -KL(p_ref, p_theta)
+        fake = [(p_ref * (logp - ref)).sum(-1) / p_ref.sum(-1), torch.zeros_like(u)]
     else:  # a draw: the token at which the distribution function passes u
-        p_ref = ref.exp()
-        if mask_id is not None:
-            p_ref[:, mask_id] = 0
         cdf = p_ref.cumsum(-1)
         drawn = (cdf <= u[:, None] * cdf[:, -1:]).sum(-1).clamp(max=ref.shape[-1] - 1)
         x_hat = p_ref.argmax(-1) if cfg.fake == "argmax" else drawn
@@ -239,8 +246,7 @@ def main():
     cfg = check_config(run.parse(Config, PRESETS, __doc__))
     found = load_problems(cfg.data, "train", cfg.n_problems or None)
     if cfg.dry_run:
-        has_reference = cfg.loss != "naive_td"
-        return run.dry_run(cfg, len(found), frozen_copy=has_reference)
+        return run.dry_run(cfg, len(found), frozen_copy=cfg.loss != "naive_td")
     r = run.Run(cfg)  # ranks, device, the folder: new or to be continued
     if r.finished:
         return
@@ -251,7 +257,8 @@ def main():
     if len(problems) < len(found):
         print(f"{len(found) - len(problems)} prompts are longer than --max_prompt {cfg.max_prompt}: left out")
     run.steps_per_epoch(len(problems), cfg)  # an error before hours of decoding
-    records = collect(cfg, base, tok, problems, cfg.trajectories or r.out / "trajectories", graded=False)
+    records = collect(cfg, base, tok, problems, cfg.trajectories or r.out / "trajectories", graded=False,
+                      early_stop=cfg.eos_in_loss > 0)
     del base
 
     # 2. student and reference
@@ -269,7 +276,8 @@ def main():
     # 3. training
     n_steps = cfg.max_steps or cfg.epochs * run.steps_per_epoch(len(records), cfg)
     epoch = 0
-    vocabulary = np.setdiff1d(np.arange(tok.n_vocab), [*tok.special.values(), model.cfg.mask_id])
+    seen = np.concatenate([r["prompt_ids"] + r["x0"] for r in records])  # other ids may never be trained
+    vocabulary = np.setdiff1d(seen, list(tok.special.values()))
 
     def between_refreshes(step):  # what a checkpoint holds of the reference: it is refreshed first, or saved
         return ref.tensors() if ref and step % cfg.refresh else None

@@ -1,10 +1,7 @@
-"""Tasks of lm_eval, decoded by one rule of a protocol; lm_eval asks and grades.
+"""Tasks of lm_eval, decoded by one rule of a protocol; lm_eval asks and grades. The same command continues.
 
     python tools/harness.py --model dream --tasks gsm8k_cot_zeroshot --protocol tad --apply_chat_template
-    python tools/harness.py --tasks my_task.yaml --limit 20          # or --include_path DIRECTORY
-    torchrun --nproc_per_node=8 tools/harness.py ...                 # prompts are split over the ranks
-
-The same command continues an interrupted one. Options of decoding replace what the protocol says.
+    torchrun --nproc_per_node=8 tools/harness.py --tasks my_task.yaml    # prompts are split over the ranks
 """
 import hashlib
 import json

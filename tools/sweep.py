@@ -2,8 +2,7 @@
 
     python tools/sweep.py paper TAD-4 --model llada   # the commands of a table or figure: docs/papers.md
     python tools/sweep.py paper TRIMS-fig8 --quick    # the same on the tiny model, small: minutes
-    python tools/sweep.py                    # the tiny comparison of docs/results.md: 4 seeds
-    python tools/sweep.py --only TAD T3D     # some of its rows; --dry_run: the commands, to run one by hand
+    python tools/sweep.py       # the tiny comparison of docs/results.md; --only TAD T3D: some of its rows
 
 Interrupted, the same command continues. The rows of the tiny comparison, docs/papers-tiny.md, differ in their
 data, masks and loss; COMMON and the adapters are the same, nothing is tuned. Seed s has --n test problems of
