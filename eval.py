@@ -64,10 +64,12 @@ def dream_steps(n):
 
 
 TINY = dict(data.TINY_DECODING, policy="threshold")
+ANCHOR = dict(policy="entropy", threshold=0.0, name="TPF 1")  # token by token: published curves begin with it
 MULTIBLOCK = dict(gen_len=256, block_len=32, policy="multiblock", block_add=0.1, decoded=0.95, cache="none",
-                  temperature=0.0, early_stop=True)
-FAST_DLLM = dict(gen_len=256, block_len=32, policy="threshold", cache="none", temperature=0.0)
-# Everything about decoding; `rules`, then `thresholds`, are the points of a curve, the paper's own first.
+                  early_stop=True, anchor=True)
+FAST_DLLM = dict(gen_len=256, block_len=32, policy="threshold", cache="none")
+# Everything about decoding; `rules`, `thresholds`, ANCHOR are the points of a curve, the paper's own first;
+# `prompt` words a problem as the paper's evaluation does. Where no temperature stands, the choice is greedy.
 # NAME/FAMILY and NAME/FAMILY/TASK replace parts of NAME.
 PROTOCOLS = {
     "tiny": dict(TINY, rules=tokens_per_forward(1), thresholds=(0.97, 0.95, 0.93, 0.9, 0.8, 0.7, 0.5)),
@@ -79,10 +81,11 @@ PROTOCOLS = {
         TINY, rules=[*tokens_per_forward(1, 2, 4, 8), *tokens_per_forward(48, block_len=48)]),  # all at once
     "thresholds": dict(FAST_DLLM, thresholds=(0.9, 0.95, 0.8, 0.7)),  # no paper's, for any model
     "thresholds/sdar": dict(block_len=4, cache="exact"),
-    # TAD, section 4.1 and Table 8: entropy 0.5. Not published: the other points of its curves (ours are below
-    # it), the cache (its H200 figures: none), and whether it stops at EOS (d3LLM's code can)
+    # TAD, section 4.1 and Table 8: entropy 0.5. Its curves are that point and ANCHOR; the others are ours.
+    # Not published: the cache (its H200 figures: none), and whether it stops at EOS (its code does not)
     "tad": dict(MULTIBLOCK, thresholds=(0.5, 0.4, 0.3, 0.2, 0.1)),
-    "tad-code": MULTIBLOCK,  # TAD's scripts instead of its paper
+    "tad-code": dict(MULTIBLOCK, early_stop=False),  # TAD's scripts instead of its paper
+    "tad-code/llada/gsm8k": dict(prompt="{prompt} " + recipes.BOXED),
     "tad-code/llada": dict(block_add=0.5, decoded=0.5, thresholds=(0.5, 0.3, 0.1)),
     "tad-code/dream": dict(thresholds=(0.4, 0.2, 0.1)),
     # d3LLM's evaluation scripts; cache_delay and refresh are those of its cached variant (--cache prefix)
@@ -92,25 +95,29 @@ PROTOCOLS = {
     "d3llm/dream/humaneval": dict(thresholds=(0.5, 0.3, 0.1)),
     # TRIMS, section 4.1: Fast-dLLM's sampler (0.9, on behind EOS). Not published: its other points, its cache
     "trims": dict(FAST_DLLM, early_stop=False, thresholds=(0.9, 0.95, 0.8, 0.7, 0.6, 0.5)),
-    # TABOM, Table 8, the samplers of Dream and LLaDA; tasks that it does not name get GSM8K's settings
+    # TABOM, Table 8, the samplers of Dream and LLaDA; IFEval by its scripts; other tasks as GSM8K
     "tabom": dict(cache="none", early_stop=False),
     "tabom/dream": dict(dream_steps(256), policy="dream", score="entropy", temperature=0.1, top_p=0.9),
     "tabom/dream/math500": dream_steps(512),
     "tabom/dream/mbpp": dream_steps(1024),
     "tabom/dream/humaneval": dream_steps(768),
-    "tabom/llada": dict(gen_len=512, block_len=8, temperature=0.0, rules=tokens_per_forward(1)),
+    "tabom/dream/ifeval": dream_steps(512),
+    "tabom/llada": dict(gen_len=512, block_len=8, rules=tokens_per_forward(1)),
     "tabom/llada/math500": dict(block_len=64),
     "tabom/llada/mbpp": dict(gen_len=256, block_len=256),
     "tabom/llada/humaneval": dict(block_len=512),
-    # T3D: full decoding (Table 2), 2 and 4 tokens per step in blocks of 4 and 8 (Table 1), dynamic (Table 3)
+    "tabom/llada/ifeval": dict(block_len=512, score="entropy"),
+    # T3D: full decoding (Table 2), 2 and 4 tokens per step in blocks of 4 and 8 (Table 1), 1 and 8 (Table 4),
+    # dynamic (Table 3)
     "t3d": dict(gen_len=2000, block_len=4, temperature=0.1, early_stop=True),
     "t3d/sdar": dict(
-        cache="exact", policy="threshold", thresholds=(0.9,),
-        rules=[rule for b, k in ((4, 1), (4, 2), (4, 4), (8, 2), (8, 4))
-               for rule in tokens_per_forward(k, block_len=b, name=f"block {b}: {k} per forward")]),
+        cache="exact", policy="threshold", thresholds=(0.9,), prompt=recipes.T3D_MATH,
+        rules=[dict(policy="static", per_step=k, block_len=b, name=f"block {b}: {k} per forward")
+               for b, k in ((4, 1), (4, 2), (4, 4), (8, 2), (8, 4), (8, 1), (8, 8))]),
+    "t3d/sdar/humaneval": dict(prompt=recipes.T3D_CODE),
+    "t3d/sdar/mbpp": dict(prompt=recipes.T3D_CODE.replace("question", "prompt")),  # which has the tests
 }
 HOW = ("compiled", "sync_every")  # of the decoder: how it computes, not what
-NAMES = [key for key in PROTOCOLS if "/" not in key]
 
 
 def protocol_of(name, family, task="", points=None, thresholds=None, **own):
@@ -121,6 +128,7 @@ def protocol_of(name, family, task="", points=None, thresholds=None, **own):
     if not rules:
         others = sorted({key.split("/")[1] for key in PROTOCOLS if key.startswith(f"{name}/")})
         raise UserError(f"protocol {name} has no settings for family {family}: it is for {', '.join(others)}")
+    rules += [ANCHOR] * chosen.pop("anchor", False)
     for given in own:  # a name tells what its rule says
         rules = [{k: v for k, v in r.items() if given not in r or k not in (given, "name")} for r in rules]
     if points:
@@ -133,16 +141,24 @@ def protocol_of(name, family, task="", points=None, thresholds=None, **own):
         rules = [dict(threshold=value) for value in thresholds]
     for rule in rules:
         decoding_of({**chosen, **own, **rule})  # refuses what is out of range
-    return {**chosen, **own, "rules": [rule for i, rule in enumerate(rules) if rule not in rules[:i]]}
+    rules = [rule for i, rule in enumerate(rules) if rule not in rules[:i]]
+    return {**chosen, **own, "rules": rules}
 
 
 def decoding_of(settings):
     """The settings of a protocol and a rule -> sample.Decoding."""
-    return sample.Decoding(**{k: v for k, v in settings.items() if k not in (*HOW, "rules", "name")})
+    others = (*HOW, "rules", "name", "prompt")
+    return sample.Decoding(**{k: v for k, v in settings.items() if k not in others})
+
+
+def wording(problem, protocol):
+    """The user turn of a problem under a protocol: text."""
+    template = protocol.get("prompt", "{prompt}")
+    return re.sub(r"{(question|prompt)}", lambda m: problem.get(m[1], problem["prompt"]), template)
 
 
 def known_task(task):
-    """A task's name here or in lm_eval -> its benchmark's in PROTOCOLS and published.json, or None."""
+    """A task's name here or in lm_eval -> its benchmark's in PROTOCOLS, or None."""
     names = "gsm8k|math|math500|humaneval|mbpp|ifeval"
     known = re.match(f"(?:minerva_)?({names})(_cot|_cot_zeroshot|_instruct)?([=:]|$)", task)
     return known and known[1]
@@ -151,8 +167,7 @@ def known_task(task):
 def contamination_warning(task):
     """One line where a benchmark and training data overlap, else ""."""
     known = recipes.contamination("prm12k", known_task(task) or "")
-    return known and (f"warning: TAD and TABOM train on PRM12K. {known}. "
-                      f"Report math500 (lm_eval: minerva_math500) instead\n")
+    return known and f"warning: TAD and TABOM train on PRM12K. {known} (lm_eval: minerva_math500)\n"
 
 
 def area_of(pairs, y_max):
@@ -173,6 +188,18 @@ def accuracy(point):
 
 def tpf(point):
     return sum(point["tokens"]) / sum(point["nfe"])
+
+
+def rho(point):
+    """TPF as AUP takes it: the published curves write 1 for their token-by-token run."""
+    return 1.0 if point["rule"] == ANCHOR["name"] else tpf(point)
+
+
+def anchor_warning(curves):
+    """A line that names the curves without a point near TPF 1, whose AUP is no published one; or ''."""
+    labels = ", ".join(dict.fromkeys(label for label, points in curves if min(map(rho, points)) > 1.1))
+    return labels and (f"warning: the curve of {labels} has no token-by-token point, with which published "
+                       f"ones begin: its AUP is overrated\n")
 
 
 def best_accuracy(curves):
@@ -252,7 +279,7 @@ def curve(model, tok, problems, protocol, label, batch_size=64, allow_code=False
     """
     model.eval()
     points, others = [], bool(kept and kept.rank)
-    prompts = {p["id"]: tok.prompt_ids(p["prompt"]) for p in problems}
+    prompts = {p["id"]: tok.prompt_ids(wording(p, protocol)) for p in problems}
     for rule in tqdm(protocol["rules"], desc=f"evaluate {label}", disable=others):
         settings = {**protocol, **rule}
         settings |= vars(decoding_of(settings))
@@ -393,12 +420,12 @@ def show(curves, y_max, out):
     for label, points in curves:
         for point in points:
             print(row.format(label=label, **summary_of(point)))
-    areas = [area_of([(tpf(p), accuracy(p)[0]) for p in points], y_max) for _, points in curves]
+    areas = [area_of([(rho(p), accuracy(p)[0]) for p in points], y_max) for _, points in curves]
     for (label, points), area in zip(curves, areas):
         print(f"AUP {label}: {area:.1f}   (y_max {y_max:.1f}, {len(points[0]['correct'])} problems)")
     place = "speed: {device}, {dtype}, batch {batch_size}, {ranks} rank(s), up to {settings[gen_len]} tokens"
     places = {place.format(**point) for _, points in curves for point in points}
-    print(*sorted(places), sep="\n")
+    print(anchor_warning(curves) + "\n".join(sorted(places)))
     plot({"accuracy against parallelism": curves}, out / "curve.png")
     return areas
 
@@ -434,13 +461,15 @@ def plot(panels, path):
 
 
 def plot_lines(curves, x, y, path):
-    """{label: values (T,)} -> a PNG of lines; x, y: what the axes are."""
+    """{label: values (T,)} -> a PNG of lines, and a .json of the same; x, y: what the axes are."""
+    numbers = {label: list(map(float, values)) for label, values in curves.items()}
+    write_whole(path.with_suffix(".json"), json.dumps(numbers) + "\n")
     draw({"": {label: list(enumerate(values)) for label, values in curves.items()}}, x, y, path)
 
 
 def closing(r, model, tok, label):
-    """The curves of base and trained model on the tiny task -> [(label, model)]; or the command for one."""
-    cfg, models = r.cfg, []
+    """The curves of base and trained model on the tiny task, or the command for one."""
+    cfg = r.cfg
     if r.rank == 0 and r.evaluates:
         problems = data.load_problems(r.task, "dev", cfg.eval_problems)
         scratch = getattr(cfg, "init", "model") == "scratch"
@@ -456,7 +485,6 @@ def closing(r, model, tok, label):
         task = "" if cfg.data == "tiny" else " --task problems.jsonl"
         print(f"evaluate: python eval.py curve {which}{task} --gen_len {cfg.gen_len} "
               f"--block_len {model.cfg.block_len or cfg.block_len}")
-    return models
 
 
 def mean_by_step(rows):
@@ -466,12 +494,15 @@ def mean_by_step(rows):
 
 
 def report_by_step(curves, what, unit, path):
-    """{label: values (T,)}, one per forward: the means are printed, the values drawn."""
+    """{label: values (T,)}, one per forward: the means are printed, the values drawn over those of before."""
     for label, values in curves.items():
         print(f"{what} {label}: {np.nanmean(values):.4f} {unit}, mean over the forwards; "
               f"{values[np.isfinite(values)][-1]:.4f} at the end")
     path.parent.mkdir(parents=True, exist_ok=True)
-    plot_lines(curves, "forward", f"{what}, {unit}", path)
+    kept = path.with_suffix(".json")
+    every = read_json(kept) if kept.exists() else {}
+    every |= curves
+    plot_lines(every, "forward", f"{what}, {unit}", path)
 
 
 def along_trajectory(model, record, steps):
@@ -504,12 +535,6 @@ def mean_tds(model, records, label):
     return mean_by_step([tds(model, record) for record in bar])  # Eq. 11
 
 
-def report_tds(models, records, out):
-    """Mean TDS of each (label, model) on the same trajectories: printed, and drawn per step as tds.png."""
-    curves = {label: mean_tds(model, records, label) for label, model in models}
-    report_by_step(curves, "TDS", "nats^2", Path(out) / "tds.png")
-
-
 @torch.no_grad()
 def confidence_decay(model, records):
     """TAD Fig. 3(b): mean p(x0_i | plain prompt, x_t) of the untrained student by order_i - t, at 8 states of
@@ -538,19 +563,6 @@ def trajectory_nll(teacher, teacher_tok, tok, prompt, out, eos_ids):
     return np.array(means, dtype=np.float32)
 
 
-def report_trajectory_nll(models, teacher, teacher_tok, tok, problems, settings, folder):
-    """Fig. 7 for each (label, model): token-by-token decodings of the problems, scored by one teacher."""
-    curves, prompts = {}, [tok.prompt_ids(p["prompt"]) for p in problems]
-    settings = {"policy": "static", "per_step": 1, "early_stop": False, **settings}
-    for label, model in models:
-        outs = sample.generate(model.eval(), prompts, **settings)
-        bar = tqdm(problems, unit="decoding", desc=f"teacher NLL {label}")
-        curves[label] = mean_by_step([
-            trajectory_nll(teacher, teacher_tok, tok, p["prompt"], out, model.cfg.eos_ids)
-            for p, out in zip(bar, outs)])
-    report_by_step(curves, "teacher NLL", "nats per token", Path(folder) / "trajectory_nll.png")
-
-
 @dataclass
 class ProblemOptions(AdaptedModel):
     task: str = "tiny"  # tiny, gsm8k, math500, ... (python data.py list), or a .jsonl with prompt and answer
@@ -562,7 +574,7 @@ class ProblemOptions(AdaptedModel):
 
 @dataclass
 class ProtocolOptions:
-    protocol: str = option("", choices=NAMES)  # of PROTOCOLS in eval.py [tiny, or thresholds]
+    protocol: str = option("", choices=[x for x in PROTOCOLS if "/" not in x])  # of PROTOCOLS in eval.py
     points: list[int] | None = None  # which points of the protocol, from 0 [all; of lm_eval: 0]
     thresholds: list[float] | None = None  # the points, instead of the protocol's
     label: str = ""  # name in tables and plots [base, or the run's directory]
@@ -634,9 +646,7 @@ def curve_command(args, given):
         y_max_from="--y_max" if args.y_max else "the best of these points",
         points=list(map(summary_of, points)))
     write_whole(kept.out / "summary.json", json.dumps(summary, indent=1) + "\n")
-    if known_task(args.task):
-        print(f"{contamination_warning(args.task)}the papers' numbers: python tools/compare.py published "
-              f"{args.task} --model {args.model} --protocol {args.protocol}")
+    print(contamination_warning(args.task), end="")
     print(f"written: {kept.results}, {kept.out / 'summary.json'}, {kept.out / 'curve.png'}")
 
 
@@ -644,16 +654,26 @@ def nll_command(args, given):
     problems = problems_of(args, graded=False)
     model, tok = load_both(args)
     teacher = load_teacher(args.teacher, *nt_model.default_device())
-    settings = {"cache": "none", **nt_model.decoding_defaults(model.cfg), **given}
-    models, teacher_tok = [(args.adapter or args.model, model)], load_teacher_tokenizer(args.teacher)
-    report_trajectory_nll(models, teacher, teacher_tok, tok, problems, settings, args.out)
+    teacher_tok, label = load_teacher_tokenizer(args.teacher), args.adapter or args.model
+    settings = dict(cache="none", policy="static", per_step=1, early_stop=False)
+    settings |= nt_model.decoding_defaults(model.cfg)
+    settings |= given
+    outs = sample.generate(model.eval(), [tok.prompt_ids(p["prompt"]) for p in problems], **settings)
+    rows = []
+    for p, out in zip(tqdm(problems, unit="decoding", desc=f"teacher NLL {label}"), outs):
+        rows.append(trajectory_nll(teacher, teacher_tok, tok, p["prompt"], out, model.cfg.eos_ids))
+    path = Path(args.out) / "trajectory_nll.png"
+    report_by_step({label: mean_by_step(rows)}, "teacher NLL", "nats per token", path)
 
 
 def tds_command(args):
     records = data.read_trajectories(args.trajectories)[:args.n]
     if not records:
         raise UserError(f"{args.trajectories} holds no trajectory")
-    report_tds([(args.adapter or args.model, load_both(args)[0])], records, args.out)
+    model, _ = load_both(args)
+    label = args.adapter or args.model
+    values = mean_tds(model, records, label)
+    report_by_step({label: values}, "TDS", "nats^2", Path(args.out) / "tds.png")
 
 
 COMMANDS = {

@@ -62,16 +62,23 @@ def adapters(model):
     return [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear)]
 
 
+def named(targets):
+    """Names as in ALL, or a text of them with commas, or "all" -> the names."""
+    names = ALL if targets == "all" else targets.split(",") if isinstance(targets, str) else targets
+    if not names or not set(names) <= set(ALL):
+        raise UserError(f"LoRA targets {list(names)}: choose from {', '.join(ALL)}")
+    return names
+
+
 def add(model, r, alpha, dropout=0.0, targets=ALL):
-    """Freeze the model and put an adapter on every block's `targets` (names as in ALL). Returns the model."""
-    if not targets or not set(targets) <= set(ALL):
-        raise UserError(f"LoRA targets {list(targets)}: choose from {', '.join(ALL)}")
+    """Freeze the model and put an adapter on every block's `targets`, see named(). Returns the model."""
+    names = named(targets)
     cli.check_numbers({"lora_r": r})
     if adapters(model):
         raise UserError("the model already carries LoRA adapters: merge them first")
     model.requires_grad_(False)
     for block in model.blocks:
-        for name in targets:
+        for name in names:
             setattr(block, name, LoRALinear(getattr(block, name), r, alpha, dropout))
     return model.train(model.training)  # new layers follow the model: no dropout in eval mode
 

@@ -18,6 +18,11 @@ import grade
 from cli import UserError, package, read_rows
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
+# T3D App. C.3, whose print lost the \\ of \\boxed
+T3D_MATH = (f"{{question}}. {BOXED} You are a precise math problem solver. "
+            "Solve the given math problem step by step.")
+T3D_CODE = ("This is the problem: {question}. Place your code within a single Python code block "
+            "```python```. Do not include more than one code block.")
 
 
 def gsm8k_row(row):
@@ -64,16 +69,14 @@ def math_row(row):
 
 
 def t3d_math_row(row):
-    """question, ground_truth_answer; no worked solution. T3D App. C.3, whose print lost the \\ of \\boxed."""
-    prompt = (f"{row['question']}. {BOXED} You are a precise math problem solver. "
-              "Solve the given math problem step by step.")
+    """question, ground_truth_answer; no worked solution."""
+    prompt = T3D_MATH.replace("{question}", row["question"])
     return dict(question=row["question"], prompt=prompt, solution="", answer=row["ground_truth_answer"])
 
 
 def t3d_code_row(row):
     """test_method function: test_list, assertions. stdio: kept, not run; right means that the code parses."""
-    prompt = (f"This is the problem: {row['question']}. Place your code within a single Python code block "
-              "```python```. Do not include more than one code block.")
+    prompt = T3D_CODE.replace("{question}", row["question"])
     problem = dict(question=row["question"], prompt=prompt, solution="")
     if row["test_method"] == "stdio":
         return dict(problem, stdio=[row["test_input"], row["test_output"]])

@@ -76,13 +76,16 @@ def rollout(model, tok, problems, folder, model_name, privileged=False, batch_si
     return records
 
 
-def collect(cfg, model, tok, problems, folder, name="", **changes):
+def collect(cfg, model, tok, problems, folder, **changes):
     """A method's trajectories, a token per forward; cfg.collect_X is field X of Decoding, under `changes`."""
+    if "+" in str(folder):  # several that are finished, whatever their settings
+        ids = {p["id"] for p in problems}
+        return [r for one in folder.split("+") for r in read_trajectories(one) if r["id"] in ids]
     how = {key.removeprefix("collect_"): value for key, value in vars(cfg).items()
            if key.startswith("collect_")}
     how.update(batch_size=how.pop("batch"), allow_code=cfg.allow_code_execution, gen_len=cfg.gen_len,
                block_len=cfg.block_len, policy="static", per_step=1)
-    return rollout(model, tok, problems, folder, name or cfg.model, **{**how, **changes})
+    return rollout(model, tok, problems, folder, cfg.model, **{**how, **changes})
 
 
 def check_same_settings(folder, records, problems, facts):
@@ -194,8 +197,8 @@ def records_asked_for(args):
     """The records of a folder or of one .jsonl; args then names their own model, unless it names another."""
     records = read_trajectories(args.path)
     if not records:
-        raise UserError(f"{args.path} holds no trajectories: give a folder or a .jsonl of them")
-    args.model = args.model or records[0]["model"].split(", trained for")[0]  # of T3D's later rounds
+        raise UserError(f"{path} holds no trajectories: give a folder or a .jsonl of them")
+    args.model = args.model or records[0]["model"]
     args.revision = args.revision or records[0].get("revision")
     return records
 

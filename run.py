@@ -78,7 +78,9 @@ def parse(Config, presets, doc):
     if family not in presets:
         raise UserError(f"--model {name}: there is no preset for its family {family}, only for "
                         f"{', '.join(presets)}: add one to PRESETS")
-    return Config(**{**presets[family], **given})
+    cfg = Config(**{**presets[family], **given})
+    lora.named(cfg.lora_targets)  # an error before anything long
+    return cfg
 
 
 def barrier():
@@ -200,7 +202,7 @@ def batch_of(step, n, cfg):
 def on_sigterm(handler):
     before = signal.signal(signal.SIGTERM, handler)
     try:
-        yield before
+        yield
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -288,9 +290,9 @@ class Run:
                 block.compile()
         return shard(model, self.device, self.whole and not frozen, self.group) if self.shards else model
 
-    def steps(self, model, optimizers, n_steps, reference=None, also_save=0):
-        """The steps from the newest checkpoint on, logged and saved; SIGTERM ends them. also_save: a second
-        save_every. reference(step) -> {name: tensor} that a checkpoint after `step` steps holds too, or None.
+    def steps(self, model, optimizers, n_steps, reference=None):
+        """The steps from the newest checkpoint on, logged and saved; SIGTERM ends them after a step.
+        reference(step) -> {name: tensor} that a checkpoint after `step` steps holds as well, or None.
         """
         cfg = self.cfg
         self.model, self.optimizers, self.n_steps = model, optimizers, n_steps
@@ -302,7 +304,7 @@ class Run:
             cli.write_whole(log, "".join(cli.line_of(row) for row in rows if row["step"] <= first))
         model.train()
         logged = time.perf_counter()
-        with on_sigterm(lambda *_: self.stop_asked.set()) as self.without:
+        with on_sigterm(lambda *_: self.stop_asked.set()):
             left = range(first, n_steps)
             bar = tqdm(left, "train", n_steps, unit="step", initial=first, disable=self.rank != 0)
             for self.step in bar:
@@ -317,19 +319,13 @@ class Run:
                     before, logged = logged, time.perf_counter()
                     row = dict(step=done, **self.total, **speed, seconds=round(logged - before, 3))
                     cli.append_line(log, row)
-                due = done % cfg.save_every == 0 or (also_save and done % also_save == 0)
-                if due or done == n_steps or self.stops:
+                if done % cfg.save_every == 0 or done == n_steps or self.stops:
                     self.save_checkpoint(done)
                 if self.stops:  # a preempted job; all ranks are at this step
                     self.finish_writing()
                     if self.rank == 0:
                         bar.write(f"SIGTERM: stopped after step {done}; the same command goes on", sys.stderr)
                     raise SystemExit(128 + signal.SIGTERM)
-
-    def between_steps(self):
-        """For something long between two steps that is on the disk as it goes: SIGTERM stops it at once."""
-        self.finish_writing()
-        return on_sigterm(self.without)
 
     def micro_batches(self, chosen, length, build):
         """This rank's share of a step's examples (indices), in micro-batches: build(indices) -> batch."""
@@ -544,12 +540,12 @@ def newest_checkpoint(out):
         print(f"warning: checkpoint {folder} is damaged, trying the one before", file=sys.stderr)
 
 
-def dry_run(cfg, n_examples, targets=lora.ALL, frozen_copy=False, scratch=False):
+def dry_run(cfg, n_examples, frozen_copy=False, scratch=False):
     """Print, from config.json alone, the steps and what 1, 8 and 16 GPUs hold each; prompts of 256 tokens."""
     with torch.device("meta"):
         model = nt_model.Transformer(nt_model.config_of(cfg.model, cfg.revision))
         if not (cfg.full or scratch):
-            lora.add(model, cfg.lora_r, cfg.lora_alpha, 0.0, targets)
+            lora.add(model, cfg.lora_r, cfg.lora_alpha, 0.0, cfg.lora_targets)
     per_epoch = n_examples // cfg.batch_size
     print(f"at most {n_examples:,} examples: {per_epoch:,} steps per epoch, "
           f"{cfg.max_steps or cfg.epochs * per_epoch:,} steps in all")

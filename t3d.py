@@ -38,9 +38,9 @@ import eval as nt_eval
 import lora
 import run
 from cli import UserError, run_cli
-from data import (TINY_TRAINING, example_rng, hidden_rows, load_problems, load_tokenizer, read_trajectories,
-                  stacked, teacher_rows)
-from model import by_chunks
+from data import (TINY_TRAINING, example_rng, hidden_rows, load_problems, load_tokenizer, stacked,
+                  teacher_rows)
+from model import by_chunks, n_content
 from rollout import collect
 
 
@@ -52,7 +52,7 @@ class Config(run.Options):
     n_problems: int = 0  # problems to collect on (0: all; tiny: 1000)
     max_prompt: int = 512  # problems with a longer prompt are left out, tokens
     allow_code_execution: bool = False  # only to record which rollouts on code problems are right
-    trajectories: str = ""  # folder to collect into, which runs may share; default: the run's own
+    trajectories: str = ""  # folder to collect into, runs may share it; A+B: finished ones [the run's own]
     gen_len: int = 256  # response length L, tokens
     block_len: int = 4  # decoding block of the rollouts, tokens; one token per forward
     collect_cache: Literal["none", "prefix", "dual", "vicinity", "exact"] = "none"  # of the rollouts
@@ -71,6 +71,7 @@ class Config(run.Options):
     mask_order: Literal["paper", "code"] = "paper"  # paper: the latest-decoded are masked; code: the earliest
     state_dist: Literal["uniform", "code"] = "uniform"  # code: share r masked in {1, .75, .5, .25}, P ~ r^8
     path: Literal["paper", "code"] = "paper"  # weights of Eq. 9; code: first half of a block 3, second half 1
+    eos_in_loss: int = 0  # EOS behind an answer that are learned; rollouts then stop there (0: all that fit)
     rand_p: float = 0.1  # share of masked inputs that show a random token instead of the mask
     refresh: int = 10  # optimizer steps between refreshes of the reference
     # --- training
@@ -78,6 +79,7 @@ class Config(run.Options):
     lora_r: int = 128  # LoRA rank (the paper trains all weights)
     lora_alpha: int = 128  # LoRA alpha
     lora_dropout: float = 0.0  # LoRA dropout
+    lora_targets: str = "all"  # matrices of a block that carry adapters, with commas, or all
     lr: float = 1e-5  # peak learning rate
     lr_schedule: Literal["constant", "cosine", "tail"] = "cosine"  # tail: linear to zero over the last 40%
     lr_floor: float = 0.1  # share of the peak that the schedules end at
@@ -86,7 +88,6 @@ class Config(run.Options):
     clip: float = 1.0  # gradient norm
     batch_size: int = 256  # trajectories per optimizer step over all ranks
     micro_batch: int = 4  # trajectories per forward
-    rounds: int = 1  # times to collect, each with the student of then; they share the steps
     epochs: int = 30  # passes over the trajectories, each with new states
     save_every: int = 100  # steps between checkpoints, a multiple of refresh
 
@@ -95,7 +96,8 @@ PRESETS = {
     "tiny": dict(TINY_TRAINING, lr_floor=0.0),
     "llada": dict(data="t3d-math", block_len=32),  # not in the paper
     "dream": dict(data="t3d-math", block_len=32),  # not in the paper
-    "sdar": dict(data="t3d-math", full=True, collect_cache="exact", gen_len=1024),  # code: --data t3d-code
+    "sdar": dict(data="t3d-math", full=True, collect_cache="exact", gen_len=1024,  # code: --data t3d-code
+                 eos_in_loss=2),  # (code)
 }
 
 
@@ -170,6 +172,11 @@ def make_batch(records, rngs, cfg, model_cfg, vocabulary):
     x0, rank, names = stacked(records, "x0", "rank")
     L = x0.shape[1]
     pi, size = ranks_in_blocks(rank, [len(p) for p in names["prompts"]], model_cfg.block_len)
+    if cfg.eos_in_loss:  # what stands behind them is shown
+        ends = torch.tensor([n_content(x, model_cfg.eos_ids) for x in x0])[:, None]
+        behind = torch.arange(L) >= ends + cfg.eos_in_loss
+        pi = pi.masked_fill(behind, 0)
+        size = size.masked_fill(behind, -1)
     masked = draw_mask(pi, size, model_cfg.block_len, cfg, rngs)
     u = np.array([rng.random(L) for rng in rngs])
     swap = np.array([rng.random(L) for rng in rngs])
@@ -189,12 +196,12 @@ def token_terms(logits, ref_logits, x0, u, cfg, mask_id=None):
 
     def of(ids):
         return [t.gather(1, ids[:, None])[:, 0] for t in (logp, ref)]
-    if cfg.fake == "expected":  # the mean over x_hat ~ p_ref of the log-ratio is -KL(p_ref, p_theta)
-        fake = [(ref.exp() * (logp - ref)).sum(-1), torch.zeros_like(u)]
+    p_ref = ref.exp()
+    if mask_id is not None:
+        p_ref[:, mask_id] = 0
+    if cfg.fake == "expected":  # the mean over x_hat ~ p_ref of the log-ratio: -KL(p_ref, p_theta)
+        fake = [(p_ref * (logp - ref)).sum(-1) / p_ref.sum(-1), torch.zeros_like(u)]
     else:  # a draw: the token at which the distribution function passes u
-        p_ref = ref.exp()
-        if mask_id is not None:
-            p_ref[:, mask_id] = 0
         cdf = p_ref.cumsum(-1)
         drawn = (cdf <= u[:, None] * cdf[:, -1:]).sum(-1).clamp(max=ref.shape[-1] - 1)
         x_hat = p_ref.argmax(-1) if cfg.fake == "argmax" else drawn
@@ -220,22 +227,6 @@ def training_loss(model, ref, b, cfg):
         return token_terms(model.head(h), ref_logits, x0, u, cfg, model.cfg.mask_id)
     values = by_chunks(terms, model.cfg.vocab_size, hidden_rows(model, *rows), x0, u, *of_ref)
     return t3d_loss(*values.unbind(1), path_w, at[0].to(device), cfg.batch_size, cfg)
-
-
-def collect_round(cfg, r, model, tok, problems, number, begins):
-    """A later round's trajectories, of the student as it begins; a continued run finds them in the folder."""
-    folder = r.out / f"trajectories-round-{number}"
-    found = {record["id"] for record in read_trajectories(folder)}
-    if not begins and not {p["id"] for p in problems} <= found:
-        raise UserError(f"{folder} is not complete, and the weights it began with "
-                        f"are gone: choose another --out, or --overwrite")
-    with r.between_steps():
-        student = run.unsharded(model, r.device, r.dtype).eval()
-        name = f"{cfg.model}, trained for {number} rounds"
-        block_len = model.cfg.block_len or cfg.block_len
-        records = collect(cfg, student, tok, problems, folder, name, graded=False, block_len=block_len)
-    model.train()
-    return records
 
 
 def check_config(cfg):
@@ -266,7 +257,8 @@ def main():
     if len(problems) < len(found):
         print(f"{len(found) - len(problems)} prompts are longer than --max_prompt {cfg.max_prompt}: left out")
     run.steps_per_epoch(len(problems), cfg)  # an error before hours of decoding
-    records = collect(cfg, base, tok, problems, cfg.trajectories or r.out / "trajectories", graded=False)
+    records = collect(cfg, base, tok, problems, cfg.trajectories or r.out / "trajectories", graded=False,
+                      early_stop=cfg.eos_in_loss > 0)
     del base
 
     # 2. student and reference
@@ -276,16 +268,16 @@ def main():
         raw = {**model.cfg.raw, "block_size": cfg.train_block}
         model.cfg = replace(model.cfg, block_len=cfg.train_block, raw=raw)
     if not cfg.full:
-        lora.add(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout)
+        lora.add(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets)
     model = r.for_training(model)
     ref = None if cfg.loss == "naive_td" else run.Reference(r, model)
     optimizer = torch.optim.AdamW(run.trainable(model).values(), lr=cfg.lr, weight_decay=cfg.weight_decay)
 
     # 3. training
     n_steps = cfg.max_steps or cfg.epochs * run.steps_per_epoch(len(records), cfg)
-    per_round = -(-n_steps // cfg.rounds)
-    round_ = epoch = 0
-    vocabulary = np.setdiff1d(np.arange(tok.n_vocab), [*tok.special.values(), model.cfg.mask_id])
+    epoch = 0
+    seen = np.concatenate([r["prompt_ids"] + r["x0"] for r in records])  # other ids may never be trained
+    vocabulary = np.setdiff1d(seen, list(tok.special.values()))
 
     def between_refreshes(step):  # what a checkpoint holds of the reference: it is refreshed first, or saved
         return ref.tensors() if ref and step % cfg.refresh else None
@@ -294,10 +286,7 @@ def main():
         rngs = [example_rng(cfg.seed, epoch, n) for n in numbers]
         return make_batch([records[n] for n in numbers], rngs, cfg, model.cfg, vocabulary)
 
-    for step in r.steps(model, [optimizer], n_steps, between_refreshes, also_save=per_round):
-        if step // per_round != round_:
-            round_ = step // per_round
-            records = collect_round(cfg, r, model, tok, problems, round_, step % per_round == 0)
+    for step in r.steps(model, [optimizer], n_steps, between_refreshes):
         if step % cfg.refresh == 0 and ref:
             ref.refresh(model)
         epoch, chosen = run.batch_of(step, len(records), cfg)

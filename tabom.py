@@ -49,12 +49,13 @@ class Config(run.Options):
     data: str = "tiny"  # data set by name, or a .jsonl with prompt and answer; see data.py --help
     n_problems: int = 0  # problems to collect on (0: all; tiny: 1000)
     allow_code_execution: bool = False  # run the tests of code problems on this machine
-    trajectories: str = ""  # folder to collect into, which runs may share; default: the run's own
+    trajectories: str = ""  # folder to collect into, runs may share it; A+B: finished ones [the run's own]
     gen_len: int = 256  # response length L, tokens
     block_len: int = 32  # decoding block, tokens
     collect_score: Literal["confidence", "entropy"] = "confidence"  # what the decoder ranks positions by
     collect_cache: Literal["none", "prefix", "dual", "vicinity", "exact"] = "none"  # of the collector
     collect_temperature: float = 0.0  # of the collector
+    collect_top_p: float = 1.0  # of the collector
     collect_seed: int = 0  # of the collector's draws
     collect_batch: int = 64  # problems decoded at once per rank
     # --- loss
@@ -63,7 +64,7 @@ class Config(run.Options):
     lam: float = 1.0  # lambda of Eq. 9 (0: trajectory masking only)
     gamma: float = 0.2  # margin of the ranking, nats
     entropy_at: Literal["segment", "own_step"] = "segment"  # own_step: Eq. 5, W forwards: lower micro_batch
-    eos_in_window: bool = False  # may the EOS tail of a response be in a segment
+    eos_in_window: bool = False  # may the EOS tail of a response be in a segment (code)
     # --- training
     full: bool = False  # train all weights instead of LoRA adapters
     lora_r: int = 16  # LoRA rank
@@ -83,8 +84,9 @@ class Config(run.Options):
 
 PRESETS = {
     "tiny": dict(TINY_TRAINING, window=16, lora_targets="all"),
-    "llada": dict(data="prm12k", gamma=0.2),  # math; code: --data ling-coder --gamma 0.3
+    "llada": dict(data="prm12k", gamma=0.2, eos_in_window=True),  # math; code: --data ling-coder --gamma 0.3
     "dream": dict(data="prm12k", block_len=256, collect_score="entropy",  # as Dream decodes: no blocks
+                  collect_temperature=0.1, collect_top_p=0.9, eos_in_window=True,
                   gamma=0.1),  # code: --data ling-coder --lam 2 --lr 1e-4
     "sdar": dict(data="prm12k", block_len=4, collect_cache="exact"),  # not in the paper
 }
@@ -187,10 +189,9 @@ def check_config(cfg):
 def main():
     cfg = run.parse(Config, PRESETS, __doc__)
     check_config(cfg)
-    targets = lora.ALL if cfg.lora_targets == "all" else tuple(cfg.lora_targets.split(","))
     problems = load_problems(cfg.data, "train", cfg.n_problems or None)
     if cfg.dry_run:
-        return run.dry_run(cfg, len(problems), targets)
+        return run.dry_run(cfg, len(problems))
     r = run.Run(cfg)  # ranks, device, the folder: new or to be continued
     if r.finished:
         return
@@ -205,7 +206,7 @@ def main():
     torch.manual_seed(cfg.seed)
     model = r.load(to_train=True)
     if not cfg.full:
-        lora.add(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, targets)
+        lora.add(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets)
     model = r.for_training(model)
     optimizer = torch.optim.AdamW(run.trainable(model).values(), lr=cfg.lr, weight_decay=cfg.weight_decay)
 
@@ -225,9 +226,7 @@ def main():
         r.update()  # sum over ranks, clip, AdamW at this step's learning rate
 
     # 4. the same problems, the same decoding rules: base against TABOM
-    models = nt_eval.closing(r, r.save(model), tok, "TABOM")
-    if models:
-        nt_eval.report_tds(models, records[:64], r.out)
+    nt_eval.closing(r, r.save(model), tok, "TABOM")
 
 
 if __name__ == "__main__":

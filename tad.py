@@ -37,7 +37,7 @@ import lora
 import run
 from cli import UserError, run_cli
 from data import (TINY_TRAINING, example_rng, hidden_rows, load_problems, load_tokenizer, pad_response,
-                  stacked, state_at, teacher_rows)
+                  privileged_prompt, stacked, state_at, teacher_rows)
 from model import by_chunks
 from rollout import collect, only_correct
 
@@ -50,7 +50,7 @@ class Config(run.Options):
     n_problems: int = 0  # problems to collect on (0: all; tiny: 1000)
     source: Literal["full", "no_privilege", "traj_random", "gt_random"] = "full"  # Table 4: what to train on
     allow_code_execution: bool = False  # run the tests of code problems on this machine
-    trajectories: str = ""  # folder to collect into, which runs may share; default: the run's own
+    trajectories: str = ""  # folder to collect into, runs may share it; A+B: finished ones [the run's own]
     gen_len: int = 256  # response length L, tokens
     block_len: int = 32  # decoding block, tokens
     collect_cache: Literal["none", "prefix", "dual", "vicinity", "exact"] = "none"  # of the collector
@@ -65,12 +65,13 @@ class Config(run.Options):
     tau: float = 1.0  # temperature of the soft term
     near: Literal["ce", "kl", "none"] = "ce"  # loss of near tokens (Table 3)
     distant: Literal["kl", "ce", "none"] = "kl"  # loss of distant tokens (Table 3)
-    teacher_prompt: Literal["privileged", "plain", "system"] = "privileged"  # seen by teacher; system: (code)
+    teacher_prompt: Literal["collection", "privileged", "plain", "system"] = "collection"  # system: (code)
     # --- training
     full: bool = False  # train all weights (the teacher is then a frozen copy) instead of LoRA adapters
     lora_r: int = 128  # LoRA rank
     lora_alpha: int = 128  # LoRA alpha
     lora_dropout: float = 0.05  # LoRA dropout
+    lora_targets: str = "all"  # matrices of a block that carry adapters, with commas, or all
     lr: float = 2e-5  # peak learning rate
     lr_schedule: Literal["constant", "cosine", "tail"] = "constant"  # tail: linear to zero over the last 40%
     lr_floor: float = 0.0  # share of the peak that the schedules end at
@@ -86,7 +87,7 @@ class Config(run.Options):
 PAPER = "gsm8k+prm12k+kodcode"  # running kodcode's tests needs --allow_code_execution
 PRESETS = {
     "tiny": dict(TINY_TRAINING, window="auto-quality", lora_dropout=0.0),
-    # collection as in the code, but for KodCode, which it decodes at temperature 0
+    # the code decodes KodCode at temperature 0: collect it apart (rollout.py), give --trajectories A+B
     "llada": dict(data=PAPER, window="20", collect_temperature=0.7),  # speed; quality: --window 8
     "dream": dict(data=PAPER, collect_score="entropy", collect_temperature=0.2,
                   collect_top_p=0.95),  # quality: --window 6
@@ -155,12 +156,14 @@ def in_current_block(masked, prompts, block_len):
 
 def teacher_prompts(records, cfg, tok):
     """The prompt the soft teacher sees, per record: lists of ids."""
-    if cfg.teacher_prompt == "plain" or cfg.source == "no_privilege":  # the prompt of the collection
+    kind = cfg.teacher_prompt
+    if kind == "plain" or kind == "collection" and cfg.source == "no_privilege":
         return [r["prompt_ids"] for r in records]
-    if cfg.teacher_prompt == "privileged":
-        return [r["privileged_prompt_ids"] for r in records]
-    system = "\n\nReference Answer: {}"
-    return [tok.prompt_ids(r["prompt"], system.format(r["solution"])).tolist() for r in records]
+    if kind != "system":
+        return [r.get("privileged_prompt_ids") or tok.prompt_ids(privileged_prompt(r)).tolist()
+                for r in records]
+    system = f"{tok.chat.system}\n\nReference Answer: "  # behind the family's own, in one turn
+    return [tok.prompt_ids(r["prompt"], system + r["solution"]).tolist() for r in records]
 
 
 def soft_rows(teacher, b, cfg, x0):
@@ -271,7 +274,8 @@ def main():
         teacher = r.for_training(r.load(to_train=True), frozen=True)
         model = r.for_training(r.load(to_train=True))
     else:
-        model = lora.add(r.load(to_train=True), cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout)
+        model = r.load(to_train=True)
+        lora.add(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets)
         model = teacher = r.for_training(model)
     optimizer = torch.optim.AdamW(run.trainable(model).values(), lr=cfg.lr, weight_decay=cfg.weight_decay)
 

@@ -24,7 +24,7 @@ COMMAND = re.compile(r"\b(?:python3?|torchrun|make|bash|sbatch|pip) "
                      r"(?:\S+\.(?:py|sh)\b|-[mc] |--|(?:demo|test|check|install)\b)")
 SCRIPTS = sorted(f.name for f in [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")]
                  if "\n    run_cli(" in f.read_text())
-WITH_COMMANDS = {"compare.py", "data.py", "eval.py", "lora.py", "rollout.py"}
+WITH_COMMANDS = {"sweep.py", "compare.py", "data.py", "eval.py", "lora.py", "rollout.py"}
 TERMS = {"TPF": "tokens per forward", "AUP": "area under accuracy", "TDS": "predictive entropies",
          "DDO": "discriminative optimisation", " W ": "forwards"}
 
@@ -113,7 +113,7 @@ def every_option():
     found = options("ddp_launch.sh")
     for script in SCRIPTS:
         several = re.search(r" \{([\w,]+)\} \.\.\.", help_of(script)) if script in WITH_COMMANDS else None
-        for command in several[1].split(",") if several else [""]:
+        for command in several[1].split(",") if several else ["", "paper"] if script == "sweep.py" else [""]:
             found |= options(script, command)
     return found
 
@@ -231,7 +231,7 @@ def test_the_fork_example(tmp_path):
     text = README.read_text()
     (diff,) = blocks(text, "diff")
     commands = [line for line in command_lines(text) if "mine.py" in line]
-    for file in [*ROOT.glob("*.py"), ROOT / "tools" / "published.json"]:
+    for file in ROOT.glob("*.py"):
         shutil.copy(file, tmp_path)
     shutil.copytree(ROOT / "weights", tmp_path / "weights")
     assert commands[0] == "cp tad.py mine.py"

@@ -1,11 +1,12 @@
 import json
+import re
 
 import numpy as np
 import pytest
 import ranks
 import torch
 from checkpoints import official_checkpoint
-from conftest import CONFIGS, ROOT, random_model
+from conftest import ROOT
 
 import compare
 import data
@@ -111,56 +112,78 @@ def test_teacher_nll_along_a_decoding():
     assert curve[47] < 0.4 < curve[10]  # a finished solution is likely, scraps of it are not
 
 
-def tad_tables(family):
-    """TAD Table 1 or 2 -> {method: row} of gsm8k, math, mbpp, humaneval and their average."""
-    return [{r["method"]: r for r in compare.published(t, family)
-             if r["source"] in ("TAD Table 1", "TAD Table 2")}
-            for t in ("gsm8k", "math", "mbpp", "humaneval", "average")]
+def test_published_aups_are_reproduced():
+    """The curves behind TAD Tables 1 and 2, with y_max the best accuracy of any method listed for the task."""
+    published = json.loads((ROOT / "assets/aup_points.json").read_text())
+    page, far, count = (ROOT / "docs/papers-tad.md").read_text(), {}, 0
+    for number, family in ((1, "llada"), (2, "dream")):
+        lines = [line.strip("| ").split(" | ") for line in page.split(f"\n## TAD-{number} ")[1].splitlines()]
+        header, _, *table = lines[lines.index(next(cells for cells in lines if cells[0] == "method")):][:9]
+        assert header[1:5] == ["gsm8k", "math", "mbpp", "humaneval"]
+        for column, (task, curves) in enumerate(zip(header[1:5], published[family].values()), 1):
+            rows = {row[0]: float(row[column].split("/")[-1]) for row in table}
+            y_max = max(accuracy for points in curves.values() for _, accuracy in points)
+            short = {re.sub("-(LLaDA|Dream|7B)", "", name).replace("Quality", "Q").replace("Speed", "S"): name
+                     for name in curves}  # AR models have no AUP in the tables
+            assert rows.keys() <= short.keys() and len(rows) == 7
+            for method, printed in rows.items():
+                area, count = nt_eval.area_of(curves[short[method]], y_max), count + 1
+                if abs(area - printed) > 0.0601:
+                    far[family, task, method] = round(area, 2)
+    assert count == 56 and far == {  # 28 of 28 of Table 1, 25 of 28 of Table 2
+        ("dream", "gsm8k", "Fast-dLLM-v2"): 176.11,  # printed 156.0
+        ("dream", "mbpp", "Fast-dLLM-v2"): 114.12,  # printed 81.9
+        ("dream", "gsm8k", "TAD-Q"): 255.53}  # printed 255.6: rounding
+    assert nt_eval.area_of([(5.74, 30.36)], 43.14) > 174  # d3LLM on MATH without its first point; with it 100.1
 
 
-def test_aup_of_published_rows():
-    """What of TAD's printed AUP values follows from its printed numbers.
-
-    The four averages are the means of four printed values. Of a curve only one point is printed; joined with
-    a first point of the same accuracy at TPF 1, and y_max the best row of the table, it gives three LLaDA
-    values to 1%. The others do not follow: LLaDA's on MBPP and HumanEval are lower by far (they would fit a
-    y_max from the Dream models, which MATH's would not), Dream's differ by 2 to 16%; and the baselines' are
-    copied from d3LLM, whose y_max is another one.
-    """
-    gap = {}
-    for family in ("llada", "dream"):
-        tables = tad_tables(family)
-        for method in ("TAD-Q", "TAD-S"):
-            *tasks, average = (rows[method] for rows in tables)
-            assert abs(sum(c["aup"] for c in tasks) / 4 - average["aup"]) <= 0.0501
-            for i, cell in enumerate(tasks):
-                y_max = max(r["acc"] for r in tables[i].values())
-                area = nt_eval.area_of([(1, cell["acc"]), (cell["tpf"], cell["acc"])], y_max)
-                gap[family, method, i] = area / cell["aup"] - 1
-    agree = {key for key, x in gap.items() if abs(x) < 0.01}
-    # 503.8, 649.0, 190.4
-    assert agree == {("llada", "TAD-Q", 0), ("llada", "TAD-S", 0), ("llada", "TAD-Q", 1)}
-    assert min(gap["llada", m, i] for m in ("TAD-Q", "TAD-S") for i in (2, 3)) > 0.5
+def test_a_curve_without_its_anchor_warns(tmp_path, capsys):
+    def curve(first):
+        return [("m", [point("m", first, [1, 1], [8, 8], [n, n]) for n in (4, 2)])]
+    nt_eval.show(curve("multiblock 0.5"), 100, tmp_path)
+    assert "warning: the curve of m has no token-by-token point" in capsys.readouterr().out
+    slow = ("m", [point("m", "TPF 1", [1, 0], [4, 4], [8, 8]), *curve("multiblock 0.5")[0][1][:1]])
+    nt_eval.show([slow], 100, tmp_path)  # its TPF of 0.5, EOS tail included, is written as 1
+    printed = capsys.readouterr().out
+    assert "warning" not in printed
+    assert f"AUP m: {nt_eval.area_of([(1, 50), (2, 100)], 100):.1f}" in printed
+    arrays = [{**p, "folder": "a", **{k: np.array(p[k]) for k in compare.COUNTS}} for p in slow[1]]
+    assert "warning" not in compare.compare({"m": [arrays]}, "m", "none", n_boot=2)
+    assert "warning: the curve of m" in compare.compare({"m": [arrays[1:]]}, "m", "none", n_boot=2)
+    assert not nt_eval.anchor_warning([("m", [point("m", "1 per forward", [1], [46], [48])])])
+    for name, family, task in (("tad", "llada", "gsm8k"), ("tad-code", "dream", "mbpp"), ("d3llm", "llada", "")):
+        *first, last = nt_eval.protocol_of(name, family, task)["rules"]
+        assert last == nt_eval.ANCHOR and nt_eval.ANCHOR not in first
+        settings = nt_eval.decoding_of({**nt_eval.protocol_of(name, family, task), **last})
+        assert (settings.policy, settings.threshold, settings.block_len) == ("entropy", 0.0, 32)
 
 
-def test_published_numbers_are_consistent_and_marked():
-    for table in json.loads((ROOT / "tools/published.json").read_text()):
-        assert all(len(row) == 1 + len(table["columns"]) for row in table["rows"]), table["source"]
-        assert all(0 <= x < 1000 for row in table["rows"] for x in row[1:] if x is not None)
-    d3llm = next(r for r in compare.published("gsm8k", "llada") if r["method"] == "d3LLM" and "aup" in r)
-    assert (d3llm["acc"], d3llm["tpf"], d3llm["aup"]) == (73.1, 9.11, 539.2)
-    t3d = [r for r in compare.published("math500", "sdar") if r["method"] == "T3D" and "4B" in r["model"]]
-    assert [r["acc"] for r in t3d] == [60.0, 61.6, 47.8, 44.8, 70.0, 49.4] and t3d[-1]["tok_s"] == 791.23
-    tabom = [r for r in compare.published("humaneval", "dream") if r["method"] == "TABOM" and "acc" in r]
-    assert [r["acc"] for r in tabom] == [60.36, 58.54, 45.73]
-    text = compare.published_text("gsm8k_cot_zeroshot", "llada", "tad", "lm_eval")
-    assert text.startswith("published, not run here (gsm8k)") and "451.8" in text
-    assert "\nthe same protocol, but" in text and "(tad, lm_eval): TAD Table 1: " in text
-    assert "not the same protocol as this run's (tad, own): TAD Table 1" in compare.published_text(
-        "gsm8k", "llada", "tad", "own")
-    assert compare.published_text("tiny", "tiny", "tiny", "own") == ""
-    assert "Report math500" in nt_eval.contamination_warning("minerva_math")
-    assert nt_eval.contamination_warning("minerva_math500") == nt_eval.contamination_warning("math500") == ""
+def test_a_table_over_tasks_is_their_average():
+    """Each task has a y_max of its own; the first point of a protocol gets columns."""
+    def run(label, task, right, nfe):
+        points = [point(label, "multiblock 0.5", [1] * right + [0] * (10 - right), [8] * 10, [nfe] * 10),
+                  point(label, "TPF 1", [1] * 9 + [0], [8] * 10, [8] * 10)]
+        ids = [f"{task}-{i}" for i in range(10)]
+        return [{**p, "ids": ids, "folder": label + task, "provenance": {"task": task},
+                 **{k: np.array(p[k]) for k in compare.COUNTS}} for p in points]
+    runs = {"base": [run("base", "a", 9, 4), run("base", "b", 9, 8)],
+            "TAD": [run("TAD", "a", 10, 2), run("TAD", "b", 9, 2)]}
+    rows = {line.split(" | ")[0]: line.strip(" |").split(" | ")
+            for line in compare.compare(runs, "base", "none", n_boot=3).splitlines()}
+    assert rows["| model"][2:] == ["AUP", "first point, %", "TPF there"]
+    means = [[float(cell.split(" ")[0]) for cell in rows[f"| {label}"][2:]] for label in runs]
+    two = [[(2, 90), (1, 90)], [(1, 90), (1, 90)]], [[(4, 100), (1, 90)], [(4, 90), (1, 90)]]
+    for mean, tasks in zip(means, two):
+        areas = [nt_eval.area_of(pairs, y_max) for pairs, y_max in zip(tasks, (100, 90))]
+        assert mean == pytest.approx([sum(areas) / 2, sum(y for (_, y), _ in tasks) / 2,
+                                      sum(x for (x, _), _ in tasks) / 2], abs=0.05)
+
+
+def test_contamination_warning():
+    for task in ("minerva_math", "math", "math=x.jsonl"):
+        assert "MATH-500, which is disjoint (lm_eval: minerva_math500)" in nt_eval.contamination_warning(task)
+    for task in ("minerva_math500", "math500", "humaneval_instruct", "gsm8k_cot_zeroshot", "tiny", "mine.jsonl"):
+        assert nt_eval.contamination_warning(task) == ""
 
 
 def test_protocols_fix_what_the_papers_say():
@@ -171,6 +194,7 @@ def test_protocols_fix_what_the_papers_say():
     assert (tad.policy, tad.threshold, tad.gen_len, tad.block_len) == ("multiblock", 0.5, 256, 32)
     assert (tad.block_add, tad.decoded, tad.cache, tad.temperature) == (0.1, 0.95, "none", 0)
     assert first("tad-code", "llada").decoded == 0.5 and first("tad-code", "dream").threshold == 0.4
+    assert tad.early_stop and not first("tad-code", "llada").early_stop
     lengths = [(first("tabom", "llada", t).gen_len, first("tabom", "llada", t).block_len)
                for t in ("gsm8k", "math500", "mbpp", "humaneval")]
     assert lengths == [(512, 8), (512, 64), (256, 256), (512, 512)]
@@ -178,7 +202,8 @@ def test_protocols_fix_what_the_papers_say():
     assert (dream.policy, dream.steps, dream.temperature, dream.top_p) == ("dream", 768, 0.1, 0.9)
     t3d = nt_eval.protocol_of("t3d", "sdar")
     assert [nt_eval.rule_name({**t3d, **rule}) for rule in t3d["rules"]][3:] == [
-        "block 8: 2 per forward", "block 8: 4 per forward", "threshold 0.9"]
+        "block 8: 2 per forward", "block 8: 4 per forward", "block 8: 1 per forward", "block 8: 8 per forward",
+        "threshold 0.9"]
     assert nt_eval.rule_name({**nt_eval.protocol_of("tabom", "dream"), "steps": 128}) == "2 per forward"
     assert nt_eval.protocol_of("thresholds", "sdar")["cache"] == "exact"
     assert nt_eval.protocol_of("t3d", "sdar", block_len=16)["rules"][3].get("block_len") is None
@@ -191,6 +216,29 @@ def test_protocols_fix_what_the_papers_say():
                     nt_eval.protocol_of(name, family, task)
                 except UserError as e:
                     assert "no settings for family" in str(e)
+
+
+def test_protocols_word_the_benchmarks_as_the_papers_do():
+    problem = dict(question="2 + {prompt}?", prompt="Question: 2 + {prompt}?")  # braces in a text stay
+    boxed = "Please reason step by step, and put your final answer within \\boxed{}."
+
+    def asked(name, family, task):
+        return nt_eval.wording(problem, nt_eval.protocol_of(name, family, task))
+    for task in ("gsm8k", "math", "math500"):
+        assert asked("t3d", "sdar", task) == (
+            f"2 + {{prompt}}?. {boxed} You are a precise math problem solver. "
+            f"Solve the given math problem step by step.")
+    assert asked("t3d", "sdar", "humaneval").startswith("This is the problem: 2 + {prompt}?. Place your code")
+    assert asked("t3d", "sdar", "mbpp").startswith("This is the problem: Question: 2 + {prompt}?. Place your")
+    assert asked("tad-code", "llada", "gsm8k") == f"Question: 2 + {{prompt}}? {boxed}"
+    for name, family, task in (("tad", "llada", "gsm8k"), ("tad-code", "dream", "gsm8k"),
+                               ("tad-code", "llada", "math"), ("thresholds", "sdar", "gsm8k")):
+        assert asked(name, family, task) == problem["prompt"]
+    assert nt_eval.wording({"prompt": "mine"}, nt_eval.protocol_of("t3d", "sdar", "gsm8k")).startswith("mine. ")
+    ifeval = [nt_eval.decoding_of({**(p := nt_eval.protocol_of("tabom", f, "ifeval")), **p["rules"][0]})
+              for f in ("dream", "llada")]
+    assert [(s.gen_len, s.block_len, s.score) for s in ifeval] == [(512, 512, "entropy")] * 2
+    assert (ifeval[0].temperature, ifeval[0].top_p, ifeval[1].temperature) == (0.1, 0.9, 0.0)
 
 
 def cli(monkeypatch, *words):

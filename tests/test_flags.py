@@ -25,13 +25,13 @@ eval_module = importlib.import_module("eval")
 METHODS = {module.__name__: (module, [], [module.Config]) for module in (tad, t3d, tabom, trims)}
 BENCH, ROLLOUT = (importlib.import_module(name) for name in ("bench", "rollout"))
 REQUIRED = {"collect": ["--out", "out"], "inspect": ["out"], "stats": ["out"], "tds": ["--trajectories", "out"],
-            "runs": ["out"], "published": ["gsm8k"], "merge": ["--adapter", "a", "--to", "b"]}
+            "runs": ["out"], "paper": ["TAD-1"], "merge": ["--adapter", "a", "--to", "b"]}
 COMMANDS = {
     **METHODS, "sample": (sample, [], [sample.Options, sample.Decoding]),
     "bench": (BENCH, [], [BENCH.Options, sample.Decoding]), "sweep": (sweep, [], [sweep.Options]),
     "harness": (harness, ["--tasks", "gsm8k"], [harness.Options, sample.Decoding]),
     **{f"{module.__name__} {name}": (module, [name, *REQUIRED.get(name, ())], classes)
-       for module in (eval_module, ROLLOUT, data, compare) for name, (_, *classes) in module.COMMANDS.items()}}
+       for module in (eval_module, ROLLOUT, data, compare, sweep) for name, (_, *classes) in module.COMMANDS.items()}}
 
 
 def numeric(classes):

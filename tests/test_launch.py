@@ -1,4 +1,4 @@
-"""ddp_launch.sh, rounds, memory and compiled blocks: what a launch on several machines is made of."""
+"""ddp_launch.sh, memory and compiled blocks: what a launch on several machines is made of."""
 import json
 import os
 import subprocess
@@ -11,13 +11,11 @@ from conftest import CONFIGS, ROOT, random_model
 from ranks import free_port
 
 import data
-import grade
 import lora
 import model as nt_model
 import run as training
 import t3d
 import tad
-from model import UserError
 
 SCRIPT = ["bash", str(ROOT / "ddp_launch.sh")]
 
@@ -73,55 +71,6 @@ def test_two_nodes_train_one_model(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------- one process
-def test_rounds_collect_with_the_student_and_continue(tmp_path, monkeypatch):
-    """Three rounds; interrupted in the second's collection and training, the same weights come out."""
-    folder, final = official_checkpoint(tmp_path / "base", "sdar"), "adapter/adapter_model.safetensors"
-    prompts = [*(f"{n}?" for n in range(6)), "too long " * 50]
-    (tmp_path / "p.jsonl").write_text("".join(f'{{"prompt": "{p}", "answer": "x"}}\n' for p in prompts))
-
-    def run(name, *extra):
-        args = ["t3d.py", "--model", folder, "--data", tmp_path / "p.jsonl", "--out", tmp_path / name,
-                "--no-full", "--gen_len", "8", "--block_len", "4", "--batch_size", "4", "--lr", "1e-2",
-                "--max_steps", "6", "--rounds", "3", "--refresh", "2", "--save_every", "4",
-                "--warmup_steps", "0", "--max_prompt", "100", *extra]
-        monkeypatch.setattr("sys.argv", [str(a) for a in args])
-        return t3d.main()
-    run("whole")
-    rounds = [data.read_trajectories(tmp_path / "whole" / f"trajectories{r}") for r in
-              ("", "-round-1", "-round-2")]
-    assert [len(r) for r in rounds] == [6, 6, 6]
-    assert [r[0]["decoding"]["block_len"] for r in rounds] == [4, 8, 8]  # the student's block
-    assert rounds[0][0]["model"] != rounds[1][0]["model"] and "2 rounds" in rounds[2][0]["model"]
-    assert any(a["x0"] != b["x0"] for a, b in zip(rounds[0], rounds[1]))  # another model decoded
-    inner = grade.is_correct
-
-    def dies(problem, text, seen=[]):
-        seen.append(1)
-        if len(seen) == 9:  # in the third record of the second round
-            raise KeyboardInterrupt
-        return inner(problem, text)
-    with monkeypatch.context() as m:
-        m.setattr(grade, "is_correct", dies)
-        with pytest.raises(KeyboardInterrupt):
-            run("cut")
-    assert len(data.read_trajectories(tmp_path / "cut/trajectories-round-1")) == 2
-    with monkeypatch.context() as m:  # SIGTERM within the round
-        m.setattr(training.Run, "check_finite", lambda self, *_: self.step == 2 and self.stop_asked.set())
-        with pytest.raises(SystemExit) as ended:
-            run("cut")
-        assert ended.value.code == 143
-    run("cut")
-    a, b = ((tmp_path / name / final).read_bytes() for name in ("whole", "cut"))
-    assert a == b
-    for file in (tmp_path / "cut/adapter", tmp_path / "cut/trajectories-round-2"):
-        file.rename(file.with_name("gone-" + file.name))
-    newest = tmp_path / "cut/checkpoints/step-000006"
-    newest.rename(newest.with_name("gone"))
-    (tmp_path / "cut/checkpoints/step-000004").rename(newest.with_name("step-000005"))
-    with pytest.raises(UserError, match="not complete, and the weights it began with are gone"):
-        run("cut")
-
-
 def with_adapters(**facts):
     model = lora.add(random_model(**facts), 4, 4)
     for _, m in lora.adapters(model):

@@ -8,6 +8,11 @@ from safetensors.torch import load_file
 
 import lora
 import model as nt_model
+import run
+import t3d
+import tabom
+import tad
+import trims
 from model import UserError
 
 
@@ -111,3 +116,18 @@ def test_errors(tmp_path):
     file.write_bytes(file.read_bytes()[:200])
     with pytest.raises(UserError, match="corrupt or cut short"):
         lora.load(random_model(), tmp_path / "a")
+
+
+def test_every_method_names_its_matrices(monkeypatch):
+    """A text of names with commas; a wrong one is an error before anything is loaded."""
+    assert lora.named("all") == lora.ALL and lora.named("q_proj,v_proj") == ["q_proj", "v_proj"]
+    model = lora.add(random_model(), 2, 2, 0.0, "q_proj,down_proj")
+    assert {name.split(".")[-1] for name, _ in lora.adapters(model)} == {"q_proj", "down_proj"}
+    for method in (tad, t3d, tabom, trims):
+        for words, want in ((["q_proj,v_proj"], "q_proj,v_proj"), (["all"], "all"), (["c_proj"], None)):
+            monkeypatch.setattr("sys.argv", ["x.py", "--lora_targets", *words])
+            if want:
+                assert run.parse(method.Config, method.PRESETS, "").lora_targets == want
+            else:
+                with pytest.raises(UserError, match="LoRA targets .'c_proj'.: choose from q_proj"):
+                    run.parse(method.Config, method.PRESETS, "")

@@ -145,6 +145,57 @@ def test_states_by_hand():
     assert all(draw_mask(*short, 8, Config(), [data.example_rng(0, 0, i)]).any() for i in range(40))
 
 
+@pytest.mark.parametrize("mask_mass", [0.05, 0.3, 0.47, 0.9])
+def test_the_expected_fake_is_the_mean_of_the_sampled_ones(mask_mass):
+    """Also where the reference would like the mask id, which no fake ever is."""
+    rest = 1 - mask_mass
+    q = torch.tensor([0.6 * rest, 0.3 * rest, 0.1 * rest, mask_mass]).log()
+    p, n = torch.tensor([0.2, 0.3, 0.3, 0.2]).log(), 20_000
+    u = (torch.arange(n) + 0.5) / n
+    rows = token_terms(p.expand(n, 4), q.expand(n, 4), torch.zeros(n).long(), u, Config(), mask_id=3)
+    sampled = (rows[:, 2] - rows[:, 3]).mean().item()
+    cfg = Config(fake="expected")
+    exact = token_terms(p[None], q[None], torch.tensor([0]), u[:1], cfg, mask_id=3)[0]
+    by_hand = sum(w * (p[i] - q[i]).item() for i, w in enumerate((0.6, 0.3, 0.1)))
+    assert abs(exact[2] - exact[3] - by_hand) < 1e-5 and abs(sampled - by_hand) < 1e-3
+
+
+def test_the_eos_tail_behind_some_is_not_learned():
+    """x0 = a b EOS EOS EOS EOS EOS EOS: with two in the loss, positions 4 to 7 are shown, and never masked."""
+    facts = SimpleNamespace(**{**vars(FACTS), "eos_ids": (8,)})
+    r = [record([10, 11, 8, 8, 8, 8, 8, 8], [0, 5, 1, 4, 2, 3, 7, 6]), record([8] * 8, range(8)),
+         record(range(20, 28), range(8))]
+    seen, rngs = torch.zeros(3, 8, dtype=torch.bool), [data.example_rng(0, 0, i) for i in range(120)]
+    for order in ("paper", "code"):
+        cfg = Config(eos_in_loss=2, rand_p=0.0, mask_order=order)
+        for i in range(0, 120, 3):
+            b = make_batch(r, rngs[i:i + 3], cfg, facts, [5])
+            assert b["masked"].any(1).all() and torch.equal(b["xt"][~b["masked"]], b["x0"][~b["masked"]])
+            seen |= b["masked"]
+    assert [row.nonzero()[:, 0].tolist() for row in seen] == [[0, 1, 2, 3], [0, 1], list(range(8))]
+    every = [make_batch(r, [data.example_rng(0, 1, i) for i in range(3)], Config(eos_in_loss=n), facts, [5])[
+        "masked"] for n in (0, 8, 99)]
+    assert torch.equal(every[0], every[1]) and torch.equal(every[0], every[2])  # all that fit
+    assert t3d.PRESETS["sdar"]["eos_in_loss"] == 2 and "eos_in_loss" not in t3d.PRESETS["tiny"]
+
+
+def test_random_tokens_are_ids_that_the_data_holds(tmp_path, monkeypatch):
+    """The tiny vocabulary has 294 ids, its problems use few of them; no special token is drawn."""
+    drawn, inner = [], t3d.make_batch
+
+    def noted(records, rngs, cfg, facts, vocabulary):
+        drawn.append((records, vocabulary))
+        return inner(records, rngs, cfg, facts, vocabulary)
+    monkeypatch.setattr(t3d, "make_batch", noted)
+    monkeypatch.setattr("sys.argv", ["t3d.py", *"--n_problems 8 --max_steps 1 --batch_size 8 --micro_batch 8".split(),
+                                     "--eval_problems", "0", "--out", str(tmp_path / "run")])
+    t3d.main()
+    records, vocabulary = drawn[0]
+    tok = data.load_tokenizer("tiny")
+    held = {i for r in records for i in r["prompt_ids"] + r["x0"]}
+    assert set(vocabulary) == held - set(tok.special.values()) and len(vocabulary) < 40
+
+
 def test_random_tokens_stand_where_masks_would():
     r = [record(range(20, 60), range(40)) for _ in range(50)]
     b = make_batch(r, [data.example_rng(0, 0, i) for i in range(50)], Config(rand_p=0.3), FACTS, [5, 6])

@@ -206,3 +206,11 @@ def test_bad_settings_are_one_line(monkeypatch, tmp_path):
         monkeypatch.setattr("sys.argv", ["tabom.py", "--out", str(tmp_path / "x"), *args])
         with pytest.raises(nt_model.UserError, match=words):
             tabom.main()
+
+
+def test_presets_collect_and_learn_as_the_paper_and_its_scripts():
+    """Dream collects at its own temperature (Table 8); the recipes take the EOS tail into a window."""
+    dream, llada, tiny = (Config(**tabom.PRESETS[family]) for family in ("dream", "llada", "tiny"))
+    assert (dream.collect_temperature, dream.collect_top_p, dream.collect_score) == (0.1, 0.9, "entropy")
+    assert (llada.collect_temperature, llada.collect_top_p) == (0.0, 1.0)
+    assert dream.eos_in_window and llada.eos_in_window and not tiny.eos_in_window

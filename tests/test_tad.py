@@ -15,6 +15,7 @@ import eval as nt_eval
 import lora
 import model as nt_model
 import tad
+from cli import UserError
 from rollout import rollout
 from tad import Config, auto_window, make_batch, tad_loss
 
@@ -158,6 +159,11 @@ def test_teacher_prompts():
     assert tad.teacher_prompts([r], config(teacher_prompt="plain"), TOK) == [r["prompt_ids"]]
     assert tad.teacher_prompts([r], config(), TOK) == [r["privileged_prompt_ids"]]
     assert tad.teacher_prompts([r], config(source="no_privilege"), TOK) == [r["prompt_ids"]]
+    explicit = config(source="no_privilege", teacher_prompt="privileged")  # what is given counts
+    assert tad.teacher_prompts([r], explicit, TOK) == [r["privileged_prompt_ids"]]
+    plain = {key: value for key, value in r.items() if key != "privileged_prompt_ids"}
+    shown = TOK.prompt_ids(data.privileged_prompt(r)).tolist()
+    assert tad.teacher_prompts([plain], explicit, TOK) == [shown] != [r["prompt_ids"]]  # collected without it
     system = tad.teacher_prompts([r], config(teacher_prompt="system"), TOK)[0]
     assert len(system) > len(r["prompt_ids"]) and system[-len(r["prompt_ids"]) + 1:] == r["prompt_ids"][1:]
 
@@ -371,3 +377,19 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, graded_right):
     run = command(tmp_path, "tad.py", *tad_args(model_dir, out))
     assert run.returncode == 0 and "line 1 is not valid JSON or is damaged" in run.stderr
     assert (out / "adapter/adapter_model.safetensors").read_bytes() == want
+
+
+def test_several_finished_folders_are_read_together(tmp_path):
+    """Collected with other settings, as the paper's code does it; only the problems that are asked for."""
+    tiny, problems = nt_model.load("tiny"), data.load_problems("tiny", "train", 5)
+    for name, some, temperature in (("a", problems[:2], 0.7), ("b", problems[2:], 0.0)):
+        rollout(tiny, TOK, some, tmp_path / name, "tiny", privileged=True, temperature=temperature,
+                policy="static", per_step=1, **data.TINY_DECODING)
+    cfg = config(gen_len=48, block_len=16, trajectories=f"{tmp_path}/a+{tmp_path}/b")
+    both = tad.trajectories(cfg, tiny, TOK, problems, cfg.trajectories)
+    assert {r["id"] for r in both} <= {p["id"] for p in problems} and len(both) >= 3
+    assert {r["decoding"]["temperature"] for r in both} == {0.0, 0.7}
+    few = tad.trajectories(cfg, tiny, TOK, problems[1:3], cfg.trajectories)
+    assert {r["id"] for r in few} <= {p["id"] for p in problems[1:3]}
+    with pytest.raises(UserError, match="no trajectory is correct"):
+        tad.trajectories(cfg, tiny, TOK, problems, f"{tmp_path}/none+{tmp_path}/nowhere")

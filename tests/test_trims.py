@@ -178,13 +178,23 @@ def test_scores_move_through_bytes_by_hand():
 def test_buckets_by_hand():
     nan = float("nan")
     scores = [[3.0, 0.0, 1.0, nan], [0.0, 2.0, 0.0, 0.0]]
-    # hard first: 3, 2 | 1, 0 | 0, 0 with ties in data order; 7 tokens in 3 buckets: 3 + 2 + 2
-    assert trims.buckets(scores, 3, "descending") == [[1, 2, 1, 3], [2, 1, 3, 3]]
-    assert trims.buckets(scores, 3, "ascending") == [[3, 1, 2, 1], [1, 3, 1, 2]]
+    # hard first: 3, 2, 1 | 0, 0 | 0, 0, ties drawn by the seed; 7 tokens in 3 buckets: 3 + 2 + 2
+    drawn = [trims.buckets(scores, 3, "descending", seed) for seed in range(40)]
+    for (a, b, c, filling), (d, e, f, g) in drawn:
+        assert (a, c, filling, e) == (1, 1, 3, 1) and sorted([b, d, f, g]) == [2, 2, 3, 3]
+    assert len({str(b) for b in drawn}) == 6  # every way to split four equal scores
+    assert trims.buckets(scores, 3, "descending", 5) == drawn[5]
+    for (a, b, c, filling), (d, e, f, g) in [trims.buckets(scores, 3, "ascending", seed) for seed in range(9)]:
+        assert (a, c, filling, e) == (3, 2, 1, 3) and sorted([b, d, f, g]) == [1, 1, 1, 2]
     shuffled = [trims.buckets(scores, 3, "random", seed) for seed in range(20)]
     assert len({str(b) for b in shuffled}) > 5 and all(b[0][3] == 3 for b in shuffled)
     many = trims.buckets([[0.0] * 800], 8, "descending")[0]
     assert [many.count(b) for b in range(1, 9)] == [100] * 8  # equal mass although everything ties
+    files = trims.buckets([[0.0] * 200 + [1.0 + i for i in range(50)]] * 4, 8, "descending")
+    means = [np.mean(part[:200]) for part in files]  # neither the place in the data nor in the response counts
+    assert max(means) - min(means) < 0.5
+    halves = [np.mean([part[i] for part in files for i in where]) for where in (range(100), range(100, 200))]
+    assert abs(halves[0] - halves[1]) < 0.3
 
 
 def test_the_masking_rule():

@@ -4,8 +4,7 @@
     python tools/bench.py llada-8b --batch_size 32 --policy static --no-early_stop  # a real shape
     python tools/bench.py llada-60m --batch_size 1 --compiled --profile             # where the time goes
 
-Random weights in a real shape give honest times of a forward, but meaningless tokens: choose the static
-policy for them. The last line is what was printed as one JSON object.
+Random weights of a real shape: choose the static policy. The last line is all as one JSON object.
 """
 import json
 import platform

@@ -1,8 +1,7 @@
-"""One table and one picture over several runs and seeds; and the papers' numbers to stand beside yours.
+"""One table and one picture over several runs, seeds and tasks. The papers' numbers: docs/papers.md.
 
     python tools/compare.py runs out/tad-eval-* --base base --control SFT
     python tools/compare.py runs assets/comparison.jsonl.gz --control SFT-SD     # docs/results.md
-    python tools/compare.py published gsm8k --model llada
 
 A run is a folder with the results.jsonl of eval.py or tools/sweep.py; a .jsonl.gz of sweep.py holds many.
 """
@@ -11,7 +10,6 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -20,11 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cli  # noqa: E402
 import eval as nt_eval  # noqa: E402
-import model as nt_model  # noqa: E402
-from cli import UserError, option, read_json, read_jsonl, run_cli  # noqa: E402
+from cli import UserError, option, read_jsonl, run_cli  # noqa: E402
 
-# what is said of a run; a column that no run has is left out
 COLUMNS = ("token by token, %", "2 per forward, %", "4 per forward, %", "at 0.9, %", "TPF at 0.9", "AUP",
+           "first point, %", "TPF there",  # of a protocol that begins with none of these rules
            "TDS, nats^2", "tok/s at 0.9", "training, min", "collecting, min")
 ACCURACY_AT = dict(zip(("1 per forward", "2 per forward", "4 per forward", "threshold 0.9"), COLUMNS))
 COUNTS = ("correct", "tokens", "nfe")  # per problem
@@ -72,8 +69,14 @@ def on_curve(point):
     return point["rule"] == "1 per forward" or not point["rule"].endswith("per forward")
 
 
+def task_of(points):
+    """The task that a run of eval.py was asked for, or None."""
+    return points[0].get("provenance", {}).get("task")
+
+
 def summarize(points, y_max, pick=slice(None)):
-    """A run on the problems `pick` (an index array) -> the values of COLUMNS, NaN where it has none."""
+    """A run on the problems `pick` (an index array) -> the values of COLUMNS, NaN where it has none.
+    y_max: {task: percent}."""
     cost, curve = points[0].get("run", {}), []
     row = {"TDS, nats^2": cost.get("tds", np.nan),
            "training, min": cost.get("train_s", np.nan) / 60,
@@ -83,12 +86,15 @@ def summarize(points, y_max, pick=slice(None)):
         accuracy = 100 * point["correct"][pick].mean()
         tpf = tokens[pick].sum() / point["nfe"][pick].sum()
         if on_curve(point):
-            curve.append((tpf, accuracy))
+            anchored = rule == nt_eval.ANCHOR["name"]
+            curve.append((1.0 if anchored else tpf, accuracy))
         if rule in ACCURACY_AT:
             row[ACCURACY_AT[rule]] = accuracy
+        elif point is points[0]:
+            row |= {"first point, %": accuracy, "TPF there": tpf}
         if rule == "threshold 0.9":
             row |= {"TPF at 0.9": tpf, "tok/s at 0.9": tokens.sum() / point["seconds"]}
-    row["AUP"] = nt_eval.area_of(curve, y_max)
+    row["AUP"] = nt_eval.area_of(curve, y_max[task_of(points)])
     return [row.get(column, np.nan) for column in COLUMNS]
 
 
@@ -101,7 +107,9 @@ def bootstrap(runs, y_max, n_boot):
         picks = {ids: rng.integers(len(ids), size=len(ids)) for ids in sets}
         for label, of_label in runs.items():
             same = np.random.default_rng([0, replicate, 1])
-            chosen = [of_label[i] for i in same.integers(len(of_label), size=len(of_label))]
+            n = len(of_label)
+            drawn = range(n) if len(y_max) > 1 else same.integers(n, size=n)  # tasks are not drawn
+            chosen = [of_label[i] for i in drawn]
             rows = [summarize(points, y_max, picks[tuple(points[0]["ids"])]) for points in chosen]
             draws[label].append(rows)
     return {label: np.mean(rows, 1) for label, rows in draws.items()}
@@ -120,18 +128,29 @@ def shown(values, bracketed=False):
 
 def compare(runs, base, control, n_boot=1000, y_max=None):
     """The table of means over runs and, below it, paired: ratios to base, differences from control."""
-    every = sum(runs.values(), [])
-    correct = [point["correct"] for points in every for point in points if on_curve(point)]
-    y_max = y_max or 100 * max(map(np.mean, correct))
+    every, best = sum(runs.values(), []), {}
+    for points in every:  # of a label they may be of several tasks: its row is their average
+        correct = [point["correct"].mean() for point in points if on_curve(point)]
+        best.setdefault(task_of(points), []).extend(correct)
+    y_max = {task: y_max or 100 * max(values, default=0) for task, values in best.items()}
     draws = bootstrap(runs, y_max, n_boot)
     (known,) = np.isfinite([rows[0] for rows in draws.values()]).any(0).nonzero()
     table = [["model", "runs", *(COLUMNS[j] for j in known)]]
     for label, rows in draws.items():
-        table.append([label, str(len(runs[label])), *(shown(rows[:, j]) for j in known)])
+        cells = [shown(rows[:, j]) for j in known]
+        table.append([label, str(len(runs[label])), *cells])
     header, *body = (f"| {' | '.join(cells)} |" for cells in table)
     n = len({i for points in every for i in points[0]["ids"]})
-    about = f"{n} problems, y_max {y_max:.2f}; ± is half of a 95% bootstrap interval over problems and runs"
-    lines = [about, "", header, "|---" * len(table[0]) + "|", *body, ""]
+    highest = ", ".join(f"{value:.2f}" for value in y_max.values())
+    about = f"{n} problems, y_max {highest}; ± is half of a 95% bootstrap interval over problems and runs"
+    curves = []
+    for label, of_label in runs.items():
+        for points in of_label:
+            kept = list(filter(on_curve, points))
+            if kept:
+                curves.append((label, kept))
+    warning = nt_eval.anchor_warning(curves)
+    lines = [about, *warning.splitlines(), "", header, "|---" * len(table[0]) + "|", *body, ""]
     aup = COLUMNS.index("AUP")
     for label, rows in draws.items():
         if label != base:
@@ -160,35 +179,8 @@ def picture(runs, path):
         kept = [(label, list(filter(keep, points))) for label, points in curves.items()]
         if all(len(points) > 1 for _, points in kept):
             panels[title] = kept
-    nt_eval.plot(panels, path)
-
-
-def published(task, family):
-    """The papers' rows for a benchmark and a family: method, acc, tpf, aup, tok_s, and the table's facts."""
-    found = []
-    for paper in read_json(Path(__file__).with_name("published.json")):
-        for method, *values in paper["rows"]:
-            cells = zip(map(str.split, paper["columns"]), values)
-            own = {key: value for (benchmark, key), value in cells if benchmark == task and value is not None}
-            if own and paper["family"] == family:
-                found.append({**paper, "method": method, **own})
-    return found
-
-
-def published_text(task, family, protocol, made_with):
-    """The rows to stand beside a run of this protocol made with own | lm_eval; "" if none."""
-    name = nt_eval.known_task(task)
-    rows = [row for row in published(name, family) if "acc" in row]
-    if not rows:
-        return ""
-    line = "{method:<40} {acc:>5} % TPF {tpf:>5} AUP {aup:>5} tok/s {tok_s:>7}  {model}, {source}"
-    lines = [f"published, not run here ({name}):"]
-    lines += [line.format(**{"tpf": "-", "aup": "-", "tok_s": "-", **row}) for row in rows]
-    for *made_by, source, setting in dict.fromkeys((*r["made_by"], r["source"], r["setting"]) for r in rows):
-        alike = made_by == [protocol, made_with]
-        same = "the same protocol, but for options given here," if alike else "not the same protocol"
-        lines.append(f"{same} as this run's ({protocol}, {made_with}): {source}: {setting}")
-    return "\n".join(lines)
+    if panels:  # not of single points
+        nt_eval.plot(panels, path)
 
 
 @dataclass
@@ -201,15 +193,6 @@ class RunsOptions:
     out: str = "out/compare"  # directory of compare.md and compare.png
 
 
-@dataclass
-class PublishedOptions:
-    """the papers' rows for a benchmark; nothing in them was run here"""
-    task: str = option(positional=True)  # gsm8k, math, math500, humaneval, mbpp, ifeval, or lm_eval's name
-    model: str = "llada"  # preset name, hub id or directory: its family's rows
-    protocol: str = "thresholds"  # of your run: which rows were made in the same way
-    made_with: Literal["own", "lm_eval"] = "own"  # eval.py, or tools/harness.py
-
-
 def runs_command(args):
     runs, out = read_runs(args.sources), Path(args.out)
     if args.base not in runs:
@@ -218,16 +201,10 @@ def runs_command(args):
     text = compare(runs, args.base, args.control, y_max=args.y_max)
     (out / "compare.md").write_text(text + "\n")
     picture(runs, out / "compare.png")
-    print(f"{text}\nwritten: {out / 'compare.md'}, {out / 'compare.png'}")
+    print(f"{text}\nwritten: {out / 'compare.md'}, with a picture of curves")
 
 
-def published_command(args):
-    family = nt_model.family_of(args.model)
-    text = published_text(args.task, family, args.protocol, args.made_with)
-    print(text or f"nothing is published of {args.task} and the family {family}")
-
-
-COMMANDS = {"runs": (runs_command, RunsOptions), "published": (published_command, PublishedOptions)}
+COMMANDS = {"runs": (runs_command, RunsOptions)}
 
 if __name__ == "__main__":
     run_cli(lambda: cli.run_command(__doc__, COMMANDS))

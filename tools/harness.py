@@ -1,10 +1,7 @@
-"""Tasks of lm_eval, decoded by one rule of a protocol; lm_eval asks and grades.
+"""Tasks of lm_eval, decoded by one rule of a protocol; lm_eval asks and grades. The same command continues.
 
     python tools/harness.py --model dream --tasks gsm8k_cot_zeroshot --protocol tad --apply_chat_template
-    python tools/harness.py --tasks my_task.yaml --limit 20          # or --include_path DIRECTORY
-    torchrun --nproc_per_node=8 tools/harness.py ...                 # prompts are split over the ranks
-
-The same command continues an interrupted one. Options of decoding replace what the protocol says.
+    torchrun --nproc_per_node=8 tools/harness.py --tasks my_task.yaml    # prompts are split over the ranks
 """
 import hashlib
 import json
@@ -13,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from compare import published_text  # first: it puts the folder above on the path
+import compare  # noqa: F401, first: it puts the folder above on the path
 import cli
 import data
 import eval as nt_eval
@@ -31,8 +28,6 @@ def lm_eval_package():
 
 def render(chat, turns, answer=""):
     """[(role, text), ...] in a family's template: data.turn_pieces, and how the reply already begins."""
-    if chat.system and turns[0][0] != "system":
-        turns = [("system", chat.system), *turns]
     if len(turns) > 1 and "{role}" not in chat.turn:
         raise UserError("the tiny model's template has one turn: --no-fewshot_as_multiturn, no system text")
     pieces = data.turn_pieces(chat, turns)
@@ -62,7 +57,6 @@ def bridge(model, tok, settings, batch_size=32, kept=None):
         tokenizer_name = f"nanotraj-{model.cfg.family}"
         chats = {}  # a rendered text -> its pieces, which say what special tokens in it are real
         decoded = {}  # context_id-repeat -> row, see eval.decode_rows
-        asked = set()  # what the tasks ask for, while the protocol decides
 
         def apply_chat_template(self, chat_history, add_generation_prompt=True):
             turns = [(said["role"], said["content"]) for said in chat_history]
@@ -81,13 +75,11 @@ def bridge(model, tok, settings, batch_size=32, kept=None):
         def generate_until(self, requests):
             names, prompts, seen = [], {}, Counter()
             for request in requests:
-                context, wishes = request.args
+                context = request.args[0]
                 name = context_id(context)  # a prompt that comes again is decoded again only if it is sampled
                 names.append(f"{name}-{seen[name] if settings.get('temperature') else 0}")
                 prompts[names[-1]] = self.prompt_ids(context)
                 seen[name] += 1
-                wished = filter(wishes.get, ("max_gen_toks", "temperature", "top_p"))
-                self.asked.update(f"{key} {wishes[key]}" for key in wished)
             rows = nt_eval.decode_by_id(model, tok, prompts, settings, batch_size, kept, "responses")
             self.decoded |= {name: rows[name] for name in prompts}  # the folder may hold more
             return [before_stop(rows[name]["response"], request.args[1].get("until"))
@@ -173,11 +165,8 @@ def main():
     print(lm_eval_package().utils.make_table(results))
     print(f"{nt_eval.rule_name(settings)}: TPF {speed['tpf']:.2f}, {speed['tok_per_s']:.1f} tok/s over "
           f"{len(decoded)} prompts (batch {args.batch_size}, {world} rank(s))")
-    print(f"the tasks ask for {', '.join(sorted(asking.asked)) or 'nothing'}; the protocol decides: gen_len "
-          f"{settings['gen_len']}, temperature {settings.get('temperature', 0.0)}")
     for name in samples:
-        published = published_text(name, model.cfg.family, args.protocol, "lm_eval")
-        print((nt_eval.contamination_warning(name) + published).strip() or f"nothing is published of {name}")
+        print(nt_eval.contamination_warning(name), end="")
     print(f"written: {kept.out / 'lm_eval.json'}, {kept.out / 'samples-*.jsonl'}")
 
 

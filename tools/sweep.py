@@ -1,13 +1,16 @@
-"""Every method, its ablations and its baselines on the tiny model, side by side: one table, one picture.
+"""The tables of the papers, and every method with its ablations on the tiny model: one table, one picture.
 
-    python tools/sweep.py                    # 4 seeds; interrupted, the same command continues
-    python tools/sweep.py --only TAD T3D     # some of the rows
-    python tools/sweep.py --dry_run          # the training commands, to run one by hand
+    python tools/sweep.py paper TAD-4 --model llada   # the commands of a table or figure: docs/papers.md
+    python tools/sweep.py paper TRIMS-fig8 --quick    # the same on the tiny model, small: minutes
+    python tools/sweep.py       # the tiny comparison of docs/results.md; --only TAD T3D: some of its rows
 
-All runs share COMMON and the adapter rank of the tiny presets: the rows differ in their data, in what is
-masked and in the loss. Nothing is tuned. Trajectories are collected, and TRIMS's examples scored, once for
-all. Seed s has --n test problems of its own. comparison.jsonl.gz keeps the results for tools/compare.py.
+Interrupted, the same command continues. The rows of the tiny comparison, docs/papers-tiny.md, differ in their
+data, masks and loss; COMMON and the adapters are the same, nothing is tuned. Seed s has --n test problems of
+its own. comparison.jsonl.gz keeps the results for tools/compare.py.
 """
+import os
+import re
+import shlex
 import subprocess
 import sys
 from contextlib import suppress
@@ -15,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 import compare  # first: it puts the folder above on the path
@@ -25,40 +29,65 @@ import lora
 import model as nt_model
 import rollout
 import t3d
-from cli import UserError, read_json, read_jsonl, run_cli
+from cli import UserError, option, read_json, read_jsonl, run_cli
 
 COMMON = "--max_steps 200 --batch_size 16 --micro_batch 16 --lr 1e-3 --lr_schedule tail --warmup_steps 10"
 BATCH = 51  # problems decoded at once: 251 nearly fill five such batches
 N_TRAJECTORIES = 1000
-SHARED = f"--n_problems {N_TRAJECTORIES} --trajectories {{root}}/trajectories"  # -own, -privileged, -rollouts
-SFT = "--trajectory_share 0"
-METHODS = {  # label -> script and its options; a label with a colon is an ablation
-    "base": "",
-    "SFT-GT": f"trims.py {SFT}",
-    "SFT-SD": f"trims.py {SFT} --data {{root}}/trajectories-own",
-    "SFT-SD privileged": f"trims.py {SFT} --data {{root}}/trajectories-privileged",  # TAD's responses
-    "Naive TD": f"t3d.py --loss naive_td --lam 0 {SHARED}-rollouts",
-    "dInfer-like": f"tabom.py --segment two_steps --lam 0 {SHARED}-own",
-    "TRIMS": "trims.py",
-    "TRIMS: easy first": "trims.py --ordering ascending",
-    "TRIMS: random order": "trims.py --ordering random",
-    "TAD": f"tad.py --window auto-quality {SHARED}-privileged",
-    "TAD: speed": f"tad.py --window auto-speed {SHARED}-privileged",
-    "TAD: near only": f"tad.py --window auto-quality --distant none {SHARED}-privileged",
-    "TAD: distant only": f"tad.py --window auto-quality --near none {SHARED}-privileged",
-    "T3D": f"t3d.py {SHARED}-rollouts",
-    "T3D: no DDO": f"t3d.py --loss naive_td {SHARED}-rollouts",
-    "T3D: no path": f"t3d.py --lam 0 {SHARED}-rollouts",
-    "T3D: no random tokens": f"t3d.py --rand_p 0 {SHARED}-rollouts",
-    "TABOM": f"tabom.py {SHARED}-own",
-    "TABOM: no ranking": f"tabom.py --lam 0 {SHARED}-own",
-    "TABOM: global window": f"tabom.py --window 0 {SHARED}-own",
-}
+
+
+def block_of(table):
+    """The commands under a heading of docs/papers-*.md: a block of bash."""
+    pages = [page.read_text() for page in sorted((nt_model.HERE / "docs").glob("papers-*.md"))]
+    found = dict(re.findall(r"^## (\S+)[^`]*```bash\n(.*?)^```", "\n".join(pages), re.M | re.S))
+    if table not in found:
+        raise UserError(f"no table {table!r} in docs/papers-*.md: there are {', '.join(found)}")
+    return found[table]
+
+
+METHODS = dict(re.findall(r"# (.+)\n([^#\n]*)", block_of("tiny")))  # label -> command; "a: b", an ablation
+TINY = {**dict.fromkeys(["--task", "--data", "--protocol", "collect"], "tiny"), "--teacher": "tiny-ar"}
+RANKED = {"tad.py", "t3d.py", "tabom.py", "trims.py", "curve", "collect"}  # what torchrun may start
+FEW = "--max_steps 2 --batch_size 4 --micro_batch 4 --eval_problems 0"
+QUICK = {"trims.py": "--n_examples 8", "tools/sweep.py": "--quick"}  # the others: some problems
+
+
+def paper_commands(table, model, out, quick=False):
+    """The commands of a table, lists of words: bash puts in $MODEL and $OUT and unrolls the loops."""
+    echo = "python() { printf '%q ' \"$@\"; echo; }\n" + block_of(table)
+    env = {**os.environ, "MODEL": model, "OUT": str(out)}
+    said = subprocess.run(["bash", "-euc", echo], env=env, capture_output=True, text=True, check=True)
+    for script, *words in map(shlex.split, said.stdout.splitlines()):
+        if model == "tiny":
+            words = [word if str(out) in word else TINY.get(before, word)
+                     for before, word in zip([script, *words], words)]
+        if quick and "--model" in words:
+            words += f"{QUICK.get(script, '--n_problems 8')} {FEW * (script in RANKED)}".split()
+        yield [script, *words]
+
+
+def paper_command(args):
+    """Each on all GPUs that it can use; done.jsonl names those that have ended."""
+    root = Path(args.out or f"out/papers/{args.table}-{Path(args.model).name}{'-quick' * args.quick}")
+    done, gpus = root / "done.jsonl", torch.cuda.device_count()
+    ended = read_jsonl(done, tolerant=True) if done.exists() else []
+    for words in paper_commands(args.table, args.model, root, args.quick):
+        print(shlex.join(["python", *words]), flush=True)
+        if args.dry_run or words in ended:
+            continue
+        launch = []
+        if gpus > 1 and RANKED & {*words[:2]}:
+            launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
+        code = subprocess.run([sys.executable, *launch, str(nt_model.HERE / words[0]), *words[1:]]).returncode
+        if code:
+            raise UserError(f"{words[0]} ended with {code}; its message is above")
+        root.mkdir(parents=True, exist_ok=True)
+        cli.append_line(done, words)
 
 
 def command(label, seed, folder):
     own = f"--eval_problems 0 --seed {seed} --out {folder}"
-    return f"{METHODS[label].format(root=folder.parent)} {COMMON} {own}".split()
+    return f"{METHODS[label].replace('$OUT', str(folder.parent))} {COMMON} {own}".split()[1:]
 
 
 def prepare(labels, model, tok, root):
@@ -107,6 +136,19 @@ def evaluate(label, folder, tok, problems, records):
 
 
 @dataclass
+class PaperOptions:
+    """run the commands of a table or figure of a paper, or print them"""
+    table: str = option(positional=True)  # TAD-4, TABOM-fig2, ...: a heading of docs/papers-*.md
+    model: str = "tiny"  # preset name, hub id or directory; tiny: its own task instead of theirs
+    out: str = ""  # directory of the runs [out/papers/TABLE-MODEL]
+    quick: bool = False  # two steps on a few problems
+    dry_run: bool = False  # print the commands and stop
+
+
+COMMANDS = {"paper": (paper_command, PaperOptions)}
+
+
+@dataclass
 class Options:
     seeds: int = 4  # runs of every method
     n: int = 251  # test problems per seed
@@ -116,6 +158,8 @@ class Options:
 
 
 def main():
+    if sys.argv[1:2] == ["paper"]:
+        return cli.run_command(__doc__, COMMANDS)
     args = cli.parse(__doc__, Options)
     unknown = sorted(set(args.only or []) - set(METHODS))
     if unknown:
