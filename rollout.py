@@ -197,7 +197,7 @@ def records_asked_for(args):
     """The records of a folder or of one .jsonl; args then names their own model, unless it names another."""
     records = read_trajectories(args.path)
     if not records:
-        raise UserError(f"{path} holds no trajectories: give a folder or a .jsonl of them")
+        raise UserError(f"{args.path} holds no trajectories: give a folder or a .jsonl of them")
     args.model = args.model or records[0]["model"]
     args.revision = args.revision or records[0].get("revision")
     return records
