@@ -45,7 +45,7 @@ def block_of(table):
     return found[table]
 
 
-METHODS = dict(re.findall(r"# (.+)\n([^#\n]*)", block_of("tiny")))  # label -> command; "a: b", an ablation
+METHODS = dict(re.findall(r"# (.+)\n(?:python )?([^#\n]*)", block_of("tiny")))  # "a: b" is an ablation of a
 TINY = {**dict.fromkeys(["--task", "--data", "--protocol", "collect"], "tiny"), "--teacher": "tiny-ar"}
 RANKED = {"tad.py", "t3d.py", "tabom.py", "trims.py", "curve", "collect"}  # what torchrun may start
 FEW = "--max_steps 2 --batch_size 4 --micro_batch 4 --eval_problems 0"
@@ -87,7 +87,7 @@ def paper_command(args):
 
 def command(label, seed, folder):
     own = f"--eval_problems 0 --seed {seed} --out {folder}"
-    return f"{METHODS[label].replace('$OUT', str(folder.parent))} {COMMON} {own}".split()[1:]
+    return f"{METHODS[label].replace('$OUT', str(folder.parent))} {COMMON} {own}".split()
 
 
 def prepare(labels, model, tok, root):
