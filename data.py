@@ -262,7 +262,7 @@ def load_tokenizer(name, revision=None):
     """A checkpoint's tokeniser; no remote code is run. Raises UserError if it is absent or does not fit."""
     folder = checkpoint_dir(name, revision, weights=False)
     cfg = config_of(folder)
-    tok = Tokenizer(*read_tokens(folder), FAMILIES[cfg.family].chat, cfg.eos_ids[0])
+    tok = Tokenizer(*tiny_tokens(folder) or bpe_tokens(folder), FAMILIES[cfg.family].chat, cfg.eos_ids[0])
     if tok.lacking():
         raise UserError(f"{folder}: the tokeniser has no {', '.join(tok.lacking())}, "
                         f"which the chat template of a {cfg.family} model needs")
@@ -272,18 +272,18 @@ def load_tokenizer(name, revision=None):
     return tok
 
 
-def read_tokens(folder):
-    """A checkpoint's tokeniser files -> the first four fields of Tokenizer."""
-    if (folder / "vocab.json").exists() and not (folder / "tokenizer.json").exists():
-        table = read_json(folder / "vocab.json")
-        if isinstance(table, dict) and isinstance(table.get("words"), list):  # in a BPE "words" is a token
-            # the tiny model's: 256 bytes, then words with their leading space, then special tokens
-            pieces = [bytes([b]) for b in range(256)] + [b" " + word.encode() for word in table["words"]]
-            special = {token: i for i, token in enumerate(table["special"], len(pieces))}
-            ranks = {piece: i for i, piece in enumerate(pieces)}
-            bpe = tiktoken.Encoding("tiny", pat_str=r" ?\S+|\s+", mergeable_ranks=ranks, special_tokens={})
-            return lambda text: bpe.encode(" " + text.strip()), dict(enumerate(pieces)), special, True
-    return bpe_tokens(folder)
+def tiny_tokens(folder):
+    """The tiny model's vocab.json -> the first four fields of Tokenizer, or None if it is another's."""
+    file = folder / "vocab.json"
+    table = read_json(file) if file.exists() and not (folder / "tokenizer.json").exists() else None
+    if not isinstance(table, dict) or not isinstance(table.get("words"), list):  # a BPE's "words" is a token
+        return None
+    # 256 bytes, then words with their leading space, then special tokens
+    pieces = [bytes([b]) for b in range(256)] + [b" " + word.encode() for word in table["words"]]
+    special = {token: i for i, token in enumerate(table["special"], len(pieces))}
+    ranks = {piece: i for i, piece in enumerate(pieces)}
+    bpe = tiktoken.Encoding("tiny", pat_str=r" ?\S+|\s+", mergeable_ranks=ranks, special_tokens={})
+    return lambda text: bpe.encode(" " + text.strip()), dict(enumerate(pieces)), special, True
 
 
 def bpe_tokens(folder):

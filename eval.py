@@ -683,11 +683,11 @@ def caches_command(args, given):
 
 
 def nll_command(args, given):
-    problems = problems_of(args, graded=False)
+    problems, teacher_tok = problems_of(args, graded=False), load_teacher_tokenizer(args.teacher)
     model, tok = load_both(args)
     teacher = load_teacher(args.teacher, *nt_model.default_device())
     settings = {"cache": "none", **nt_model.decoding_defaults(model.cfg), **given}
-    models, teacher_tok = [(args.adapter or args.model, model)], load_teacher_tokenizer(args.teacher)
+    models = [(args.adapter or args.model, model)]
     report_trajectory_nll(models, teacher, teacher_tok, tok, problems, settings, args.out)
 
 

@@ -80,7 +80,6 @@ class Family:
     extra_eos: tuple = ()  # ids that end a response beside those of config.json
     decoding: dict = field(default_factory=dict)  # fields of sample.Decoding, unless told otherwise
     task: str = ""        # the built-in task that it was trained on: what a training run measures at its end
-    teachers: str = ""    # in words, the causal LMs with this template: TRIMS's teachers
 
 
 HF_KEYS = dict(
@@ -106,8 +105,7 @@ FAMILIES = {
                       **HF_OPTIONAL),  # every fact, so that tests can mix them
         chat=Chat("<bos>", "{text}", "<sep>", "<eos>"),
         decoding=dict(gen_len=48, block_len=16, cache="none"),  # stale caches cost accuracy here
-        task="tiny",
-        teachers="tiny-ar"),
+        task="tiny"),
     "llada": Family(
         presets={"llada": "GSAI-ML/LLaDA-8B-Instruct"},
         model_type="llada",
@@ -137,8 +135,7 @@ FAMILIES = {
         facts=dict(qk_norm=True, block_len=4, mask_id=151669),
         chat=Chat(**IM_CHAT),
         extra_eos=(151645,),
-        decoding=dict(cache="exact"),
-        teachers="a Qwen2 or Qwen3 chat model"),
+        decoding=dict(cache="exact")),
     "a2d": Family(  # dllm's conversions of Qwen3
         presets={"a2d-0.6b": "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1"},
         model_type="a2d-qwen3",

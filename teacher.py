@@ -5,14 +5,17 @@ Teacher and student may have different tokenisers: scores move through UTF-8 byt
 import hashlib
 import json
 import math
+import re
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
+from torch import nn
 
 from cli import UserError, read_jsonl
-from data import Tokenizer, left_padded, read_tokens
+from data import Tokenizer, left_padded, tiny_tokens
+from lora import changed
 from model import FAMILIES, by_chunks, checkpoint_dir, n_content, token_positions
 from rollout import Shard
 from run import barrier
@@ -25,7 +28,7 @@ def load_teacher(name, device="cpu", dtype=torch.float32, revision=None):
     try:
         teacher, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True)
-    except (ValueError, OSError, RuntimeError, SafetensorError) as e:
+    except (ImportError, ValueError, OSError, RuntimeError, SafetensorError) as e:
         line = str(e).strip().split("\n")[0]
         raise UserError(f"{name} is not a causal LM that transformers loads: {line}") from None
     absent = [*sorted(info["missing_keys"]), *(key[0] for key in info["mismatched_keys"])]
@@ -34,17 +37,84 @@ def load_teacher(name, device="cpu", dtype=torch.float32, revision=None):
     return teacher.to(device).requires_grad_(False)  # in eval mode
 
 
+PROBE = "Aé 中🙂\n  x\t<b> ²12"  # a tokeniser that keeps this keeps any text
+
+
+class TeacherTokenizer:
+    """A causal LM's own tokeniser and chat template, as `transformers` reads them; remote code is never run.
+    Raises UserError, here and later, for one that does not let us say which bytes a token stands for.
+    """
+
+    def __init__(self, name, folder):
+        from transformers import AutoTokenizer
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
+        self.name, self.byte_of = name, {c: bytes([b]) for b, c in bytes_to_unicode().items()}
+        try:
+            self.hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except Exception as e:  # of a different type for each kind of file
+            raise self.error(f"transformers loads no tokeniser: {e}") from None
+        self.added = {i: token.content for i, token in self.hf.added_tokens_decoder.items()}
+        ids = self.encode(PROBE)
+        for self.byte_level in (True, False):
+            if b"".join(map(self.bytes_of, ids)).removeprefix(b" ") == PROBE.encode():
+                break
+        else:
+            raise self.error(f"its {type(self.hf).__name__} is neither a byte-level BPE nor SentencePiece "
+                             f"with bytes: what its tokens stand for cannot be told")
+        special = {i for i, token in self.hf.added_tokens_decoder.items() if token.special}
+        answered = [dict(role="user", content="?"), dict(role="assistant", content="OK")]
+        behind = self.chat(answered, tokenize=False).rpartition("OK")[2] if self.hf.chat_template else ""
+        ends = [i for i in self.hf.encode(behind, add_special_tokens=False) if i in special]
+        self.eos_id = ends[0] if ends else self.hf.eos_token_id  # ends a turn
+        if self.eos_id is None:
+            raise self.error("neither its chat template nor its tokeniser says how an answer ends")
+
+    def error(self, why):
+        return UserError(f"teacher {self.name}: {str(why).strip().splitlines()[0]}; choose another --teacher")
+
+    def chat(self, turns, **settings):
+        """Turns in the model's own template; a text cannot write its special tokens."""
+        try:
+            return self.hf.apply_chat_template(turns, enable_thinking=False, **settings)
+        except Exception as e:  # whatever the template raises
+            raise self.error(f"its chat template fails: {e}") from None
+
+    def prompt_ids(self, text):
+        """One user turn, the answer open, without a thought where the model may think; (P,) int64."""
+        if not self.hf.chat_template:  # a base model's
+            return torch.tensor(self.hf.encode(text + "\n", split_special_tokens=True))
+        ids = self.chat([dict(role="user", content=text)], add_generation_prompt=True,
+                        sanitize_control_tokens=True)
+        return torch.tensor(ids["input_ids"])
+
+    def encode(self, text):
+        """Text -> ids without a special token. SentencePiece may write a space before the text."""
+        return self.hf.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    def bytes_of(self, i):
+        """id -> its UTF-8 bytes."""
+        if i in self.added:
+            return self.added[i].encode()
+        piece = self.hf.convert_ids_to_tokens(i)
+        if self.byte_level:
+            return b"".join(self.byte_of.get(char, b"\xff") for char in piece)
+        byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)
+        return bytes.fromhex(byte[1]) if byte else piece.replace("▁", " ").encode()
+
+
 def load_teacher_tokenizer(name, revision=None):
-    """The tokeniser of an AR teacher, with the template of the family that has teachers and these tokens."""
-    tokens = read_tokens(checkpoint_dir(name, revision, weights=False))
-    families = [family for family in FAMILIES.values() if family.teachers]
-    for family in families:
-        tok = Tokenizer(*tokens, family.chat, eos_id=None)
-        if not tok.lacking():
-            tok.eos_id = tok.special[family.chat.end]
-            return tok
-    raise UserError(f"{name} has the special tokens of no chat template that a teacher may have: "
-                    f"it must be {', or '.join(family.teachers for family in families)}")
+    """The tokeniser of an AR teacher: encode, bytes_of, prompt_ids, eos_id."""
+    folder = checkpoint_dir(name, revision, weights=False)
+    tokens, chat = tiny_tokens(folder), FAMILIES["tiny"].chat
+    return Tokenizer(*tokens, chat, tokens[2][chat.end]) if tokens else TeacherTokenizer(name, folder)
+
+
+class KnownStates(nn.Module):
+    """In place of a causal LM's layers: their output is known, and the LM's own head and scaling follow."""
+
+    def forward(self, inputs_embeds=None, **_):
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
 
 
 @torch.no_grad()
@@ -52,25 +122,29 @@ def token_nll(teacher, ids, valid=None, metric="nll"):
     """-log p(ids[:, t] | ids[:, :t]) under a causal LM, or the entropy there, in nats: (B, T) fp32, 0 where
     nothing predicts. ids (B, T) int64; valid (B, T) bool, False = padding on either side.
     """
+    rows = teacher.get_input_embeddings().num_embeddings
+    if ids.max() >= rows:
+        raise UserError(f"the teacher's tokeniser has the id {ids.max()}, its model only {rows} embeddings")
     valid = ids >= 0 if valid is None else valid
     h = teacher.base_model(ids, attention_mask=valid.long(), position_ids=token_positions(valid))[0]
-    head = teacher.get_output_embeddings()
 
     def score(h, x):
-        logp = head(h).float().log_softmax(-1)
+        logp = teacher(inputs_embeds=h[None]).logits[0].float().log_softmax(-1)
         if metric == "entropy":
             return -(logp.exp() * logp).sum(-1)
         return F.nll_loss(logp, x, reduction="none")
     scored = valid[:, 1:] & valid[:, :-1]  # the head on these rows only, in chunks
     nll = torch.zeros(scored.shape, device=ids.device)
-    nll[scored] = by_chunks(score, teacher.config.vocab_size, h[:, :-1][scored], ids[:, 1:][scored])
+    with changed(teacher, [(teacher, teacher.base_model_prefix, KnownStates())]):
+        nll[scored] = by_chunks(score, rows, h[:, :-1][scored], ids[:, 1:][scored])
     return F.pad(nll, (1, 0))
 
 
 def spread(values, teacher_bytes, student_bytes):
     """Scores of the teacher's tokens (m,) -> of the student's (n,): spread evenly over bytes, then summed."""
     ends, teacher_ends, sums = (np.cumsum([0, *x]) for x in (student_bytes, teacher_bytes, values))
-    return np.diff(np.interp(ends, teacher_ends, sums))
+    kept = np.diff(teacher_ends, prepend=-1) > 0  # a token of no bytes counts with the next
+    return np.diff(np.interp(ends, teacher_ends[kept], sums[kept]))
 
 
 def teacher_pieces(example, tok, teacher_tok):
@@ -83,7 +157,10 @@ def teacher_pieces(example, tok, teacher_tok):
     except UnicodeDecodeError:
         raise UserError(f"example {example['id']}: its completion is not UTF-8 text") from None
     ids = teacher_tok.encode(text) if text else []
-    teacher_bytes = [len(teacher_tok.bytes_of(i)) for i in ids]
+    written = list(map(teacher_tok.bytes_of, ids))
+    teacher_bytes = list(map(len, written))
+    if b"".join(written) == b" " + text.encode():  # SentencePiece's own space
+        teacher_bytes[0] -= 1
     if sum(teacher_bytes) != sum(student_bytes):
         raise UserError(f"example {example['id']}: its completion has {sum(student_bytes)} bytes for the "
                         f"student and {sum(teacher_bytes)} for the teacher; normalise the text (NFC)")
@@ -111,7 +188,7 @@ def difficulty(examples, tok, teacher, teacher_tok, metric):
     return out
 
 
-def score_examples(examples, tok, cfg, r):
+def score_examples(examples, tok, teacher_tok, cfg, r):
     """difficulty() of every example, kept in the folder of the run r: an interrupted run goes on."""
     folder = r.out / "difficulty"
     folder.mkdir(exist_ok=True)
@@ -130,7 +207,8 @@ def score_examples(examples, tok, cfg, r):
     left = [(k, e) for k, e in zip(keys, examples) if k not in done]
     todo = left[r.rank::r.world]
     if todo:
-        teacher_tok = load_teacher_tokenizer(cfg.teacher)
+        for _, e in todo:
+            teacher_pieces(e, tok, teacher_tok)  # an error comes before the weights
         teacher = load_teacher(cfg.teacher, r.device, r.dtype)
         shard = Shard(folder, r.rank, len(todo), "example", "difficulty")
         for first in range(0, len(todo), cfg.score_batch):

@@ -223,6 +223,7 @@ def main():
                         "beforehand: give --trajectory_share 0, or a number of examples")
     whole = cfg.full or cfg.init == "scratch"
     tok = load_tokenizer(cfg.model, cfg.revision)
+    teacher_tok = load_teacher_tokenizer(cfg.teacher) if cfg.trajectory_share else None
     examples = load_examples(cfg, tok)
     if cfg.dry_run:
         return run.dry_run(cfg, len(examples), scratch=cfg.init == "scratch")
@@ -241,7 +242,7 @@ def main():
     n_steps = cfg.max_steps or cfg.epochs * run.steps_per_epoch(len(examples), cfg)
     cfg.warmup_steps = round(cfg.warmup_ratio * n_steps) or cfg.warmup_steps
     if cfg.trajectory_share:
-        scores = score_examples(examples, tok, cfg, r)
+        scores = score_examples(examples, tok, teacher_tok, cfg, r)
         ranked = buckets(scores, cfg.n_buckets, cfg.ordering, cfg.seed)
         examples = [{**examples[i], "bucket": b} for i, b in enumerate(ranked)]
 
@@ -267,9 +268,9 @@ def main():
     # 3. the same problems, the same decoding rules: base against TRIMS
     models = nt_eval.closing(r, r.save(model), tok, "TRIMS" if cfg.trajectory_share else "SFT")
     if models and cfg.trajectory_share:  # Fig. 7
-        teacher = load_teacher(cfg.teacher, r.device, r.dtype), load_teacher_tokenizer(cfg.teacher)
+        teacher = load_teacher(cfg.teacher, r.device, r.dtype)
         problems = load_problems("tiny", "dev", min(40, cfg.eval_problems))
-        nt_eval.report_trajectory_nll(models, *teacher, tok, problems, TINY_DECODING, r.out)
+        nt_eval.report_trajectory_nll(models, teacher, teacher_tok, tok, problems, TINY_DECODING, r.out)
 
 
 if __name__ == "__main__":
