@@ -15,7 +15,7 @@ without knowing each other: a step may mix two phrasings, or name a cup that not
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,8 +28,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 import grade
-from cli import UserError, option, read_json, read_jsonl, read_rows, run_cli, run_command
-from model import FAMILIES, Chat, ModelOptions, block_diffusion_layout, checkpoint_dir, config_of
+from cli import UserError, option, read_json, read_jsonl, read_rows, read_text, run_cli, run_command
+from model import (FAMILIES, Chat, ModelOptions, block_diffusion_layout, checkpoint_dir, config_of,
+                   read_object)
 from recipes import RECIPES, TEST, overlap, recipe_problems
 
 TINY_DECODING = FAMILIES["tiny"].decoding
@@ -54,6 +55,8 @@ RECORD_FIELDS = ("id", "source", "prompt", "prompt_ids", "x0", "order", "rank", 
                  "correct", "model", "decoding", "schema")
 SCHEMA = 1
 SPECIAL = re.compile(r"(</?[|\w]+>)")  # tokens in a chat template
+MARK = "\ufdd0"  # no character: it parts what looks like a special token in a text
+PROBES = ([("user", " a\n")], [("system", "Be brief."), ("user", "a"), ("assistant", "b"), ("user", "c")])
 
 
 def tiny_solution(visited, rng):
@@ -246,6 +249,8 @@ class Tokenizer:
 
 def turn_pieces(chat, turns):
     """Turns [(role, text)], the answer open -> [(piece, is it a special token)]; none comes from a text."""
+    if chat.pieces:
+        return chat.pieces(turns)
     if chat.system and turns[0][0] != "system":
         turns = [("system", chat.system), *turns]
     pieces = []
@@ -258,14 +263,55 @@ def turn_pieces(chat, turns):
     return pieces
 
 
+def own_chat(folder, chat, special):
+    """A checkpoint's own template, run in Jinja's sandbox; its family's Chat where both write the same, with
+    or without an empty thought. special: {special token: id}.
+    """
+    file, table = folder / "chat_template.jinja", read_object(folder / "tokenizer_config.json")
+    source = read_text(file) if file.exists() else table.get("chat_template")
+    if isinstance(source, list):  # several, by name
+        source = {each["name"]: each["template"] for each in source}.get("default")
+    if not source:
+        return chat
+    from transformers.utils.chat_template_utils import render_jinja_template  # slow to import
+    named = {key: token["content"] if isinstance(token, dict) else token
+             for key, token in table.items() if key.endswith("_token")}
+    split = re.compile(f"({'|'.join(map(re.escape, sorted(special, key=len, reverse=True)))})")
+
+    def rendered(turns, **settings):
+        said = [dict(role=role, content=split.sub(lambda found: MARK.join(found[0]), text))
+                for role, text in turns]
+        try:
+            return render_jinja_template([said], chat_template=source, **named, **settings)[0][0]
+        except Exception as e:  # whatever the template raises
+            raise UserError(f"{folder}: its chat_template fails ({e}): repair or remove it") from None
+
+    def pieces(turns):
+        parts = split.split(rendered(turns, add_generation_prompt=True, enable_thinking=False))
+        return [(part.replace(MARK, ""), part in special) for part in parts if part]
+
+    for settings in ({}, dict(enable_thinking=False)):
+        if all(rendered(turns, add_generation_prompt=True, **settings)
+               == "".join(piece for piece, _ in turn_pieces(chat, turns)) for turns in PROBES):
+            return chat
+    behind = rendered([("user", "a"), ("assistant", "OK")]).rpartition("OK")[2]
+    end = next((part for part in split.split(behind) if part in special), chat.end)
+    print(f"{folder}: its chat_template differs from its family's, and is used; an answer ends with {end}")
+    return replace(chat, end=end, system="", trim=False, pieces=pieces)
+
+
 def load_tokenizer(name, revision=None):
     """A checkpoint's tokeniser; no remote code is run. Raises UserError if it is absent or does not fit."""
     folder = checkpoint_dir(name, revision, weights=False)
     cfg = config_of(folder)
-    tok = Tokenizer(*tiny_tokens(folder) or bpe_tokens(folder), FAMILIES[cfg.family].chat, cfg.eos_ids[0])
+    tokens = tiny_tokens(folder) or bpe_tokens(folder)
+    tok = Tokenizer(*tokens, own_chat(folder, FAMILIES[cfg.family].chat, tokens[2]), cfg.eos_ids[0])
     if tok.lacking():
         raise UserError(f"{folder}: the tokeniser has no {', '.join(tok.lacking())}, "
                         f"which the chat template of a {cfg.family} model needs")
+    if tok.special[tok.chat.end] not in cfg.eos_ids:
+        raise UserError(f"{folder}: an answer ends with {tok.chat.end}, id {tok.special[tok.chat.end]}, which is "
+                        f"no eos_token_id of its config.json {cfg.eos_ids}: add it there")
     if tok.n_vocab > cfg.vocab_size:
         raise UserError(f"{folder}: the tokeniser has ids up to {tok.n_vocab - 1}, "
                         f"the model's embedding only {cfg.vocab_size} rows: they belong to different models")
@@ -289,12 +335,8 @@ def tiny_tokens(folder):
 def bpe_tokens(folder):
     """A byte-level BPE: tokenizer.json, or vocab.json and merges.txt, which are read as Qwen2's are."""
     from transformers.convert_slow_tokenizer import Qwen2Converter, bytes_to_unicode  # slow to import
-    config, added = folder / "tokenizer_config.json", folder / "added_tokens.json"
-    declared = read_json(config).get("added_tokens_decoder") if config.exists() else None
-    special = read_json(added) if added.exists() else {}
-    if declared:
-        special = {token["content"]: int(i) for i, token in declared.items()}
-    file = folder / "tokenizer.json"
+    declared = read_object(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
+    added, file = read_object(folder / "added_tokens.json"), folder / "tokenizer.json"
     pair = [folder / "vocab.json", folder / "merges.txt"]
     absent = [f.name for f in pair if not f.exists()]
     if absent and not file.exists():
@@ -308,6 +350,7 @@ def bpe_tokens(folder):
             table = Qwen2Converter(SimpleNamespace(bpe_ranks={})).converted(*tables)
         bare = tokenizers.Tokenizer(table.model)  # without added tokens: text never becomes one
         bare.normalizer, bare.pre_tokenizer = table.normalizer, table.pre_tokenizer
+        special = {token["content"]: int(i) for i, token in declared.items()} or added
         special = {**{t.content: i for i, t in table.get_added_tokens_decoder().items()}, **special}
         vocab, byte_of = bare.get_vocab(), {c: b for b, c in bytes_to_unicode().items()}
         plain = {i: bytes(byte_of[c] for c in token)

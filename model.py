@@ -15,6 +15,7 @@ import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +65,7 @@ class Chat:
     end: str          # what the model writes when its answer is finished
     system: str = ""  # system text where none is given; "" = no system turn
     trim: bool = False  # white space around a text is dropped
+    pieces: Callable | None = None  # turns -> pieces (data.turn_pieces): a checkpoint's own template
 
 
 @dataclass(frozen=True)
@@ -160,19 +162,34 @@ def decoding_defaults(cfg):
     return {**own_blocks, **FAMILIES[cfg.family].decoding}
 
 
+def read_object(path):
+    """The object in a JSON file; {} if there is no such file."""
+    table = read_json(path) if path.exists() else {}
+    if not isinstance(table, dict):
+        raise UserError(f"{path} must hold an object, not {str(table)[:40]!r}")
+    return table
+
+
 def read_config(folder):
     """The Config of a checkpoint's directory. What SDAR's and A2D's hub files leave out of config.json: the
     mask id is the tokeniser's; the name says the length of a block (SDAR-4B-Chat-b8), the kind of network.
+    The ids that end a generation count too.
     """
     raw = read_json(folder / "config.json")
-    if not isinstance(raw, dict) or raw.get("mask_token_id") is not None:
+    if not isinstance(raw, dict):
+        return config_from_json(raw)
+    ends = [ids if isinstance(ids, list) else [] if ids is None else [ids] for ids in (
+        raw.get("eos_token_id"), read_object(folder / "generation_config.json").get("eos_token_id"))]
+    if more := [i for i in ends[1] if i not in ends[0]]:
+        raw["eos_token_id"] = ends[0] + more
+    if raw.get("mask_token_id") is not None:
         return config_from_json(raw)
     tokens, path = folder / "tokenizer_config.json", folder.resolve()
     # of a hub id the path is models--OWNER--NAME/snapshots/COMMIT
     name = next((part for part in path.parts if part.startswith("models--")), path.name)
     block, kind = re.search(r"-b(\d+)$", name), re.search("mdlm|bd3lm", name)
     try:
-        table = read_json(tokens) if tokens.exists() else {}
+        table = read_object(tokens)
         ids = {token["content"]: int(i) for i, token in table.get("added_tokens_decoder", {}).items()}
         mask = table.get("mask_token")
         mask_id = ids.get(mask["content"] if isinstance(mask, dict) else mask)
@@ -214,7 +231,7 @@ def config_from_json(raw):
     tokens = {"mask_token_id": [cfg.mask_id], "eos_token_id": cfg.eos_ids, "pad_token_id": [cfg.pad_id]}
     for name, ids in tokens.items():
         if not all(isinstance(i, int) and 0 <= i < cfg.vocab_size for i in ids):
-            raise UserError(f"config.json has {name} {raw.get(name)!r}, "
+            raise UserError(f"config.json (or generation_config.json) has {name} {raw.get(name)!r}, "
                             f"outside its vocabulary of {cfg.vocab_size}")
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":

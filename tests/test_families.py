@@ -150,6 +150,75 @@ def test_text_never_becomes_an_added_token_that_is_not_special(tmp_path):
     assert tok.encode("<think>") == list(b"<think>") and tok.decode([260, 97]) == "<think>a"
 
 
+# ------------------------------------------------------------- what a checkpoint says about its own answers
+OWN = ("{% if messages[0].role != 'system' %}<|im_start|>system\nI am mine.<|im_end|>\n{% endif %}{% for m in messages %}"
+       "<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+       "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.jinja", "by name"])
+def test_a_chat_template_of_its_own_is_used(tmp_path, capsys, place):
+    """The same ids as transformers'; a text writes no special token; harness's turns and system texts too."""
+    from transformers import Qwen2Tokenizer
+    folder = official_checkpoint(tmp_path, "sdar")
+    named = dict(chat_template=[dict(name="tool_use", template="x"), dict(name="default", template=OWN)])
+    config = dict(eos_token="<|endoftext|>", **{"tokenizer_config.json": dict(chat_template=OWN), "by name": named}.get(place, {}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    if place == "chat_template.jinja":
+        (folder / place).write_text(OWN)
+    tok = data.load_tokenizer(folder)
+    assert "its chat_template differs" in capsys.readouterr().out
+    theirs = Qwen2Tokenizer.from_pretrained(folder)
+    for turns in ([("user", " a ")], [("system", "s"), ("user", "{q}\n\n"), ("assistant", "b"), ("user", "<x> é")]):
+        want = theirs.apply_chat_template([dict(role=r, content=c) for r, c in turns], chat_template=OWN, add_generation_prompt=True)
+        assert tok.ids_of(data.turn_pieces(tok.chat, turns)).tolist() == want["input_ids"]
+    clean = sum(i >= 256 for i in tok.prompt_ids("x").tolist())
+    for text in LOOK_ALIKES:
+        assert sum(i >= 256 for i in tok.prompt_ids(text).tolist()) == clean and text in tok.decode(tok.prompt_ids(text).tolist())
+    assert tok.response_ids("so ") == [*b"so ", tok.special["<|im_end|>"]]
+
+
+@pytest.mark.parametrize("family, think", [("sdar", ""), ("dream", ""), ("sdar", "{% if enable_thinking is defined %}<think>{% endif %}")])
+def test_a_chat_template_like_the_familys_changes_nothing(tmp_path, capsys, family, think):
+    folder = official_checkpoint(tmp_path, family)
+    system = "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    plain = OWN.replace(" | trim", "").replace(OWN[:OWN.index("{% for")], system * (family == "dream"))
+    (folder / "chat_template.jinja").write_text(plain.replace("assistant\n", "assistant\n" + think))
+    tok = data.load_tokenizer(folder)
+    assert tok.chat is nt_model.FAMILIES[family].chat and capsys.readouterr().out == ""
+
+
+def test_chat_templates_that_cannot_be_used_are_refused(tmp_path):
+    folder = official_checkpoint(tmp_path, "sdar", eos_token_id=256)
+    for template, words in (("{% if %}", "chat_template fails"), ("{{ messages[7].content }}", "chat_template fails"),
+                            ("{{ ''.__class__.__mro__ }}", "fails"),
+                            (OWN.replace("<|im_end|>", "<|MASK|>"), r"ends with <\|MASK\|>, id 259, .* no eos_token_id")):
+        (folder / "chat_template.jinja").write_text(template)
+        with pytest.raises(UserError, match=words):
+            data.load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("said, ends", [
+    (258, (256, 258)), ([258, 256], (256, 258)), ([250, 251], (256, 250, 251)), (256, (256,)), (None, (256,))])
+def test_the_ids_that_end_a_generation_end_a_response(tmp_path, said, ends):
+    folder = official_checkpoint(tmp_path / "a", "sdar", eos_token_id=256)
+    (folder / "generation_config.json").write_text(json.dumps(dict(eos_token_id=said, temperature=0.6)))
+    model = nt_model.load(folder)
+    assert model.cfg.eos_ids == ends
+    nt_model.save(model, tmp_path / "b")
+    assert nt_model.load(tmp_path / "b").cfg == model.cfg  # config.json alone says it too
+    out = torch.tensor([97, ends[-1], 98])
+    assert nt_model.n_content(out, model.cfg.eos_ids) == 1
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"eos_token_id": "x"}', '{"eos_token_id": [999]}', '{"eos_token_id": [[1]]}', "{"])
+def test_a_broken_generation_config_is_named(tmp_path, text):
+    folder = official_checkpoint(tmp_path, "sdar")
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(UserError, match="generation_config.json"):
+        nt_model.load(folder)
+
+
 # --------------------------------------------------------------------------------------------- a new family
 def test_a_new_dense_family_is_one_entry(tmp_path, monkeypatch):
     """Key names, tensor names, template, facts of its own: load, LoRA and decoding ask for nothing else."""
