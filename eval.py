@@ -364,7 +364,7 @@ def made_of(args, model):
         model=str(args.model),
         revision=model.revision,
         weights=None if model.revision else checksum(weights),
-        adapter=args.adapter and checksum(Path(args.adapter).glob("adapter_*")),
+        adapter=checksum(Path(args.adapter).glob("adapter_*")) if args.adapter else "",
         dtype=dtype_name(model),
         code=checksum(nt_model.HERE / f"{name}.py" for name in code),
         device=device_name(),

@@ -162,9 +162,9 @@ def decoding_defaults(cfg):
     return {**own_blocks, **FAMILIES[cfg.family].decoding}
 
 
-def read_object(path):
-    """The object in a JSON file; {} if there is no such file."""
-    table = read_json(path) if path.exists() else {}
+def read_object(path, optional=True):
+    """The object in a JSON file; {} if there is no such file and it is optional."""
+    table = read_json(path) if path.exists() or not optional else {}
     if not isinstance(table, dict):
         raise UserError(f"{path} must hold an object, not {str(table)[:40]!r}")
     return table
@@ -587,18 +587,31 @@ def weight_files(folder):
     return [folder / name for name in names]
 
 
+def save_tensors(tensors, file):
+    """A whole .safetensors file under this name, or none; its mode is what the umask asks for."""
+    part = Path(f"{file}.tmp")
+    part.unlink(missing_ok=True)
+    part.touch()
+    mode = part.stat().st_mode
+    save_file(tensors, part, metadata={"format": "pt"})  # through a file that only its owner may read
+    part.chmod(mode)
+    os.replace(part, file)  # a loaded model may have the old one mapped into memory
+
+
 def save(model, folder, dtype=None):
-    """Write config.json and model.safetensors with the official names: the official code can load them."""
+    """Write config.json and model.safetensors with the official names: the official code can load them. Shards
+    of another model in this folder go: they would be read instead.
+    """
     folder, state = Path(folder), dict(model.named_parameters())
     if any("lora_" in name for name in state):
         raise UserError("the model carries LoRA adapters: lora.merge(model) first, or lora.save the adapter")
     tensors = {official_name(model.cfg, name): t.detach().to("cpu", dtype or t.dtype).contiguous()
                for name, t in state.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    # never write into a file that this process may have mapped: a loaded model reads its tensors from there
-    save_file(tensors, folder / "model.safetensors.tmp", metadata={"format": "pt"})
-    os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
+    save_tensors(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(model.cfg.raw, indent=2) + "\n")
+    for old in (folder / "model.safetensors.index.json", *folder.glob("model-*-of-*.safetensors")):
+        old.unlink(missing_ok=True)
 
 
 def copy_tokenizer(name, folder, revision=None):
@@ -608,6 +621,8 @@ def copy_tokenizer(name, folder, revision=None):
         return
     for pattern in ("vocab.json", "merges.txt", "token*.json", "added_tokens.json", "special_tokens_map.json",
                     "generation_config.json", "chat_template.jinja"):
+        for old in folder.glob(pattern):
+            old.unlink()
         for file in source.glob(pattern):
             shutil.copyfile(file, folder / file.name)
 

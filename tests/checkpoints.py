@@ -68,7 +68,7 @@ def official_checkpoint(folder, family, seed=0, tokenizer=True, dtype=torch.floa
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = sorted(tensors)
-    parts = {"model-1.safetensors": names[:9], "model-2.safetensors": names[9:]}  # a layer lies in both
+    parts = {"model-1-of-2.safetensors": names[:9], "model-2-of-2.safetensors": names[9:]}  # a layer lies in both
     for file, keys in parts.items():
         save_file({k: tensors[k] for k in keys}, folder / file, metadata={"format": "pt"})
     index = {"weight_map": {k: file for file, keys in parts.items() for k in keys}}

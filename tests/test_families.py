@@ -603,21 +603,6 @@ def test_adapters_load_in_peft_and_merged_models_in_transformers(tmp_path, famil
     assert close(got, want)
 
 
-@pytest.mark.parametrize("changes, words", [
-    (dict(use_dora=True), "use_dora"), (dict(alpha_pattern={"q_proj": 2}), "alpha_pattern"),
-    (dict(bias="all"), "bias")])
-def test_other_kinds_of_adapters_are_refused(tmp_path, changes, words):
-    lora.save(lora.add(random_model(), 4, 4), tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **changes}))
-    with pytest.raises(UserError, match=words):
-        lora.load(random_model(), tmp_path)
-    del config["r"]
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="lacks r"):
-        lora.load(random_model(), tmp_path)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_save_load_save_of_the_families(tmp_path, family):
     model = nt_model.load(official_checkpoint(tmp_path / "a", family))
