@@ -263,10 +263,11 @@ def turn_pieces(chat, turns):
     return pieces
 
 
-def own_chat(folder, chat, special):
+def own_chat(folder, cfg, special):
     """A checkpoint's own template, run in Jinja's sandbox; its family's Chat where both write the same, with
     or without an empty thought. special: {special token: id}.
     """
+    chat = FAMILIES[cfg.family].chat
     file, table = folder / "chat_template.jinja", read_object(folder / "tokenizer_config.json")
     source = read_text(file) if file.exists() else table.get("chat_template")
     if isinstance(source, list):  # several, by name
@@ -296,6 +297,9 @@ def own_chat(folder, chat, special):
             return chat
     behind = rendered([("user", "a"), ("assistant", "OK")]).rpartition("OK")[2]
     end = next((part for part in split.split(behind) if part in special), chat.end)
+    if special.get(end) not in cfg.eos_ids:
+        raise UserError(f"{folder}: its chat_template ends an answer with {end}, id {special.get(end)}, which is "
+                        f"no eos_token_id {cfg.eos_ids}: add it to config.json")
     print(f"{folder}: its chat_template differs from its family's, and is used; an answer ends with {end}")
     return replace(chat, end=end, system="", trim=False, pieces=pieces)
 
@@ -305,13 +309,10 @@ def load_tokenizer(name, revision=None):
     folder = checkpoint_dir(name, revision, weights=False)
     cfg = config_of(folder)
     tokens = tiny_tokens(folder) or bpe_tokens(folder)
-    tok = Tokenizer(*tokens, own_chat(folder, FAMILIES[cfg.family].chat, tokens[2]), cfg.eos_ids[0])
+    tok = Tokenizer(*tokens, own_chat(folder, cfg, tokens[2]), cfg.eos_ids[0])
     if tok.lacking():
         raise UserError(f"{folder}: the tokeniser has no {', '.join(tok.lacking())}, "
                         f"which the chat template of a {cfg.family} model needs")
-    if tok.special[tok.chat.end] not in cfg.eos_ids:
-        raise UserError(f"{folder}: an answer ends with {tok.chat.end}, id {tok.special[tok.chat.end]}, which is "
-                        f"no eos_token_id of its config.json {cfg.eos_ids}: add it there")
     if tok.n_vocab > cfg.vocab_size:
         raise UserError(f"{folder}: the tokeniser has ids up to {tok.n_vocab - 1}, "
                         f"the model's embedding only {cfg.vocab_size} rows: they belong to different models")

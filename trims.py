@@ -71,7 +71,7 @@ class Config(run.Options):
     score_batch: int = 16  # examples per teacher forward
     # --- standard masks
     block_share: float = 0.0  # share of samples masked as in block decoding: earlier clean, later all masked
-    block_len: int = 32  # block size of those samples, tokens
+    block_len: int = 32  # block size of those samples, tokens (sdar: the model's own)
     t_min: float = 0.001  # smallest masking probability
     full: bool = False  # train all weights instead of LoRA adapters
     lora_r: int = 32  # LoRA rank
@@ -98,7 +98,7 @@ PRESETS = {
                  micro_batch=64),
     "llada": dict(data="s1k", gen_len=1024, warmup_ratio=0.03),
     "dream": dict(data="s1k", gen_len=1024, warmup_ratio=0.03),
-    "sdar": dict(data="s1k", gen_len=1024, warmup_ratio=0.03, block_len=4),  # not in the paper
+    "sdar": dict(data="s1k", gen_len=1024, warmup_ratio=0.03, block_len=0),  # not in the paper
 }
 
 
@@ -235,6 +235,7 @@ def main():
         model = nt_model.Transformer(nt_model.config_of(cfg.model, cfg.revision)).init_weights().to(r.device)
     else:
         model = r.load(to_train=True)
+    cfg.block_len = cfg.block_len or model.cfg.block_len
     if not whole:
         lora.add(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout)
 

@@ -1,4 +1,5 @@
 """LLaDA, Dream and SDAR as checkpoints: tokenisers, templates, weights, training, the AR teacher."""
+import importlib
 import json
 import os
 import re
@@ -192,7 +193,7 @@ def test_chat_templates_that_cannot_be_used_are_refused(tmp_path):
     folder = official_checkpoint(tmp_path, "sdar", eos_token_id=256)
     for template, words in (("{% if %}", "chat_template fails"), ("{{ messages[7].content }}", "chat_template fails"),
                             ("{{ ''.__class__.__mro__ }}", "fails"),
-                            (OWN.replace("<|im_end|>", "<|MASK|>"), r"ends with <\|MASK\|>, id 259, .* no eos_token_id")):
+                            (OWN.replace("<|im_end|>", "<|MASK|>"), "ends an answer with .*, id 259, which is no eos")):
         (folder / "chat_template.jinja").write_text(template)
         with pytest.raises(UserError, match=words):
             data.load_tokenizer(folder)
@@ -644,6 +645,26 @@ def test_tad_trains_two_steps_on_every_family(tmp_path, monkeypatch, family, ful
     prompt = data.load_tokenizer(folder).prompt_ids("1 + 1?")
     out = generate(trained, [prompt], gen_len=8, block_len=4, cache="none")[0]
     assert out.ids.tolist() == reference(trained, prompt, gen_len=8, block_len=4, cache="none").ids.tolist()
+
+
+@pytest.mark.parametrize("block_len", [4, 8, 16])
+@pytest.mark.parametrize("method", ["tad", "tabom", "trims"])
+def test_sdar_trains_in_blocks_of_its_own(tmp_path, monkeypatch, method, block_len):
+    """SDAR-4B-Chat-b8 and others: without --block_len, trajectories and masks follow the model's blocks."""
+    folder = official_checkpoint(tmp_path / "base", "sdar", block_size=block_len)
+    (tmp_path / "p.jsonl").write_text("".join(
+        json.dumps(dict(prompt=f"{n}", solution="it is 4", answer="4")) + "\n" for n in range(4)))
+    monkeypatch.setattr("grade.is_correct", lambda *_: True)
+    args = ["--model", folder, "--data", tmp_path / "p.jsonl", "--out", tmp_path / "run", "--gen_len", 16, "--batch_size",
+            4, "--micro_batch", 4, "--max_steps", 1, "--lora_r", 4]
+    args += ["--trajectory_share", 0, "--block_share", 1.0] if method == "trims" else ["--window", 2]
+    seen, inner = [], trims.mask_response
+    monkeypatch.setattr(trims, "mask_response", lambda e, cfg, *a: seen.append(cfg.block_len) or inner(e, cfg, *a))
+    monkeypatch.setattr("sys.argv", [f"{method}.py", *map(str, args)])
+    importlib.import_module(method).main()
+    if method != "trims":
+        seen = [r["decoding"]["block_len"] for r in data.read_trajectories(tmp_path / "run/trajectories")]
+    assert len(seen) == 4 and set(seen) == {block_len}
 
 
 def mask_free(record, folder):
