@@ -15,10 +15,9 @@ without knowing each other: a step may mix two phrasings, or name a cup that not
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Callable, Literal
 
 import numpy as np
@@ -28,7 +27,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 import grade
-from cli import UserError, option, read_json, read_jsonl, read_rows, read_text, run_cli, run_command
+from cli import UserError, option, read_json, read_jsonl, read_rows, run_cli, run_command
 from model import (FAMILIES, Chat, ModelOptions, block_diffusion_layout, checkpoint_dir, config_of,
                    read_object)
 from recipes import RECIPES, TEST, overlap, recipe_problems
@@ -55,7 +54,6 @@ RECORD_FIELDS = ("id", "source", "prompt", "prompt_ids", "x0", "order", "rank", 
                  "correct", "model", "decoding", "schema")
 SCHEMA = 1
 SPECIAL = re.compile(r"(</?[|\w]+>)")  # tokens in a chat template
-MARK = "\ufdd0"  # no character: it parts what looks like a special token in a text
 PROBES = ([("user", " a\n")], [("system", "Be brief."), ("user", "a"), ("assistant", "b"), ("user", "c")])
 
 
@@ -214,6 +212,7 @@ class Tokenizer:
     trimmed: bool     # a text has no white space around it
     chat: Chat        # the family's template
     eos_id: int       # fills the tail of a response
+    own: object = None  # OwnChat instead, where the checkpoint's own template differs
 
     def __post_init__(self):
         self.written = {**self.plain, **{i: token.encode() for token, i in self.special.items()}}
@@ -235,7 +234,8 @@ class Tokenizer:
 
     def prompt_ids(self, text, system=""):
         """One user turn (after a system turn, if any) -> (P,) int64 ids, ready for the answer to follow."""
-        return self.ids_of(turn_pieces(self.chat, [("system", system)] * bool(system) + [("user", text)]))
+        turns = [("system", system)] * bool(system) + [("user", text)]
+        return self.own.prompt_ids(turns) if self.own else self.ids_of(turn_pieces(self.chat, turns))
 
     def ids_of(self, pieces):
         """[(piece, is it a special token)] -> (P,) int64 ids."""
@@ -249,8 +249,6 @@ class Tokenizer:
 
 def turn_pieces(chat, turns):
     """Turns [(role, text)], the answer open -> [(piece, is it a special token)]; none comes from a text."""
-    if chat.pieces:
-        return chat.pieces(turns)
     if chat.system and turns[0][0] != "system":
         turns = [("system", chat.system), *turns]
     pieces = []
@@ -263,53 +261,55 @@ def turn_pieces(chat, turns):
     return pieces
 
 
-def own_chat(folder, cfg, special):
-    """A checkpoint's own template, run in Jinja's sandbox; its family's Chat where both write the same, with
-    or without an empty thought. special: {special token: id}.
-    """
-    chat = FAMILIES[cfg.family].chat
-    file, table = folder / "chat_template.jinja", read_object(folder / "tokenizer_config.json")
-    source = read_text(file) if file.exists() else table.get("chat_template")
-    if isinstance(source, list):  # several, by name
-        source = {each["name"]: each["template"] for each in source}.get("default")
-    if not source:
-        return chat
-    from transformers.utils.chat_template_utils import render_jinja_template  # slow to import
-    named = {key: token["content"] if isinstance(token, dict) else token
-             for key, token in table.items() if key.endswith("_token")}
-    split = re.compile(f"({'|'.join(map(re.escape, sorted(special, key=len, reverse=True)))})")
+class OwnChat:
+    """A checkpoint's own chat template, which `transformers` runs in Jinja's sandbox; of hf, its tokeniser."""
 
-    def rendered(turns, **settings):
-        said = [dict(role=role, content=split.sub(lambda found: MARK.join(found[0]), text))
-                for role, text in turns]
+    def __init__(self, name, hf):
+        self.name, self.hf, special = name, hf, {i for i, t in hf.added_tokens_decoder.items() if t.special}
+        answered = self.render([("user", "a"), ("assistant", "OK")]) if hf.chat_template else ""
+        ends = [i for i in hf.encode(answered.rpartition("OK")[2], add_special_tokens=False) if i in special]
+        self.end_id = (ends + [hf.eos_token_id])[0]  # behind an answer
+
+    def render(self, turns, **settings):
+        """As text, unless told otherwise, and without a thought where the model may think."""
+        said = [dict(role=role, content=text) for role, text in turns]
         try:
-            return render_jinja_template([said], chat_template=source, **named, **settings)[0][0]
-        except Exception as e:  # whatever the template raises
-            raise UserError(f"{folder}: its chat_template fails ({e}): repair or remove it") from None
+            return self.hf.apply_chat_template(
+                said, **{"tokenize": False, "enable_thinking": False, **settings})
+        except Exception as e:  # whatever a template raises
+            raise UserError(f"{self.name}: its chat_template fails ({e}): repair or remove it") from None
 
-    def pieces(turns):
-        parts = split.split(rendered(turns, add_generation_prompt=True, enable_thinking=False))
-        return [(part.replace(MARK, ""), part in special) for part in parts if part]
+    def prompt_ids(self, turns):
+        """Turns, the answer open -> (P,) int64 ids; a text writes no special token."""
+        if not self.hf.chat_template:  # a base model: the text, on a line of its own
+            return torch.tensor(self.hf.encode(turns[-1][1] + "\n", split_special_tokens=True))
+        ids = self.render(turns, tokenize=True, add_generation_prompt=True, sanitize_control_tokens=True)
+        return torch.tensor(ids["input_ids"])
 
-    for settings in ({}, dict(enable_thinking=False)):
-        if all(rendered(turns, add_generation_prompt=True, **settings)
-               == "".join(piece for piece, _ in turn_pieces(chat, turns)) for turns in PROBES):
-            return chat
-    behind = rendered([("user", "a"), ("assistant", "OK")]).rpartition("OK")[2]
-    end = next((part for part in split.split(behind) if part in special), chat.end)
-    if special.get(end) not in cfg.eos_ids:
-        raise UserError(f"{folder}: its chat_template ends an answer with {end}, id {special.get(end)}, which is "
-                        f"no eos_token_id {cfg.eos_ids}: add it to config.json")
-    print(f"{folder}: its chat_template differs from its family's, and is used; an answer ends with {end}")
-    return replace(chat, end=end, system="", trim=False, pieces=pieces)
+
+def own_chat(folder, hf, cfg):
+    """A checkpoint's OwnChat; None if its family's writes the same, with or without an empty thought."""
+    chat = FAMILIES[cfg.family].chat
+    own = OwnChat(folder, hf) if hf and hf.chat_template else None
+    for thinks in (True, False):
+        if not own or all("".join(piece for piece, _ in turn_pieces(chat, turns)) == own.render(
+                turns, add_generation_prompt=True, enable_thinking=thinks) for turns in PROBES):
+            return None
+    if own.end_id not in cfg.eos_ids:
+        raise UserError(f"{folder}: its chat_template ends an answer with the id {own.end_id}, which is no "
+                        f"eos_token_id {cfg.eos_ids}: add it to config.json")
+    print(f"{folder}: its chat_template differs from its family's, and is used")
+    return own
 
 
 def load_tokenizer(name, revision=None):
     """A checkpoint's tokeniser; no remote code is run. Raises UserError if it is absent or does not fit."""
     folder = checkpoint_dir(name, revision, weights=False)
-    cfg = config_of(folder)
-    tokens = tiny_tokens(folder) or bpe_tokens(folder)
-    tok = Tokenizer(*tokens, own_chat(folder, cfg, tokens[2]), cfg.eos_ids[0])
+    cfg, tokens = config_of(folder), tiny_tokens(folder)
+    *tokens, hf = [*tokens, None] if tokens else bpe_tokens(folder)
+    tok = Tokenizer(*tokens, FAMILIES[cfg.family].chat, cfg.eos_ids[0], own_chat(folder, hf, cfg))
+    if tok.own:
+        tok.chat = Chat("", "", "", hf.convert_ids_to_tokens(tok.own.end_id))
     if tok.lacking():
         raise UserError(f"{folder}: the tokeniser has no {', '.join(tok.lacking())}, "
                         f"which the chat template of a {cfg.family} model needs")
@@ -334,34 +334,33 @@ def tiny_tokens(folder):
 
 
 def bpe_tokens(folder):
-    """A byte-level BPE: tokenizer.json, or vocab.json and merges.txt, which are read as Qwen2's are."""
-    from transformers.convert_slow_tokenizer import Qwen2Converter, bytes_to_unicode  # slow to import
+    """A byte-level BPE: tokenizer.json, or vocab.json and merges.txt, which are read as Qwen2's are -> the
+    first four fields of Tokenizer, and the tokeniser of `transformers`.
+    """
+    from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer  # slow to import
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
     declared = read_object(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
-    added, file = read_object(folder / "added_tokens.json"), folder / "tokenizer.json"
-    pair = [folder / "vocab.json", folder / "merges.txt"]
+    added = read_object(folder / "added_tokens.json")  # of older folders; transformers counts on instead
+    file, pair = folder / "tokenizer.json", [folder / "vocab.json", folder / "merges.txt"]
     absent = [f.name for f in pair if not f.exists()]
     if absent and not file.exists():
         raise UserError(f"{folder} has no tokeniser: neither tokenizer.json nor {' and '.join(absent)}")
-    try:
-        if file.exists():
-            table = tokenizers.Tokenizer.from_file(str(file))
-        else:  # Qwen2's; Dream, SDAR and Qwen3 have it too
-            file = pair[0]
-            tables = tokenizers.models.BPE.read_file(*map(str, pair))
-            table = Qwen2Converter(SimpleNamespace(bpe_ranks={})).converted(*tables)
+    try:  # Dream, SDAR and Qwen3 have Qwen2's too
+        hf = (PreTrainedTokenizerFast if file.exists() else Qwen2Tokenizer).from_pretrained(folder)
+        table = hf.backend_tokenizer
         bare = tokenizers.Tokenizer(table.model)  # without added tokens: text never becomes one
         bare.normalizer, bare.pre_tokenizer = table.normalizer, table.pre_tokenizer
-        special = {token["content"]: int(i) for i, token in declared.items()} or added
-        special = {**{t.content: i for i, t in table.get_added_tokens_decoder().items()}, **special}
+        special = {t.content: i for i, t in table.get_added_tokens_decoder().items()}
+        special |= {token["content"]: int(i) for i, token in declared.items()} or added
         vocab, byte_of = bare.get_vocab(), {c: b for b, c in bytes_to_unicode().items()}
         plain = {i: bytes(byte_of[c] for c in token)
                  for token, i in vocab.items() if special.get(token) != i}
-    except Exception as e:  # the library raises bare Exceptions
-        raise UserError(f"{file} is not a tokeniser, or not a byte-level BPE ({e})") from None
+    except Exception as e:  # the libraries raise many kinds
+        raise UserError(f"{file if file.exists() else pair[0]} is not a tokeniser, or not a byte-level BPE ({e})") from None
     complete = {bytes([b]) for b in range(128)} <= set(plain.values())
     if not complete or len(set(vocab.values())) < len(vocab) or set(special.values()) & set(plain):
-        raise UserError(f"{file}: the vocabulary is not a byte-level BPE with one id per token")
-    return lambda text: bare.encode(text, add_special_tokens=False).ids, plain, special, False
+        raise UserError(f"{folder}: the vocabulary is not a byte-level BPE with one id per token")
+    return lambda text: bare.encode(text, add_special_tokens=False).ids, plain, special, False, hf
 
 
 def pad_response(ids, length, eos_id):

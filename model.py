@@ -15,7 +15,6 @@ import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +64,6 @@ class Chat:
     end: str          # what the model writes when its answer is finished
     system: str = ""  # system text where none is given; "" = no system turn
     trim: bool = False  # white space around a text is dropped
-    pieces: Callable | None = None  # turns -> pieces (data.turn_pieces): a checkpoint's own template
 
 
 @dataclass(frozen=True)

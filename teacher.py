@@ -11,10 +11,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from torch import nn
 
 from cli import UserError, read_jsonl
-from data import Tokenizer, left_padded, tiny_tokens
+from data import OwnChat, Tokenizer, left_padded, tiny_tokens
 from lora import changed
 from model import FAMILIES, by_chunks, checkpoint_dir, n_content, token_positions
 from rollout import Shard
@@ -40,81 +39,44 @@ def load_teacher(name, device="cpu", dtype=torch.float32, revision=None):
 PROBE = "Aé 中🙂\n  x\t<b> ²12"  # a tokeniser that keeps this keeps any text
 
 
-class TeacherTokenizer:
-    """A causal LM's own tokeniser and chat template, as `transformers` reads them; remote code is never run.
-    Raises UserError, here and later, for one that does not let us say which bytes a token stands for.
-    """
-
-    def __init__(self, name, folder):
-        from transformers import AutoTokenizer
-        from transformers.convert_slow_tokenizer import bytes_to_unicode
-        self.name, self.byte_of = name, {c: bytes([b]) for b, c in bytes_to_unicode().items()}
-        try:
-            self.hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except Exception as e:  # of a different type for each kind of file
-            raise self.error(f"transformers loads no tokeniser: {e}") from None
-        self.added = {i: token.content for i, token in self.hf.added_tokens_decoder.items()}
-        ids = self.encode(PROBE)
-        for self.byte_level in (True, False):
-            if b"".join(map(self.bytes_of, ids)).removeprefix(b" ") == PROBE.encode():
-                break
-        else:
-            raise self.error(f"its {type(self.hf).__name__} is neither a byte-level BPE nor SentencePiece "
-                             f"with bytes: what its tokens stand for cannot be told")
-        special = {i for i, token in self.hf.added_tokens_decoder.items() if token.special}
-        answered = [dict(role="user", content="?"), dict(role="assistant", content="OK")]
-        behind = self.chat(answered, tokenize=False).rpartition("OK")[2] if self.hf.chat_template else ""
-        ends = [i for i in self.hf.encode(behind, add_special_tokens=False) if i in special]
-        self.eos_id = ends[0] if ends else self.hf.eos_token_id  # ends a turn
-        if self.eos_id is None:
-            raise self.error("neither its chat template nor its tokeniser says how an answer ends")
-
-    def error(self, why):
-        return UserError(f"teacher {self.name}: {str(why).strip().splitlines()[0]}; choose another --teacher")
-
-    def chat(self, turns, **settings):
-        """Turns in the model's own template; a text cannot write its special tokens."""
-        try:
-            return self.hf.apply_chat_template(turns, enable_thinking=False, **settings)
-        except Exception as e:  # whatever the template raises
-            raise self.error(f"its chat template fails: {e}") from None
-
-    def prompt_ids(self, text):
-        """One user turn, the answer open, without a thought where the model may think; (P,) int64."""
-        if not self.hf.chat_template:  # a base model's
-            return torch.tensor(self.hf.encode(text + "\n", split_special_tokens=True))
-        ids = self.chat([dict(role="user", content=text)], add_generation_prompt=True,
-                        sanitize_control_tokens=True)
-        return torch.tensor(ids["input_ids"])
-
-    def encode(self, text):
-        """Text -> ids without a special token. SentencePiece may write a space before the text."""
-        return self.hf.encode(text, add_special_tokens=False, split_special_tokens=True)
-
-    def bytes_of(self, i):
-        """id -> its UTF-8 bytes."""
-        if i in self.added:
-            return self.added[i].encode()
-        piece = self.hf.convert_ids_to_tokens(i)
-        if self.byte_level:
-            return b"".join(self.byte_of.get(char, b"\xff") for char in piece)
-        byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)
-        return bytes.fromhex(byte[1]) if byte else piece.replace("▁", " ").encode()
-
-
 def load_teacher_tokenizer(name, revision=None):
-    """The tokeniser of an AR teacher: encode, bytes_of, prompt_ids, eos_id."""
+    """The tokeniser and the chat template of an AR teacher, as `transformers` reads them; no remote code."""
+    from transformers import AutoTokenizer
     folder = checkpoint_dir(name, revision, weights=False)
     tokens, chat = tiny_tokens(folder), FAMILIES["tiny"].chat
-    return Tokenizer(*tokens, chat, tokens[2][chat.end]) if tokens else TeacherTokenizer(name, folder)
+    if tokens:
+        return Tokenizer(*tokens, chat, tokens[2][chat.end])
+    try:
+        hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        own = OwnChat(f"--teacher {name}", hf)
+    except UserError:
+        raise
+    except Exception as e:  # of a different type for each kind of file
+        line = str(e).strip().split("\n")[0]
+        raise UserError(f"--teacher {name}: transformers loads no tokeniser of it: {line}") from None
+
+    def encode(text):  # SentencePiece may write a space before it
+        return hf.encode(text, add_special_tokens=False, split_special_tokens=True)
+    tables = (byte_table(hf, level) for level in (True, False))
+    fits = [t for t in tables if b"".join(map(t.get, encode(PROBE))).removeprefix(b" ") == PROBE.encode()]
+    if not fits or own.end_id is None:
+        raise UserError(f"--teacher {name}: what its {type(hf).__name__} makes of a text cannot be told, byte by "
+                        f"byte, or not how an answer ends: choose another teacher")
+    return Tokenizer(encode, fits[0], {}, False, chat, own.end_id, own)
 
 
-class KnownStates(nn.Module):
-    """In place of a causal LM's layers: their output is known, and the LM's own head and scaling follow."""
+def byte_table(hf, byte_level):
+    """{id: the UTF-8 bytes it stands for}, if hf is a byte-level BPE, or else SentencePiece's."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+    byte_of = {char: bytes([b]) for b, char in bytes_to_unicode().items()}
+    added = {token.content for token in hf.added_tokens_decoder.values()}
 
-    def forward(self, inputs_embeds=None, **_):
-        from transformers.modeling_outputs import BaseModelOutputWithPast
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+    def meaning(piece):
+        byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)
+        if byte_level and piece not in added:
+            return b"".join(byte_of.get(char, b"\xff") for char in piece)
+        return bytes.fromhex(byte[1]) if byte else piece.replace("▁", " ").encode()
+    return {i: meaning(piece) for piece, i in hf.get_vocab().items()}
 
 
 @torch.no_grad()
@@ -122,11 +84,15 @@ def token_nll(teacher, ids, valid=None, metric="nll"):
     """-log p(ids[:, t] | ids[:, :t]) under a causal LM, or the entropy there, in nats: (B, T) fp32, 0 where
     nothing predicts. ids (B, T) int64; valid (B, T) bool, False = padding on either side.
     """
+    from transformers.modeling_outputs import BaseModelOutputWithPast
     rows = teacher.get_input_embeddings().num_embeddings
     if ids.max() >= rows:
         raise UserError(f"the teacher's tokeniser has the id {ids.max()}, its model only {rows} embeddings")
     valid = ids >= 0 if valid is None else valid
     h = teacher.base_model(ids, attention_mask=valid.long(), position_ids=token_positions(valid))[0]
+
+    def known(inputs_embeds, **_):  # in place of its layers: what follows them, head and scaling, is its own
+        return BaseModelOutputWithPast(inputs_embeds)
 
     def score(h, x):
         logp = teacher(inputs_embeds=h[None]).logits[0].float().log_softmax(-1)
@@ -135,7 +101,7 @@ def token_nll(teacher, ids, valid=None, metric="nll"):
         return F.nll_loss(logp, x, reduction="none")
     scored = valid[:, 1:] & valid[:, :-1]  # the head on these rows only, in chunks
     nll = torch.zeros(scored.shape, device=ids.device)
-    with changed(teacher, [(teacher, teacher.base_model_prefix, KnownStates())]):
+    with changed(teacher, [(teacher.base_model, "forward", known)]):
         nll[scored] = by_chunks(score, rows, h[:, :-1][scored], ids[:, 1:][scored])
     return F.pad(nll, (1, 0))
 

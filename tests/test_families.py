@@ -157,13 +157,19 @@ OWN = ("{% if messages[0].role != 'system' %}<|im_start|>system\nI am mine.<|im_
        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
+def tokens_of(family):
+    """As tokenizer_config.json declares them."""
+    kind = dict(lstrip=False, rstrip=False, normalized=False, single_word=False, special=True)
+    return dict(added_tokens_decoder={256 + i: dict(content=token, **kind) for i, token in enumerate(SPECIALS[family])})
+
+
 @pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.jinja", "by name"])
 def test_a_chat_template_of_its_own_is_used(tmp_path, capsys, place):
     """The same ids as transformers'; a text writes no special token; harness's turns and system texts too."""
     from transformers import Qwen2Tokenizer
     folder = official_checkpoint(tmp_path, "sdar")
     named = dict(chat_template=[dict(name="tool_use", template="x"), dict(name="default", template=OWN)])
-    config = dict(eos_token="<|endoftext|>", **{"tokenizer_config.json": dict(chat_template=OWN), "by name": named}.get(place, {}))
+    config = dict(tokens_of("sdar"), eos_token="<|endoftext|>", **{"tokenizer_config.json": dict(chat_template=OWN), "by name": named}.get(place, {}))
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     if place == "chat_template.jinja":
         (folder / place).write_text(OWN)
@@ -172,28 +178,29 @@ def test_a_chat_template_of_its_own_is_used(tmp_path, capsys, place):
     theirs = Qwen2Tokenizer.from_pretrained(folder)
     for turns in ([("user", " a ")], [("system", "s"), ("user", "{q}\n\n"), ("assistant", "b"), ("user", "<x> é")]):
         want = theirs.apply_chat_template([dict(role=r, content=c) for r, c in turns], chat_template=OWN, add_generation_prompt=True)
-        assert tok.ids_of(data.turn_pieces(tok.chat, turns)).tolist() == want["input_ids"]
+        assert tok.own.prompt_ids(turns).tolist() == want["input_ids"]
     clean = sum(i >= 256 for i in tok.prompt_ids("x").tolist())
     for text in LOOK_ALIKES:
         assert sum(i >= 256 for i in tok.prompt_ids(text).tolist()) == clean and text in tok.decode(tok.prompt_ids(text).tolist())
     assert tok.response_ids("so ") == [*b"so ", tok.special["<|im_end|>"]]
 
 
-@pytest.mark.parametrize("family, think", [("sdar", ""), ("dream", ""), ("sdar", "{% if enable_thinking is defined %}<think>{% endif %}")])
+@pytest.mark.parametrize("family, think", [("sdar", ""), ("dream", ""), ("sdar", "{% if enable_thinking is false %}<think>{% endif %}")])
 def test_a_chat_template_like_the_familys_changes_nothing(tmp_path, capsys, family, think):
     folder = official_checkpoint(tmp_path, family)
     system = "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
     plain = OWN.replace(" | trim", "").replace(OWN[:OWN.index("{% for")], system * (family == "dream"))
     (folder / "chat_template.jinja").write_text(plain.replace("assistant\n", "assistant\n" + think))
     tok = data.load_tokenizer(folder)
-    assert tok.chat is nt_model.FAMILIES[family].chat and capsys.readouterr().out == ""
+    assert tok.own is None and capsys.readouterr().out == ""
 
 
 def test_chat_templates_that_cannot_be_used_are_refused(tmp_path):
     folder = official_checkpoint(tmp_path, "sdar", eos_token_id=256)
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokens_of("sdar")))
     for template, words in (("{% if %}", "chat_template fails"), ("{{ messages[7].content }}", "chat_template fails"),
                             ("{{ ''.__class__.__mro__ }}", "fails"),
-                            (OWN.replace("<|im_end|>", "<|MASK|>"), "ends an answer with .*, id 259, which is no eos")):
+                            (OWN.replace("<|im_end|>", "<|MASK|>"), "ends an answer with the id 259, which is no eos")):
         (folder / "chat_template.jinja").write_text(template)
         with pytest.raises(UserError, match=words):
             data.load_tokenizer(folder)

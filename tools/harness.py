@@ -65,6 +65,8 @@ def bridge(model, tok, settings, batch_size=32, kept=None):
         asked = set()  # what the tasks ask for, while the protocol decides
 
         def apply_chat_template(self, chat_history, add_generation_prompt=True):
+            if tok.own:
+                raise UserError("--apply_chat_template: this checkpoint has a template of its own; not built")
             turns = [(said["role"], said["content"]) for said in chat_history]
             answer = "" if add_generation_prompt else turns.pop()[1]
             pieces = render(tok.chat, turns, answer)
