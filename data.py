@@ -14,10 +14,12 @@ without knowing each other: a step may mix two phrasings, or name a cup that not
 """
 import os
 import re
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Callable, Literal
 
 import numpy as np
@@ -28,8 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import grade
 from cli import UserError, option, read_json, read_jsonl, read_rows, run_cli, run_command
-from model import (FAMILIES, Chat, ModelOptions, block_diffusion_layout, checkpoint_dir, config_of,
-                   read_object)
+from model import FAMILIES, ModelOptions, block_diffusion_layout, checkpoint_dir, config_of, read_object
 from recipes import RECIPES, TEST, overlap, recipe_problems
 
 TINY_DECODING = FAMILIES["tiny"].decoding
@@ -53,8 +54,6 @@ CARRIED = ("question", "grader", "tests", "entry_point", "setup")  # into its re
 RECORD_FIELDS = ("id", "source", "prompt", "prompt_ids", "x0", "order", "rank", "nfe", "solution", "answer",
                  "correct", "model", "decoding", "schema")
 SCHEMA = 1
-SPECIAL = re.compile(r"(</?[|\w]+>)")  # tokens in a chat template
-PROBES = ([("user", " a\n")], [("system", "Be brief."), ("user", "a"), ("assistant", "b"), ("user", "c")])
 
 
 def tiny_solution(visited, rng):
@@ -210,9 +209,8 @@ class Tokenizer:
     plain: dict       # id -> its UTF-8 bytes, of all tokens but the special ones
     special: dict     # special token -> id
     trimmed: bool     # a text has no white space around it
-    chat: Chat        # the family's template
+    chat: object      # OwnChat, or the tiny model's: prompt_ids, end_id, trims
     eos_id: int       # fills the tail of a response
-    own: object = None  # OwnChat instead, where the checkpoint's own template differs
 
     def __post_init__(self):
         self.written = {**self.plain, **{i: token.encode() for token, i in self.special.items()}}
@@ -227,92 +225,49 @@ class Tokenizer:
         """id -> its UTF-8 bytes; none for special tokens."""
         return self.plain.get(i, b"")
 
-    def lacking(self):
-        """The special tokens that the chat template needs and that this tokeniser does not have."""
-        needed = SPECIAL.findall(self.chat.bos + self.chat.turn + self.chat.answer + self.chat.end)
-        return sorted(set(needed) - self.special.keys())
-
     def prompt_ids(self, text, system=""):
         """One user turn (after a system turn, if any) -> (P,) int64 ids, ready for the answer to follow."""
         turns = [("system", system)] * bool(system) + [("user", text)]
-        return self.own.prompt_ids(turns) if self.own else self.ids_of(turn_pieces(self.chat, turns))
-
-    def ids_of(self, pieces):
-        """[(piece, is it a special token)] -> (P,) int64 ids."""
-        ids = [[self.special[piece]] if special else self.encode(piece) for piece, special in pieces]
-        return torch.tensor(sum(ids, []), dtype=torch.long)
+        return torch.tensor(self.chat.prompt_ids(turns), dtype=torch.long)
 
     def response_ids(self, text):
         """A finished answer -> list of ids, the end of its turn included."""
-        return self.encode(text.strip() if self.chat.trim else text) + [self.special[self.chat.end]]
-
-
-def turn_pieces(chat, turns):
-    """Turns [(role, text)], the answer open -> [(piece, is it a special token)]; none comes from a text."""
-    if chat.system and turns[0][0] != "system":
-        turns = [("system", chat.system), *turns]
-    pieces = []
-    for template, role, said in [(chat.bos, "", ""), *((chat.turn, *turn) for turn in turns),
-                                 (chat.answer, "", "")]:
-        said = said.strip() if chat.trim else said
-        for piece in filter(None, SPECIAL.split(template)):
-            special = bool(SPECIAL.fullmatch(piece))
-            pieces.append((piece if special else piece.format(role=role, text=said), special))
-    return pieces
+        return self.encode(text.strip() if self.chat.trims else text) + [self.chat.end_id]
 
 
 class OwnChat:
-    """A checkpoint's own chat template, which `transformers` runs in Jinja's sandbox; of hf, its tokeniser."""
+    """A checkpoint's own chat template, which `transformers` runs in Jinja's sandbox. hf: its tokeniser."""
 
-    def __init__(self, name, hf):
-        self.name, self.hf, special = name, hf, {i for i, t in hf.added_tokens_decoder.items() if t.special}
-        answered = self.render([("user", "a"), ("assistant", "OK")]) if hf.chat_template else ""
+    def __init__(self, name, hf, thinks, eos_id):
+        self.name, self.hf, self.thinks = name, hf, thinks
+        answered = self.render([("user", "a"), ("assistant", " OK ")]) if hf.chat_template else " OK "
+        self.trims = " OK " not in answered  # white space around a text is dropped
+        special = {i for i, token in hf.added_tokens_decoder.items() if token.special}
         ends = [i for i in hf.encode(answered.rpartition("OK")[2], add_special_tokens=False) if i in special]
-        self.end_id = (ends + [hf.eos_token_id])[0]  # behind an answer
+        self.end_id = (ends + [eos_id])[0]  # behind an answer
 
     def render(self, turns, **settings):
-        """As text, unless told otherwise, and without a thought where the model may think."""
+        """[(role, text)] as a text, unless told otherwise."""
         said = [dict(role=role, content=text) for role, text in turns]
+        settings = dict(tokenize=False, enable_thinking=self.thinks) | settings
         try:
-            return self.hf.apply_chat_template(
-                said, **{"tokenize": False, "enable_thinking": False, **settings})
+            return self.hf.apply_chat_template(said, **settings)
         except Exception as e:  # whatever a template raises
             raise UserError(f"{self.name}: its chat_template fails ({e}): repair or remove it") from None
 
     def prompt_ids(self, turns):
-        """Turns, the answer open -> (P,) int64 ids; a text writes no special token."""
+        """Turns, the answer open -> list of ids; a text writes no special token."""
         if not self.hf.chat_template:  # a base model: the text, on a line of its own
-            return torch.tensor(self.hf.encode(turns[-1][1] + "\n", split_special_tokens=True))
+            return self.hf.encode(turns[-1][1] + "\n", split_special_tokens=True)
         ids = self.render(turns, tokenize=True, add_generation_prompt=True, sanitize_control_tokens=True)
-        return torch.tensor(ids["input_ids"])
-
-
-def own_chat(folder, hf, cfg):
-    """A checkpoint's OwnChat; None if its family's writes the same, with or without an empty thought."""
-    chat = FAMILIES[cfg.family].chat
-    own = OwnChat(folder, hf) if hf and hf.chat_template else None
-    for thinks in (True, False):
-        if not own or all("".join(piece for piece, _ in turn_pieces(chat, turns)) == own.render(
-                turns, add_generation_prompt=True, enable_thinking=thinks) for turns in PROBES):
-            return None
-    if own.end_id not in cfg.eos_ids:
-        raise UserError(f"{folder}: its chat_template ends an answer with the id {own.end_id}, which is no "
-                        f"eos_token_id {cfg.eos_ids}: add it to config.json")
-    print(f"{folder}: its chat_template differs from its family's, and is used")
-    return own
+        return ids["input_ids"]
 
 
 def load_tokenizer(name, revision=None):
     """A checkpoint's tokeniser; no remote code is run. Raises UserError if it is absent or does not fit."""
     folder = checkpoint_dir(name, revision, weights=False)
-    cfg, tokens = config_of(folder), tiny_tokens(folder)
-    *tokens, hf = [*tokens, None] if tokens else bpe_tokens(folder)
-    tok = Tokenizer(*tokens, FAMILIES[cfg.family].chat, cfg.eos_ids[0], own_chat(folder, hf, cfg))
-    if tok.own:
-        tok.chat = Chat("", "", "", hf.convert_ids_to_tokens(tok.own.end_id))
-    if tok.lacking():
-        raise UserError(f"{folder}: the tokeniser has no {', '.join(tok.lacking())}, "
-                        f"which the chat template of a {cfg.family} model needs")
+    cfg = config_of(folder)
+    tok = Tokenizer(*tiny_tokens(folder) or bpe_tokens(folder, cfg), cfg.eos_ids[0])
     if tok.n_vocab > cfg.vocab_size:
         raise UserError(f"{folder}: the tokeniser has ids up to {tok.n_vocab - 1}, "
                         f"the model's embedding only {cfg.vocab_size} rows: they belong to different models")
@@ -320,7 +275,7 @@ def load_tokenizer(name, revision=None):
 
 
 def tiny_tokens(folder):
-    """The tiny model's vocab.json -> the first four fields of Tokenizer, or None if it is another's."""
+    """The tiny model's vocab.json -> Tokenizer's fields but the last, or None if it is another's."""
     file = folder / "vocab.json"
     table = read_json(file) if file.exists() and not (folder / "tokenizer.json").exists() else None
     if not isinstance(table, dict) or not isinstance(table.get("words"), list):  # a BPE's "words" is a token
@@ -330,13 +285,18 @@ def tiny_tokens(folder):
     special = {token: i for i, token in enumerate(table["special"], len(pieces))}
     ranks = {piece: i for i, piece in enumerate(pieces)}
     bpe = tiktoken.Encoding("tiny", pat_str=r" ?\S+|\s+", mergeable_ranks=ranks, special_tokens={})
-    return lambda text: bpe.encode(" " + text.strip()), dict(enumerate(pieces)), special, True
+
+    def encode(text):
+        return bpe.encode(" " + text.strip())
+
+    def prompt_ids(turns):
+        return [special["<bos>"], *(i for _, text in turns for i in encode(text)), special["<sep>"]]
+    chat = SimpleNamespace(prompt_ids=prompt_ids, end_id=special["<eos>"], trims=False)
+    return encode, dict(enumerate(pieces)), special, True, chat
 
 
-def bpe_tokens(folder):
-    """A byte-level BPE: tokenizer.json, or vocab.json and merges.txt, which are read as Qwen2's are -> the
-    first four fields of Tokenizer, and the tokeniser of `transformers`.
-    """
+def bpe_tokens(folder, cfg):
+    """The same of a byte-level BPE: tokenizer.json, or vocab.json and merges.txt, read as Qwen2's are."""
     from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer  # slow to import
     from transformers.convert_slow_tokenizer import bytes_to_unicode
     declared = read_object(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
@@ -356,11 +316,18 @@ def bpe_tokens(folder):
         plain = {i: bytes(byte_of[c] for c in token)
                  for token, i in vocab.items() if special.get(token) != i}
     except Exception as e:  # the libraries raise many kinds
-        raise UserError(f"{file if file.exists() else pair[0]} is not a tokeniser, or not a byte-level BPE ({e})") from None
+        found = file if file.exists() else pair[0]
+        raise UserError(f"{found} is not a tokeniser, or not a byte-level BPE ({e})") from None
     complete = {bytes([b]) for b in range(128)} <= set(plain.values())
     if not complete or len(set(vocab.values())) < len(vocab) or set(special.values()) & set(plain):
         raise UserError(f"{folder}: the vocabulary is not a byte-level BPE with one id per token")
-    return lambda text: bare.encode(text, add_special_tokens=False).ids, plain, special, False, hf
+    chat = OwnChat(folder, hf, FAMILIES[cfg.family].thinks, cfg.eos_ids[0])
+    if chat.end_id not in cfg.eos_ids:
+        raise UserError(f"{folder}: its chat_template ends an answer with the id {chat.end_id}, which is no "
+                        f"eos_token_id {cfg.eos_ids}: add it to config.json")
+    if not hf.chat_template:
+        print(f"{folder} has no chat_template: a prompt is plain text", file=sys.stderr)
+    return lambda text: bare.encode(text, add_special_tokens=False).ids, plain, special, False, chat
 
 
 def pad_response(ids, length, eos_id):

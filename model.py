@@ -56,27 +56,16 @@ class Config:
 
 
 @dataclass(frozen=True)
-class Chat:
-    """A chat template without code: what stands around the turns. <...> are special tokens."""
-    bos: str
-    turn: str         # one finished turn, of {role} and {text}
-    answer: str       # opens the answer
-    end: str          # what the model writes when its answer is finished
-    system: str = ""  # system text where none is given; "" = no system turn
-    trim: bool = False  # white space around a text is dropped
-
-
-@dataclass(frozen=True)
 class Family:
     """What is true of one family of checkpoints and not of the others; nothing else asks for its name."""
     presets: dict         # --model NAME -> hub id or embedded directory
     model_type: str       # of config.json
-    chat: Chat
     names: dict = field(default_factory=lambda: HF_NAMES)  # our module name -> official module name
     keys: dict = field(default_factory=lambda: HF_KEYS)  # field of Config -> key of config.json
     optional: dict = field(default_factory=lambda: HF_OPTIONAL)  # the same; may be absent or null
     facts: dict = field(default_factory=dict)  # fields of Config that its config.json need not say
     kind: str = ""  # what the name must say, where config.json does not tell this network from another
+    thinks: bool = True  # what its chat template is told
     extra_eos: tuple = ()  # ids that end a response beside those of config.json
     decoding: dict = field(default_factory=dict)  # fields of sample.Decoding, unless told otherwise
     task: str = ""        # the built-in task that it was trained on: what a training run measures at its end
@@ -94,8 +83,6 @@ HF_NAMES = dict(
     q_proj="self_attn.q_proj", k_proj="self_attn.k_proj", v_proj="self_attn.v_proj",
     o_proj="self_attn.o_proj", q_norm="self_attn.q_norm", k_norm="self_attn.k_norm",
     gate_proj="mlp.gate_proj", up_proj="mlp.up_proj", down_proj="mlp.down_proj")
-IM_CHAT = dict(
-    bos="", turn="<|im_start|>{role}\n{text}<|im_end|>\n", answer="<|im_start|>assistant\n", end="<|im_end|>")
 
 FAMILIES = {
     "tiny": Family(
@@ -103,7 +90,6 @@ FAMILIES = {
         model_type="tiny",
         optional=dict(qkv_bias="qkv_bias", qk_norm="qk_norm", shift="shift", block_len="block_size",
                       **HF_OPTIONAL),  # every fact, so that tests can mix them
-        chat=Chat("<bos>", "{text}", "<sep>", "<eos>"),
         decoding=dict(gen_len=48, block_len=16, cache="none"),  # stale caches cost accuracy here
         task="tiny"),
     "llada": Family(
@@ -119,21 +105,17 @@ FAMILIES = {
             max_len="max_sequence_length", tied="weight_tying")},
         optional=dict(vocab_size="embedding_size", n_kv_head="n_kv_heads", pad_id="pad_token_id"),
         facts=dict(rope_fp32=True),
-        chat=Chat("<|startoftext|>", "<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>",
-                  "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>", trim=True),
         extra_eos=(126348,)),  # <|eot_id|>
     "dream": Family(
         presets={"dream": "Dream-org/Dream-v0-Instruct-7B"},
         model_type="Dream",
         facts=dict(qkv_bias=True, shift=True),
-        chat=Chat(**IM_CHAT, system="You are a helpful assistant."),
         extra_eos=(151645,)),  # <|im_end|>
     "sdar": Family(
         presets={"sdar-1.7b": "JetLM/SDAR-1.7B-Chat", "sdar-4b": "JetLM/SDAR-4B-Chat"},
         model_type="sdar",
         optional=dict(qkv_bias="attention_bias", block_len="block_size", **HF_OPTIONAL),
         facts=dict(qk_norm=True, block_len=4, mask_id=151669),
-        chat=Chat(**IM_CHAT),
         extra_eos=(151645,),
         decoding=dict(cache="exact")),
     "a2d": Family(  # dllm's conversions of Qwen3
@@ -141,7 +123,7 @@ FAMILIES = {
         model_type="a2d-qwen3",
         kind="mdlm",  # bd3lm attends block by block, counted from the prompt's end: not built
         facts=dict(qk_norm=True),
-        chat=Chat(**{**IM_CHAT, "answer": IM_CHAT["answer"] + "<think>\n\n</think>\n\n"})),
+        thinks=False),
 }
 REFUSED = dict(  # key of config.json -> the value that is built; another one is another network
     hidden_act="silu", activation_type="silu", use_sliding_window=False, quantization_config=None,

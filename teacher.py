@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from cli import UserError, read_jsonl
 from data import OwnChat, Tokenizer, left_padded, tiny_tokens
 from lora import changed
-from model import FAMILIES, by_chunks, checkpoint_dir, n_content, token_positions
+from model import by_chunks, checkpoint_dir, n_content, token_positions
 from rollout import Shard
 from run import barrier
 
@@ -43,14 +43,11 @@ def load_teacher_tokenizer(name, revision=None):
     """The tokeniser and the chat template of an AR teacher, as `transformers` reads them; no remote code."""
     from transformers import AutoTokenizer
     folder = checkpoint_dir(name, revision, weights=False)
-    tokens, chat = tiny_tokens(folder), FAMILIES["tiny"].chat
+    tokens = tiny_tokens(folder)
     if tokens:
-        return Tokenizer(*tokens, chat, tokens[2][chat.end])
+        return Tokenizer(*tokens, tokens[-1].end_id)
     try:
         hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        own = OwnChat(f"--teacher {name}", hf)
-    except UserError:
-        raise
     except Exception as e:  # of a different type for each kind of file
         line = str(e).strip().split("\n")[0]
         raise UserError(f"--teacher {name}: transformers loads no tokeniser of it: {line}") from None
@@ -58,11 +55,12 @@ def load_teacher_tokenizer(name, revision=None):
     def encode(text):  # SentencePiece may write a space before it
         return hf.encode(text, add_special_tokens=False, split_special_tokens=True)
     tables = (byte_table(hf, level) for level in (True, False))
+    chat = OwnChat(f"--teacher {name}", hf, False, hf.eos_token_id)  # without a thought
     fits = [t for t in tables if b"".join(map(t.get, encode(PROBE))).removeprefix(b" ") == PROBE.encode()]
-    if not fits or own.end_id is None:
+    if not fits or chat.end_id is None:
         raise UserError(f"--teacher {name}: what its {type(hf).__name__} makes of a text cannot be told, byte by "
                         f"byte, or not how an answer ends: choose another teacher")
-    return Tokenizer(encode, fits[0], {}, False, chat, own.end_id, own)
+    return Tokenizer(encode, fits[0], {}, False, chat, chat.end_id)
 
 
 def byte_table(hf, byte_level):
@@ -115,7 +113,7 @@ def spread(values, teacher_bytes, student_bytes):
 
 def teacher_pieces(example, tok, teacher_tok):
     """One example -> the teacher's prompt ids and completion ids, and bytes per token of both sides."""
-    content = example["x0"][:n_content(example["x0"], (tok.eos_id, tok.special[tok.chat.end]))]
+    content = example["x0"][:n_content(example["x0"], (tok.eos_id, tok.chat.end_id))]
     pieces = list(map(tok.bytes_of, content))
     student_bytes = list(map(len, pieces))
     try:

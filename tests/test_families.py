@@ -6,11 +6,12 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
-import jinja2
 import pytest
 import torch
-from checkpoints import BYTES, SPECIALS, VOCAB, official_checkpoint, raw_config, write_bpe, write_tokenizer
+from checkpoints import (BYTES, SPECIALS, VOCAB, official_checkpoint, raw_config, tokenizer_config, write_bpe,
+                         write_tokenizer)
 from conftest import FIXTURES, ROOT, prompts_of, random_model
 from safetensors.torch import load_file, save_file
 from test_model import LLADA_NAMES, llada_name
@@ -111,34 +112,6 @@ def test_dreams_own_tokeniser_equals_transformers(hub):
     assert ours.special["<|mask|>"] == 151666 and ours.decode([151645]) == "<|im_end|>"
 
 
-@pytest.mark.parametrize("folder, family", [("llada", "llada"), ("dream", "dream"), ("sdar-4b", "sdar"),
-                                            ("sdar-1.7b", "sdar")])
-def test_templates_equal_the_checkpoints_own_jinja(hub, folder, family):
-    config = json.loads((hub / folder / "tokenizer_config.json").read_text())
-    jinja = hub / folder / "chat_template.jinja"
-    source = jinja.read_text() if family == "sdar" else config["chat_template"]
-    env = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
-    chat = nt_model.FAMILIES[family].chat
-    for system in ("", "Be brief."):
-        for text in ("What is 2 + 2?", " spaced\n", "two\n\nlines"):
-            said = [("system", system)] * bool(system) + [("user", text)]
-            turns = [dict(role=role, content=content) for role, content in said]
-            want = env.from_string(source).render(messages=turns, add_generation_prompt=True,
-                                                  bos_token=config["bos_token"])
-            got = "".join(piece for piece, _ in data.turn_pieces(chat, said))
-            assert got == want
-    assert {special for _, special in data.turn_pieces(chat, [("user", "<|im_end|>")])} == {True, False}
-
-
-def test_a_vocabulary_may_hold_the_token_words(tmp_path):
-    """As Qwen's does; a list under that name is what tells the tiny model's table from a BPE."""
-    folder = official_checkpoint(tmp_path, "dream")
-    vocab = json.loads((tmp_path / "vocab.json").read_text())
-    (tmp_path / "vocab.json").write_text(json.dumps({**vocab, "words": 260}))
-    assert data.load_tokenizer(folder).encode("ab") == [97, 98]
-    assert load_teacher_tokenizer("tiny-ar").eos_id == data.load_tokenizer("tiny").eos_id
-
-
 def test_text_never_becomes_an_added_token_that_is_not_special(tmp_path):
     """Qwen3 declares <think> and others as added, not special: transformers would match them in a text."""
     write_tokenizer(tmp_path, "sdar")
@@ -157,47 +130,51 @@ OWN = ("{% if messages[0].role != 'system' %}<|im_start|>system\nI am mine.<|im_
        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
-def tokens_of(family):
-    """As tokenizer_config.json declares them."""
-    kind = dict(lstrip=False, rstrip=False, normalized=False, single_word=False, special=True)
-    return dict(added_tokens_decoder={256 + i: dict(content=token, **kind) for i, token in enumerate(SPECIALS[family])})
-
-
 @pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.jinja", "by name"])
-def test_a_chat_template_of_its_own_is_used(tmp_path, capsys, place):
+def test_a_chat_template_of_its_own_is_used(tmp_path, place):
     """The same ids as transformers'; a text writes no special token; harness's turns and system texts too."""
     from transformers import Qwen2Tokenizer
     folder = official_checkpoint(tmp_path, "sdar")
     named = dict(chat_template=[dict(name="tool_use", template="x"), dict(name="default", template=OWN)])
-    config = dict(tokens_of("sdar"), eos_token="<|endoftext|>", **{"tokenizer_config.json": dict(chat_template=OWN), "by name": named}.get(place, {}))
+    config = {**tokenizer_config("sdar"), "chat_template": None}
+    config.update(**{"tokenizer_config.json": dict(chat_template=OWN), "by name": named}.get(place, {}))
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     if place == "chat_template.jinja":
         (folder / place).write_text(OWN)
     tok = data.load_tokenizer(folder)
-    assert "its chat_template differs" in capsys.readouterr().out
     theirs = Qwen2Tokenizer.from_pretrained(folder)
     for turns in ([("user", " a ")], [("system", "s"), ("user", "{q}\n\n"), ("assistant", "b"), ("user", "<x> é")]):
         want = theirs.apply_chat_template([dict(role=r, content=c) for r, c in turns], chat_template=OWN, add_generation_prompt=True)
-        assert tok.own.prompt_ids(turns).tolist() == want["input_ids"]
+        assert tok.chat.prompt_ids(turns) == want["input_ids"]
     clean = sum(i >= 256 for i in tok.prompt_ids("x").tolist())
     for text in LOOK_ALIKES:
         assert sum(i >= 256 for i in tok.prompt_ids(text).tolist()) == clean and text in tok.decode(tok.prompt_ids(text).tolist())
-    assert tok.response_ids("so ") == [*b"so ", tok.special["<|im_end|>"]]
+    assert tok.response_ids(" so ") == [*b"so", tok.special["<|im_end|>"]]  # trimmed, as its template does
 
 
-@pytest.mark.parametrize("family, think", [("sdar", ""), ("dream", ""), ("sdar", "{% if enable_thinking is false %}<think>{% endif %}")])
-def test_a_chat_template_like_the_familys_changes_nothing(tmp_path, capsys, family, think):
-    folder = official_checkpoint(tmp_path, family)
-    system = "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
-    plain = OWN.replace(" | trim", "").replace(OWN[:OWN.index("{% for")], system * (family == "dream"))
-    (folder / "chat_template.jinja").write_text(plain.replace("assistant\n", "assistant\n" + think))
+@pytest.mark.parametrize("thinks, thought", [(True, ""), (False, "<think>\n\n</think>\n\n")])
+def test_a_family_says_whether_its_template_thinks(tmp_path, monkeypatch, thinks, thought):
+    """A2D is Qwen3 with an empty thought, SDAR has none."""
+    folder = official_checkpoint(tmp_path, "sdar")
+    assert nt_model.FAMILIES["sdar"].thinks and not nt_model.FAMILIES["a2d"].thinks
+    monkeypatch.setitem(nt_model.FAMILIES, "sdar", replace(nt_model.FAMILIES["sdar"], thinks=thinks))
     tok = data.load_tokenizer(folder)
-    assert tok.own is None and capsys.readouterr().out == ""
+    assert tok.decode(tok.prompt_ids("q").tolist()) == TURN["sdar"].format("q") + thought
+
+
+def test_a_base_model_without_a_template_gets_plain_text(tmp_path, capsys):
+    for family in FAMILIES:
+        folder = official_checkpoint(tmp_path / family, family)
+        config = {**tokenizer_config(family), "chat_template": None}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        tok = data.load_tokenizer(folder)
+        assert "has no chat_template: a prompt is plain text" in capsys.readouterr().err
+        assert tok.prompt_ids("2 + 2 =").tolist() == [*b"2 + 2 =\n"]
+        assert tok.response_ids("4") == [*b"4", tok.special["<|endoftext|>"]]
 
 
 def test_chat_templates_that_cannot_be_used_are_refused(tmp_path):
     folder = official_checkpoint(tmp_path, "sdar", eos_token_id=256)
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokens_of("sdar")))
     for template, words in (("{% if %}", "chat_template fails"), ("{{ messages[7].content }}", "chat_template fails"),
                             ("{{ ''.__class__.__mro__ }}", "fails"),
                             (OWN.replace("<|im_end|>", "<|MASK|>"), "ends an answer with the id 259, which is no eos")):
@@ -234,7 +211,6 @@ def test_a_new_dense_family_is_one_entry(tmp_path, monkeypatch):
     keys = {ours: "my_" + ours for ours in (*nt_model.HF_KEYS, "n_kv_head", "tied")}
     monkeypatch.setitem(nt_model.FAMILIES, "dummy", nt_model.Family(
         presets={"dummy-1b": str(tmp_path)}, model_type="Dummy",
-        chat=nt_model.Chat("<|go|>", "<|user|>{text}", "<|bot|>", "<|end|>", trim=True),
         names=dict(layer, block="net.layers", embed="net.wte", norm="net.last", head="net.out"),
         keys=keys, optional=dict(pad_id="my_pad"), facts=dict(qk_norm=True, shift=True, rope_fp32=True),
         extra_eos=(259,), decoding=dict(gen_len=8, block_len=4, cache="dual")))
@@ -242,6 +218,9 @@ def test_a_new_dense_family_is_one_entry(tmp_path, monkeypatch):
                my_d_model=32, my_d_mlp=48, my_max_len=64, my_norm_eps=1e-6, my_tied=False, my_mask_id=260,
                my_eos_ids=256, rope_theta=1e4)
     write_bpe(tmp_path, ["<|go|>", "<|user|>", "<|bot|>", "<|end|>", "<|mask|>"])
+    (tmp_path / "chat_template.jinja").write_text(
+        "<|go|>{% for m in messages %}{{ '<|user|>' + m.content | trim if m.role == 'user' else '<|bot|>' + m.content"
+        " | trim + '<|end|>' }}{% endfor %}{% if add_generation_prompt %}<|bot|>{% endif %}")
     cfg = nt_model.config_from_json(raw)
     assert (cfg.family, cfg.head_dim, cfg.eos_ids, cfg.pad_id) == ("dummy", 8, (256, 259), 256)
     model = nt_model.Transformer(cfg).init_weights(torch.Generator().manual_seed(0)).eval()
@@ -292,13 +271,10 @@ def test_tokeniser_errors(tmp_path):
     with pytest.raises(UserError, match="no tokeniser: neither tokenizer.json"):
         data.load_tokenizer(official_checkpoint(tmp_path / "none2", "llada", tokenizer=False))
     folder = official_checkpoint(tmp_path / "large", "sdar")
-    table = json.loads((folder / "added_tokens.json").read_text())
-    (folder / "added_tokens.json").write_text(json.dumps({**table, "<|more|>": VOCAB}))
+    config = tokenizer_config("sdar")
+    config["added_tokens_decoder"][VOCAB] = dict(content="<|more|>", special=True)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=f"ids up to {VOCAB}, the model's embedding only {VOCAB} rows"):
-        data.load_tokenizer(folder)
-    del table["<|im_end|>"]
-    (folder / "added_tokens.json").write_text(json.dumps(table))
-    with pytest.raises(UserError, match="has no <|im_end|>".replace("|", r"\|")):
         data.load_tokenizer(folder)
     folder = official_checkpoint(tmp_path / "broken", "llada")
     (folder / "tokenizer.json").write_text("{}")

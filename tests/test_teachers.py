@@ -1,6 +1,7 @@
 """AR teachers with tokenisers of their own: ids, templates, bytes and scores, against `transformers`."""
 import json
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -111,7 +112,7 @@ def test_qwen3_as_a_teacher_gives_the_official_scores(teacher_qwen):
     """Ids, NLL and entropy of transformers 4.57; the prompt ends with Qwen3's own empty thought."""
     tok, teacher = load_teacher_tokenizer(teacher_qwen), load_teacher(teacher_qwen)
     student = data.Tokenizer(lambda text: list(text.encode()), {b: bytes([b]) for b in range(256)},
-                             {"<eos>": 256}, False, data.Chat("", "{text}", "", "<eos>"), 256)
+                             {"<eos>": 256}, False, SimpleNamespace(end_id=256, trims=False), 256)
     examples = []
     for e in EXPECTED:
         ids = tok.encode(e["completion"])
