@@ -30,8 +30,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 import grade
 from cli import UserError, option, read_json, read_jsonl, read_rows, run_cli, run_command
-from model import FAMILIES, ModelOptions, block_diffusion_layout, checkpoint_dir, config_of, read_object
-from recipes import RECIPES, TEST, overlap, recipe_problems
+from model import FAMILIES, ModelOptions, block_diffusion_layout, checkpoint_dir, config_of
+from recipes import RECIPES, TEST, recipe_problems, same_question
 
 TINY_DECODING = FAMILIES["tiny"].decoding
 TINY_LEN, TINY_BLOCK = TINY_DECODING["gen_len"], TINY_DECODING["block_len"]  # of a response, tokens
@@ -117,7 +117,6 @@ class TinySFT:
     """Seeded tiny training examples for the base model. A share of the prompts carries a reference solution,
     as privileged prompts do. Drills mask only results, the slow part to learn: first n_drill, later a share.
     """
-
     def __init__(self, tok, n, n_drill=0):
         self.tok, self.n, self.n_drill, self.skip = tok, n, n_drill, held_out("dev") | held_out("test")
 
@@ -187,15 +186,11 @@ def own_problems(source):
         for key in TEXTS:
             if not isinstance(p.get(key, ""), str):
                 raise UserError(f"{where}: {key} must be text, it is {str(p[key])[:40]!r}")
-        if p.get("grader", "") not in ("", *grade.GRADERS):
-            raise UserError(f"{where}: grader must be one of {', '.join(grade.GRADERS)}")
         tests = p.get("tests", [])
         if not all(isinstance(t, str) for t in (tests if isinstance(tests, list) else [tests])):
             raise UserError(f"{where}: tests must be text or a list of texts")
         if not p.get("prompt", "").strip():
             raise UserError(f"{where} has no field 'prompt' or it is empty")
-        if "answer" not in p and not tests and p.get("grader") != "parses":
-            raise UserError(f"{where} has no field 'answer' or 'tests'")
         problems.append({**p, "id": str(p["id"])})
     if not problems:
         raise UserError(f"{source} is empty: at least one problem is needed")
@@ -237,7 +232,6 @@ class Tokenizer:
 
 class OwnChat:
     """A checkpoint's own chat template, which `transformers` runs in Jinja's sandbox. hf: its tokeniser."""
-
     def __init__(self, name, hf, thinks, eos_id):
         self.name, self.hf, self.thinks = name, hf, thinks
         answered = self.render([("user", "a"), ("assistant", " OK ")]) if hf.chat_template else " OK "
@@ -298,29 +292,21 @@ def tiny_tokens(folder):
 def bpe_tokens(folder, cfg):
     """The same of a byte-level BPE: tokenizer.json, or vocab.json and merges.txt, read as Qwen2's are."""
     from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer  # slow to import
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-    declared = read_object(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
-    added = read_object(folder / "added_tokens.json")  # of older folders; transformers counts on instead
-    file, pair = folder / "tokenizer.json", [folder / "vocab.json", folder / "merges.txt"]
-    absent = [f.name for f in pair if not f.exists()]
-    if absent and not file.exists():
-        raise UserError(f"{folder} has no tokeniser: neither tokenizer.json nor {' and '.join(absent)}")
-    try:  # Dream, SDAR and Qwen3 have Qwen2's too
-        hf = (PreTrainedTokenizerFast if file.exists() else Qwen2Tokenizer).from_pretrained(folder)
+    kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").exists() else Qwen2Tokenizer
+    try:
+        hf = kind.from_pretrained(folder)
         table = hf.backend_tokenizer
         bare = tokenizers.Tokenizer(table.model)  # without added tokens: text never becomes one
         bare.normalizer, bare.pre_tokenizer = table.normalizer, table.pre_tokenizer
         special = {t.content: i for i, t in table.get_added_tokens_decoder().items()}
-        special |= {token["content"]: int(i) for i, token in declared.items()} or added
-        vocab, byte_of = bare.get_vocab(), {c: b for b, c in bytes_to_unicode().items()}
-        plain = {i: bytes(byte_of[c] for c in token)
-                 for token, i in vocab.items() if special.get(token) != i}
+        vocab, table = bare.get_vocab(), byte_table(hf, True)
+        plain = {i: table[i] for token, i in vocab.items() if special.get(token) != i}
+        complete = {bytes([b]) for b in range(128)} <= set(plain.values())
+        if not complete or len(set(vocab.values())) < len(vocab) or set(special.values()) & set(plain):
+            raise ValueError("not one id per token, or bytes are missing")
     except Exception as e:  # the libraries raise many kinds
-        found = file if file.exists() else pair[0]
-        raise UserError(f"{found} is not a tokeniser, or not a byte-level BPE ({e})") from None
-    complete = {bytes([b]) for b in range(128)} <= set(plain.values())
-    if not complete or len(set(vocab.values())) < len(vocab) or set(special.values()) & set(plain):
-        raise UserError(f"{folder}: the vocabulary is not a byte-level BPE with one id per token")
+        raise UserError(f"{folder} has no tokeniser: neither tokenizer.json nor vocab.json and merges.txt is "
+                        f"a byte-level BPE ({e})") from None
     chat = OwnChat(folder, hf, FAMILIES[cfg.family].thinks, cfg.eos_ids[0])
     if chat.end_id not in cfg.eos_ids:
         raise UserError(f"{folder}: its chat_template ends an answer with the id {chat.end_id}, which is no "
@@ -328,6 +314,20 @@ def bpe_tokens(folder, cfg):
     if not hf.chat_template:
         print(f"{folder} has no chat_template: a prompt is plain text", file=sys.stderr)
     return lambda text: bare.encode(text, add_special_tokens=False).ids, plain, special, False, chat
+
+
+def byte_table(hf, byte_level):
+    """{id: the UTF-8 bytes it stands for}, if hf is a byte-level BPE, or else SentencePiece's."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+    byte_of = {char: bytes([b]) for b, char in bytes_to_unicode().items()}
+    added = {token.content for token in hf.added_tokens_decoder.values()}
+
+    def meaning(piece):
+        byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)
+        if byte_level and piece not in added:
+            return b"".join(byte_of.get(char, b"\xff") for char in piece)
+        return bytes.fromhex(byte[1]) if byte else piece.replace("▁", " ").encode()
+    return {i: meaning(piece) for piece, i in hf.get_vocab().items()}
 
 
 def pad_response(ids, length, eos_id):
@@ -391,9 +391,9 @@ def state_at(x0, order, t, mask_id):
 
 
 def read_trajectories(folder):
-    """All records of a trajectory folder (every rank's shard), checked, in a fixed order (by id)."""
+    """All records of a trajectory folder (every rank's shard) or one .jsonl, checked, in the order of ids."""
     records = {}
-    for shard in sorted(Path(folder).glob("*.jsonl")):
+    for shard in [folder] if os.path.isfile(folder) else sorted(Path(folder).glob("*.jsonl")):
         for i, r in enumerate(read_jsonl(shard, tolerant=True)):
             check_record(r, f"{shard} record {i + 1}")
             records[r["id"]] = r
@@ -442,11 +442,8 @@ def show(args):
     for p in problems_asked_for(args):
         tests = p.get("tests")
         shown = dict(
-            prompt=p["prompt"],
+            prompt=p["prompt"], solution=p["solution"], grader=grade.grader_of(p), answer=p.get("answer", ""),
             privileged=privileged_prompt(p) if p["solution"] else "(there is no solution)",
-            solution=p["solution"],
-            grader=grade.grader_of(p),
-            answer=p.get("answer", ""),
             tests="\n".join(tests) if isinstance(tests, list) else tests)
         print(p["id"])
         del shown["answer" if tests else "tests"]
@@ -464,16 +461,15 @@ class Stats(ModelOptions, Show):
 
 def stats(args):
     problems, tok = problems_asked_for(args), load_tokenizer(args.model, args.revision)
-    others = load_problems(args.against, "test") if args.against else []
     kinds = Counter(grade.grader_of(p) for p in problems)
     print(f"{'problems':<16} {len(problems)}: " + ", ".join(f"{k} graded by {g}" for g, k in kinds.items()))
     spread("prompt tokens", [len(tok.prompt_ids(p["prompt"])) for p in problems])
     spread("solution tokens", [len(tok.response_ids(p["solution"])) for p in problems if p["solution"]])
     if args.against:
-        shared, n = [p["id"] for p in overlap(problems, others)], len(others)
-        print(f"{'overlap':<16} {len(shared)} of the {n} problems of {args.against} are asked here too")
-        for name in shared[:5] + ["..."] * (len(shared) > 5):
-            print(f"  {name}")
+        asked, others = set(map(same_question, problems)), load_problems(args.against, "test")
+        shared = [p["id"] for p in others if same_question(p) in asked]
+        counted = f"{len(shared)} of the {len(others)} problems of {args.against} are asked here too"
+        print(f"{'overlap':<16} {counted}", *shared[:5], sep="\n  ")
 
 
 def spread(name, values):

@@ -153,7 +153,7 @@ def known_task(task):
 
 def contamination_warning(task):
     """One line where a benchmark and training data overlap, else ""."""
-    known = recipes.contamination("prm12k", known_task(task) or "")
+    known = recipes.IN_MATH if known_task(task) == "math" else ""
     return known and (f"warning: TAD and TABOM train on PRM12K. {known}. "
                       f"Report math500 (lm_eval: minerva_math500) instead\n")
 
@@ -364,7 +364,7 @@ def made_of(args, model):
         model=str(args.model),
         revision=model.revision,
         weights=None if model.revision else checksum(weights),
-        adapter=checksum(Path(args.adapter).glob("adapter_*")) if args.adapter else "",
+        adapter=args.adapter and checksum(Path(args.adapter).glob("adapter_*")),
         dtype=dtype_name(model),
         code=checksum(nt_model.HERE / f"{name}.py" for name in code),
         device=device_name(),

@@ -25,16 +25,15 @@ from model import FAMILIES, official_name
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 HARMLESS = (  # of PEFT's settings: beside the tensors they change nothing
-    "r lora_alpha lora_dropout target_modules exclude_modules layers_to_transform layers_pattern task_type "
-    "auto_mapping peft_version base_model_name_or_path revision inference_mode fan_in_fan_out megatron_config "
-    "megatron_core loftq_config qalora_group_size runtime_config").split()
+    "r lora_alpha lora_dropout target_modules exclude_modules layers_to_transform task_type auto_mapping "
+    "peft_version base_model_name_or_path revision inference_mode fan_in_fan_out megatron_core loftq_config "
+    "qalora_group_size").split()
 UNSET = (None, False, "none", "", [], {})
 PLAIN = dict(peft_type=("LORA",), init_lora_weights=(*UNSET, True, "gaussian", "orthogonal", "eva"))
 
 
 class LoRALinear(nn.Module):
     """A frozen linear layer and its adapter; `weight` and `bias` keep their names: checkpoints fit."""
-
     def __init__(self, linear, r, alpha, dropout):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
@@ -139,14 +138,12 @@ def save(model, folder, base=""):
 
 def load(model, folder):
     """Add the adapter stored in a folder (PEFT's layout) and fill it, strictly. Returns the model."""
-    if not str(folder):
-        raise UserError("--adapter '': give the folder of an adapter, or leave --adapter out")
     file = Path(folder) / "adapter_config.json"
-    config = nt_model.read_object(file, optional=False)
+    config = cli.read_object(file, optional=False)
     for key, value in config.items():
         if key not in HARMLESS and value not in PLAIN.get(key, UNSET):
-            raise UserError(f"{file} has {key} {value!r}: only plain LoRA is built; merge the adapter into its "
-                            f"base with peft and load the merged model")
+            raise UserError(f"{file} has {key} {value!r}: only plain LoRA is built; merge the adapter into "
+                            f"its base with peft and load the merged model")
     for key, kind in dict(r=int, lora_alpha=(int, float), lora_dropout=(int, float)).items():
         if not isinstance(config.get(key), kind) or not 0 <= config[key] < 1e9:
             raise UserError(f"{file} has {key} {config.get(key)!r}: a number is needed")

@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 import cli
-from cli import UserError, read_json, run_cli
+from cli import UserError, read_object, run_cli
 
 HERE = Path(__file__).resolve().parent
 
@@ -142,26 +142,20 @@ def decoding_defaults(cfg):
     return {**own_blocks, **FAMILIES[cfg.family].decoding}
 
 
-def read_object(path, optional=True):
-    """The object in a JSON file; {} if there is no such file and it is optional."""
-    table = read_json(path) if path.exists() or not optional else {}
-    if not isinstance(table, dict):
-        raise UserError(f"{path} must hold an object, not {str(table)[:40]!r}")
-    return table
+def listed(ids):
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 def read_config(folder):
-    """The Config of a checkpoint's directory. What SDAR's and A2D's hub files leave out of config.json: the
-    mask id is the tokeniser's; the name says the length of a block (SDAR-4B-Chat-b8), the kind of network.
-    The ids that end a generation count too.
+    """The Config of a checkpoint's directory; generation_config.json may add EOS ids. What SDAR and A2D leave
+    out: the mask id is the tokeniser's; the name tells the block's length (-b8) and the kind of network.
     """
-    raw = read_json(folder / "config.json")
-    if not isinstance(raw, dict):
-        return config_from_json(raw)
-    ends = [ids if isinstance(ids, list) else [] if ids is None else [ids] for ids in (
-        raw.get("eos_token_id"), read_object(folder / "generation_config.json").get("eos_token_id"))]
-    if more := [i for i in ends[1] if i not in ends[0]]:
-        raw["eos_token_id"] = ends[0] + more
+    raw = read_object(folder / "config.json", optional=False)
+    eos = listed(raw.get("eos_token_id"))
+    said = read_object(folder / "generation_config.json").get("eos_token_id")
+    more = [i for i in listed(said) if i not in eos]
+    if more:
+        raw["eos_token_id"] = eos + more
     if raw.get("mask_token_id") is not None:
         return config_from_json(raw)
     tokens, path = folder / "tokenizer_config.json", folder.resolve()
@@ -194,7 +188,7 @@ def config_from_json(raw):
         given = {ours: raw.get(theirs) for ours, theirs in family.optional.items()}
         facts.update({ours: value for ours, value in given.items() if value is not None})
         theta = raw.get("rope_theta") or (raw.get("rope_parameters") or {})["rope_theta"]
-        eos = facts["eos_ids"] if isinstance(facts["eos_ids"], list) else [facts["eos_ids"]]
+        eos = listed(facts["eos_ids"])
         more = [i for i in family.extra_eos if i < facts["vocab_size"] and i not in eos]
         defaults = dict(rope_theta=float(theta), n_kv_head=facts["n_head"], pad_id=eos[0])
         if "head_dim" not in facts:
@@ -236,7 +230,6 @@ def official_name(cfg, name):
 
 class RMSNorm(nn.RMSNorm):
     """Statistics in fp32, cast down, then times the weight in the model's dtype."""
-
     def forward(self, x):
         y = x.float()
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
@@ -315,7 +308,6 @@ def take(x, cols):
 
 class KVCache:
     """Rotated keys and values of canvases: per layer k, v (B, S, H_kv, head_dim). valid, positions (B, S)."""
-
     def __init__(self, cfg, valid, positions, dtype):
         shape = (*valid.shape, cfg.n_kv_head, cfg.head_dim)
         # one tensor per layer: torch.compile writes into a whole tensor in place but copies it for a view
@@ -324,8 +316,7 @@ class KVCache:
         cos, sin = rope_angles(cfg, torch.arange(valid.shape[1], device=valid.device)[None])
         self.cos, self.sin = cos[0, 0], sin[0, 0]
 
-    def angles(self, positions):
-        """rope_angles() from a table."""
+    def angles(self, positions):  # rope_angles() from a table
         return self.cos[positions][:, None], self.sin[positions][:, None]
 
 
@@ -392,10 +383,7 @@ class Transformer(nn.Module):
             self.head.weight = self.embed.weight
 
     def init_weights(self, generator=None):
-        """Training from scratch: embeddings N(0, 1), matrices N(0, 1 / fan_in), those that write to the
-        residual stream at 0.3 of that, a small head. In one run of each, at different learning rates, only
-        this one, not GPT-2's 0.02, wrote well-formed responses after 300 steps of 32.
-        """
+        """For training from scratch. In one run of each, GPT-2's N(0, 0.02) learned far more slowly."""
         for name, p in self.named_parameters():
             if name.endswith("norm.weight"):
                 nn.init.ones_(p)
@@ -451,9 +439,7 @@ CHUNK_BYTES = 2**26  # of fp32 logits at once
 
 
 def by_chunks(terms, n_vocab, *rows, chunk_bytes=CHUNK_BYTES):
-    """terms(*rows) for functions of rows that go through logits, rows (N, ...) -> (N, ...), up to rounding.
-    Only one chunk's logits exist at once, chunk_bytes of fp32: the backward pass computes them again.
-    """
+    """terms(*rows) of rows (N, ...), up to rounding; only chunk_bytes of fp32 logits exist at a time."""
     n = max(1, chunk_bytes // (4 * n_vocab))
     if len(rows[0]) <= n:
         return terms(*rows)
@@ -473,9 +459,7 @@ def token_positions(valid):
 
 
 def load(name, device="cpu", dtype=torch.float32, revision=None):
-    """A model in eval mode from a preset name, a hub id (revision: its commit, branch or tag) or a directory;
-    none of its code is run. Raises UserError unless every tensor is used and every parameter filled.
-    """
+    """Preset name, hub id or directory -> a model in eval mode, every tensor used, every parameter filled."""
     folder = checkpoint_dir(name, revision)
     cfg = read_config(folder)
     with torch.device("meta"):  # nothing is allocated twice
@@ -515,9 +499,7 @@ def read_tensors(file):
 
 
 def checkpoint_dir(name, revision=None, weights=True):
-    """Preset name, hub id or directory -> local directory, downloaded where it must be (weights=False: its
-    small files only); huggingface_hub's cache and HF_HUB_OFFLINE are honoured.
-    """
+    """Preset name, hub id or directory -> local directory, downloaded where needed; weights: or without."""
     name = presets().get(str(name), str(name))
     if os.path.isdir(name):
         if revision:
@@ -555,12 +537,10 @@ def family_of(name, revision=None):
 def weight_files(folder):
     """The safetensors files of a checkpoint directory, through its index when it is sharded."""
     index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.exists():
-        table = read_json(index)
-        if not isinstance(table, dict) or not isinstance(table.get("weight_map"), dict):
-            raise UserError(f"{index} has no weight_map: not an index of safetensors files")
-        names = sorted(set(table["weight_map"].values()))
+    shards = read_object(index).get("weight_map") if index.exists() else {"": "model.safetensors"}
+    if not isinstance(shards, dict):
+        raise UserError(f"{index} has no weight_map: not an index of safetensors files")
+    names = sorted(set(map(str, shards.values())))
     for name in names:
         if not (folder / name).exists():
             raise UserError(f"{folder} has no {name}: not a checkpoint in the official safetensors format")
@@ -579,9 +559,7 @@ def save_tensors(tensors, file):
 
 
 def save(model, folder, dtype=None):
-    """Write config.json and model.safetensors with the official names: the official code can load them. Shards
-    of another model in this folder go: they would be read instead.
-    """
+    """Write config.json and model.safetensors with the official names, and remove another model's shards."""
     folder, state = Path(folder), dict(model.named_parameters())
     if any("lora_" in name for name in state):
         raise UserError("the model carries LoRA adapters: lora.merge(model) first, or lora.save the adapter")

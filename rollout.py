@@ -19,12 +19,12 @@ from tqdm import tqdm
 
 import cli
 import grade
-from cli import UserError, option, read_jsonl, run_cli
-from data import (CARRIED, SCHEMA, check_record, load_tokenizer, privileged_prompt, problems_asked_for,
-                  read_trajectories, spread)
+from cli import UserError, option, run_cli
+from data import (CARRIED, SCHEMA, load_tokenizer, privileged_prompt, problems_asked_for, read_trajectories,
+                  spread)
 from model import ModelOptions, config_of, decoding_defaults, n_content
 from run import barrier
-from sample import Decoding, Output, load_both, picture, stream
+from sample import Decoding, load_both, stream
 
 
 class Shard:
@@ -191,13 +191,10 @@ class Stats(ModelOptions):
 class Inspect(Stats):
     """trajectories in the order they were decoded"""
     n: int = 3  # how many
-    picture: str = ""  # PNG of the reveal order of the first one, to write
 
 
 def collect_command(args, given):
     problems = problems_asked_for(args)
-    for p in problems:  # said before a model is loaded
-        grade.check_gradable(p, args.allow_code_execution or args.ungraded)
     model, tok = load_both(args)
     decoding = {"policy": "static", "per_step": 1, **decoding_defaults(model.cfg), **given}
     records = rollout(model, tok, problems, args.out, args.model, args.privileged, args.batch_size,
@@ -209,13 +206,9 @@ def collect_command(args, given):
 
 def records_asked_for(args):
     """The records of a folder or of one .jsonl; args then names their own model, unless it names another."""
-    path = Path(args.path)
-    one = path.suffix == ".jsonl" and path.is_file()
-    records = read_jsonl(path, tolerant=True) if one else read_trajectories(path)
-    for i, r in enumerate(records if one else ()):
-        check_record(r, f"{path} record {i + 1}")
+    records = read_trajectories(args.path)
     if not records:
-        raise UserError(f"{path} holds no trajectories: give a folder or a .jsonl of them")
+        raise UserError(f"{args.path} holds no trajectories: give a folder or a .jsonl of them")
     args.model = args.model or records[0]["model"].split(", trained for")[0]  # of T3D's later rounds
     args.revision = args.revision or records[0].get("revision")
     return records
@@ -223,18 +216,12 @@ def records_asked_for(args):
 
 def inspect_command(args):
     """Tokens in the order they were revealed, ∅ for what is written as nothing."""
-    cli.check_picture(args.picture)
     records = records_asked_for(args)
     tok = load_tokenizer(args.model, args.revision)
     for r in records[:args.n]:
         words = [tok.decode([i]) or "∅" for i in r["x0"]]
         print(f"{r['id']} correct={r['correct']} nfe={r['nfe']}\n  {r['prompt']}\n  {' '.join(words)}")
         print("  order of reveal: " + " ".join(f"{words[i]}@{i}" for i in np.argsort(r["rank"])))
-    if args.picture:
-        r = records[0]
-        drawn = Output(*(torch.tensor(r[k]) for k in ("x0", "order", "rank")), None, r["nfe"])
-        picture(drawn, args.picture, f"{r['id']}: {r['nfe']} forwards")
-        print(f"written: {args.picture}")
 
 
 def stats_command(args):

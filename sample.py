@@ -782,7 +782,7 @@ def picture(out, path, title=""):
 
 @dataclass
 class AdaptedModel(ModelOptions):
-    adapter: str | None = None  # directory of a trained LoRA adapter to decode with
+    adapter: str = ""  # directory of a trained LoRA adapter to decode with
 
 
 @dataclass
@@ -804,7 +804,7 @@ def load_both(args):
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     model = load(args.model, *default_device(), args.revision)
-    if getattr(args, "adapter", None) is not None:
+    if getattr(args, "adapter", ""):
         lora.load(model, args.adapter)
     return model, data.load_tokenizer(args.model, args.revision)
 
@@ -845,7 +845,7 @@ def decode_file(model, tok, args, settings, how):
     """--prompts: append a line per finished prompt to --to, or continue such a file, but no other one."""
     to = Path(args.to or Path(args.prompts).with_suffix(".responses.jsonl"))
     rows = read_prompts(Path(args.prompts))
-    made_by = dict(model=args.model, revision=model.revision, adapter=args.adapter or "", decoding=settings)
+    made_by = dict(model=args.model, revision=model.revision, adapter=args.adapter, decoding=settings)
     ours = {r["id"]: dict(prompt=r["prompt"], **made_by) for r in rows}  # what a line of this run says
     done = set()
     for r in cli.read_jsonl(to, tolerant=True) if to.exists() else []:

@@ -5,7 +5,6 @@ Teacher and student may have different tokenisers: scores move through UTF-8 byt
 import hashlib
 import json
 import math
-import re
 
 import numpy as np
 import torch
@@ -13,11 +12,13 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 
 from cli import UserError, read_jsonl
-from data import OwnChat, Tokenizer, left_padded, tiny_tokens
+from data import OwnChat, Tokenizer, byte_table, left_padded, tiny_tokens
 from lora import changed
 from model import by_chunks, checkpoint_dir, n_content, token_positions
 from rollout import Shard
 from run import barrier
+
+PROBE = "Aé 中🙂\n  x\t<b> ²12"  # a tokeniser that keeps this keeps any text
 
 
 def load_teacher(name, device="cpu", dtype=torch.float32, revision=None):
@@ -28,15 +29,12 @@ def load_teacher(name, device="cpu", dtype=torch.float32, revision=None):
         teacher, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True)
     except (ImportError, ValueError, OSError, RuntimeError, SafetensorError) as e:
-        line = str(e).strip().split("\n")[0]
-        raise UserError(f"{name} is not a causal LM that transformers loads: {line}") from None
+        why = str(e).strip().partition("\n")[0]
+        raise UserError(f"{name} is not a causal LM that transformers loads: {why}") from None
     absent = [*sorted(info["missing_keys"]), *(key[0] for key in info["mismatched_keys"])]
     if absent:  # transformers only warns, and fills them with random numbers
         raise UserError(f"{name}: tensors are missing or of another shape: {absent[:3]} ({len(absent)})")
     return teacher.to(device).requires_grad_(False)  # in eval mode
-
-
-PROBE = "Aé 中🙂\n  x\t<b> ²12"  # a tokeniser that keeps this keeps any text
 
 
 def load_teacher_tokenizer(name, revision=None):
@@ -49,32 +47,18 @@ def load_teacher_tokenizer(name, revision=None):
     try:
         hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as e:  # of a different type for each kind of file
-        line = str(e).strip().split("\n")[0]
-        raise UserError(f"--teacher {name}: transformers loads no tokeniser of it: {line}") from None
+        why = str(e).strip().partition("\n")[0]
+        raise UserError(f"--teacher {name}: transformers loads no tokeniser of it: {why}") from None
 
     def encode(text):  # SentencePiece may write a space before it
         return hf.encode(text, add_special_tokens=False, split_special_tokens=True)
     tables = (byte_table(hf, level) for level in (True, False))
     chat = OwnChat(f"--teacher {name}", hf, False, hf.eos_token_id)  # without a thought
-    fits = [t for t in tables if b"".join(map(t.get, encode(PROBE))).removeprefix(b" ") == PROBE.encode()]
+    fits = [t for t in tables if b"".join(t[i] for i in encode(PROBE)).removeprefix(b" ") == PROBE.encode()]
     if not fits or chat.end_id is None:
-        raise UserError(f"--teacher {name}: what its {type(hf).__name__} makes of a text cannot be told, byte by "
-                        f"byte, or not how an answer ends: choose another teacher")
+        raise UserError(f"--teacher {name}: what its {type(hf).__name__} makes of a text cannot be told, "
+                        f"byte by byte, or not how an answer ends: choose another teacher")
     return Tokenizer(encode, fits[0], {}, False, chat, chat.end_id)
-
-
-def byte_table(hf, byte_level):
-    """{id: the UTF-8 bytes it stands for}, if hf is a byte-level BPE, or else SentencePiece's."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-    byte_of = {char: bytes([b]) for b, char in bytes_to_unicode().items()}
-    added = {token.content for token in hf.added_tokens_decoder.values()}
-
-    def meaning(piece):
-        byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)
-        if byte_level and piece not in added:
-            return b"".join(byte_of.get(char, b"\xff") for char in piece)
-        return bytes.fromhex(byte[1]) if byte else piece.replace("▁", " ").encode()
-    return {i: meaning(piece) for piece, i in hf.get_vocab().items()}
 
 
 @torch.no_grad()
@@ -115,20 +99,17 @@ def teacher_pieces(example, tok, teacher_tok):
     """One example -> the teacher's prompt ids and completion ids, and bytes per token of both sides."""
     content = example["x0"][:n_content(example["x0"], (tok.eos_id, tok.chat.end_id))]
     pieces = list(map(tok.bytes_of, content))
-    student_bytes = list(map(len, pieces))
-    try:
-        text = b"".join(pieces).decode()
-    except UnicodeDecodeError:
-        raise UserError(f"example {example['id']}: its completion is not UTF-8 text") from None
-    ids = teacher_tok.encode(text) if text else []
+    said = b"".join(pieces)
+    ids = teacher_tok.encode(said.decode(errors="replace")) if said else []
     written = list(map(teacher_tok.bytes_of, ids))
     teacher_bytes = list(map(len, written))
-    if b"".join(written) == b" " + text.encode():  # SentencePiece's own space
+    text = b"".join(written)
+    if text == b" " + said:  # SentencePiece's own space
         teacher_bytes[0] -= 1
-    if sum(teacher_bytes) != sum(student_bytes):
-        raise UserError(f"example {example['id']}: its completion has {sum(student_bytes)} bytes for the "
-                        f"student and {sum(teacher_bytes)} for the teacher; normalise the text (NFC)")
-    return teacher_tok.prompt_ids(example["prompt"]).tolist(), ids, teacher_bytes, student_bytes
+    elif text != said:
+        raise UserError(f"example {example['id']}: its completion is not UTF-8 text, or the teacher's "
+                        f"tokeniser changes it; normalise the text (NFC)")
+    return teacher_tok.prompt_ids(example["prompt"]).tolist(), ids, teacher_bytes, list(map(len, pieces))
 
 
 @torch.no_grad()
@@ -171,8 +152,6 @@ def score_examples(examples, tok, teacher_tok, cfg, r):
     left = [(k, e) for k, e in zip(keys, examples) if k not in done]
     todo = left[r.rank::r.world]
     if todo:
-        for _, e in todo:
-            teacher_pieces(e, tok, teacher_tok)  # an error comes before the weights
         teacher = load_teacher(cfg.teacher, r.device, r.dtype)
         shard = Shard(folder, r.rank, len(todo), "example", "difficulty")
         for first in range(0, len(todo), cfg.score_batch):

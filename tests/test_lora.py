@@ -147,7 +147,7 @@ def test_an_empty_or_missing_adapter_is_an_error(tmp_path, monkeypatch):
     import eval as nt_eval
     import sample
     for module, args in ((sample, ["--prompt", "x"]), (nt_eval, ["curve", "--n", "1"])):
-        for folder, words in (("", "--adapter ''"), (str(tmp_path), "no file .*adapter_config.json")):
+        for folder, words in (("", "--adapter '' or"), (str(tmp_path), "no file .*adapter_config.json")):
             monkeypatch.setattr("sys.argv", ["x.py", *args, "--adapter", folder])
             with pytest.raises(UserError, match=words):
                 sample.main() if module is sample else nt_eval.cli.run_command("", nt_eval.COMMANDS)
