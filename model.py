@@ -321,9 +321,7 @@ class KVCache:
 
 
 def store(keys, values, rows, cols, k, v):
-    """Overwrite in a layer's cache (B, S, H_kv, head_dim) whole rows (N,) int64, or columns cols (B, W) of
-    all rows where rows is None, with k, v (.., H_kv, .., head_dim). Returns those of these whole canvases.
-    """
+    """Overwrite rows (N,), or where None columns cols (B, W) of all, of a layer's cache -> whole canvases."""
     at = rows if cols is None else (torch.arange(k.shape[0], device=k.device)[:, None], cols)
     keys[at], values[at] = k.transpose(1, 2), v.transpose(1, 2)
     if cols is None:

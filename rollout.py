@@ -195,6 +195,8 @@ class Inspect(Stats):
 
 def collect_command(args, given):
     problems = problems_asked_for(args)
+    for p in problems:  # said before a model is loaded
+        grade.check_gradable(p, args.allow_code_execution or args.ungraded)
     model, tok = load_both(args)
     decoding = {"policy": "static", "per_step": 1, **decoding_defaults(model.cfg), **given}
     records = rollout(model, tok, problems, args.out, args.model, args.privileged, args.batch_size,

@@ -229,9 +229,8 @@ def test_contamination_is_said_and_found(tmp_path, capsys):
     train = data.load_problems(f"prm12k={write(tmp_path / 'prm.jsonl', train)}")
     bench = data.load_problems(f"math={write(tmp_path / 'math.jsonl', bench)}", "test")
     assert "report MATH-500, which is disjoint" in capsys.readouterr().err
-    assert [p["question"] for p in recipes.overlap(train, bench)] == ["find  c."]
-    assert "MATH-500" in recipes.contamination("gsm8k+prm12k=x.jsonl", "math")
-    assert not recipes.contamination("prm12k", "math500") and not recipes.contamination("gsm8k", "math")
+    asked = set(map(recipes.same_question, train))
+    assert [p["question"] for p in bench if recipes.same_question(p) in asked] == ["find  c."]
 
 
 def test_without_datasets_or_network_the_files_are_named(tmp_path, monkeypatch):
@@ -428,8 +427,8 @@ def test_rollout_inspect_and_stats_of_trajectories(tmp_path, monkeypatch, capsys
         code, out, _ = run("stats", path)
         assert code == 0 and "correct          100.0% of 2 graded" in out and "2 of tiny, length 48" in out
         assert ("samples/h" in out) == (path is folder)
-    code, out, _ = run("inspect", folder / "rank0.jsonl", "-n", "1", "--picture", tmp_path / "order.png")
-    assert code == 0 and "correct=True nfe=48" in out and (tmp_path / "order.png").stat().st_size > 5000
+    code, out, _ = run("inspect", folder / "rank0.jsonl", "-n", "1")
+    assert code == 0 and "correct=True nfe=48" in out and "order of reveal" in out
     assert rollout.inverted(torch.tensor([0, 2, 1, 1]).numpy()) == (2, 5)
 
 
