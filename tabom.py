@@ -86,7 +86,7 @@ PRESETS = {
     "llada": dict(data="prm12k", gamma=0.2),  # math; code: --data ling-coder --gamma 0.3
     "dream": dict(data="prm12k", block_len=256, collect_score="entropy",  # as Dream decodes: no blocks
                   gamma=0.1),  # code: --data ling-coder --lam 2 --lr 1e-4
-    "sdar": dict(data="prm12k", block_len=0, collect_cache="exact"),  # not in the paper
+    "sdar": dict(data="prm12k", block_len=None, collect_cache="exact"),  # not in the paper
 }
 
 

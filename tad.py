@@ -91,7 +91,7 @@ PRESETS = {
     "llada": dict(data=PAPER, window="20", collect_temperature=0.7),  # speed; quality: --window 8
     "dream": dict(data=PAPER, collect_score="entropy", collect_temperature=0.2,
                   collect_top_p=0.95),  # quality: --window 6
-    "sdar": dict(data=PAPER, block_len=0, collect_cache="exact"),  # not in the paper
+    "sdar": dict(data=PAPER, block_len=None, collect_cache="exact"),  # not in the paper
 }
 RANDOM = ("traj_random", "gt_random")  # sources whose states are random masks
 LEVEL = {"auto-quality": 0.5, "auto-speed": 0.2}  # W: where the mean confidence falls below it

@@ -97,7 +97,7 @@ PRESETS = {
                  micro_batch=64),
     "llada": dict(data="s1k", gen_len=1024, warmup_ratio=0.03),
     "dream": dict(data="s1k", gen_len=1024, warmup_ratio=0.03),
-    "sdar": dict(data="s1k", gen_len=1024, warmup_ratio=0.03, block_len=0),  # not in the paper
+    "sdar": dict(data="s1k", gen_len=1024, warmup_ratio=0.03, block_len=None),  # not in the paper
 }
 
 

@@ -272,20 +272,20 @@ def test_tokeniser_errors(tmp_path):
         data.load_tokenizer(official_checkpoint(tmp_path / "none2", "llada", tokenizer=False))
     folder = official_checkpoint(tmp_path / "large", "sdar")
     config = tokenizer_config("sdar")
-    config["added_tokens_decoder"][VOCAB] = dict(content="<|more|>", special=True)
+    config["added_tokens_decoder"] |= {i: dict(content=f"<|{i}|>", special=True) for i in range(260, VOCAB + 1)}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=f"ids up to {VOCAB}, the model's embedding only {VOCAB} rows"):
         data.load_tokenizer(folder)
     folder = official_checkpoint(tmp_path / "broken", "llada")
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="is not a tokeniser"):
+    with pytest.raises(UserError, match="has no tokeniser"):
         data.load_tokenizer(folder)
     folder = official_checkpoint(tmp_path / "other", "dream")
     vocab = json.loads((folder / "vocab.json").read_text())
     without_a = {k: v for k, v in vocab.items() if k != "a"}
     for broken in ([], {"▁the": 3}, {**vocab, "aa": 5}, without_a, {**vocab, "a": "x"}, {**vocab, "aa": 257}):
         (folder / "vocab.json").write_text(json.dumps(broken))
-        with pytest.raises(UserError, match="not a byte-level BPE"):
+        with pytest.raises(UserError, match="is a byte-level BPE"):
             data.load_tokenizer(folder)
     (folder / "vocab.json").write_text(json.dumps(vocab))
     (folder / "merges.txt").unlink()
@@ -293,7 +293,7 @@ def test_tokeniser_errors(tmp_path):
         data.load_tokenizer(folder)
     (folder / "vocab.json").unlink()
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="is not a tokeniser"):
+    with pytest.raises(UserError, match="has no tokeniser"):
         data.load_tokenizer(folder)
     to_bytes = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
     table = dict(model=dict(type="BPE", vocab=vocab, merges=[]), added_tokens=[], pre_tokenizer=to_bytes)
