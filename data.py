@@ -237,7 +237,8 @@ class OwnChat:
         answered = self.render([("user", "a"), ("assistant", " OK ")]) if hf.chat_template else " OK "
         self.trims = " OK " not in answered  # white space around a text is dropped
         special = {i for i, token in hf.added_tokens_decoder.items() if token.special}
-        ends = [i for i in hf.encode(answered.rpartition("OK")[2], add_special_tokens=False) if i in special]
+        behind = answered.rpartition("OK")[2].encode(errors="replace").decode()  # half a character, say
+        ends = [i for i in hf.encode(behind, add_special_tokens=False) if i in special]
         self.end_id = (ends + [eos_id])[0]  # behind an answer
 
     def render(self, turns, **settings):

@@ -144,8 +144,8 @@ def load(model, folder):
         if key not in HARMLESS and value not in PLAIN.get(key, UNSET):
             raise UserError(f"{file} has {key} {value!r}: only plain LoRA is built; merge the adapter into "
                             f"its base with peft and load the merged model")
-    for key, kind in dict(r=int, lora_alpha=(int, float), lora_dropout=(int, float)).items():
-        if not isinstance(config.get(key), kind) or not 0 <= config[key] < 1e9:
+    for key, kinds in dict(r=[int], lora_alpha=[int, float], lora_dropout=[int, float]).items():
+        if type(config.get(key)) not in kinds or not 0 <= config[key] < 1e9:
             raise UserError(f"{file} has {key} {config.get(key)!r}: a number is needed")
     tensors = nt_model.read_tensors(Path(folder) / "adapter_model.safetensors")
     names = FAMILIES[model.cfg.family].names

@@ -178,7 +178,7 @@ def config_from_json(raw):
     """config.json (dict) -> Config. Raises UserError for what is missing, wrong or not built."""
     known = {entry.model_type: name for name, entry in FAMILIES.items()}
     kind = raw.get("model_type") if isinstance(raw, dict) else None
-    if kind not in known:
+    if kind not in [*known]:
         raise UserError(f"config.json has model_type {kind!r}; supported are {', '.join(known)}")
     name, family = known[kind], FAMILIES[known[kind]]
     try:
@@ -200,11 +200,11 @@ def config_from_json(raw):
     cfg = Config(name, raw=raw, **{**defaults, **facts, "eos_ids": (*eos, *more)})
     for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "head_dim", "d_model", "d_mlp", "max_len"):
         value = getattr(cfg, name)
-        if not isinstance(value, int) or value < 1:
+        if type(value) is not int or value < 1:
             raise UserError(f"config.json: {name} is {value!r}, not a positive whole number")
     tokens = {"mask_token_id": [cfg.mask_id], "eos_token_id": cfg.eos_ids, "pad_token_id": [cfg.pad_id]}
     for name, ids in tokens.items():
-        if not all(isinstance(i, int) and 0 <= i < cfg.vocab_size for i in ids):
+        if not all(type(i) is int and 0 <= i < cfg.vocab_size for i in ids):
             raise UserError(f"config.json (or generation_config.json) has {name} {raw.get(name)!r}, "
                             f"outside its vocabulary of {cfg.vocab_size}")
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
