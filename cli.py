@@ -155,6 +155,8 @@ def new_parser(doc):
 def given_to(parser):
     """What the command line says, {name: value}, its numbers checked."""
     given = vars(parser.parse_args())
+    if "" in (given.get("adapter"), given.get("prompt")):
+        raise UserError("--adapter '' or --prompt '': give one that is not empty, or leave it out")
     check_numbers(given)
     return given
 
@@ -208,6 +210,14 @@ def read_json(path):
         return json.loads(text)
     except ValueError as e:
         raise UserError(f"{path} is not valid JSON ({e})") from None
+
+
+def read_object(path, optional=True):
+    """The object in a JSON file; {} if there is no such file and it is optional."""
+    table = read_json(path) if path.exists() or not optional else {}
+    if not isinstance(table, dict):
+        raise UserError(f"{path} must hold an object, not {str(table)[:40]!r}")
+    return table
 
 
 def read_jsonl(path, ours=False, mend=False, **kinds):

@@ -14,6 +14,7 @@ without knowing each other: a step may mix two phrasings, or name a cup that not
 """
 import os
 import re
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,8 +30,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 import grade
 from cli import UserError, option, read_json, read_jsonl, read_rows, run_cli, run_command
-from model import FAMILIES, Chat, ModelOptions, block_diffusion_layout, checkpoint_dir, config_of
-from recipes import RECIPES, TEST, overlap, recipe_problems
+from model import FAMILIES, ModelOptions, block_diffusion_layout, checkpoint_dir, config_of
+from recipes import RECIPES, TEST, recipe_problems, same_question
 
 TINY_DECODING = FAMILIES["tiny"].decoding
 TINY_LEN, TINY_BLOCK = TINY_DECODING["gen_len"], TINY_DECODING["block_len"]  # of a response, tokens
@@ -54,7 +55,6 @@ RECORD_FIELDS = {**dict.fromkeys(("id", "source", "prompt", "solution", "model")
                  **dict.fromkeys(("prompt_ids", "x0", "order", "rank"), list), "decoding": dict,
                  "nfe": int, "schema": int, "correct": (bool, type(None))}
 SCHEMA = 1
-SPECIAL = re.compile(r"(</?[|\w]+>)")  # tokens in a chat template
 
 
 def tiny_solution(visited, rng):
@@ -118,7 +118,6 @@ class TinySFT:
     """Seeded tiny training examples for the base model. A share of the prompts carries a reference solution,
     as privileged prompts do. Drills mask only results, the slow part to learn: first n_drill, later a share.
     """
-
     def __init__(self, tok, n, n_drill=0):
         self.tok, self.n, self.n_drill, self.skip = tok, n, n_drill, held_out("dev") | held_out("test")
 
@@ -188,15 +187,11 @@ def own_problems(source):
         for key in TEXTS:
             if not isinstance(p.get(key, ""), str):
                 raise UserError(f"{where}: {key} must be text, it is {str(p[key])[:40]!r}")
-        if p.get("grader", "") not in ("", *grade.GRADERS):
-            raise UserError(f"{where}: grader must be one of {', '.join(grade.GRADERS)}")
         tests = p.get("tests", [])
         if not all(isinstance(t, str) for t in (tests if isinstance(tests, list) else [tests])):
             raise UserError(f"{where}: tests must be text or a list of texts")
         if not p.get("prompt", "").strip():
             raise UserError(f"{where} has no field 'prompt' or it is empty")
-        if "answer" not in p and not tests and p.get("grader") != "parses":
-            raise UserError(f"{where} has no field 'answer' or 'tests'")
         problems.append({**p, "id": str(p["id"])})
     if not problems:
         raise UserError(f"{source} is empty: at least one problem is needed")
@@ -210,7 +205,7 @@ class Tokenizer:
     plain: dict       # id -> its UTF-8 bytes, of all tokens but the special ones
     special: dict     # special token -> id
     trimmed: bool     # a text has no white space around it
-    chat: Chat        # the family's template
+    chat: object      # OwnChat, or the tiny model's: prompt_ids, end_id, trims
     eos_id: int       # fills the tail of a response
 
     def __post_init__(self):
@@ -226,99 +221,115 @@ class Tokenizer:
         """id -> its UTF-8 bytes; none for special tokens."""
         return self.plain.get(i, b"")
 
-    def lacking(self):
-        """The special tokens that the chat template needs and that this tokeniser does not have."""
-        needed = SPECIAL.findall(self.chat.bos + self.chat.turn + self.chat.answer + self.chat.end)
-        return sorted(set(needed) - self.special.keys())
-
     def prompt_ids(self, text, system=""):
         """One user turn (after a system turn, if any) -> (P,) int64 ids, ready for the answer to follow."""
-        return self.ids_of(turn_pieces(self.chat, [("system", system)] * bool(system) + [("user", text)]))
-
-    def ids_of(self, pieces):
-        """[(piece, is it a special token)] -> (P,) int64 ids."""
-        ids = [[self.special[piece]] if special else self.encode(piece) for piece, special in pieces]
-        return torch.tensor(sum(ids, []), dtype=torch.long)
+        turns = [("system", system)] * bool(system) + [("user", text)]
+        return torch.tensor(self.chat.prompt_ids(turns), dtype=torch.long)
 
     def response_ids(self, text):
         """A finished answer -> list of ids, the end of its turn included."""
-        return self.encode(text.strip() if self.chat.trim else text) + [self.special[self.chat.end]]
+        return self.encode(text.strip() if self.chat.trims else text) + [self.chat.end_id]
 
 
-def turn_pieces(chat, turns):
-    """Turns [(role, text)], the answer open -> [(piece, is it a special token)]; none comes from a text."""
-    if chat.system and turns[0][0] != "system":
-        turns = [("system", chat.system), *turns]
-    pieces = []
-    for template, role, said in [(chat.bos, "", ""), *((chat.turn, *turn) for turn in turns),
-                                 (chat.answer, "", "")]:
-        said = said.strip() if chat.trim else said
-        for piece in filter(None, SPECIAL.split(template)):
-            special = bool(SPECIAL.fullmatch(piece))
-            pieces.append((piece if special else piece.format(role=role, text=said), special))
-    return pieces
+class OwnChat:
+    """A checkpoint's own chat template, which `transformers` runs in Jinja's sandbox. hf: its tokeniser."""
+    def __init__(self, name, hf, thinks, eos_id):
+        self.name, self.hf, self.thinks = name, hf, thinks
+        answered = self.render([("user", "a"), ("assistant", " OK ")]) if hf.chat_template else " OK "
+        self.trims = " OK " not in answered  # white space around a text is dropped
+        special = {i for i, token in hf.added_tokens_decoder.items() if token.special}
+        behind = answered.rpartition("OK")[2].encode(errors="replace").decode()  # half a character, say
+        ends = [i for i in hf.encode(behind, add_special_tokens=False) if i in special]
+        self.end_id = (ends + [eos_id])[0]  # behind an answer
+
+    def render(self, turns, **settings):
+        """[(role, text)] as a text, unless told otherwise."""
+        said = [dict(role=role, content=text) for role, text in turns]
+        settings = dict(tokenize=False, enable_thinking=self.thinks) | settings
+        try:
+            return self.hf.apply_chat_template(said, **settings)
+        except Exception as e:  # whatever a template raises
+            raise UserError(f"{self.name}: its chat_template fails ({e}): repair or remove it") from None
+
+    def prompt_ids(self, turns):
+        """Turns, the answer open -> list of ids; a text writes no special token."""
+        if not self.hf.chat_template:  # a base model: the text, on a line of its own
+            return self.hf.encode(turns[-1][1] + "\n", split_special_tokens=True)
+        ids = self.render(turns, tokenize=True, add_generation_prompt=True, sanitize_control_tokens=True)
+        return ids["input_ids"]
 
 
 def load_tokenizer(name, revision=None):
     """A checkpoint's tokeniser; no remote code is run. Raises UserError if it is absent or does not fit."""
     folder = checkpoint_dir(name, revision, weights=False)
     cfg = config_of(folder)
-    tok = Tokenizer(*read_tokens(folder), FAMILIES[cfg.family].chat, cfg.eos_ids[0])
-    if tok.lacking():
-        raise UserError(f"{folder}: the tokeniser has no {', '.join(tok.lacking())}, "
-                        f"which the chat template of a {cfg.family} model needs")
+    tok = Tokenizer(*tiny_tokens(folder) or bpe_tokens(folder, cfg), cfg.eos_ids[0])
     if tok.n_vocab > cfg.vocab_size:
         raise UserError(f"{folder}: the tokeniser has ids up to {tok.n_vocab - 1}, "
                         f"the model's embedding only {cfg.vocab_size} rows: they belong to different models")
     return tok
 
 
-def read_tokens(folder):
-    """A checkpoint's tokeniser files -> the first four fields of Tokenizer."""
-    if (folder / "vocab.json").exists() and not (folder / "tokenizer.json").exists():
-        table = read_json(folder / "vocab.json")
-        if isinstance(table, dict) and isinstance(table.get("words"), list):  # in a BPE "words" is a token
-            # the tiny model's: 256 bytes, then words with their leading space, then special tokens
-            pieces = [bytes([b]) for b in range(256)] + [b" " + word.encode() for word in table["words"]]
-            special = {token: i for i, token in enumerate(table["special"], len(pieces))}
-            ranks = {piece: i for i, piece in enumerate(pieces)}
-            bpe = tiktoken.Encoding("tiny", pat_str=r" ?\S+|\s+", mergeable_ranks=ranks, special_tokens={})
-            return lambda text: bpe.encode(" " + text.strip()), dict(enumerate(pieces)), special, True
-    return bpe_tokens(folder)
+def tiny_tokens(folder):
+    """The tiny model's vocab.json -> Tokenizer's fields but the last, or None if it is another's."""
+    file = folder / "vocab.json"
+    table = read_json(file) if file.exists() and not (folder / "tokenizer.json").exists() else None
+    if not isinstance(table, dict) or not isinstance(table.get("words"), list):  # a BPE's "words" is a token
+        return None
+    # 256 bytes, then words with their leading space, then special tokens
+    pieces = [bytes([b]) for b in range(256)] + [b" " + word.encode() for word in table["words"]]
+    special = {token: i for i, token in enumerate(table["special"], len(pieces))}
+    ranks = {piece: i for i, piece in enumerate(pieces)}
+    bpe = tiktoken.Encoding("tiny", pat_str=r" ?\S+|\s+", mergeable_ranks=ranks, special_tokens={})
+
+    def encode(text):
+        return bpe.encode(" " + text.strip())
+
+    def prompt_ids(turns):
+        return [special["<bos>"], *(i for _, text in turns for i in encode(text)), special["<sep>"]]
+    chat = SimpleNamespace(prompt_ids=prompt_ids, end_id=special["<eos>"], trims=False)
+    return encode, dict(enumerate(pieces)), special, True, chat
 
 
-def bpe_tokens(folder):
-    """A byte-level BPE: tokenizer.json, or vocab.json and merges.txt, which are read as Qwen2's are."""
-    from transformers.convert_slow_tokenizer import Qwen2Converter, bytes_to_unicode  # slow to import
-    config, added = folder / "tokenizer_config.json", folder / "added_tokens.json"
-    declared = read_json(config).get("added_tokens_decoder") if config.exists() else None
-    special = read_json(added) if added.exists() else {}
-    if declared:
-        special = {token["content"]: int(i) for i, token in declared.items()}
-    file = folder / "tokenizer.json"
-    pair = [folder / "vocab.json", folder / "merges.txt"]
-    absent = [f.name for f in pair if not f.exists()]
-    if absent and not file.exists():
-        raise UserError(f"{folder} has no tokeniser: neither tokenizer.json nor {' and '.join(absent)}")
+def bpe_tokens(folder, cfg):
+    """The same of a byte-level BPE: tokenizer.json, or vocab.json and merges.txt, read as Qwen2's are."""
+    from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer  # slow to import
+    kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").exists() else Qwen2Tokenizer
     try:
-        if file.exists():
-            table = tokenizers.Tokenizer.from_file(str(file))
-        else:  # Qwen2's; Dream, SDAR and Qwen3 have it too
-            file = pair[0]
-            tables = tokenizers.models.BPE.read_file(*map(str, pair))
-            table = Qwen2Converter(SimpleNamespace(bpe_ranks={})).converted(*tables)
+        hf = kind.from_pretrained(folder)
+        table = hf.backend_tokenizer
         bare = tokenizers.Tokenizer(table.model)  # without added tokens: text never becomes one
         bare.normalizer, bare.pre_tokenizer = table.normalizer, table.pre_tokenizer
-        special = {**{t.content: i for i, t in table.get_added_tokens_decoder().items()}, **special}
-        vocab, byte_of = bare.get_vocab(), {c: b for b, c in bytes_to_unicode().items()}
-        plain = {i: bytes(byte_of[c] for c in token)
-                 for token, i in vocab.items() if special.get(token) != i}
-    except Exception as e:  # the library raises bare Exceptions
-        raise UserError(f"{file} is not a tokeniser, or not a byte-level BPE ({e})") from None
-    complete = {bytes([b]) for b in range(128)} <= set(plain.values())
-    if not complete or len(set(vocab.values())) < len(vocab) or set(special.values()) & set(plain):
-        raise UserError(f"{file}: the vocabulary is not a byte-level BPE with one id per token")
-    return lambda text: bare.encode(text, add_special_tokens=False).ids, plain, special, False
+        special = {t.content: i for i, t in table.get_added_tokens_decoder().items()}
+        vocab, table = bare.get_vocab(), byte_table(hf, True)
+        plain = {i: table[i] for token, i in vocab.items() if special.get(token) != i}
+        complete = {bytes([b]) for b in range(128)} <= set(plain.values())
+        if not complete or len(set(vocab.values())) < len(vocab) or set(special.values()) & set(plain):
+            raise ValueError("not one id per token, or bytes are missing")
+    except Exception as e:  # the libraries raise many kinds
+        raise UserError(f"{folder} has no tokeniser: neither tokenizer.json nor vocab.json and merges.txt is "
+                        f"a byte-level BPE ({e})") from None
+    chat = OwnChat(folder, hf, FAMILIES[cfg.family].thinks, cfg.eos_ids[0])
+    if chat.end_id not in cfg.eos_ids:
+        raise UserError(f"{folder}: its chat_template ends an answer with the id {chat.end_id}, which is no "
+                        f"eos_token_id {cfg.eos_ids}: add it to config.json")
+    if not hf.chat_template:
+        print(f"{folder} has no chat_template: a prompt is plain text", file=sys.stderr)
+    return lambda text: bare.encode(text, add_special_tokens=False).ids, plain, special, False, chat
+
+
+def byte_table(hf, byte_level):
+    """{id: the UTF-8 bytes it stands for}, if hf is a byte-level BPE, or else SentencePiece's."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+    byte_of = {char: bytes([b]) for b, char in bytes_to_unicode().items()}
+    added = {token.content for token in hf.added_tokens_decoder.values()}
+
+    def meaning(piece):
+        byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)
+        if byte_level and piece not in added:
+            return b"".join(byte_of.get(char, b"\xff") for char in piece)
+        return bytes.fromhex(byte[1]) if byte else piece.replace("▁", " ").encode()
+    return {i: meaning(piece) for piece, i in hf.get_vocab().items()}
 
 
 def pad_response(ids, length, eos_id):
@@ -431,11 +442,8 @@ def show(args):
     for p in problems_asked_for(args):
         tests = p.get("tests")
         shown = dict(
-            prompt=p["prompt"],
+            prompt=p["prompt"], solution=p["solution"], grader=grade.grader_of(p), answer=p.get("answer", ""),
             privileged=privileged_prompt(p) if p["solution"] else "(there is no solution)",
-            solution=p["solution"],
-            grader=grade.grader_of(p),
-            answer=p.get("answer", ""),
             tests="\n".join(tests) if isinstance(tests, list) else tests)
         print(p["id"])
         del shown["answer" if tests else "tests"]
@@ -453,16 +461,15 @@ class Stats(ModelOptions, Show):
 
 def stats(args):
     problems, tok = problems_asked_for(args), load_tokenizer(args.model, args.revision)
-    others = load_problems(args.against, "test") if args.against else []
     kinds = Counter(grade.grader_of(p) for p in problems)
     print(f"{'problems':<16} {len(problems)}: " + ", ".join(f"{k} graded by {g}" for g, k in kinds.items()))
     spread("prompt tokens", [len(tok.prompt_ids(p["prompt"])) for p in problems])
     spread("solution tokens", [len(tok.response_ids(p["solution"])) for p in problems if p["solution"]])
     if args.against:
-        shared, n = [p["id"] for p in overlap(problems, others)], len(others)
-        print(f"{'overlap':<16} {len(shared)} of the {n} problems of {args.against} are asked here too")
-        for name in shared[:5]:
-            print(f"  {name}")
+        asked, others = set(map(same_question, problems)), load_problems(args.against, "test")
+        shared = [p["id"] for p in others if same_question(p) in asked]
+        counted = f"{len(shared)} of the {len(others)} problems of {args.against} are asked here too"
+        print(f"{'overlap':<16} {counted}", *shared[:5], sep="\n  ")
 
 
 def spread(name, values):

@@ -166,8 +166,9 @@ def known_task(task):
 
 def contamination_warning(task):
     """One line where a benchmark and training data overlap, else ""."""
-    known = recipes.contamination("prm12k", known_task(task) or "")
-    return known and f"warning: TAD and TABOM train on PRM12K. {known} (lm_eval: minerva_math500)\n"
+    known = recipes.IN_MATH if known_task(task) == "math" else ""
+    return known and (f"warning: TAD and TABOM train on PRM12K. {known}. "
+                      f"Report math500 (lm_eval: minerva_math500) instead\n")
 
 
 def area_of(pairs, y_max):
@@ -651,10 +652,10 @@ def curve_command(args, given):
 
 
 def nll_command(args, given):
-    problems = problems_of(args, graded=False)
+    problems, teacher_tok = problems_of(args, graded=False), load_teacher_tokenizer(args.teacher)
     model, tok = load_both(args)
     teacher = load_teacher(args.teacher, *nt_model.default_device())
-    teacher_tok, label = load_teacher_tokenizer(args.teacher), args.adapter or args.model
+    label = args.adapter or args.model
     settings = dict(cache="none", policy="static", per_step=1, early_stop=False)
     settings |= nt_model.decoding_defaults(model.cfg)
     settings |= given

@@ -23,7 +23,6 @@ class PackedLinear(torch.nn.Module):
     """A linear layer with fp32 weights as oneDNN reads them fastest: 2 to 4 times MKL's speed on the CPU of
     BENCH.md. Results differ in rounding only.
     """
-
     def __init__(self, weight, bias):
         super().__init__()
         self.bias = bias

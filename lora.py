@@ -16,21 +16,24 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
 import cli
 import model as nt_model
-from cli import UserError, check_sums, option, read_json, run_cli, run_command, whole_folder
+from cli import UserError, check_sums, option, run_cli, run_command, whole_folder
 from model import FAMILIES, official_name
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-OTHER_KINDS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "bias")  # PEFT's
+HARMLESS = (  # of PEFT's settings: beside the tensors they change nothing
+    "r lora_alpha lora_dropout target_modules exclude_modules layers_to_transform task_type auto_mapping "
+    "peft_version base_model_name_or_path revision inference_mode fan_in_fan_out megatron_core loftq_config "
+    "qalora_group_size").split()
+UNSET = (None, False, "none", "", [], {})
+PLAIN = dict(peft_type=("LORA",), init_lora_weights=(*UNSET, True, "gaussian", "orthogonal", "eva"))
 
 
 class LoRALinear(nn.Module):
     """A frozen linear layer and its adapter; `weight` and `bias` keep their names: checkpoints fit."""
-
     def __init__(self, linear, r, alpha, dropout):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
@@ -128,7 +131,7 @@ def save(model, folder, base=""):
         raise UserError("the model carries no LoRA adapters: nothing to save")
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.cpu().contiguous() for name, t in state_dict(model).items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    nt_model.save_tensors(tensors, folder / "adapter_model.safetensors")
     # a pattern, not a list: PEFT matches a list by suffix, and LLaDA's head is called ff_out as down_proj is
     names, layer = FAMILIES[model.cfg.family].names, pairs[0][1]
     kinds = sorted({re.escape(names[name.rpartition(".")[2]]) for name, _ in pairs})
@@ -143,13 +146,16 @@ def save(model, folder, base=""):
 def load(model, folder):
     """Add the adapter stored in a folder (PEFT's layout) and fill it, strictly. Returns the model."""
     check_sums(Path(folder))
-    config = read_json(Path(folder) / "adapter_config.json")
+    file = Path(folder) / "adapter_config.json"
+    config = cli.read_object(file, optional=False)
+    for key, value in config.items():
+        if key not in HARMLESS and value not in PLAIN.get(key, UNSET):
+            raise UserError(f"{file} has {key} {value!r}: only plain LoRA is built; merge the adapter into "
+                            f"its base with peft and load the merged model")
+    for key, kinds in dict(r=[int], lora_alpha=[int, float], lora_dropout=[int, float]).items():
+        if type(config.get(key)) not in kinds or not 0 <= config[key] < 1e9:
+            raise UserError(f"{file} has {key} {config.get(key)!r}: a number is needed")
     tensors = nt_model.read_tensors(Path(folder) / "adapter_model.safetensors")
-    used = {**config, "bias": config.get("bias", "none") != "none"}
-    faults = [f"uses {key}" for key in OTHER_KINDS if used.get(key)]
-    faults += [f"lacks {key}" for key in ("r", "lora_alpha", "lora_dropout") if key not in config]
-    if faults:
-        raise UserError(f"{folder}: only plain LoRA is built, and this adapter {', '.join(faults)}")
     names = FAMILIES[model.cfg.family].names
     targets = [t for t in ALL if any(f".{names[t]}.lora_A." in key for key in tensors)]
     add(model, config["r"], config["lora_alpha"], config["lora_dropout"], targets or ALL)
@@ -169,12 +175,15 @@ class Merge(nt_model.ModelOptions):
     """merge an adapter into its base model (fp32, official names)"""
     adapter: str = option()  # adapter directory
     to: str = option()  # directory to write
+    overwrite: bool = False  # replace the model that is there
 
 
 def merge_command(args):
     to = Path(args.to).absolute()
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise UserError(f"--to {args.to!r} is there and not empty: choose another, or remove it")
+    ours = args.overwrite and (to / cli.SUMS).exists()
+    if to.exists() and not ours and (not to.is_dir() or any(to.iterdir())):
+        raise UserError(f"--to {args.to!r} is there and not empty: choose another, or --overwrite what an "
+                        f"earlier merge wrote")
     model = merge(load(nt_model.load(args.model, revision=args.revision), args.adapter))
     with whole_folder(to) as folder:
         nt_model.save(model, folder)

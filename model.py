@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 import cli
-from cli import UserError, read_json, run_cli
+from cli import UserError, read_object, run_cli
 
 HERE = Path(__file__).resolve().parent
 
@@ -56,31 +56,19 @@ class Config:
 
 
 @dataclass(frozen=True)
-class Chat:
-    """A chat template without code: what stands around the turns. <...> are special tokens."""
-    bos: str
-    turn: str         # one finished turn, of {role} and {text}
-    answer: str       # opens the answer
-    end: str          # what the model writes when its answer is finished
-    system: str = ""  # system text where none is given; "" = no system turn
-    trim: bool = False  # white space around a text is dropped
-
-
-@dataclass(frozen=True)
 class Family:
     """What is true of one family of checkpoints and not of the others; nothing else asks for its name."""
     presets: dict         # --model NAME -> hub id or embedded directory
     model_type: str       # of config.json
-    chat: Chat
     names: dict = field(default_factory=lambda: HF_NAMES)  # our module name -> official module name
     keys: dict = field(default_factory=lambda: HF_KEYS)  # field of Config -> key of config.json
     optional: dict = field(default_factory=lambda: HF_OPTIONAL)  # the same; may be absent or null
     facts: dict = field(default_factory=dict)  # fields of Config that its config.json need not say
     kind: str = ""  # what the name must say, where config.json does not tell this network from another
+    thinks: bool = True  # what its chat template is told
     extra_eos: tuple = ()  # ids that end a response beside those of config.json
     decoding: dict = field(default_factory=dict)  # fields of sample.Decoding, unless told otherwise
     task: str = ""        # the built-in task that it was trained on: what a training run measures at its end
-    teachers: str = ""    # in words, the causal LMs with this template: TRIMS's teachers
 
 
 HF_KEYS = dict(
@@ -95,8 +83,6 @@ HF_NAMES = dict(
     q_proj="self_attn.q_proj", k_proj="self_attn.k_proj", v_proj="self_attn.v_proj",
     o_proj="self_attn.o_proj", q_norm="self_attn.q_norm", k_norm="self_attn.k_norm",
     gate_proj="mlp.gate_proj", up_proj="mlp.up_proj", down_proj="mlp.down_proj")
-IM_CHAT = dict(
-    bos="", turn="<|im_start|>{role}\n{text}<|im_end|>\n", answer="<|im_start|>assistant\n", end="<|im_end|>")
 
 FAMILIES = {
     "tiny": Family(
@@ -104,10 +90,8 @@ FAMILIES = {
         model_type="tiny",
         optional=dict(qkv_bias="qkv_bias", qk_norm="qk_norm", shift="shift", block_len="block_size",
                       **HF_OPTIONAL),  # every fact, so that tests can mix them
-        chat=Chat("<bos>", "{text}", "<sep>", "<eos>"),
         decoding=dict(gen_len=48, block_len=16, cache="none"),  # stale caches cost accuracy here
-        task="tiny",
-        teachers="tiny-ar"),
+        task="tiny"),
     "llada": Family(
         presets={"llada": "GSAI-ML/LLaDA-8B-Instruct"},
         model_type="llada",
@@ -121,30 +105,25 @@ FAMILIES = {
             max_len="max_sequence_length", tied="weight_tying")},
         optional=dict(vocab_size="embedding_size", n_kv_head="n_kv_heads", pad_id="pad_token_id"),
         facts=dict(rope_fp32=True),
-        chat=Chat("<|startoftext|>", "<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>",
-                  "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>", trim=True),
         extra_eos=(126348,)),  # <|eot_id|>
     "dream": Family(
         presets={"dream": "Dream-org/Dream-v0-Instruct-7B"},
         model_type="Dream",
         facts=dict(qkv_bias=True, shift=True),
-        chat=Chat(**IM_CHAT, system="You are a helpful assistant."),
         extra_eos=(151645,)),  # <|im_end|>
     "sdar": Family(
         presets={"sdar-1.7b": "JetLM/SDAR-1.7B-Chat", "sdar-4b": "JetLM/SDAR-4B-Chat"},
         model_type="sdar",
         optional=dict(qkv_bias="attention_bias", block_len="block_size", **HF_OPTIONAL),
         facts=dict(qk_norm=True, block_len=4, mask_id=151669),
-        chat=Chat(**IM_CHAT),
         extra_eos=(151645,),
-        decoding=dict(cache="exact"),
-        teachers="a Qwen2 or Qwen3 chat model"),
+        decoding=dict(cache="exact")),
     "a2d": Family(  # dllm's conversions of Qwen3
         presets={"a2d-0.6b": "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1"},
         model_type="a2d-qwen3",
         kind="mdlm",  # bd3lm attends block by block, counted from the prompt's end: not built
         facts=dict(qk_norm=True),
-        chat=Chat(**{**IM_CHAT, "answer": IM_CHAT["answer"] + "<think>\n\n</think>\n\n"})),
+        thinks=False),
 }
 REFUSED = dict(  # key of config.json -> the value that is built; another one is another network
     hidden_act="silu", activation_type="silu", use_sliding_window=False, quantization_config=None,
@@ -163,19 +142,28 @@ def decoding_defaults(cfg):
     return {**own_blocks, **FAMILIES[cfg.family].decoding}
 
 
+def listed(ids):
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+
+
 def read_config(folder):
-    """The Config of a checkpoint's directory. What SDAR's and A2D's hub files leave out of config.json: the
-    mask id is the tokeniser's; the name says the length of a block (SDAR-4B-Chat-b8), the kind of network.
+    """The Config of a checkpoint's directory; generation_config.json may add EOS ids. What SDAR and A2D leave
+    out: the mask id is the tokeniser's; the name tells the block's length (-b8) and the kind of network.
     """
-    raw = read_json(folder / "config.json")
-    if not isinstance(raw, dict) or raw.get("mask_token_id") is not None:
+    raw = read_object(folder / "config.json", optional=False)
+    eos = listed(raw.get("eos_token_id"))
+    said = read_object(folder / "generation_config.json").get("eos_token_id")
+    more = [i for i in listed(said) if i not in eos]
+    if more:
+        raw["eos_token_id"] = eos + more
+    if raw.get("mask_token_id") is not None:
         return config_from_json(raw)
     tokens, path = folder / "tokenizer_config.json", folder.resolve()
     # of a hub id the path is models--OWNER--NAME/snapshots/COMMIT
     name = next((part for part in path.parts if part.startswith("models--")), path.name)
     block, kind = re.search(r"-b(\d+)$", name), re.search("mdlm|bd3lm", name)
     try:
-        table = read_json(tokens) if tokens.exists() else {}
+        table = read_object(tokens)
         ids = {token["content"]: int(i) for i, token in table.get("added_tokens_decoder", {}).items()}
         mask = table.get("mask_token")
         mask_id = ids.get(mask["content"] if isinstance(mask, dict) else mask)
@@ -190,7 +178,7 @@ def config_from_json(raw):
     """config.json (dict) -> Config. Raises UserError for what is missing, wrong or not built."""
     known = {entry.model_type: name for name, entry in FAMILIES.items()}
     kind = raw.get("model_type") if isinstance(raw, dict) else None
-    if kind not in known:
+    if kind not in [*known]:
         raise UserError(f"config.json has model_type {kind!r}; supported are {', '.join(known)}")
     name, family = known[kind], FAMILIES[known[kind]]
     try:
@@ -200,7 +188,7 @@ def config_from_json(raw):
         given = {ours: raw.get(theirs) for ours, theirs in family.optional.items()}
         facts.update({ours: value for ours, value in given.items() if value is not None})
         theta = raw.get("rope_theta") or (raw.get("rope_parameters") or {})["rope_theta"]
-        eos = facts["eos_ids"] if isinstance(facts["eos_ids"], list) else [facts["eos_ids"]]
+        eos = listed(facts["eos_ids"])
         more = [i for i in family.extra_eos if i < facts["vocab_size"] and i not in eos]
         defaults = dict(rope_theta=float(theta), n_kv_head=facts["n_head"], pad_id=eos[0])
         if "head_dim" not in facts:
@@ -212,12 +200,12 @@ def config_from_json(raw):
     cfg = Config(name, raw=raw, **{**defaults, **facts, "eos_ids": (*eos, *more)})
     for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "head_dim", "d_model", "d_mlp", "max_len"):
         value = getattr(cfg, name)
-        if not isinstance(value, int) or value < 1:
+        if type(value) is not int or value < 1:
             raise UserError(f"config.json: {name} is {value!r}, not a positive whole number")
     tokens = {"mask_token_id": [cfg.mask_id], "eos_token_id": cfg.eos_ids, "pad_token_id": [cfg.pad_id]}
     for name, ids in tokens.items():
-        if not all(isinstance(i, int) and 0 <= i < cfg.vocab_size for i in ids):
-            raise UserError(f"config.json has {name} {raw.get(name)!r}, "
+        if not all(type(i) is int and 0 <= i < cfg.vocab_size for i in ids):
+            raise UserError(f"config.json (or generation_config.json) has {name} {raw.get(name)!r}, "
                             f"outside its vocabulary of {cfg.vocab_size}")
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
@@ -242,7 +230,6 @@ def official_name(cfg, name):
 
 class RMSNorm(nn.RMSNorm):
     """Statistics in fp32, cast down, then times the weight in the model's dtype."""
-
     def forward(self, x):
         y = x.float()
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
@@ -321,7 +308,6 @@ def take(x, cols):
 
 class KVCache:
     """Rotated keys and values of canvases: per layer k, v (B, S, H_kv, head_dim). valid, positions (B, S)."""
-
     def __init__(self, cfg, valid, positions, dtype):
         shape = (*valid.shape, cfg.n_kv_head, cfg.head_dim)
         # one tensor per layer: torch.compile writes into a whole tensor in place but copies it for a view
@@ -330,15 +316,12 @@ class KVCache:
         cos, sin = rope_angles(cfg, torch.arange(valid.shape[1], device=valid.device)[None])
         self.cos, self.sin = cos[0, 0], sin[0, 0]
 
-    def angles(self, positions):
-        """rope_angles() from a table."""
+    def angles(self, positions):  # rope_angles() from a table
         return self.cos[positions][:, None], self.sin[positions][:, None]
 
 
 def store(keys, values, rows, cols, k, v):
-    """Overwrite in a layer's cache (B, S, H_kv, head_dim) whole rows (N,) int64, or columns cols (B, W) of
-    all rows where rows is None, with k, v (.., H_kv, .., head_dim). Returns those of these whole canvases.
-    """
+    """Overwrite rows (N,), or where None columns cols (B, W) of all, of a layer's cache -> whole canvases."""
     at = rows if cols is None else (torch.arange(k.shape[0], device=k.device)[:, None], cols)
     keys[at], values[at] = k.transpose(1, 2), v.transpose(1, 2)
     if cols is None:
@@ -398,10 +381,7 @@ class Transformer(nn.Module):
             self.head.weight = self.embed.weight
 
     def init_weights(self, generator=None):
-        """Training from scratch: embeddings N(0, 1), matrices N(0, 1 / fan_in), those that write to the
-        residual stream at 0.3 of that, a small head. In one run of each, at different learning rates, only
-        this one, not GPT-2's 0.02, wrote well-formed responses after 300 steps of 32.
-        """
+        """For training from scratch. In one run of each, GPT-2's N(0, 0.02) learned far more slowly."""
         for name, p in self.named_parameters():
             if name.endswith("norm.weight"):
                 nn.init.ones_(p)
@@ -457,9 +437,7 @@ CHUNK_BYTES = 2**26  # of fp32 logits at once
 
 
 def by_chunks(terms, n_vocab, *rows, chunk_bytes=CHUNK_BYTES):
-    """terms(*rows) for functions of rows that go through logits, rows (N, ...) -> (N, ...), up to rounding.
-    Only one chunk's logits exist at once, chunk_bytes of fp32: the backward pass computes them again.
-    """
+    """terms(*rows) of rows (N, ...), up to rounding; only chunk_bytes of fp32 logits exist at a time."""
     n = max(1, chunk_bytes // (4 * n_vocab))
     if len(rows[0]) <= n:
         return terms(*rows)
@@ -479,9 +457,7 @@ def token_positions(valid):
 
 
 def load(name, device="cpu", dtype=torch.float32, revision=None):
-    """A model in eval mode from a preset name, a hub id (revision: its commit, branch or tag) or a directory;
-    none of its code is run. Raises UserError unless every tensor is used and every parameter filled.
-    """
+    """Preset name, hub id or directory -> a model in eval mode, every tensor used, every parameter filled."""
     folder = checkpoint_dir(name, revision)
     cfg = read_config(folder)
     with torch.device("meta"):  # nothing is allocated twice
@@ -521,9 +497,7 @@ def read_tensors(file):
 
 
 def checkpoint_dir(name, revision=None, weights=True):
-    """Preset name, hub id or directory -> local directory, downloaded where it must be (weights=False: its
-    small files only); huggingface_hub's cache and HF_HUB_OFFLINE are honoured.
-    """
+    """Preset name, hub id or directory -> local directory, downloaded where needed; weights: or without."""
     name = presets().get(str(name), str(name))
     if os.path.isdir(name):
         if revision:
@@ -561,30 +535,39 @@ def family_of(name, revision=None):
 def weight_files(folder):
     """The safetensors files of a checkpoint directory, through its index when it is sharded."""
     index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.exists():
-        table = read_json(index)
-        if not isinstance(table, dict) or not isinstance(table.get("weight_map"), dict):
-            raise UserError(f"{index} has no weight_map: not an index of safetensors files")
-        names = sorted(set(table["weight_map"].values()))
+    shards = read_object(index).get("weight_map") if index.exists() else {"": "model.safetensors"}
+    if not isinstance(shards, dict):
+        raise UserError(f"{index} has no weight_map: not an index of safetensors files")
+    names = sorted(set(map(str, shards.values())))
     for name in names:
         if not (folder / name).exists():
             raise UserError(f"{folder} has no {name}: not a checkpoint in the official safetensors format")
     return [folder / name for name in names]
 
 
+def save_tensors(tensors, file):
+    """A whole .safetensors file under this name, or none; its mode is what the umask asks for."""
+    part = Path(f"{file}.tmp")
+    part.unlink(missing_ok=True)
+    part.touch()
+    mode = part.stat().st_mode
+    save_file(tensors, part, metadata={"format": "pt"})  # through a file that only its owner may read
+    part.chmod(mode)
+    os.replace(part, file)  # a loaded model may have the old one mapped into memory
+
+
 def save(model, folder, dtype=None):
-    """Write config.json and model.safetensors with the official names: the official code can load them."""
+    """Write config.json and model.safetensors with the official names, and remove another model's shards."""
     folder, state = Path(folder), dict(model.named_parameters())
     if any("lora_" in name for name in state):
         raise UserError("the model carries LoRA adapters: lora.merge(model) first, or lora.save the adapter")
     tensors = {official_name(model.cfg, name): t.detach().to("cpu", dtype or t.dtype).contiguous()
                for name, t in state.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    # never write into a file that this process may have mapped: a loaded model reads its tensors from there
-    save_file(tensors, folder / "model.safetensors.tmp", metadata={"format": "pt"})
-    os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
+    save_tensors(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(model.cfg.raw, indent=2) + "\n")
+    for old in (folder / "model.safetensors.index.json", *folder.glob("model-*-of-*.safetensors")):
+        old.unlink(missing_ok=True)
 
 
 def copy_tokenizer(name, folder, revision=None):
@@ -594,6 +577,8 @@ def copy_tokenizer(name, folder, revision=None):
         return
     for pattern in ("vocab.json", "merges.txt", "token*.json", "added_tokens.json", "special_tokens_map.json",
                     "generation_config.json", "chat_template.jinja"):
+        for old in folder.glob(pattern):
+            old.unlink()
         for file in source.glob(pattern):
             shutil.copyfile(file, folder / file.name)
 

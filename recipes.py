@@ -199,18 +199,6 @@ def same_question(problem):
     return "".join(problem.get("question", problem["prompt"]).split()).casefold()
 
 
-def overlap(train, test):
-    """The problems of `test` whose question also stands in `train`: contamination. Lists of problems."""
-    known = {same_question(p) for p in train}
-    return [p for p in test if same_question(p) in known]
-
-
-def contamination(train, benchmark):
-    """What is known of a training set that holds problems of a benchmark: one line, or ''. Names of sets."""
-    has_math = "prm12k" in train.replace("=", "+").split("+")
-    return IN_MATH if has_math and benchmark.split("=")[0] in ("math", "minerva_math") else ""
-
-
 def rows_of(name, own, path):
     """The rows of a local copy (file or pattern), or of the set's own split on the hub. No remote code."""
     recipe = RECIPES[name]

@@ -84,7 +84,7 @@ def collect(cfg, model, tok, problems, folder, **changes):
     how = {key.removeprefix("collect_"): value for key, value in vars(cfg).items()
            if key.startswith("collect_")}
     how.update(batch_size=how.pop("batch"), allow_code=cfg.allow_code_execution, gen_len=cfg.gen_len,
-               block_len=cfg.block_len, policy="static", per_step=1)
+               block_len=cfg.block_len or model.cfg.block_len, policy="static", per_step=1)
     return rollout(model, tok, problems, folder, cfg.model, **{**how, **changes})
 
 

@@ -32,7 +32,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -42,6 +41,7 @@ import cli
 import lora
 import model as nt_model
 from cli import UserError, sha256, sync, whole_folder
+from model import save_tensors as save_file
 
 
 @dataclass

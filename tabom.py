@@ -51,7 +51,7 @@ class Config(run.Options):
     allow_code_execution: bool = False  # run the tests of code problems on this machine
     trajectories: str = ""  # folder to collect into, runs may share it; A+B: finished ones [the run's own]
     gen_len: int = 256  # response length L, tokens
-    block_len: int = 32  # decoding block, tokens
+    block_len: int = 32  # decoding block, tokens (sdar: the model's own)
     collect_score: Literal["confidence", "entropy"] = "confidence"  # what the decoder ranks positions by
     collect_cache: Literal["none", "prefix", "dual", "vicinity", "exact"] = "none"  # of the collector
     collect_temperature: float = 0.0  # of the collector
@@ -88,7 +88,7 @@ PRESETS = {
     "dream": dict(data="prm12k", block_len=256, collect_score="entropy",  # as Dream decodes: no blocks
                   collect_temperature=0.1, collect_top_p=0.9, eos_in_window=True,
                   gamma=0.1),  # code: --data ling-coder --lam 2 --lr 1e-4
-    "sdar": dict(data="prm12k", block_len=4, collect_cache="exact"),  # not in the paper
+    "sdar": dict(data="prm12k", block_len=None, collect_cache="exact"),  # not in the paper
 }
 
 

@@ -52,7 +52,7 @@ class Config(run.Options):
     allow_code_execution: bool = False  # run the tests of code problems on this machine
     trajectories: str = ""  # folder to collect into, runs may share it; A+B: finished ones [the run's own]
     gen_len: int = 256  # response length L, tokens
-    block_len: int = 32  # decoding block, tokens
+    block_len: int = 32  # decoding block, tokens (sdar: the model's own)
     collect_cache: Literal["none", "prefix", "dual", "vicinity", "exact"] = "none"  # of the collector
     collect_score: Literal["confidence", "entropy"] = "confidence"  # what it ranks positions by
     collect_temperature: float = 0.0  # (code) LLaDA 0.7 for math, 0 for code; Dream 0.2
@@ -91,7 +91,7 @@ PRESETS = {
     "llada": dict(data=PAPER, window="20", collect_temperature=0.7),  # speed; quality: --window 8
     "dream": dict(data=PAPER, collect_score="entropy", collect_temperature=0.2,
                   collect_top_p=0.95),  # quality: --window 6
-    "sdar": dict(data=PAPER, block_len=4, collect_cache="exact"),  # its own block; not in the paper
+    "sdar": dict(data=PAPER, block_len=None, collect_cache="exact"),  # not in the paper
 }
 RANDOM = ("traj_random", "gt_random")  # sources whose states are random masks
 LEVEL = {"auto-quality": 0.5, "auto-speed": 0.2}  # W: where the mean confidence falls below it

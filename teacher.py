@@ -12,10 +12,13 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 
 from cli import UserError, read_jsonl
-from data import Tokenizer, left_padded, read_tokens
-from model import FAMILIES, by_chunks, checkpoint_dir, n_content, token_positions
+from data import OwnChat, Tokenizer, byte_table, left_padded, tiny_tokens
+from lora import changed
+from model import by_chunks, checkpoint_dir, n_content, token_positions
 from rollout import Shard
 from run import barrier, check_alike, mend_shards
+
+PROBE = "Aé 中🙂\n  x\t<b> ²12"  # a tokeniser that keeps this keeps any text
 
 
 def load_teacher(name, device="cpu", dtype=torch.float32, revision=None):
@@ -25,9 +28,9 @@ def load_teacher(name, device="cpu", dtype=torch.float32, revision=None):
     try:
         teacher, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True)
-    except (ValueError, OSError, RuntimeError, SafetensorError) as e:
-        line = str(e).strip().split("\n")[0]
-        raise UserError(f"{name} is not a causal LM that transformers loads: {line}") from None
+    except (ImportError, ValueError, OSError, RuntimeError, SafetensorError) as e:
+        why = str(e).strip().partition("\n")[0]
+        raise UserError(f"{name} is not a causal LM that transformers loads: {why}") from None
     absent = [*sorted(info["missing_keys"]), *(key[0] for key in info["mismatched_keys"])]
     if absent:  # transformers only warns, and fills them with random numbers
         raise UserError(f"{name}: tensors are missing or of another shape: {absent[:3]} ({len(absent)})")
@@ -35,16 +38,27 @@ def load_teacher(name, device="cpu", dtype=torch.float32, revision=None):
 
 
 def load_teacher_tokenizer(name, revision=None):
-    """The tokeniser of an AR teacher, with the template of the family that has teachers and these tokens."""
-    tokens = read_tokens(checkpoint_dir(name, revision, weights=False))
-    families = [family for family in FAMILIES.values() if family.teachers]
-    for family in families:
-        tok = Tokenizer(*tokens, family.chat, eos_id=None)
-        if not tok.lacking():
-            tok.eos_id = tok.special[family.chat.end]
-            return tok
-    raise UserError(f"{name} has the special tokens of no chat template that a teacher may have: "
-                    f"it must be {', or '.join(family.teachers for family in families)}")
+    """The tokeniser and the chat template of an AR teacher, as `transformers` reads them; no remote code."""
+    from transformers import AutoTokenizer
+    folder = checkpoint_dir(name, revision, weights=False)
+    tokens = tiny_tokens(folder)
+    if tokens:
+        return Tokenizer(*tokens, tokens[-1].end_id)
+    try:
+        hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as e:  # of a different type for each kind of file
+        why = str(e).strip().partition("\n")[0]
+        raise UserError(f"--teacher {name}: transformers loads no tokeniser of it: {why}") from None
+
+    def encode(text):  # SentencePiece may write a space before it
+        return hf.encode(text, add_special_tokens=False, split_special_tokens=True)
+    tables = (byte_table(hf, level) for level in (True, False))
+    chat = OwnChat(f"--teacher {name}", hf, False, hf.eos_token_id)  # without a thought
+    fits = [t for t in tables if b"".join(t[i] for i in encode(PROBE)).removeprefix(b" ") == PROBE.encode()]
+    if not fits or chat.end_id is None:
+        raise UserError(f"--teacher {name}: what its {type(hf).__name__} makes of a text cannot be told, "
+                        f"byte by byte, or not how an answer ends: choose another teacher")
+    return Tokenizer(encode, fits[0], {}, False, chat, chat.end_id)
 
 
 @torch.no_grad()
@@ -52,42 +66,50 @@ def token_nll(teacher, ids, valid=None, metric="nll"):
     """-log p(ids[:, t] | ids[:, :t]) under a causal LM, or the entropy there, in nats: (B, T) fp32, 0 where
     nothing predicts. ids (B, T) int64; valid (B, T) bool, False = padding on either side.
     """
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+    rows = teacher.get_input_embeddings().num_embeddings
+    if ids.max() >= rows:
+        raise UserError(f"the teacher's tokeniser has the id {ids.max()}, its model only {rows} embeddings")
     valid = ids >= 0 if valid is None else valid
     h = teacher.base_model(ids, attention_mask=valid.long(), position_ids=token_positions(valid))[0]
-    head = teacher.get_output_embeddings()
+
+    def known(inputs_embeds, **_):  # in place of its layers: what follows them, head and scaling, is its own
+        return BaseModelOutputWithPast(inputs_embeds)
 
     def score(h, x):
-        logp = head(h).float().log_softmax(-1)
+        logp = teacher(inputs_embeds=h[None]).logits[0].float().log_softmax(-1)
         if metric == "entropy":
             return -(logp.exp() * logp).sum(-1)
         return F.nll_loss(logp, x, reduction="none")
     scored = valid[:, 1:] & valid[:, :-1]  # the head on these rows only, in chunks
     nll = torch.zeros(scored.shape, device=ids.device)
-    nll[scored] = by_chunks(score, teacher.config.vocab_size, h[:, :-1][scored], ids[:, 1:][scored])
+    with changed(teacher, [(teacher.base_model, "forward", known)]):
+        nll[scored] = by_chunks(score, rows, h[:, :-1][scored], ids[:, 1:][scored])
     return F.pad(nll, (1, 0))
 
 
 def spread(values, teacher_bytes, student_bytes):
     """Scores of the teacher's tokens (m,) -> of the student's (n,): spread evenly over bytes, then summed."""
     ends, teacher_ends, sums = (np.cumsum([0, *x]) for x in (student_bytes, teacher_bytes, values))
-    return np.diff(np.interp(ends, teacher_ends, sums))
+    kept = np.diff(teacher_ends, prepend=-1) > 0  # a token of no bytes counts with the next
+    return np.diff(np.interp(ends, teacher_ends[kept], sums[kept]))
 
 
 def teacher_pieces(example, tok, teacher_tok):
     """One example -> the teacher's prompt ids and completion ids, and bytes per token of both sides."""
-    content = example["x0"][:n_content(example["x0"], (tok.eos_id, tok.special[tok.chat.end]))]
+    content = example["x0"][:n_content(example["x0"], (tok.eos_id, tok.chat.end_id))]
     pieces = list(map(tok.bytes_of, content))
-    student_bytes = list(map(len, pieces))
-    try:
-        text = b"".join(pieces).decode()
-    except UnicodeDecodeError:
-        raise UserError(f"example {example['id']}: its completion is not UTF-8 text") from None
-    ids = teacher_tok.encode(text) if text else []
-    teacher_bytes = [len(teacher_tok.bytes_of(i)) for i in ids]
-    if sum(teacher_bytes) != sum(student_bytes):
-        raise UserError(f"example {example['id']}: its completion has {sum(student_bytes)} bytes for the "
-                        f"student and {sum(teacher_bytes)} for the teacher; normalise the text (NFC)")
-    return teacher_tok.prompt_ids(example["prompt"]).tolist(), ids, teacher_bytes, student_bytes
+    said = b"".join(pieces)
+    ids = teacher_tok.encode(said.decode(errors="replace")) if said else []
+    written = list(map(teacher_tok.bytes_of, ids))
+    teacher_bytes = list(map(len, written))
+    text = b"".join(written)
+    if text == b" " + said:  # SentencePiece's own space
+        teacher_bytes[0] -= 1
+    elif text != said:
+        raise UserError(f"example {example['id']}: its completion is not UTF-8 text, or the teacher's "
+                        f"tokeniser changes it; normalise the text (NFC)")
+    return teacher_tok.prompt_ids(example["prompt"]).tolist(), ids, teacher_bytes, list(map(len, pieces))
 
 
 @torch.no_grad()
@@ -111,7 +133,7 @@ def difficulty(examples, tok, teacher, teacher_tok, metric):
     return out
 
 
-def score_examples(examples, tok, cfg, r):
+def score_examples(examples, tok, teacher_tok, cfg, r):
     """difficulty() of every example, kept in the folder of the run r: an interrupted run goes on."""
     folder = r.out / "difficulty"
     folder.mkdir(exist_ok=True)
@@ -132,7 +154,6 @@ def score_examples(examples, tok, cfg, r):
     left = [(k, e) for k, e in zip(keys, examples) if k not in done]
     todo = left[r.rank::r.world]
     if todo:
-        teacher_tok = load_teacher_tokenizer(cfg.teacher)
         teacher = load_teacher(cfg.teacher, r.device, r.dtype)
         shard = Shard(folder, r.rank, len(todo), "example", "difficulty")
         for first in range(0, len(todo), cfg.score_batch):

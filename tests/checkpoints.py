@@ -1,5 +1,7 @@
 """Small random checkpoints in the official formats, tokenisers included."""
+import bz2
 import json
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,6 +14,11 @@ SPECIALS = {"llada": ["<|startoftext|>", "<|endoftext|>", "<|start_header_id|>",
                       "<|eot_id|>", "<|mdm_mask|>"],
             "dream": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"],
             "sdar": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|MASK|>"]}
+HUB = Path(__file__).parent / "fixtures/hub"
+TEMPLATES = {  # the checkpoints' own
+    "llada": json.loads(bz2.decompress((HUB / "llada/tokenizer_config.json.bz2").read_bytes()))["chat_template"],
+    "dream": json.loads((HUB / "dream/tokenizer_config.json").read_text())["chat_template"],
+    "sdar": (HUB / "sdar-4b/chat_template.jinja").read_text()}
 BYTES = {char: byte for byte, char in bytes_to_unicode().items()}  # a byte-level vocabulary without merges
 VOCAB = 272  # 256 bytes, specials, and rows that no token uses, as in the real checkpoints
 
@@ -45,8 +52,17 @@ def write_bpe(folder, specials):
     table.save(str(folder / "tokenizer.json"))
 
 
+def tokenizer_config(family):
+    """tokenizer_config.json: the template and the special tokens, with their ids."""
+    kind = dict(lstrip=False, rstrip=False, normalized=False, single_word=False, special=True)
+    at = {256 + i: dict(content=token, **kind) for i, token in enumerate(SPECIALS[family])}
+    bos = dict(bos_token=SPECIALS[family][0]) if family == "llada" else {}
+    return dict(chat_template=TEMPLATES[family], added_tokens_decoder=at, eos_token="<|endoftext|>", **bos)
+
+
 def write_tokenizer(folder, family):
     """256 bytes and the family's special tokens, in the family's own files."""
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(family)))
     if family == "llada":
         write_bpe(folder, SPECIALS[family])
     else:
@@ -68,7 +84,7 @@ def official_checkpoint(folder, family, seed=0, tokenizer=True, dtype=torch.floa
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = sorted(tensors)
-    parts = {"model-1.safetensors": names[:9], "model-2.safetensors": names[9:]}  # a layer lies in both
+    parts = {"model-1-of-2.safetensors": names[:9], "model-2-of-2.safetensors": names[9:]}  # a layer lies in both
     for file, keys in parts.items():
         save_file({k: tensors[k] for k in keys}, folder / file, metadata={"format": "pt"})
     index = {"weight_map": {k: file for file, keys in parts.items() for k in keys}}

@@ -244,8 +244,8 @@ def test_local_files(tmp_path):
     with pytest.raises(UserError, match="no solution"):
         data.privileged_prompt(problems[1])
     file.write_text('{"prompt": "ann ?"}\n')
-    with pytest.raises(UserError, match="line 1 has no field 'answer'"):
-        data.load_problems(str(file))
+    with pytest.raises(UserError, match="problem mine-0: grader final, but no answer"):  # it can be trained on
+        grade.check_gradable(data.load_problems(str(file))[0], False)
     file.write_text("")
     with pytest.raises(UserError, match="empty"):
         data.load_problems(str(file))

@@ -1,15 +1,17 @@
 """LLaDA, Dream and SDAR as checkpoints: tokenisers, templates, weights, training, the AR teacher."""
+import importlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
-import jinja2
 import pytest
 import torch
-from checkpoints import BYTES, SPECIALS, VOCAB, official_checkpoint, raw_config, write_bpe, write_tokenizer
+from checkpoints import (BYTES, SPECIALS, VOCAB, official_checkpoint, raw_config, tokenizer_config, write_bpe,
+                         write_tokenizer)
 from conftest import FIXTURES, ROOT, command, prompts_of, random_model
 from safetensors.torch import load_file, save_file
 from test_model import LLADA_NAMES, llada_name
@@ -21,7 +23,7 @@ import tad
 import trims
 from model import UserError
 from sample import generate, reference
-from teacher import load_teacher, load_teacher_tokenizer, token_nll
+from teacher import load_teacher, token_nll
 
 FAMILIES = ["llada", "dream", "sdar"]
 TURN = {  # one user turn, rendered
@@ -110,38 +112,6 @@ def test_dreams_own_tokeniser_equals_transformers(hub):
     assert ours.special["<|mask|>"] == 151666 and ours.decode([151645]) == "<|im_end|>"
 
 
-@pytest.mark.parametrize("folder, family", [("llada", "llada"), ("dream", "dream"), ("sdar-4b", "sdar"),
-                                            ("sdar-1.7b", "sdar")])
-def test_templates_equal_the_checkpoints_own_jinja(hub, folder, family):
-    config = json.loads((hub / folder / "tokenizer_config.json").read_text())
-    jinja = hub / folder / "chat_template.jinja"
-    source = jinja.read_text() if family == "sdar" else config["chat_template"]
-    env = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
-    chat = nt_model.FAMILIES[family].chat
-    for system in ("", "Be brief."):
-        for text in ("What is 2 + 2?", " spaced\n", "two\n\nlines"):
-            said = [("system", system)] * bool(system) + [("user", text)]
-            turns = [dict(role=role, content=content) for role, content in said]
-            want = env.from_string(source).render(messages=turns, add_generation_prompt=True,
-                                                  bos_token=config["bos_token"])
-            got = "".join(piece for piece, _ in data.turn_pieces(chat, said))
-            assert got == want
-    assert {special for _, special in data.turn_pieces(chat, [("user", "<|im_end|>")])} == {True, False}
-
-
-def test_a_teachers_vocabulary_may_hold_the_token_words(tmp_path):
-    """As Qwen's does; a list under that name is what tells the tiny model's table from a BPE."""
-    write_tokenizer(tmp_path, "dream")
-    vocab = json.loads((tmp_path / "vocab.json").read_text())
-    (tmp_path / "vocab.json").write_text(json.dumps({**vocab, "words": 260}))
-    tok = load_teacher_tokenizer(tmp_path)
-    assert tok.encode("ab") == [97, 98] and tok.eos_id == tok.special["<|im_end|>"]
-    assert load_teacher_tokenizer("tiny-ar").eos_id == data.load_tokenizer("tiny").eos_id
-    (tmp_path / "added_tokens.json").unlink()
-    with pytest.raises(UserError, match="tiny-ar, or a Qwen2 or Qwen3 chat model"):
-        load_teacher_tokenizer(tmp_path)
-
-
 def test_text_never_becomes_an_added_token_that_is_not_special(tmp_path):
     """Qwen3 declares <think> and others as added, not special: transformers would match them in a text."""
     write_tokenizer(tmp_path, "sdar")
@@ -154,6 +124,86 @@ def test_text_never_becomes_an_added_token_that_is_not_special(tmp_path):
     assert tok.encode("<think>") == list(b"<think>") and tok.decode([260, 97]) == "<think>a"
 
 
+# ------------------------------------------------------------- what a checkpoint says about its own answers
+OWN = ("{% if messages[0].role != 'system' %}<|im_start|>system\nI am mine.<|im_end|>\n{% endif %}{% for m in messages %}"
+       "<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+       "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.jinja", "by name"])
+def test_a_chat_template_of_its_own_is_used(tmp_path, place):
+    """The same ids as transformers'; a text writes no special token; harness's turns and system texts too."""
+    from transformers import Qwen2Tokenizer
+    folder = official_checkpoint(tmp_path, "sdar")
+    named = dict(chat_template=[dict(name="tool_use", template="x"), dict(name="default", template=OWN)])
+    config = {**tokenizer_config("sdar"), "chat_template": None}
+    config.update(**{"tokenizer_config.json": dict(chat_template=OWN), "by name": named}.get(place, {}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    if place == "chat_template.jinja":
+        (folder / place).write_text(OWN)
+    tok = data.load_tokenizer(folder)
+    theirs = Qwen2Tokenizer.from_pretrained(folder)
+    for turns in ([("user", " a ")], [("system", "s"), ("user", "{q}\n\n"), ("assistant", "b"), ("user", "<x> é")]):
+        want = theirs.apply_chat_template([dict(role=r, content=c) for r, c in turns], chat_template=OWN, add_generation_prompt=True)
+        assert tok.chat.prompt_ids(turns) == want["input_ids"]
+    clean = sum(i >= 256 for i in tok.prompt_ids("x").tolist())
+    for text in LOOK_ALIKES:
+        assert sum(i >= 256 for i in tok.prompt_ids(text).tolist()) == clean and text in tok.decode(tok.prompt_ids(text).tolist())
+    assert tok.response_ids(" so ") == [*b"so", tok.special["<|im_end|>"]]  # trimmed, as its template does
+
+
+@pytest.mark.parametrize("thinks, thought", [(True, ""), (False, "<think>\n\n</think>\n\n")])
+def test_a_family_says_whether_its_template_thinks(tmp_path, monkeypatch, thinks, thought):
+    """A2D is Qwen3 with an empty thought, SDAR has none."""
+    folder = official_checkpoint(tmp_path, "sdar")
+    assert nt_model.FAMILIES["sdar"].thinks and not nt_model.FAMILIES["a2d"].thinks
+    monkeypatch.setitem(nt_model.FAMILIES, "sdar", replace(nt_model.FAMILIES["sdar"], thinks=thinks))
+    tok = data.load_tokenizer(folder)
+    assert tok.decode(tok.prompt_ids("q").tolist()) == TURN["sdar"].format("q") + thought
+
+
+def test_a_base_model_without_a_template_gets_plain_text(tmp_path, capsys):
+    for family in FAMILIES:
+        folder = official_checkpoint(tmp_path / family, family)
+        config = {**tokenizer_config(family), "chat_template": None}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        tok = data.load_tokenizer(folder)
+        assert "has no chat_template: a prompt is plain text" in capsys.readouterr().err
+        assert tok.prompt_ids("2 + 2 =").tolist() == [*b"2 + 2 =\n"]
+        assert tok.response_ids("4") == [*b"4", tok.special["<|endoftext|>"]]
+
+
+def test_chat_templates_that_cannot_be_used_are_refused(tmp_path):
+    folder = official_checkpoint(tmp_path, "sdar", eos_token_id=256)
+    for template, words in (("{% if %}", "chat_template fails"), ("{{ messages[7].content }}", "chat_template fails"),
+                            ("{{ ''.__class__.__mro__ }}", "fails"),
+                            (OWN.replace("<|im_end|>", "<|MASK|>"), "ends an answer with the id 259, which is no eos")):
+        (folder / "chat_template.jinja").write_text(template)
+        with pytest.raises(UserError, match=words):
+            data.load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("said, ends", [
+    (258, (256, 258)), ([258, 256], (256, 258)), ([250, 251], (256, 250, 251)), (256, (256,)), (None, (256,))])
+def test_the_ids_that_end_a_generation_end_a_response(tmp_path, said, ends):
+    folder = official_checkpoint(tmp_path / "a", "sdar", eos_token_id=256)
+    (folder / "generation_config.json").write_text(json.dumps(dict(eos_token_id=said, temperature=0.6)))
+    model = nt_model.load(folder)
+    assert model.cfg.eos_ids == ends
+    nt_model.save(model, tmp_path / "b")
+    assert nt_model.load(tmp_path / "b").cfg == model.cfg  # config.json alone says it too
+    out = torch.tensor([97, ends[-1], 98])
+    assert nt_model.n_content(out, model.cfg.eos_ids) == 1
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"eos_token_id": "x"}', '{"eos_token_id": [999]}', '{"eos_token_id": [[1]]}', "{"])
+def test_a_broken_generation_config_is_named(tmp_path, text):
+    folder = official_checkpoint(tmp_path, "sdar")
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(UserError, match="generation_config.json"):
+        nt_model.load(folder)
+
+
 # --------------------------------------------------------------------------------------------- a new family
 def test_a_new_dense_family_is_one_entry(tmp_path, monkeypatch):
     """Key names, tensor names, template, facts of its own: load, LoRA and decoding ask for nothing else."""
@@ -161,7 +211,6 @@ def test_a_new_dense_family_is_one_entry(tmp_path, monkeypatch):
     keys = {ours: "my_" + ours for ours in (*nt_model.HF_KEYS, "n_kv_head", "tied")}
     monkeypatch.setitem(nt_model.FAMILIES, "dummy", nt_model.Family(
         presets={"dummy-1b": str(tmp_path)}, model_type="Dummy",
-        chat=nt_model.Chat("<|go|>", "<|user|>{text}", "<|bot|>", "<|end|>", trim=True),
         names=dict(layer, block="net.layers", embed="net.wte", norm="net.last", head="net.out"),
         keys=keys, optional=dict(pad_id="my_pad"), facts=dict(qk_norm=True, shift=True, rope_fp32=True),
         extra_eos=(259,), decoding=dict(gen_len=8, block_len=4, cache="dual")))
@@ -169,6 +218,9 @@ def test_a_new_dense_family_is_one_entry(tmp_path, monkeypatch):
                my_d_model=32, my_d_mlp=48, my_max_len=64, my_norm_eps=1e-6, my_tied=False, my_mask_id=260,
                my_eos_ids=256, rope_theta=1e4)
     write_bpe(tmp_path, ["<|go|>", "<|user|>", "<|bot|>", "<|end|>", "<|mask|>"])
+    (tmp_path / "chat_template.jinja").write_text(
+        "<|go|>{% for m in messages %}{{ '<|user|>' + m.content | trim if m.role == 'user' else '<|bot|>' + m.content"
+        " | trim + '<|end|>' }}{% endfor %}{% if add_generation_prompt %}<|bot|>{% endif %}")
     cfg = nt_model.config_from_json(raw)
     assert (cfg.family, cfg.head_dim, cfg.eos_ids, cfg.pad_id) == ("dummy", 8, (256, 259), 256)
     model = nt_model.Transformer(cfg).init_weights(torch.Generator().manual_seed(0)).eval()
@@ -219,24 +271,21 @@ def test_tokeniser_errors(tmp_path):
     with pytest.raises(UserError, match="no tokeniser: neither tokenizer.json"):
         data.load_tokenizer(official_checkpoint(tmp_path / "none2", "llada", tokenizer=False))
     folder = official_checkpoint(tmp_path / "large", "sdar")
-    table = json.loads((folder / "added_tokens.json").read_text())
-    (folder / "added_tokens.json").write_text(json.dumps({**table, "<|more|>": VOCAB}))
+    config = tokenizer_config("sdar")
+    config["added_tokens_decoder"] |= {i: dict(content=f"<|{i}|>", special=True) for i in range(260, VOCAB + 1)}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=f"ids up to {VOCAB}, the model's embedding only {VOCAB} rows"):
-        data.load_tokenizer(folder)
-    del table["<|im_end|>"]
-    (folder / "added_tokens.json").write_text(json.dumps(table))
-    with pytest.raises(UserError, match="has no <|im_end|>".replace("|", r"\|")):
         data.load_tokenizer(folder)
     folder = official_checkpoint(tmp_path / "broken", "llada")
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="is not a tokeniser"):
+    with pytest.raises(UserError, match="has no tokeniser"):
         data.load_tokenizer(folder)
     folder = official_checkpoint(tmp_path / "other", "dream")
     vocab = json.loads((folder / "vocab.json").read_text())
     without_a = {k: v for k, v in vocab.items() if k != "a"}
     for broken in ([], {"▁the": 3}, {**vocab, "aa": 5}, without_a, {**vocab, "a": "x"}, {**vocab, "aa": 257}):
         (folder / "vocab.json").write_text(json.dumps(broken))
-        with pytest.raises(UserError, match="not a byte-level BPE"):
+        with pytest.raises(UserError, match="is a byte-level BPE"):
             data.load_tokenizer(folder)
     (folder / "vocab.json").write_text(json.dumps(vocab))
     (folder / "merges.txt").unlink()
@@ -244,7 +293,7 @@ def test_tokeniser_errors(tmp_path):
         data.load_tokenizer(folder)
     (folder / "vocab.json").unlink()
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="is not a tokeniser"):
+    with pytest.raises(UserError, match="has no tokeniser"):
         data.load_tokenizer(folder)
     to_bytes = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
     table = dict(model=dict(type="BPE", vocab=vocab, merges=[]), added_tokens=[], pre_tokenizer=to_bytes)
@@ -538,21 +587,6 @@ def test_adapters_load_in_peft_and_merged_models_in_transformers(tmp_path, famil
     assert close(got, want)
 
 
-@pytest.mark.parametrize("changes, words", [
-    (dict(use_dora=True), "use_dora"), (dict(alpha_pattern={"q_proj": 2}), "alpha_pattern"),
-    (dict(bias="all"), "bias")])
-def test_other_kinds_of_adapters_are_refused(tmp_path, changes, words):
-    lora.save(lora.add(random_model(), 4, 4), tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **changes}))
-    with pytest.raises(UserError, match=words):
-        lora.load(random_model(), tmp_path)
-    del config["r"]
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="lacks r"):
-        lora.load(random_model(), tmp_path)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_save_load_save_of_the_families(tmp_path, family):
     model = nt_model.load(official_checkpoint(tmp_path / "a", family))
@@ -594,6 +628,26 @@ def test_tad_trains_two_steps_on_every_family(tmp_path, monkeypatch, family, ful
     prompt = data.load_tokenizer(folder).prompt_ids("1 + 1?")
     out = generate(trained, [prompt], gen_len=8, block_len=4, cache="none")[0]
     assert out.ids.tolist() == reference(trained, prompt, gen_len=8, block_len=4, cache="none").ids.tolist()
+
+
+@pytest.mark.parametrize("block_len", [4, 8, 16])
+@pytest.mark.parametrize("method", ["tad", "tabom", "trims"])
+def test_sdar_trains_in_blocks_of_its_own(tmp_path, monkeypatch, method, block_len):
+    """SDAR-4B-Chat-b8 and others: without --block_len, trajectories and masks follow the model's blocks."""
+    folder = official_checkpoint(tmp_path / "base", "sdar", block_size=block_len)
+    (tmp_path / "p.jsonl").write_text("".join(
+        json.dumps(dict(prompt=f"{n}", solution="it is 4", answer="4")) + "\n" for n in range(4)))
+    monkeypatch.setattr("grade.is_correct", lambda *_: True)
+    args = ["--model", folder, "--data", tmp_path / "p.jsonl", "--out", tmp_path / "run", "--gen_len", 16, "--batch_size",
+            4, "--micro_batch", 4, "--max_steps", 1, "--lora_r", 4]
+    args += ["--trajectory_share", 0, "--block_share", 1.0] if method == "trims" else ["--window", 2]
+    seen, inner = [], trims.mask_response
+    monkeypatch.setattr(trims, "mask_response", lambda e, cfg, *a: seen.append(cfg.block_len) or inner(e, cfg, *a))
+    monkeypatch.setattr("sys.argv", [f"{method}.py", *map(str, args)])
+    importlib.import_module(method).main()
+    if method != "trims":
+        seen = [r["decoding"]["block_len"] for r in data.read_trajectories(tmp_path / "run/trajectories")]
+    assert len(seen) == 4 and set(seen) == {block_len}
 
 
 def mask_free(record, folder):

@@ -1,11 +1,15 @@
 import json
+import os
 import re
 
 import pytest
 import torch
+from checkpoints import official_checkpoint
 from conftest import CONFIGS, FIXTURES, random_model
 from safetensors.torch import load_file
 
+import cli
+import data
 import lora
 import model as nt_model
 import run
@@ -94,6 +98,108 @@ def test_official_module_names(tmp_path, name):
     for key in load_file(tmp_path / "adapter_model.safetensors"):
         module = key.removeprefix("base_model.model.").rsplit(".lora_", 1)[0]
         assert f"{module}.weight" in official
+
+
+def written(folder, **changes):
+    """An adapter's folder, its settings changed; a None that was not there is written as null."""
+    model = trained(random_model())
+    lora.save(model, folder)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    return model
+
+
+@pytest.mark.parametrize("changes", [
+    dict(use_dora=True), dict(use_rslora=True), dict(alpha_pattern={"q_proj": 2}), dict(rank_pattern={"q_proj": 2}),
+    dict(bias="all"), dict(init_lora_weights="pissa"), dict(init_lora_weights="pissa_niter_4"),
+    dict(init_lora_weights="olora"), dict(init_lora_weights="corda"), dict(init_lora_weights="lora_ga"),
+    dict(peft_type="LOHA"), dict(peft_type=None), dict(alora_invocation_tokens=[1]), dict(trainable_token_indices=[3]),
+    dict(modules_to_save=["lm_head"]), dict(layer_replication=[[0, 1]]), dict(target_parameters=["w"]),
+    dict(use_qalora=True), dict(lora_bias=True), dict(a_new_setting=0.5), dict(kasa_config={"x": 1})])
+def test_adapters_that_are_not_plain_lora_are_refused(tmp_path, changes):
+    written(tmp_path, **changes)
+    (key, value), = changes.items()
+    words = f"adapter_config.json has {key} {value!r}: only plain LoRA is built; merge"
+    with pytest.raises(UserError, match=re.escape(words)):
+        lora.load(random_model(), tmp_path)
+
+
+@torch.no_grad()
+def test_settings_that_change_nothing_load(tmp_path):
+    """All that PEFT writes by itself, and what it says about how the adapter was made."""
+    peft = pytest.importorskip("peft")
+    theirs = {k: v for k, v in peft.LoraConfig(r=3, lora_alpha=6).to_dict().items() if k not in ("target_modules",)}
+    model = written(tmp_path, **theirs)
+    assert torch.equal(lora.load(random_model(), tmp_path)(IDS), model(IDS))
+    for changes in (dict(init_lora_weights=False), dict(init_lora_weights="gaussian"), dict(init_lora_weights="eva"),
+                    dict(task_type="FEATURE_EXTRACTION", peft_version="0.21.2"), dict(layers_to_transform=[0, 1]),
+                    dict(exclude_modules="x", megatron_core="y"), dict(bias="none", use_dora=False, rank_pattern={}),
+                    dict(a_new_setting=None, another=[], lora_alpha=6.0)):
+        model = written(tmp_path, **changes)
+        assert torch.equal(lora.load(random_model(), tmp_path)(IDS), model(IDS)), changes
+
+
+@pytest.mark.parametrize("changes", [dict(r="4"), dict(r=None), dict(r=2.5), dict(r=-1), dict(lora_alpha=None),
+                                     dict(lora_alpha="6"), dict(lora_alpha=float("nan")), dict(lora_dropout=[0.1])])
+def test_numbers_of_an_adapter(tmp_path, changes):
+    written(tmp_path, **changes)
+    (key, value), = changes.items()
+    with pytest.raises(UserError, match=re.escape(f"adapter_config.json has {key} {value!r}: a number")):
+        lora.load(random_model(), tmp_path)
+
+
+def test_an_empty_or_missing_adapter_is_an_error(tmp_path, monkeypatch):
+    import eval as nt_eval
+    import sample
+    for module, args in ((sample, ["--prompt", "x"]), (nt_eval, ["curve", "--n", "1"])):
+        for folder, words in (("", "--adapter '' or"), (str(tmp_path), "no file .*adapter_config.json")):
+            monkeypatch.setattr("sys.argv", ["x.py", *args, "--adapter", folder])
+            with pytest.raises(UserError, match=words):
+                sample.main() if module is sample else nt_eval.cli.run_command("", nt_eval.COMMANDS)
+
+
+@torch.no_grad()
+def test_merging_into_a_folder_that_holds_a_model(tmp_path, monkeypatch):
+    """The base's own folder, in two shards: refused; with --overwrite what was written is what is read."""
+    base = official_checkpoint(tmp_path / "base", "dream")
+    model = trained(nt_model.load(base))
+    lora.save(model, tmp_path / "adapter")
+    ids = torch.randint(0, 250, (1, 9))
+    want, before = model(ids), nt_model.load(base)(ids)
+    args = ["lora.py", "merge", "--model", base, "--adapter", tmp_path / "adapter", "--to"]
+    other = official_checkpoint(tmp_path / "other", "llada")
+    for target in (base, tmp_path / "new", other):
+        if target != tmp_path / "new":
+            monkeypatch.setattr("sys.argv", [str(a) for a in [*args, target]])
+            with pytest.raises(UserError, match="--to .* holds model-[12]-of-2.safetensors: choose another folder, or"):
+                cli.run_command("", {"merge": (lora.merge_command, lora.Merge)})
+        assert torch.equal(nt_model.load(base)(ids), before) or target == other
+        monkeypatch.setattr("sys.argv", [str(a) for a in [*args, target, *["--overwrite"] * (target == other)]])
+        if target != base:
+            cli.run_command("", {"merge": (lora.merge_command, lora.Merge)})
+            merged = nt_model.load(target)
+            assert (merged(ids) - want).abs().max() < 1e-4 and merged.cfg.family == "dream"
+            assert data.load_tokenizer(target).encode("ab") == [97, 98] and not (target / "tokenizer.json").exists()
+    monkeypatch.setattr("sys.argv", [str(a) for a in [*args, base, "--overwrite"]])
+    cli.run_command("", {"merge": (lora.merge_command, lora.Merge)})
+    assert (nt_model.load(base)(ids) - want).abs().max() < 1e-4
+    assert sorted(f.name for f in base.glob("model*")) == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_have_the_modes_that_the_umask_asks_for(tmp_path, mask, mode):
+    import run as training
+    before = os.umask(mask)
+    try:
+        lora.save(trained(random_model()), tmp_path / "adapter")
+        nt_model.save(random_model(), tmp_path / "model")
+        nt_model.save(random_model(), tmp_path / "model")  # over another
+        (tmp_path / "c/tmp").mkdir(parents=True)
+        training.write_checkpoint(tmp_path / "c", 1, {"a": torch.zeros(2)}, 0, 1)
+    finally:
+        os.umask(before)
+    files = [f for f in tmp_path.rglob("*") if f.is_file()]
+    assert len(files) == 6 and {f.stat().st_mode & 0o777 for f in files} == {mode}
 
 
 def test_errors(tmp_path):

@@ -229,9 +229,8 @@ def test_contamination_is_said_and_found(tmp_path, capsys):
     train = data.load_problems(f"prm12k={write(tmp_path / 'prm.jsonl', train)}")
     bench = data.load_problems(f"math={write(tmp_path / 'math.jsonl', bench)}", "test")
     assert "report MATH-500, which is disjoint" in capsys.readouterr().err
-    assert [p["question"] for p in recipes.overlap(train, bench)] == ["find  c."]
-    assert "MATH-500" in recipes.contamination("gsm8k+prm12k=x.jsonl", "math")
-    assert not recipes.contamination("prm12k", "math500") and not recipes.contamination("gsm8k", "math")
+    asked = set(map(recipes.same_question, train))
+    assert [p["question"] for p in bench if recipes.same_question(p) in asked] == ["find  c."]
 
 
 def test_without_datasets_or_network_the_files_are_named(tmp_path, monkeypatch):
@@ -269,9 +268,7 @@ def test_own_fields_are_mapped(tmp_path):
 @pytest.mark.parametrize("source, rows, words", [
     ("{}:prompt=nope", [dict(prompt="a", answer=1)], "line 1 has no field 'nope'"),
     ("{}:promt=q", [dict(q="a", answer=1)], "no field 'promt' to fill; there are id, prompt"),
-    ("{}", [dict(prompt="a")], "line 1 has no field 'answer' or 'tests'"),
     ("{}", [dict(prompt=["a"], answer=1)], "prompt must be text"),
-    ("{}", [dict(prompt="a", answer=1, grader="luck")], "grader must be one of final, number"),
     ("{}", ["a"], "line 1 is not an object"), ("gsm8k={}", [dict(q="a")], "row 1 has no field 'answer'"),
     ("kodcode={}", [dict(question="a", solution="b", test=3)], "can be used .*malformed"),
     ("{}", [dict(prompt="a", answer=1, id=i) for i in "bb"], "has the id 'b' more than once"),
@@ -289,7 +286,6 @@ def test_bad_data_is_one_line(tmp_path, source, rows, words):
     (dict(prompt="a", answer="1", grader=["number"]), "grader must be text"),
     (dict(prompt="a", tests={"x": 1}), "tests must be text or a list"),
     (dict(prompt=" ", answer="1"), "no field 'prompt' or it is empty"),
-    (dict(prompt="a", answer=None), "no field 'answer' or 'tests'"),
 ])
 def test_odd_fields_of_an_own_file_are_one_line(tmp_path, row, words):
     with pytest.raises(UserError, match=words):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from checkpoints import official_checkpoint, write_tokenizer
+from checkpoints import SPECIALS, official_checkpoint, write_bpe
 from conftest import random_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -255,7 +255,9 @@ def test_trims_trains_two_steps_on_every_family_with_another_tokeniser(tmp_path,
     teacher = tmp_path / "teacher"
     LlamaForCausalLM(LlamaConfig(vocab_size=272, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                                  num_attention_heads=2)).save_pretrained(teacher)
-    write_tokenizer(teacher, "dream")
+    write_bpe(teacher, SPECIALS["dream"])
+    (teacher / "tokenizer_config.json").write_text(json.dumps(dict(
+        tokenizer_class="PreTrainedTokenizerFast", eos_token="<|im_end|>")))
     lines = [json.dumps(dict(prompt=f"{n}?", solution=f"e\u0301 {n} 🙂", answer="")) for n in range(6)]
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
     args = ["trims.py", "--model", folder, "--data", tmp_path / "p.jsonl", "--out", tmp_path / "run",

@@ -10,6 +10,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 import compare  # noqa: F401, first: it puts the folder above on the path
 import cli
 import data
@@ -24,17 +26,6 @@ def lm_eval_package():
     for name in ("lm_eval.evaluator", "lm_eval"):  # the first imports all that is used here
         module = package(name, "this needs lm_eval: pip install 'lm_eval[math,ifeval]'")
     return module
-
-
-def render(chat, turns, answer=""):
-    """[(role, text), ...] in a family's template: data.turn_pieces, and how the reply already begins."""
-    if len(turns) > 1 and "{role}" not in chat.turn:
-        raise UserError("the tiny model's template has one turn: --no-fewshot_as_multiturn, no system text")
-    pieces = data.turn_pieces(chat, turns)
-    if answer:  # one text with what comes before, or a token could not span the two
-        before = "" if pieces[-1][1] else pieces.pop()[0]
-        pieces.append((before + answer, False))
-    return pieces
 
 
 def context_id(context):
@@ -55,22 +46,23 @@ def bridge(model, tok, settings, batch_size=32, kept=None):
     """
     class MaskedDiffusion(lm_eval_package().api.model.LM):
         tokenizer_name = f"nanotraj-{model.cfg.family}"
-        chats = {}  # a rendered text -> its pieces, which say what special tokens in it are real
+        chats = {}  # a rendered text -> its ids: not every special token in it is one
         decoded = {}  # context_id-repeat -> row, see eval.decode_rows
 
         def apply_chat_template(self, chat_history, add_generation_prompt=True):
+            if not isinstance(tok.chat, data.OwnChat):
+                raise UserError("the tiny model has no chat template: leave --apply_chat_template out")
             turns = [(said["role"], said["content"]) for said in chat_history]
-            answer = "" if add_generation_prompt else turns.pop()[1]
-            pieces = render(tok.chat, turns, answer)
-            text = "".join(piece for piece, _ in pieces)
-            self.chats[text] = pieces
+            answer = "" if add_generation_prompt else turns.pop()[1]  # how the reply begins
+            text = tok.chat.render(turns, add_generation_prompt=True) + answer
+            self.chats[text] = tok.chat.prompt_ids(turns) + tok.encode(answer)
             return text
 
         def prompt_ids(self, context):
             if self.chats and context not in self.chats:
                 raise UserError(f"a task changed its rendered chat, so that its special tokens are lost: "
                                 f"{context[-60:]!r}; run it without --apply_chat_template")
-            return tok.ids_of(self.chats.get(context, [(context, False)]))
+            return torch.tensor(self.chats.get(context) or tok.encode(context), dtype=torch.long)
 
         def generate_until(self, requests):
             names, prompts, seen = [], {}, Counter()

@@ -1,0 +1,93 @@
+"""Files as they should not be: every mutation of one is read, or refused in one line, never a traceback."""
+import copy
+import json
+import random
+
+import pytest
+from checkpoints import official_checkpoint
+from safetensors import SafetensorError
+
+import data
+import lora
+import model as nt_model
+import trims
+from cli import UserError
+
+VALUES = [None, True, 0, -1, 3, 2.5, 1e30, float("nan"), "", "x", "\ud83d", [], [1], ["a"], [[1]], {}, {"a": 1}, 10**12]
+
+
+def mutated(value, rng, depth=0):
+    """A copy of a JSON value in which one thing, somewhere, is gone, changed or new."""
+    value = copy.deepcopy(value)
+    if isinstance(value, dict) and value and (depth == 0 or rng.random() < 0.7):
+        key = rng.choice(sorted(value))
+        kind = rng.random()
+        if kind < 0.2:
+            del value[key]
+        elif kind < 0.3:
+            value["new"] = rng.choice(VALUES)
+        else:
+            value[key] = mutated(value[key], rng, depth + 1)
+        return value
+    if isinstance(value, list) and value and rng.random() < 0.5:
+        i = rng.randrange(len(value))
+        value[i] = mutated(value[i], rng, depth + 1)
+        return value
+    return rng.choice(VALUES)
+
+
+def write(file, value, rng):
+    """As JSON; one in ten is cut short or holds a byte that is no text."""
+    text = json.dumps(value).encode()
+    kind = rng.random()
+    file.write_bytes(text[:rng.randrange(len(text))] if kind < 0.05 else text + b"\xff" if kind < 0.1 else text)
+
+
+def survives(read, what):
+    try:
+        read()
+    except (UserError, OSError, SafetensorError) as e:  # what cli.run_cli makes one line of
+        assert str(e).strip(), what
+    except Exception as e:
+        pytest.fail(f"{what}: {type(e).__name__}: {e}")
+
+
+@pytest.mark.parametrize("family", ["llada", "dream", "sdar"])
+def test_mutated_checkpoints(tmp_path, family):
+    folder, rng = official_checkpoint(tmp_path, family), random.Random(family)
+    (folder / "generation_config.json").write_text(json.dumps(dict(eos_token_id=[256, 258], temperature=0.1)))
+    names = ["config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer_config.json",
+             "tokenizer.json" if family == "llada" else "vocab.json", "added_tokens.json"]
+    for name in [n for n in names if (folder / n).exists()]:
+        file = folder / name
+        good = file.read_bytes()
+        for number in range(18):
+            write(file, mutated(json.loads(good), rng), rng)
+            what = f"{family} {name} {number}: {file.read_bytes()[:300]}"
+            survives(lambda: nt_model.load(folder), what)
+            if "index" not in name:
+                survives(lambda: data.load_tokenizer(folder).prompt_ids("a"), what)
+        file.write_bytes(good)
+    assert nt_model.load(folder) and data.load_tokenizer(folder)
+
+
+def test_mutated_adapters(tmp_path):
+    from conftest import random_model
+    lora.save(lora.add(random_model(), 4, 8), tmp_path)
+    file, rng = tmp_path / "adapter_config.json", random.Random(1)
+    good = json.loads(file.read_text()) | dict(init_lora_weights=True, rank_pattern={}, megatron_core="x")
+    for number in range(60):
+        write(file, mutated(good, rng), rng)
+        survives(lambda: lora.load(random_model(), tmp_path), f"adapter {number}: {file.read_bytes()[:500]}")
+
+
+def test_mutated_rows(tmp_path):
+    good = dict(id="a", prompt="1 + 1?", solution="2", answer="2", tests=["assert True"], setup="x = 1",
+                entry_point="f", question="q", thinking="t", grader="code")
+    tok, rng, file = data.load_tokenizer("tiny"), random.Random(2), tmp_path / "rows.jsonl"
+    for number in range(120):
+        rows = [good, mutated(good, rng), {**good, "id": "c"}]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        cfg = trims.Config(data=str(file), gen_len=64, with_thinking=number % 2 == 0)
+        survives(lambda: trims.load_examples(cfg, tok), f"row {number}: {rows[1]}")
+        survives(lambda: [data.privileged_prompt(p) for p in data.load_problems(str(file))], f"row {number}: {rows[1]}")
