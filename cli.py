@@ -272,7 +272,8 @@ def pyplot():
     return importlib.import_module("matplotlib.pyplot")
 
 
-def check_picture(path):
-    """UserError before anything long."""
-    if path and not (path.endswith(".png") and Path(path).absolute().parent.is_dir()):
-        raise UserError(f"--picture {path}: give a name that ends with .png in a folder that exists")
+def check_place(option, path, suffix=""):
+    """UserError, before anything long, if a file cannot be written there."""
+    if path and not (path.endswith(suffix) and Path(path).absolute().parent.is_dir()):
+        raise UserError(f"--{option} {path}: give a name{suffix and ' that ends with '}{suffix} in a folder "
+                        f"that exists")

@@ -24,7 +24,7 @@ from data import (CARRIED, SCHEMA, check_record, load_tokenizer, privileged_prom
                   read_trajectories, spread)
 from model import ModelOptions, config_of, decoding_defaults, n_content
 from run import barrier
-from sample import Decoding, Output, load_both, picture, stream
+from sample import Decoding, Output, load_both, page, stream
 
 
 class Shard:
@@ -191,7 +191,7 @@ class Stats(ModelOptions):
 class Inspect(Stats):
     """trajectories in the order they were decoded"""
     n: int = 3  # how many
-    picture: str = ""  # PNG of the reveal order of the first one, to write
+    html: str = ""  # page to write in which you step through the first one
 
 
 def collect_command(args, given):
@@ -223,18 +223,18 @@ def records_asked_for(args):
 
 def inspect_command(args):
     """Tokens in the order they were revealed, ∅ for what is written as nothing."""
-    cli.check_picture(args.picture)
+    cli.check_place("html", args.html, ".html")
     records = records_asked_for(args)
     tok = load_tokenizer(args.model, args.revision)
     for r in records[:args.n]:
         words = [tok.decode([i]) or "∅" for i in r["x0"]]
         print(f"{r['id']} correct={r['correct']} nfe={r['nfe']}\n  {r['prompt']}\n  {' '.join(words)}")
         print("  order of reveal: " + " ".join(f"{words[i]}@{i}" for i in np.argsort(r["rank"])))
-    if args.picture:
+    if args.html:
         r = records[0]
-        drawn = Output(*(torch.tensor(r[k]) for k in ("x0", "order", "rank")), None, r["nfe"])
-        picture(drawn, args.picture, f"{r['id']}: {r['nfe']} forwards")
-        print(f"written: {args.picture}")
+        known = [torch.tensor(r[key]) for key in ("x0", "order", "rank")]
+        eos_ids = config_of(args.model, args.revision).eos_ids
+        page({r["id"]: Output(*known, None, r["nfe"])}, tok, eos_ids, r["prompt"], args.html)
 
 
 def stats_command(args):

@@ -2,7 +2,7 @@
 that everything runs on.
 
     outs = generate(model, prompts, gen_len=48, block_len=16, policy="threshold", threshold=0.9, cache="none")
-    python sample.py --model tiny --prompt "..." --show           # or --picture order.png
+    python sample.py --model tiny --prompt "..." --show           # or --html decoding.html
     python sample.py --model tiny --prompts questions.jsonl       # or --interactive
 
 A response of L tokens starts as L masks and is filled block by block. Every forward scores the masked
@@ -24,6 +24,7 @@ all rows at once, of fixed shapes and without a wait, so that it compiles to a C
 `Batch`, which looks at the device once in `sync_every` steps: finished rows make room for waiting prompts.
 """
 import copy
+import json
 import math
 import os
 from collections.abc import Callable
@@ -760,24 +761,20 @@ def show(out, tokens, by="confidence"):
     return "\n".join(lines)
 
 
-def picture(out, path, title=""):
-    """Reveal order as PNG: positions across, forwards down; a revealed token has the colour of its confidence
-    (of its forward where out.conf is None), masks are white.
-    """
-    plt = cli.pyplot()
-    L, forward = len(out.ids), torch.arange(out.nfe)[:, None]
-    color = out.order / max(1, out.nfe - 1) if out.conf is None else out.conf
-    grid = torch.where(out.order <= forward, color, torch.nan)  # (nfe, L)
-    size = min(12, 2 + L / 12), min(9, 1.5 + out.nfe / 10)
-    fig, ax = plt.subplots(figsize=size, dpi=140, layout="tight")
-    shown = ax.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
-    ax.scatter(range(L), out.order, s=6, c="tab:red", marker="s", label="revealed here")
-    title = title or f"{L} positions in {out.nfe} forwards"
-    ax.set(xlabel="response position", ylabel="forward", title=title)
-    ax.legend(loc="upper right", fontsize=7)
-    fig.colorbar(shown, label="revealed: 0 first, 1 last" if out.conf is None else "confidence when revealed")
-    fig.savefig(path)
-    plt.close(fig)
+def page(outs, tok, eos_ids, prompt, path):
+    """Decodings {name: Output} of a prompt -> one HTML file to step through, which needs no network."""
+    sides = []
+    for name, out in outs.items():
+        order = out.order.clamp(max=out.nfe - 1)  # of a record: what early stopping left out comes at the end
+        sides.append(dict(
+            name=name, nfe=out.nfe, n=out.n_tokens(eos_ids), order=order.tolist(),
+            tokens=[tok.decode([i]) for i in out.ids.tolist()],
+            conf=None if out.conf is None else out.conf.tolist()))
+    # without < no text can end the script element that holds it
+    held = json.dumps(dict(prompt=prompt, sides=sides)).replace("<", "\\u003c")
+    template = cli.read_text(Path(__file__).with_name("assets") / "decoding.html")
+    cli.write_whole(path, template.replace("DECODINGS", held))
+    print(f"written: {path}")
 
 
 @dataclass
@@ -790,7 +787,7 @@ class Options(AdaptedModel):
     """decode one prompt, a file of prompts, or what you type"""
     prompt: str = ""  # user turn [a problem of the tiny task]
     show: str = option("", bare="confidence", choices=["confidence", "step"])  # draw each forward in colour
-    picture: str = ""  # PNG of the reveal order to write
+    html: str = ""  # page to write in which you step through the forwards; with --adapter also the base's
     prompts: str = ""  # file of prompts: .jsonl, or text with one per line
     to: str = ""  # responses of --prompts [FILE.responses.jsonl]
     batch_size: int = 32  # prompts decoded at once
@@ -810,8 +807,8 @@ def load_both(args):
 
 
 def decode_one(model, tok, prompt, settings, how, by="", path=""):
-    """Print the response to a prompt; by: show every forward; path: draw the reveal order there."""
-    out = generate(model, [tok.prompt_ids(prompt)], **how, **settings)[0]
+    """Print the response to a prompt; by: show every forward; path: write a page there."""
+    (out,) = generate(model, [tok.prompt_ids(prompt)], **how, **settings)
     n = out.n_tokens(model.cfg.eos_ids)
     if by:
         words = [tok.decode([i]).strip() or "∅" for i in out.ids.tolist()]
@@ -819,8 +816,12 @@ def decode_one(model, tok, prompt, settings, how, by="", path=""):
     print(f"response {tok.decode(out.ids[:n].tolist())}")
     print(f"{n} tokens in {out.nfe} forwards: {n / out.nfe:.2f} tokens per forward")
     if path:
-        picture(out, path)
-        print(f"written: {path}")
+        outs = {"model": out}
+        if lora.adapters(model):
+            with lora.off(model):
+                (base,) = generate(model, [tok.prompt_ids(prompt)], **how, **settings)
+            outs = {"base": base, "trained": out}
+        page(outs, tok, model.cfg.eos_ids, prompt, path)
 
 
 def read_prompts(source):
@@ -865,9 +866,8 @@ def decode_file(model, tok, args, settings, how):
 
 def main():
     args, given = cli.parse(__doc__, Options, Decoding)
-    cli.check_picture(args.picture)
-    if args.to and not Path(args.to).parent.is_dir():
-        raise UserError(f"no directory {Path(args.to).parent} to write {args.to} to")
+    cli.check_place("html", args.html, ".html")
+    cli.check_place("to", args.to)
     defaults = decoding_defaults(config_of(args.model, args.revision))
     settings = vars(Decoding(**{**defaults, **given}))
     model, tok = load_both(args)
@@ -884,7 +884,7 @@ def main():
     else:
         prompt = args.prompt or data.load_problems("tiny", "test", 1)[0]["prompt"]
         print(f"prompt   {prompt}")
-        decode_one(model, tok, prompt, settings, how, args.show, args.picture)
+        decode_one(model, tok, prompt, settings, how, args.show, args.html)
 
 
 if __name__ == "__main__":

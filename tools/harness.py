@@ -31,8 +31,6 @@ def lm_eval_package():
 
 def render(chat, turns, answer=""):
     """[(role, text), ...] in a family's template: data.turn_pieces, and how the reply already begins."""
-    if chat.system and turns[0][0] != "system":
-        turns = [("system", chat.system), *turns]
     if len(turns) > 1 and "{role}" not in chat.turn:
         raise UserError("the tiny model's template has one turn: --no-fewshot_as_multiturn, no system text")
     pieces = data.turn_pieces(chat, turns)
