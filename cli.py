@@ -8,6 +8,7 @@ import gc
 import gzip
 import importlib
 import inspect
+import io
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 
 class UserError(ValueError):
@@ -32,7 +34,8 @@ def run_cli(main):
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
+        below = "\n" * sys.stderr.isatty()  # the line where a bar or a prompt stands, and ^C
+        print(f"{below}interrupted; the same command continues", file=sys.stderr)
         sys.exit(130)
     except SystemExit as e:  # all ranks end here, before the work is done
         code = e.code
@@ -165,17 +168,19 @@ def parse(doc, *classes):
 
 
 def run_command(doc, commands):
-    """Call one of {name: (function, dataclass, *others)}; the dataclass's docstring is the command's help."""
+    """Call one of {name: (function, dataclass, *others)}; the dataclass's docstring is the command's help, or
+    the function's where there is none.
+    """
     parser = new_parser(doc)
     choose = parser.add_subparsers(dest="command", required=True)
-    for name, (_, *classes) in commands.items():
-        about = inspect.getdoc(classes[0])
+    for name, (function, *classes) in commands.items():
+        about = inspect.getdoc(*classes[:1] or [function])
         one = choose.add_parser(name, help=about, description=about, allow_abbrev=False)
         for cls in classes:
             add_options(one, cls)
     given = given_to(parser)
     function, *classes = commands[given["command"]]
-    return function(*read_options(given, *classes))
+    return function(*read_options(given, *classes) if classes else [])
 
 
 def read_text(path):
@@ -264,6 +269,22 @@ def package(name, otherwise):
         return importlib.import_module(name)
     except ImportError:
         raise UserError(otherwise) from None
+
+
+class LogLines(io.TextIOBase):
+    """A log file as a progress bar sees it: a line each time, and nothing that moves a cursor."""
+
+    def write(self, text):
+        line = re.sub(r"\x1b\[A|[\r\n]", "", text).strip()
+        if line:
+            print(line, file=sys.stderr, flush=True)
+
+
+def progress_bar(rows=None, what="", total=None, **settings):
+    """tqdm; where stderr is no terminal, a line every 30 seconds, and none of what takes less."""
+    if not sys.stderr.isatty():
+        settings.update(file=LogLines(), ncols=0, miniters=1, mininterval=30, delay=30)
+    return tqdm(rows, what, total, leave=False, **settings)
 
 
 def pyplot():

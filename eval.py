@@ -42,7 +42,6 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import cli
 import data
@@ -153,9 +152,10 @@ def known_task(task):
 
 def contamination_warning(task):
     """One line where a benchmark and training data overlap, else ""."""
-    known = recipes.contamination("prm12k", known_task(task) or "")
-    return known and (f"warning: TAD and TABOM train on PRM12K. {known}. "
-                      f"Report math500 (lm_eval: minerva_math500) instead\n")
+    if known_task(task) != "math":
+        return ""
+    return (f"warning: TAD and TABOM train on PRM12K. {recipes.IN_MATH}. "
+            f"Report math500 (lm_eval: minerva_math500) instead\n")
 
 
 def area_of(pairs, y_max):
@@ -256,7 +256,7 @@ def curve(model, tok, problems, protocol, label, batch_size=64, allow_code=False
     model.eval()
     points, others = [], bool(kept and kept.rank)
     prompts = {p["id"]: tok.prompt_ids(p["prompt"]) for p in problems}
-    for rule in tqdm(protocol["rules"], desc=f"evaluate {label}", disable=others):
+    for rule in cli.progress_bar(protocol["rules"], f"evaluate {label}", disable=others):
         settings = {**protocol, **rule}
         settings |= vars(decoding_of(settings))
         del settings["rules"]
@@ -529,7 +529,7 @@ def tds(model, record):
 
 def mean_tds(model, records, label):
     """TDS of a model on trajectories at every step: (T,), nats^2."""
-    model, bar = for_decoding(model.eval()), tqdm(records, unit="trajectory", desc=f"TDS {label}")
+    model, bar = for_decoding(model.eval()), cli.progress_bar(records, f"TDS {label}", unit="trajectory")
     return mean_by_step([tds(model, record) for record in bar])  # Eq. 11
 
 
@@ -573,7 +573,7 @@ def report_trajectory_nll(models, teacher, teacher_tok, tok, problems, settings,
     settings = {"policy": "static", "per_step": 1, "early_stop": False, **settings}
     for label, model in models:
         outs = sample.generate(model.eval(), prompts, **settings)
-        bar = tqdm(problems, unit="decoding", desc=f"teacher NLL {label}")
+        bar = cli.progress_bar(problems, f"teacher NLL {label}", unit="decoding")
         curves[label] = mean_by_step([
             trajectory_nll(teacher, teacher_tok, tok, p["prompt"], out, model.cfg.eos_ids)
             for p, out in zip(bar, outs)])
@@ -618,11 +618,6 @@ class TdsOptions(AdaptedModel):
     trajectories: str = option()  # folder that rollout or a method collected
     n: int = 64  # how many of them
     out: str = "out"  # directory of tds.png
-
-
-@dataclass
-class NoOptions:
-    """the decoding settings behind --protocol; point 0 is the paper's own"""
 
 
 def problems_of(args, graded=True):
@@ -698,12 +693,17 @@ def tds_command(args):
     report_tds([(args.adapter or args.model, load_both(args)[0])], records, args.out)
 
 
+def protocols_command():
+    """the decoding settings behind --protocol; point 0 is the paper's own"""
+    pprint(PROTOCOLS, sort_dicts=False, width=110)
+
+
 COMMANDS = {
     "curve": (curve_command, CurveOptions, sample.Decoding),
     "caches": (caches_command, ProblemOptions, sample.Decoding),
     "nll": (nll_command, NllOptions, sample.Decoding),
     "tds": (tds_command, TdsOptions),
-    "protocols": (lambda args: pprint(PROTOCOLS, sort_dicts=False, width=110), NoOptions),
+    "protocols": (protocols_command,),
 }
 
 if __name__ == "__main__":

@@ -12,10 +12,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Callable
 
-from tqdm import tqdm
-
 import grade
-from cli import UserError, package, read_rows
+from cli import UserError, package, progress_bar, read_rows
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 
@@ -150,7 +148,7 @@ def recipe_problems(name, split, n, path=None):
     if own is None:
         raise UserError(f"{name} has no {split} split; it has {', '.join(recipe.splits)}")
     problems, seen, left_out = [], set(), Counter()
-    rows = tqdm(rows_of(name, own, path), f"read {name}", unit=" rows", delay=2, disable=not rank0)
+    rows = progress_bar(rows_of(name, own, path), f"read {name}", unit=" rows", delay=2, disable=not rank0)
     for i, row in enumerate(rows):
         problem, why = problem_of(name, row, own, i)
         if problem and same_question(problem) in seen:
@@ -200,12 +198,6 @@ def overlap(train, test):
     """The problems of `test` whose question also stands in `train`: contamination. Lists of problems."""
     known = {same_question(p) for p in train}
     return [p for p in test if same_question(p) in known]
-
-
-def contamination(train, benchmark):
-    """What is known of a training set that holds problems of a benchmark: one line, or ''. Names of sets."""
-    has_math = "prm12k" in train.replace("=", "+").split("+")
-    return IN_MATH if has_math and benchmark.split("=")[0] in ("math", "minerva_math") else ""
 
 
 def rows_of(name, own, path):

@@ -7,6 +7,7 @@
 A folder is append-only, one shard per rank, synced per record: a kill loses at most the rows being decoded.
 """
 import os
+import sys
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import cli
 import grade
@@ -32,7 +32,7 @@ class Shard:
     def __init__(self, folder, rank, n_left, unit, what):
         self.file = Path(folder) / f"rank{rank}.jsonl"
         cli.drop_torn_line(self.file)
-        self.bar = tqdm(total=n_left, unit=unit, desc=what, smoothing=0, disable=rank != 0)
+        self.bar = cli.progress_bar(None, what, n_left, unit=unit, smoothing=0, disable=rank != 0)
         self.last = time.perf_counter()
 
     def append(self, rows, note=""):
@@ -69,6 +69,9 @@ def rollout(model, tok, problems, folder, model_name, privileged=False, batch_si
     places = range(len(left)) if torch.distributed.is_initialized() else left
     todo = {i: p for place, (i, p) in zip(places, left.items()) if place % world == rank}
     if todo:
+        if rank == 0:  # until then the bar stands at 0
+            print(f"decoding {len(todo)} problems, {batch_size} at once; the first are finished after at most "
+                  f"{settings['gen_len']} forwards", file=sys.stderr)
         shard = Shard(folder, rank, len(todo), "sample", "collect")
         decode_into(shard, model, tok, todo, facts, batch_size, allow_code)
     barrier()

@@ -26,6 +26,7 @@ from dataclasses import dataclass, fields
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -35,7 +36,6 @@ from safetensors.torch import save_file
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
 import cli
 import lora
@@ -45,10 +45,14 @@ from cli import UserError
 
 @dataclass
 class Options:
-    """What every method has. All but the first three may change when a run is continued."""
+    """What every method has. From `out` on, all may change when a run is continued."""
     model: str = "tiny"  # preset name, hub id or directory
     revision: str = ""  # commit, branch or tag of a hub id
     max_steps: int = 0  # stop after this many steps (0: epochs decide)
+    full: bool = False  # train all weights instead of LoRA adapters (a teacher is then a frozen copy)
+    clip: float = 1.0  # gradient norm
+    lr_schedule: Literal["constant", "cosine", "tail"] = "cosine"  # tail: linear to zero over the last 40%
+    lr_floor: float = 0.0  # share of the peak learning rate that the schedules end at
     out: str = ""  # output directory; default out/METHOD-MODEL
     overwrite: bool = False  # start anew in a directory that already holds a run
     save_every: int = 100  # steps between checkpoints
@@ -61,7 +65,8 @@ class Options:
 
 
 STEP_TIMEOUT = timedelta(minutes=4)  # within which all ranks come to the same place of a step
-FREE = {f.name for f in fields(Options)} - {"model", "revision", "max_steps"}
+NAMES = [f.name for f in fields(Options)]
+FREE = NAMES[NAMES.index("out"):]
 
 
 def parse(Config, presets, doc):
@@ -188,9 +193,8 @@ def on_sigterm(handler):
 
 
 class Run:
-    """A run of the settings cfg, a method's Config: beside Options it has seed, data, full, batch_size,
-    micro_batch, clip, lr_schedule, lr_floor and warmup_steps. whole: all weights are trained and saved, not
-    adapters [--full].
+    """A run of the settings cfg, a method's Config: beside Options it has seed, data, batch_size, micro_batch
+    and warmup_steps. whole: all weights are trained and saved, not adapters [--full].
     """
 
     def __init__(self, cfg, whole=None):
@@ -288,7 +292,7 @@ class Run:
         logged = time.perf_counter()
         with on_sigterm(lambda *_: self.stop_asked.set()):
             left = range(first, n_steps)
-            bar = tqdm(left, "train", n_steps, unit="step", initial=first, disable=self.rank != 0)
+            bar = cli.progress_bar(left, "train", n_steps, unit="step", initial=first, disable=self.rank != 0)
             for self.step in bar:
                 self.began, self.total = time.perf_counter(), {"tokens": 0.0, "data_s": 0.0}
                 self.ids = []

@@ -27,15 +27,14 @@ import copy
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import cli
 import data
@@ -44,7 +43,6 @@ from cli import UserError, option, run_cli
 from layers import for_decoding
 from model import (KVCache, ModelOptions, attention_mask, config_of, decoding_defaults, default_device, load,
                    n_content, rope_angles)
-
 
 CACHES = ("none", "prefix", "dual", "vicinity", "exact")
 SCORES = ("confidence", "entropy", "margin")
@@ -410,7 +408,8 @@ def stream(model, prompts, batch_size=32, progress=False, streams=None, compiled
 def decode(batch, progress=False):
     """Run a batch over all of its prompts -> (prompt index, Output) as they finish."""
     waiting = iter(range(len(batch.prompts)))
-    bar = tqdm(total=len(batch.prompts), unit="sample", desc="decode", disable=not progress, smoothing=0)
+    n = len(batch.prompts)
+    bar = cli.progress_bar(None, "decode", n, unit="sample", smoothing=0, disable=not progress)
     while True:
         finished = batch.finished()  # the one place where the host waits for the device
         free = [row for row, owner in enumerate(batch.owner) if owner is None]
@@ -752,7 +751,7 @@ def show(out, tokens, by="confidence"):
         for word, at, color in zip(tokens, out.order.tolist(), colors):
             if at > t:
                 word = "·" * len(word)
-            elif "NO_COLOR" in os.environ:
+            elif "NO_COLOR" in os.environ or not sys.stdout.isatty():
                 word = word.upper() if at == t else word
             else:
                 word = f"\033[{'1;' if at == t else ''}38;5;{color}m{word}\033[0m"
@@ -826,8 +825,6 @@ def decode_one(model, tok, prompt, settings, how, by="", path=""):
 
 def read_prompts(source):
     """A .jsonl (field prompt, id optional) or a text file, one prompt per line -> rows with id and prompt."""
-    if not source.is_file():
-        raise UserError(f"no file {source}: --prompts takes a .jsonl or a text file")
     if source.suffix == ".jsonl":
         rows = list(cli.read_rows(source))
     else:
@@ -873,12 +870,18 @@ def main():
     model, tok = load_both(args)
     how = dict(compiled=args.compiled, sync_every=args.sync_every)
     if args.interactive:
-        with suppress(EOFError):
+        if model.cfg.family == "tiny":
+            (example,) = data.load_problems("tiny", "dev", 1)
+            print(f"This model knows one game and nothing else. Type, for example:\n{example['prompt']}")
+        print("An empty line or Ctrl-D ends.")
+        try:
             while line := input("> ").strip():
                 try:
                     decode_one(model, tok, line, settings, how)
                 except UserError as e:  # a prompt too long: the next one may fit
                     print(f"error: {e}")
+        except EOFError:  # Ctrl-D
+            print()
     elif args.prompts:
         decode_file(model, tok, args, settings, how)
     else:

@@ -68,16 +68,13 @@ class Config(run.Options):
     distant: Literal["kl", "ce", "none"] = "kl"  # loss of distant tokens (Table 3)
     teacher_prompt: Literal["privileged", "plain", "system"] = "privileged"  # seen by teacher; system: (code)
     # --- training
-    full: bool = False  # train all weights (the teacher is then a frozen copy) instead of LoRA adapters
     lora_r: int = 128  # LoRA rank
     lora_alpha: int = 128  # LoRA alpha
     lora_dropout: float = 0.05  # LoRA dropout
     lr: float = 2e-5  # peak learning rate
     lr_schedule: Literal["constant", "cosine", "tail"] = "constant"  # tail: linear to zero over the last 40%
-    lr_floor: float = 0.0  # share of the peak that the schedules end at
     warmup_steps: int = 0  # linear warm-up
     weight_decay: float = 0.01  # AdamW
-    clip: float = 1.0  # gradient norm
     batch_size: int = 256  # (trajectory, state) pairs per optimizer step over all ranks
     micro_batch: int = 4  # pairs per forward
     states_per_trajectory: int = 0  # states drawn per trajectory and epoch (0: every state once)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import cli
 import data
 import eval as nt_eval
 import lora
@@ -61,6 +62,7 @@ def test_show_draws_every_forward(monkeypatch):
         drawn = line.split(" | ")[1].split(" ")
         assert [w.startswith("·") for w in drawn] == [o > t for o in out.order.tolist()]
     monkeypatch.delenv("NO_COLOR")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     assert "\033[" in show(out, words, "step")
 
 
@@ -103,14 +105,28 @@ def test_prompts_from_a_file_continue_where_they_stopped(tmp_path):
         assert refused.returncode == 2 and words in refused.stderr, refused.stderr
 
 
-def test_interactive(monkeypatch, capsys):
+@pytest.mark.parametrize("last", ["", EOFError, KeyboardInterrupt])
+def test_interactive(last, monkeypatch, capsys):
     prompts = [p["prompt"] for p in data.load_problems("tiny", "dev", 2)]
-    answers = iter([prompts[0], "ball " * 300, prompts[1], ""])
-    monkeypatch.setattr("builtins.input", lambda _: next(answers))
+    answers = iter([prompts[0], "ball " * 300, prompts[1], last])
+
+    def typed(_):
+        answer = next(answers)
+        if isinstance(answer, str):
+            return answer
+        raise answer
+    monkeypatch.setattr("builtins.input", typed)
     monkeypatch.setattr("sys.argv", ["sample.py", "--interactive"])
-    sample.main()
-    said = capsys.readouterr().out
-    assert said.count("####") == 2 and said.count("tokens in") == 2 and "exceeds the model's" in said
+    code = 0
+    try:
+        cli.run_cli(sample.main)
+    except SystemExit as e:
+        code = e.code
+    said = capsys.readouterr()
+    assert said.out.count("####") == said.out.count("tokens in") == 2 and "exceeds the model's" in said.out
+    for words in ("knows one game", prompts[0], "An empty line or Ctrl-D ends"):
+        assert words in said.out
+    assert (code, said.err.count("\n")) == ((130, 1) if last is KeyboardInterrupt else (0, 0))
 
 
 class Page(HTMLParser):

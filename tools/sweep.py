@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 import compare  # first: it puts the folder above on the path
 import cli
@@ -141,7 +140,8 @@ def main():
         own = prepare({label for label, *_ in left}, model, tok, root)
         # compile what the runs will share, so that tokens per second are those of decoding
         nt_eval.curve(model, tok, problems[0][:BATCH], nt_eval.PROTOCOLS["tiny-table"], "warm-up", BATCH)
-    for label, seed, folder in tqdm(left, "sweep", len(jobs), unit="run", initial=len(jobs) - len(left)):
+    done = len(jobs) - len(left)
+    for label, seed, folder in cli.progress_bar(left, "sweep", len(jobs), unit="run", initial=done):
         if METHODS[label]:
             train(label, seed, folder)
         evaluate(label, folder, tok, problems[seed], own[:32])
