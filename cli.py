@@ -28,14 +28,15 @@ class UserError(ValueError):
 def run_cli(main):
     """Bad input is one line on stderr and exit code 2, never a traceback; main may return an exit code."""
     keep_freed_memory()
+    if hasattr(sys.stdout, "reconfigure"):  # a log then has the lines of both streams as they came
+        sys.stdout.reconfigure(line_buffering=True)
     try:
         code = main()
     except (UserError, OSError, SafetensorError) as e:  # the last two: a disk that is full, say
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        below = "\n" * sys.stderr.isatty()  # the line where a bar or a prompt stands, and ^C
-        print(f"{below}interrupted; the same command continues", file=sys.stderr)
+        print("\n" * sys.stderr.isatty() + "interrupted; the same command continues", file=sys.stderr)
         sys.exit(130)
     except SystemExit as e:  # all ranks end here, before the work is done
         code = e.code
@@ -273,28 +274,21 @@ def package(name, otherwise):
 
 class LogLines(io.TextIOBase):
     """A log file as a progress bar sees it: a line each time, and nothing that moves a cursor."""
-
     def write(self, text):
         line = re.sub(r"\x1b\[A|[\r\n]", "", text).strip()
         if line:
             print(line, file=sys.stderr, flush=True)
 
 
-def progress_bar(rows=None, what="", total=None, **settings):
-    """tqdm; where stderr is no terminal, a line every 30 seconds, and none of what takes less."""
+def progress_bar(rows=None, what="", total=None, asked=True, **settings):
+    """tqdm on rank 0; where stderr is no terminal, a line every 30 seconds, and none of what takes less."""
     if not sys.stderr.isatty():
         settings.update(file=LogLines(), ncols=0, miniters=1, mininterval=30, delay=30)
-    return tqdm(rows, what, total, leave=False, **settings)
-
-
-def pyplot():
-    """matplotlib.pyplot without a window."""
-    package("matplotlib", "drawing needs matplotlib: pip install matplotlib").use("Agg")
-    return importlib.import_module("matplotlib.pyplot")
+    shown = asked and os.environ.get("RANK", "0") == "0"
+    return tqdm(rows, what, total, leave=False, disable=not shown, **settings)
 
 
 def check_place(option, path, suffix=""):
     """UserError, before anything long, if a file cannot be written there."""
     if path and not (path.endswith(suffix) and Path(path).absolute().parent.is_dir()):
-        raise UserError(f"--{option} {path}: give a name{suffix and ' that ends with '}{suffix} in a folder "
-                        f"that exists")
+        raise UserError(f"--{option} {path}: give a file{suffix and ' *'}{suffix} in a folder that exists")

@@ -8,6 +8,7 @@
     python eval.py caches --n 200                                      # what the caches cost
     python eval.py nll --n 40                                          # TRIMS Fig. 7
     python eval.py tds --trajectories out/tabom-tiny/trajectories      # TABOM Fig. 2
+    python eval.py log out/tad-tiny                                    # loss and speed of training
 
 Tables of runs: tools/compare.py; tasks of lm_eval: tools/harness.py. Definitions, used everywhere:
     acc     share of problems whose final answer is right, percent; +- is the binomial standard error
@@ -111,6 +112,9 @@ PROTOCOLS = {
         rules=[rule for b, k in ((4, 1), (4, 2), (4, 4), (8, 2), (8, 4))
                for rule in tokens_per_forward(k, block_len=b, name=f"block {b}: {k} per forward")]),
 }
+# a method has one colour in every picture; of the names in a label the longest counts, "" is in all
+METHODS = ("TAD", "T3D", "TABOM", "TRIMS", "SFT", "SFT-SD", "SFT-SD privileged", "Naive TD", "dInfer", "")
+COLORS = {"base": "black", **{name: f"C{i}" for i, name in enumerate(METHODS)}}
 HOW = ("compiled", "sync_every")  # of the decoder: how it computes, not what
 NAMES = [key for key in PROTOCOLS if "/" not in key]
 
@@ -256,7 +260,7 @@ def curve(model, tok, problems, protocol, label, batch_size=64, allow_code=False
     model.eval()
     points, others = [], bool(kept and kept.rank)
     prompts = {p["id"]: tok.prompt_ids(p["prompt"]) for p in problems}
-    for rule in cli.progress_bar(protocol["rules"], f"evaluate {label}", disable=others):
+    for rule in cli.progress_bar(protocol["rules"], f"evaluate {label}"):
         settings = {**protocol, **rule}
         settings |= vars(decoding_of(settings))
         del settings["rules"]
@@ -394,8 +398,7 @@ def write_results(curves, out):
 
 def show(curves, y_max, out):
     """Print a table of curves, y_max in percent, and draw them as curve.png -> their AUPs."""
-    print(f"{'model':<10} {'decoding rule':<22} {'accuracy %':>13} {'TPF':>6} {'forwards':>9} "
-          f"{'tok/s':>8} {'s/sample':>9} {'ms/forward':>10}")
+    print("model      decoding rule             accuracy %    TPF  forwards    tok/s  s/sample ms/forward")
     row = ("{label:<10} {rule:<22} {acc:6.1f} +- {se:3.1f} {tpf:6.2f} {nfe:9.1f} "
            "{tok_per_s:8.1f} {s_per_sample:9.4f} {ms_per_forward:10.2f}")
     for label, points in curves:
@@ -412,23 +415,28 @@ def show(curves, y_max, out):
 
 
 def draw(panels, x, y, path):
-    """panels: {title: {label: [(x, y) or (x, y, error of y)]}}, side by side -> a PNG; x, y: the axes."""
+    """panels: {title: {label: [(x, y) or (x, y, error)]}}, side by side -> a PNG. No y: one per panel."""
     try:
-        plt = cli.pyplot()
-    except UserError as e:
-        print(f"no {path}: {e}")
+        from matplotlib import pyplot as plt  # slow to import
+    except ImportError:
+        print(f"no {path}: drawing needs matplotlib: pip install matplotlib")
         return
-    fig, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 4.2), dpi=140, sharey=True,
-                             squeeze=False, layout="tight")
+    plt.switch_backend("Agg")  # no window
+    fig, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels) + 1.8, 4.2), dpi=140,
+                             sharey=bool(y), squeeze=False, layout="constrained")
     for ax, (title, lines) in zip(axes[0], panels.items()):
+        used = Counter()
         for label, points in lines.items():
+            color = COLORS[max((name for name in COLORS if name.lower() in label.lower()), key=len)]
+            dashes = ("-", "--", ":", "-.")[used[color] % 4]
+            used[color] += 1
             xs, ys, *errors = zip(*points)
-            style = dict(marker="o" if errors else "", markersize=4, capsize=2, linewidth=1.5)
-            ax.errorbar(xs, ys, *errors, label=label, **style)
-        ax.set(xlabel=x, title=title)
+            style = dict(marker="o", markersize=4 if errors else 2, capsize=2, linewidth=1.5)
+            ax.errorbar(xs, ys, *errors, label=label, color=color, linestyle=dashes, **style)
+        ax.set(xlabel=x, title=title, ylim=(0, None))
         ax.grid(alpha=0.3)
-    axes[0, 0].set(ylabel=y, ylim=(0, None))
-    axes[0, -1].legend()
+    axes[0, 0].set(ylabel=y)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
     fig.savefig(path)
     plt.close(fig)
 
@@ -439,11 +447,6 @@ def plot(panels, path):
         return [(tpf(point), *accuracy(point)) for point in sorted(points, key=tpf)]
     drawn = {title: {label: line(points) for label, points in curves} for title, curves in panels.items()}
     draw(drawn, "tokens per forward (TPF)", "accuracy, %", path)
-
-
-def plot_lines(curves, x, y, path):
-    """{label: values (T,)} -> a PNG of lines; x, y: what the axes are."""
-    draw({"": {label: list(enumerate(values)) for label, values in curves.items()}}, x, y, path)
 
 
 def closing(r, model, tok, label):
@@ -500,7 +503,8 @@ def report_by_step(curves, what, unit, path):
         print(f"{what} {label}: {np.nanmean(values):.4f} {unit}, mean over the forwards; "
               f"{values[np.isfinite(values)][-1]:.4f} at the end")
     path.parent.mkdir(parents=True, exist_ok=True)
-    plot_lines(curves, "forward", f"{what}, {unit}", path)
+    lines = {label: enumerate(values) for label, values in curves.items()}
+    draw({"": lines}, "forward", f"{what}, {unit}", path)
 
 
 def along_trajectory(model, record, steps):
@@ -613,6 +617,12 @@ class NllOptions(ProblemOptions):
 
 
 @dataclass
+class LogOptions:
+    """loss and speed of training runs, drawn from their log.jsonl"""
+    runs: list[str] = option(positional=True)  # their folders; the first gets log.png
+
+
+@dataclass
 class TdsOptions(AdaptedModel):
     """how much the entropies of masked tokens differ (TABOM Eq. 10, 11)"""
     trajectories: str = option()  # folder that rollout or a method collected
@@ -698,11 +708,24 @@ def protocols_command():
     pprint(PROTOCOLS, sort_dicts=False, width=110)
 
 
+def log_command(args):
+    panels, path = {"loss": {}, "tok_per_s": {}}, Path(args.runs[0]) / "log.png"
+    for run in args.runs:
+        rows = read_jsonl(Path(run) / "log.jsonl", tolerant=True)
+        if not rows:
+            raise UserError(f"{run}/log.jsonl is empty: its first line comes after --log_every steps")
+        for key, lines in panels.items():
+            lines[run] = [(row["step"], row[key]) for row in rows]
+    draw(panels, "step", "", path)
+    print(f"written: {path}")
+
+
 COMMANDS = {
     "curve": (curve_command, CurveOptions, sample.Decoding),
     "caches": (caches_command, ProblemOptions, sample.Decoding),
     "nll": (nll_command, NllOptions, sample.Decoding),
     "tds": (tds_command, TdsOptions),
+    "log": (log_command, LogOptions),
     "protocols": (protocols_command,),
 }
 

@@ -76,8 +76,7 @@ def grade_all(problems, texts, allow_code=False, progress=False):
         pools["math"] = futures.ProcessPoolExecutor(CORES, get_context("spawn"))
     try:
         jobs = [submit(*pair, allow_code, pools) for pair in zip(problems, texts, strict=True)]
-        done = futures.as_completed(jobs)
-        list(progress_bar(done, "grade", len(jobs), unit="problem", disable=not progress))
+        list(progress_bar(futures.as_completed(jobs), "grade", len(jobs), progress, unit="problem"))
         return [job.result() for job in jobs]
     finally:
         for pool in pools.values():

@@ -148,7 +148,7 @@ def recipe_problems(name, split, n, path=None):
     if own is None:
         raise UserError(f"{name} has no {split} split; it has {', '.join(recipe.splits)}")
     problems, seen, left_out = [], set(), Counter()
-    rows = progress_bar(rows_of(name, own, path), f"read {name}", unit=" rows", delay=2, disable=not rank0)
+    rows = progress_bar(rows_of(name, own, path), f"read {name}", unit=" rows", delay=2)
     for i, row in enumerate(rows):
         problem, why = problem_of(name, row, own, i)
         if problem and same_question(problem) in seen:

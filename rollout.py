@@ -32,7 +32,7 @@ class Shard:
     def __init__(self, folder, rank, n_left, unit, what):
         self.file = Path(folder) / f"rank{rank}.jsonl"
         cli.drop_torn_line(self.file)
-        self.bar = cli.progress_bar(None, what, n_left, unit=unit, smoothing=0, disable=rank != 0)
+        self.bar = cli.progress_bar(None, what, n_left, unit=unit, smoothing=0)
         self.last = time.perf_counter()
 
     def append(self, rows, note=""):
@@ -70,7 +70,7 @@ def rollout(model, tok, problems, folder, model_name, privileged=False, batch_si
     todo = {i: p for place, (i, p) in zip(places, left.items()) if place % world == rank}
     if todo:
         if rank == 0:  # until then the bar stands at 0
-            print(f"decoding {len(todo)} problems, {batch_size} at once; the first are finished after at most "
+            print(f"decoding {len(todo)} problems, {batch_size} at once; the first are finished after up to "
                   f"{settings['gen_len']} forwards", file=sys.stderr)
         shard = Shard(folder, rank, len(todo), "sample", "collect")
         decode_into(shard, model, tok, todo, facts, batch_size, allow_code)

@@ -45,7 +45,7 @@ from cli import UserError
 
 @dataclass
 class Options:
-    """What every method has. From `out` on, all may change when a run is continued."""
+    """What every method has. All but the first seven may change when a run is continued."""
     model: str = "tiny"  # preset name, hub id or directory
     revision: str = ""  # commit, branch or tag of a hub id
     max_steps: int = 0  # stop after this many steps (0: epochs decide)
@@ -61,12 +61,12 @@ class Options:
     fsdp: bool = False  # LoRA: shard the frozen base over ranks, where it does not fit (--full always does)
     checkpoint_blocks: bool = False  # keep only the inputs of blocks, compute the rest again: less memory
     compile: bool = False  # compile every block for training
+    wandb: bool = False  # send the lines of log.jsonl to Weights & Biases too (pip install wandb)
     dry_run: bool = False  # print memory per GPU and the number of steps, load no weights
 
 
 STEP_TIMEOUT = timedelta(minutes=4)  # within which all ranks come to the same place of a step
-NAMES = [f.name for f in fields(Options)]
-FREE = NAMES[NAMES.index("out"):]
+FREE = [f.name for f in fields(Options)][7:]
 
 
 def parse(Config, presets, doc):
@@ -217,6 +217,7 @@ class Run:
         self.split = self.whole and self.shards  # also what is trained
         script = Path(sys.modules[type(cfg).__module__].__file__).stem
         self.out = Path(cfg.out or f"out/{script}-{Path(cfg.model).name}")
+        self.board = cfg.wandb and cli.package("wandb", "--wandb needs its package: pip install wandb")
         if self.rank == 0:
             self.open_folder()
         barrier()
@@ -288,11 +289,12 @@ class Run:
         if self.rank == 0:  # without the lines of steps that will be repeated
             rows = cli.read_jsonl(log, tolerant=True) if log.exists() else []
             cli.write_whole(log, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= first))
+            if self.board:
+                self.board.init(project="nanotraj", name=str(self.out), config=vars(cfg), dir=self.out)
         model.train()
         logged = time.perf_counter()
         with on_sigterm(lambda *_: self.stop_asked.set()):
-            left = range(first, n_steps)
-            bar = cli.progress_bar(left, "train", n_steps, unit="step", initial=first, disable=self.rank != 0)
+            bar = cli.progress_bar(range(first, n_steps), "train", n_steps, unit="step", initial=first)
             for self.step in bar:
                 self.began, self.total = time.perf_counter(), {"tokens": 0.0, "data_s": 0.0}
                 self.ids = []
@@ -305,6 +307,8 @@ class Run:
                     before, logged = logged, time.perf_counter()
                     row = dict(step=done, **self.total, **speed, seconds=round(logged - before, 3))
                     cli.append_line(log, row)
+                    if self.board:
+                        self.board.log(row, step=done)
                 due = done % cfg.save_every == 0 or (also_save and done % also_save == 0)
                 if due or done == n_steps or self.stops:
                     self.save_checkpoint(done)

@@ -16,8 +16,7 @@ whole canvas, refreshes all keys and values, and also reveals. The following for
     dual        the block only; everything before and after is stale
     vicinity    the block and `vicinity` tokens on either side
     exact       (block-causal models) the block only: nothing before depends on it. A finished block's keys
-                are committed by the next block's first forward, which also runs over that block; `commits`
-                counts the forwards that a decoder without this fusion spends on top of nfe
+                are committed by the next block's first forward, which also runs over that block
 
 Read the policies and `reference` first. The batched decoder is `step`, one forward and what it reveals, for
 all rows at once, of fixed shapes and without a wait, so that it compiles to a CUDA graph; and a host loop,
@@ -99,7 +98,6 @@ class Output:
     rank: torch.Tensor   # (L,) int64, a permutation: order with ties broken by entropy, lowest first
     conf: torch.Tensor   # (L,) fp32, probability of the token when it was revealed (1 for a filled EOS tail)
     nfe: int             # forwards spent on this row, refreshes included
-    commits: int = 0     # exact cache: the prefill and commits that were fused into them
 
     def n_tokens(self, eos_ids):
         """Tokens before the first EOS: what TPF and tok/s count."""
@@ -315,7 +313,6 @@ def reference(model, prompt, **settings):
     key, threshold = torch.tensor([[row_key(s.seed, 0)]]), torch.tensor([[s.threshold]])
     memory = torch.zeros(1, policy.memory).long()
     start = P - in_prompt(P, s, cfg)
-    commits = int(s.cache == "exact" and start > 0)
     nfe, tries, refreshed = 0, 0, None
     while masked.any():
         end = total if policy.whole_response else min(start + s.block_len, total)
@@ -327,7 +324,6 @@ def reference(model, prompt, **settings):
             stop = {"dual": end, "prefix": total, "vicinity": min(end + s.vicinity, total)}[s.cache]
             h = stale_hidden(model, refreshed, x, start - left, stop)
             h = h[:, left:left + end - start]
-        commits += int(s.cache == "exact" and tries == 0)
         window = torch.arange(start, end)[None]
         token, now, chosen = choose(model, h, s, key, torch.tensor([[nfe]]), window, masked[window],
                                     window - P, masked[None, P:], threshold, torch.tensor([[tries]]), memory)
@@ -350,7 +346,7 @@ def reference(model, prompt, **settings):
         if s.refresh and nfe - refreshed_at >= s.refresh:
             refreshed = None
     rank = torch.tensor(revealed).argsort()  # the place of each position in this list
-    return check_finite(Output(x[P:], order[P:], rank, conf[P:], nfe, commits), 0)
+    return check_finite(Output(x[P:], order[P:], rank, conf[P:], nfe), 0)
 
 
 def in_prompt(n_prompt, s, cfg):
@@ -408,8 +404,7 @@ def stream(model, prompts, batch_size=32, progress=False, streams=None, compiled
 def decode(batch, progress=False):
     """Run a batch over all of its prompts -> (prompt index, Output) as they finish."""
     waiting = iter(range(len(batch.prompts)))
-    n = len(batch.prompts)
-    bar = cli.progress_bar(None, "decode", n, unit="sample", smoothing=0, disable=not progress)
+    bar = cli.progress_bar(None, "decode", len(batch.prompts), progress, unit="sample", smoothing=0)
     while True:
         finished = batch.finished()  # the one place where the host waits for the device
         free = [row for row, owner in enumerate(batch.owner) if owner is None]
@@ -651,11 +646,7 @@ class Batch:
             conf, entropy = results[row, 2:].float()
             revealed = entropy.argsort(stable=True)  # the positions, and then in the order of their reveal
             revealed = revealed[order[revealed].argsort(stable=True)]
-            out = Output(ids, order, revealed.argsort(), conf, nfe[row])
-            if s.cache == "exact":
-                blocks = math.ceil((self.start[row] - self.P) / s.block_len)
-                out.commits = blocks + (len(self.prompts[index]) >= s.block_len)
-            outs.append((index, out))
+            outs.append((index, Output(ids, order, revealed.argsort(), conf, nfe[row])))
         return outs
 
     def admit(self, places):
@@ -764,9 +755,9 @@ def page(outs, tok, eos_ids, prompt, path):
     """Decodings {name: Output} of a prompt -> one HTML file to step through, which needs no network."""
     sides = []
     for name, out in outs.items():
-        order = out.order.clamp(max=out.nfe - 1)  # of a record: what early stopping left out comes at the end
         sides.append(dict(
-            name=name, nfe=out.nfe, n=out.n_tokens(eos_ids), order=order.tolist(),
+            name=name, nfe=out.nfe, n=out.n_tokens(eos_ids),
+            order=out.order.clamp(max=out.nfe - 1).tolist(),  # of a record: early stopping left out the rest
             tokens=[tok.decode([i]) for i in out.ids.tolist()],
             conf=None if out.conf is None else out.conf.tolist()))
     # without < no text can end the script element that holds it
@@ -829,13 +820,11 @@ def read_prompts(source):
         rows = list(cli.read_rows(source))
     else:
         rows = [dict(prompt=line) for line in cli.read_text(source).splitlines() if line.strip()]
-    valid = [isinstance(r.get("prompt"), str) and isinstance(r.get("id", ""), (str, int)) for r in rows]
-    if not rows or not all(valid):
-        raise UserError(f"{source}: every line needs a prompt, there must be one, and an id must be text or "
-                        f"a number")
     rows = [{"id": f"{source.stem}-{i}", **r} for i, r in enumerate(rows)]
-    if len({r["id"] for r in rows}) < len(rows):
-        raise UserError(f"{source} has an id more than once: responses are kept by id")
+    ids = {r["id"] for r in rows if isinstance(r.get("prompt"), str) and isinstance(r["id"], (str, int))}
+    if not rows or len(ids) < len(rows):
+        raise UserError(f"{source}: there must be a line, every line needs a prompt (text), and an id (text "
+                        f"or a number) must not come twice")
     return rows
 
 

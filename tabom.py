@@ -173,16 +173,12 @@ def training_loss(model, b, cfg):
     return tabom_loss(ce, entropy, b["in_segment"].to(h.device), cfg.batch_size, cfg)
 
 
-def check_config(cfg):
+def main():
+    cfg = run.parse(Config, PRESETS, __doc__)
     if cfg.window < 0 or (cfg.window == 1 and cfg.lam):
         raise UserError(f"--window {cfg.window}: ranking needs two tokens or more (0: all that is left)")
     if cfg.segment == "two_steps" and cfg.lam:
         raise UserError(f"--segment two_steps with --lam {cfg.lam}: these are not ranked; give --lam 0")
-
-
-def main():
-    cfg = run.parse(Config, PRESETS, __doc__)
-    check_config(cfg)
     targets = lora.ALL if cfg.lora_targets == "all" else tuple(cfg.lora_targets.split(","))
     problems = load_problems(cfg.data, "train", cfg.n_problems or None)
     if cfg.dry_run:

@@ -211,12 +211,13 @@ def choose_window(cfg, model, records, r):
         print(f"confidence by forwards ahead: {shown} ...  W = {window}"
               + " (never below the level: all tokens are near)" * never)
         rounded = [None if np.isnan(p) else round(float(p), 4) for p in decay]
-        write_whole(r.out / "window.json", json.dumps(dict(window=window, decay=rounded)) + "\n")
-        lines = {f"decay, W = {window}": decay}
+        facts = dict(window=window, decay=rounded)
+        write_whole(r.out / "window.json", json.dumps(facts) + "\n")
+        lines = {f"decay, W = {window}": enumerate(decay)}
         for mode, level in LEVEL.items():
-            lines[f"{mode}: {level}"] = np.full(len(decay), level)
-        nt_eval.plot_lines(lines, "forwards until the token is revealed", "student's mean confidence in it",
-                           r.out / "window.png")
+            lines[f"{mode}: {level}"] = enumerate([level] * len(decay))
+        nt_eval.draw({"": lines}, "forwards until the token is revealed", "student's mean confidence in it",
+                     r.out / "window.png")
     return run.agreed(window)
 
 

@@ -18,6 +18,7 @@ import eval as nt_eval
 import lora
 import model as nt_model
 import tad
+from cli import UserError
 from rollout import rollout
 from tad import Config, auto_window, make_batch, tad_loss
 
@@ -376,3 +377,21 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, graded_right):
     (out / "adapter").rename(out / "gone")
     run = run_tad(tmp_path, *tad_args(model_dir, out))
     assert run.returncode == 2 and "line 1 is not valid JSON" in run.stderr
+
+
+def test_wandb_gets_the_lines_of_the_log_and_is_missed_at_once(tmp_path, monkeypatch):
+    said = []
+    board = SimpleNamespace(init=lambda **about: said.append(about),
+                            log=lambda row, step: said.append((step, row)))
+    monkeypatch.setattr("sys.argv", [
+        "tad.py", "--out", str(tmp_path / "a"), "--wandb", "--max_steps", "5", "--log_every", "2",
+        "--n_problems", "3", "--batch_size", "8", "--micro_batch", "8", "--eval_problems", "0"])
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="^--wandb needs its package: pip install wandb$"):
+        tad.main()
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setitem(sys.modules, "wandb", board)
+    tad.main()
+    rows = [json.loads(line) for line in (tmp_path / "a/log.jsonl").read_text().splitlines()]
+    assert [step for step, _ in said[1:]] == [2, 4, 5] and [row for _, row in said[1:]] == rows
+    assert said[0]["project"] == "nanotraj" and said[0]["config"]["max_steps"] == 5

@@ -75,7 +75,7 @@ def test_sample_command(tmp_path):
                         (["--top_p", "0", "--temperature", "1"], "top_p is 0.0: it must be at least"),
                         (["--temperature", "-1"], "temperature is -1.0: it must be at least 0"),
                         (["--to", "none/x.jsonl"], "in a folder that exists"),
-                        (["--html", "x.png"], "ends with .html"), (["--html", "none/x.html"], "that exists"),
+                        (["--html", "x.png"], "give a file *.html"), (["--html", "none/x.html"], "that exists"),
                         (["--adapter", "nowhere"], "no file")):
         bad = run(tmp_path, "sample.py", *args)
         assert bad.returncode == 2 and words in bad.stderr and "Traceback" not in bad.stderr, bad.stderr

@@ -6,7 +6,6 @@
 
 The same command continues an interrupted one. Options of decoding replace what the protocol says.
 """
-import hashlib
 import json
 import os
 from collections import Counter
@@ -40,10 +39,6 @@ def render(chat, turns, answer=""):
     return pieces
 
 
-def context_id(context):
-    return hashlib.sha256(context.encode()).hexdigest()
-
-
 def before_stop(text, until):
     """The text before the first of the stop strings: one, a list of them, or None."""
     stops = [until] if isinstance(until, str) else until or []
@@ -59,7 +54,7 @@ def bridge(model, tok, settings, batch_size=32, kept=None):
     class MaskedDiffusion(lm_eval_package().api.model.LM):
         tokenizer_name = f"nanotraj-{model.cfg.family}"
         chats = {}  # a rendered text -> its pieces, which say what special tokens in it are real
-        decoded = {}  # context_id-repeat -> row, see eval.decode_rows
+        decoded = {}  # digest of the prompt, repeat -> row, see eval.decode_rows
         asked = set()  # what the tasks ask for, while the protocol decides
 
         def apply_chat_template(self, chat_history, add_generation_prompt=True):
@@ -80,7 +75,7 @@ def bridge(model, tok, settings, batch_size=32, kept=None):
             names, prompts, seen = [], {}, Counter()
             for request in requests:
                 context, wishes = request.args
-                name = context_id(context)  # a prompt that comes again is decoded again only if it is sampled
+                name = nt_eval.digest(context)  # one that comes again is decoded again only if it is sampled
                 names.append(f"{name}-{seen[name] if settings.get('temperature') else 0}")
                 prompts[names[-1]] = self.prompt_ids(context)
                 seen[name] += 1
@@ -158,7 +153,7 @@ def main():
     for name, rows in samples.items():
         lines = []
         for row in sorted(rows, key=lambda row: (row["doc_id"], row["filter"])):
-            first = decoded[context_id(row["arguments"][0][0]) + "-0"]
+            first = decoded[nt_eval.digest(row["arguments"][0][0]) + "-0"]
             row.update(tokens=first["tokens"], nfe=first["nfe"])
             lines.append(json.dumps(row, default=str) + "\n")
         write_whole(kept.out / f"samples-{name}.jsonl", "".join(lines))
