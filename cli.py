@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import importlib
 import inspect
+import io
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 
 class UserError(ValueError):
@@ -32,13 +34,15 @@ def run_cli(main):
     keep_freed_memory()
     if "RANK" not in os.environ:  # a rank may be waiting for another, and then only the signal itself ends it
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if hasattr(sys.stdout, "reconfigure"):  # a log then has the lines of both streams as they came
+        sys.stdout.reconfigure(line_buffering=True)
     try:
         code = main()
     except (UserError, OSError, SafetensorError) as e:  # the last two: a disk that is full, say
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
+        print("\n" * sys.stderr.isatty() + "interrupted; the same command continues", file=sys.stderr)
         sys.exit(130)
     except RuntimeError as e:
         if not re.search("gloo|nccl|Connection (closed|reset)", str(e), re.I):
@@ -178,17 +182,19 @@ def parse(doc, *classes):
 
 
 def run_command(doc, commands):
-    """Call one of {name: (function, dataclass, *others)}; the dataclass's docstring is the command's help."""
+    """Call one of {name: (function, dataclass, *others)}; the dataclass's docstring is the command's help, or
+    the function's where there is none.
+    """
     parser = new_parser(doc)
     choose = parser.add_subparsers(dest="command", required=True)
-    for name, (_, *classes) in commands.items():
-        about = inspect.getdoc(classes[0])
+    for name, (function, *classes) in commands.items():
+        about = inspect.getdoc(*classes[:1] or [function])
         one = choose.add_parser(name, help=about, description=about, allow_abbrev=False)
         for cls in classes:
             add_options(one, cls)
     given = given_to(parser)
     function, *classes = commands[given["command"]]
-    return function(*read_options(given, *classes))
+    return function(*read_options(given, *classes) if classes else [])
 
 
 def read_text(path, errors="strict"):
@@ -346,13 +352,23 @@ def package(name, otherwise):
         raise UserError(otherwise) from None
 
 
-def pyplot():
-    """matplotlib.pyplot without a window."""
-    package("matplotlib", "drawing needs matplotlib: pip install matplotlib").use("Agg")
-    return importlib.import_module("matplotlib.pyplot")
+class LogLines(io.TextIOBase):
+    """A log file as a progress bar sees it: a line each time, and nothing that moves a cursor."""
+    def write(self, text):
+        line = re.sub(r"\x1b\[A|[\r\n]", "", text).strip()
+        if line:
+            print(line, file=sys.stderr, flush=True)
 
 
-def check_picture(path):
-    """UserError before anything long."""
-    if path and not (path.endswith(".png") and Path(path).absolute().parent.is_dir()):
-        raise UserError(f"--picture {path}: give a name that ends with .png in a folder that exists")
+def progress_bar(rows=None, what="", total=None, asked=True, **settings):
+    """tqdm on rank 0; where stderr is no terminal, a line every 30 seconds, and none of what takes less."""
+    if not sys.stderr.isatty():
+        settings.update(file=LogLines(), ncols=0, miniters=1, mininterval=30, delay=30)
+    shown = asked and os.environ.get("RANK", "0") == "0"
+    return tqdm(rows, what, total, leave=False, disable=not shown, **settings)
+
+
+def check_place(option, path, suffix=""):
+    """UserError, before anything long, if a file cannot be written there."""
+    if path and not (path.endswith(suffix) and Path(path).absolute().parent.is_dir()):
+        raise UserError(f"--{option} {path}: give a file{suffix and ' *'}{suffix} in a folder that exists")

@@ -412,12 +412,8 @@ def check_record(r, where):
                         f"x0, order and rank must have one length and rank be a permutation")
 
 
-@dataclass
-class List:
+def list_sets():
     """the data sets by name"""
-
-
-def list_sets(args):
     cells = [("name", "problems", "grader", "licence", "on the hub", "note"),
              ("tiny", "any number", "final", "Apache-2.0", "-", "the shell game, built in")]
     for name, r in RECIPES.items():
@@ -485,7 +481,7 @@ def problems_asked_for(args):
     return load_problems(args.path, args.split or ("test" if test_only else "train"), args.n)
 
 
-COMMANDS = {"list": (list_sets, List), "show": (show, Show), "stats": (stats, Stats)}
+COMMANDS = {"list": (list_sets,), "show": (show, Show), "stats": (stats, Stats)}
 
 if __name__ == "__main__":
     run_cli(lambda: run_command(__doc__, COMMANDS))

@@ -6,6 +6,7 @@
     torchrun --nproc_per_node=8 eval.py curve ...                      # problems are split over the ranks
     python eval.py nll --n 40                                          # TRIMS Fig. 7
     python eval.py tds --trajectories out/tabom-tiny/trajectories      # TABOM Fig. 2
+    python eval.py log out/tad-tiny                                    # loss and speed of training
 
 Tables of runs: tools/compare.py; tasks of lm_eval: tools/harness.py. Definitions, used everywhere:
     acc     share of problems whose final answer is right, percent; +- is the binomial standard error
@@ -34,12 +35,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
+from pprint import pprint
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import cli
 import data
@@ -117,6 +118,9 @@ PROTOCOLS = {
     "t3d/sdar/humaneval": dict(prompt=recipes.T3D_CODE),
     "t3d/sdar/mbpp": dict(prompt=recipes.T3D_CODE.replace("question", "prompt")),  # which has the tests
 }
+# a method has one colour in every picture; of the names in a label the longest counts, "" is in all
+METHODS = ("TAD", "T3D", "TABOM", "TRIMS", "SFT", "SFT-SD", "SFT-SD privileged", "Naive TD", "dInfer", "")
+COLORS = {"base": "black", **{name: f"C{i}" for i, name in enumerate(METHODS)}}
 HOW = ("compiled", "sync_every")  # of the decoder: how it computes, not what
 
 
@@ -166,9 +170,10 @@ def known_task(task):
 
 def contamination_warning(task):
     """One line where a benchmark and training data overlap, else ""."""
-    known = recipes.IN_MATH if known_task(task) == "math" else ""
-    return known and (f"warning: TAD and TABOM train on PRM12K. {known}. "
-                      f"Report math500 (lm_eval: minerva_math500) instead\n")
+    if known_task(task) != "math":
+        return ""
+    return (f"warning: TAD and TABOM train on PRM12K. {recipes.IN_MATH}. "
+            f"Report math500 (lm_eval: minerva_math500) instead\n")
 
 
 def area_of(pairs, y_max):
@@ -281,7 +286,7 @@ def curve(model, tok, problems, protocol, label, batch_size=64, allow_code=False
     model.eval()
     points, others = [], bool(kept and kept.rank)
     prompts = {p["id"]: tok.prompt_ids(wording(p, protocol)) for p in problems}
-    for rule in tqdm(protocol["rules"], desc=f"evaluate {label}", disable=others):
+    for rule in cli.progress_bar(protocol["rules"], f"evaluate {label}"):
         settings = {**protocol, **rule}
         settings |= vars(decoding_of(settings))
         del settings["rules"]
@@ -414,8 +419,7 @@ def write_results(curves, out):
 
 def show(curves, y_max, out):
     """Print a table of curves, y_max in percent, and draw them as curve.png -> their AUPs."""
-    print(f"{'model':<10} {'decoding rule':<22} {'accuracy %':>13} {'TPF':>6} {'forwards':>9} "
-          f"{'tok/s':>8} {'s/sample':>9} {'ms/forward':>10}")
+    print("model      decoding rule             accuracy %    TPF  forwards    tok/s  s/sample ms/forward")
     row = ("{label:<10} {rule:<22} {acc:6.1f} +- {se:3.1f} {tpf:6.2f} {nfe:9.1f} "
            "{tok_per_s:8.1f} {s_per_sample:9.4f} {ms_per_forward:10.2f}")
     for label, points in curves:
@@ -432,23 +436,28 @@ def show(curves, y_max, out):
 
 
 def draw(panels, x, y, path):
-    """panels: {title: {label: [(x, y) or (x, y, error of y)]}}, side by side -> a PNG; x, y: the axes."""
+    """panels: {title: {label: [(x, y) or (x, y, error)]}}, side by side -> a PNG. No y: one per panel."""
     try:
-        plt = cli.pyplot()
-    except UserError as e:
-        print(f"no {path}: {e}")
+        from matplotlib import pyplot as plt  # slow to import
+    except ImportError:
+        print(f"no {path}: drawing needs matplotlib: pip install matplotlib")
         return
-    fig, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 4.2), dpi=140, sharey=True,
-                             squeeze=False, layout="tight")
+    plt.switch_backend("Agg")  # no window
+    fig, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels) + 1.8, 4.2), dpi=140,
+                             sharey=bool(y), squeeze=False, layout="constrained")
     for ax, (title, lines) in zip(axes[0], panels.items()):
+        used = Counter()
         for label, points in lines.items():
+            color = COLORS[max((name for name in COLORS if name.lower() in label.lower()), key=len)]
+            dashes = ("-", "--", ":", "-.")[used[color] % 4]
+            used[color] += 1
             xs, ys, *errors = zip(*points)
-            style = dict(marker="o" if errors else "", markersize=4, capsize=2, linewidth=1.5)
-            ax.errorbar(xs, ys, *errors, label=label, **style)
-        ax.set(xlabel=x, title=title)
+            style = dict(marker="o", markersize=4 if errors else 2, capsize=2, linewidth=1.5)
+            ax.errorbar(xs, ys, *errors, label=label, color=color, linestyle=dashes, **style)
+        ax.set(xlabel=x, title=title, ylim=(0, None))
         ax.grid(alpha=0.3)
-    axes[0, 0].set(ylabel=y, ylim=(0, None))
-    axes[0, -1].legend()
+    axes[0, 0].set(ylabel=y)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
     fig.savefig(path)
     plt.close(fig)
 
@@ -459,13 +468,6 @@ def plot(panels, path):
         return [(tpf(point), *accuracy(point)) for point in sorted(points, key=tpf)]
     drawn = {title: {label: line(points) for label, points in curves} for title, curves in panels.items()}
     draw(drawn, "tokens per forward (TPF)", "accuracy, %", path)
-
-
-def plot_lines(curves, x, y, path):
-    """{label: values (T,)} -> a PNG of lines, and a .json of the same; x, y: what the axes are."""
-    numbers = {label: list(map(float, values)) for label, values in curves.items()}
-    write_whole(path.with_suffix(".json"), json.dumps(numbers) + "\n")
-    draw({"": {label: list(enumerate(values)) for label, values in curves.items()}}, x, y, path)
 
 
 def closing(r, model, tok, label):
@@ -501,9 +503,9 @@ def report_by_step(curves, what, unit, path):
               f"{values[np.isfinite(values)][-1]:.4f} at the end")
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = path.with_suffix(".json")
-    every = read_json(kept) if kept.exists() else {}
-    every |= curves
-    plot_lines(every, "forward", f"{what}, {unit}", path)
+    every = (read_json(kept) if kept.exists() else {}) | {k: list(map(float, v)) for k, v in curves.items()}
+    write_whole(kept, json.dumps(every) + "\n")
+    draw({"": {k: enumerate(v) for k, v in every.items()}}, "forward", f"{what}, {unit}", path)
 
 
 def along_trajectory(model, record, steps):
@@ -532,7 +534,7 @@ def tds(model, record):
 
 def mean_tds(model, records, label):
     """TDS of a model on trajectories at every step: (T,), nats^2."""
-    model, bar = for_decoding(model.eval()), tqdm(records, unit="trajectory", desc=f"TDS {label}")
+    model, bar = for_decoding(model.eval()), cli.progress_bar(records, f"TDS {label}", unit="trajectory")
     return mean_by_step([tds(model, record) for record in bar])  # Eq. 11
 
 
@@ -593,6 +595,12 @@ class NllOptions(ProblemOptions):
     """an AR teacher's NLL of what each forward has revealed (TRIMS Fig. 7)"""
     teacher: str = "tiny-ar"  # hub id or directory of a causal LM
     out: str = "out"  # directory of trajectory_nll.png
+
+
+@dataclass
+class LogOptions:
+    """loss and speed of training runs, drawn from their log.jsonl"""
+    runs: list[str] = option(positional=True)  # their folders; the first gets log.png
 
 
 @dataclass
@@ -661,7 +669,7 @@ def nll_command(args, given):
     settings |= given
     outs = sample.generate(model.eval(), [tok.prompt_ids(p["prompt"]) for p in problems], **settings)
     rows = []
-    for p, out in zip(tqdm(problems, unit="decoding", desc=f"teacher NLL {label}"), outs):
+    for p, out in zip(cli.progress_bar(problems, f"teacher NLL {label}", unit="decoding"), outs):
         rows.append(trajectory_nll(teacher, teacher_tok, tok, p["prompt"], out, model.cfg.eos_ids))
     path = Path(args.out) / "trajectory_nll.png"
     report_by_step({label: mean_by_step(rows)}, "teacher NLL", "nats per token", path)
@@ -677,10 +685,29 @@ def tds_command(args):
     report_by_step({label: values}, "TDS", "nats^2", Path(args.out) / "tds.png")
 
 
+def protocols_command():
+    """the decoding settings behind --protocol; point 0 is the paper's own"""
+    pprint(PROTOCOLS, sort_dicts=False, width=110)
+
+
+def log_command(args):
+    panels, path = {"loss": {}, "tok_per_s": {}}, Path(args.runs[0]) / "log.png"
+    for run in args.runs:
+        rows = read_jsonl(Path(run) / "log.jsonl", ours=True)
+        if not rows:
+            raise UserError(f"{run}/log.jsonl is empty: its first line comes after --log_every steps")
+        for key, lines in panels.items():
+            lines[run] = [(row["step"], row[key]) for row in rows]
+    draw(panels, "step", "", path)
+    print(f"written: {path}")
+
+
 COMMANDS = {
     "curve": (curve_command, CurveOptions, sample.Decoding),
     "nll": (nll_command, NllOptions, sample.Decoding),
     "tds": (tds_command, TdsOptions),
+    "log": (log_command, LogOptions),
+    "protocols": (protocols_command,),
 }
 
 if __name__ == "__main__":

@@ -16,9 +16,7 @@ import threading
 from concurrent import futures
 from decimal import Decimal
 
-from tqdm import tqdm
-
-from cli import UserError, package
+from cli import UserError, package, progress_bar
 from runner import run_program
 
 MATH = ("math_verify", "grader math needs math-verify: pip install math-verify")
@@ -78,7 +76,7 @@ def grade_all(problems, texts, allow_code=False, progress=False):
         pools["math"] = futures.ProcessPoolExecutor(CORES, get_context("spawn"))
     try:
         jobs = [submit(*pair, allow_code, pools) for pair in zip(problems, texts, strict=True)]
-        list(tqdm(futures.as_completed(jobs), "grade", len(jobs), unit="problem", disable=not progress))
+        list(progress_bar(futures.as_completed(jobs), "grade", len(jobs), progress, unit="problem"))
         return [job.result() for job in jobs]
     finally:
         for pool in pools.values():

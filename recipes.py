@@ -12,10 +12,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Callable
 
-from tqdm import tqdm
-
 import grade
-from cli import UserError, package, read_rows
+from cli import UserError, package, progress_bar, read_rows
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 # T3D App. C.3, whose print lost the \\ of \\boxed
@@ -153,7 +151,7 @@ def recipe_problems(name, split, n, path=None):
     if own is None:
         raise UserError(f"{name} has no {split} split; it has {', '.join(recipe.splits)}")
     problems, seen, left_out = [], set(), Counter()
-    rows = tqdm(rows_of(name, own, path), f"read {name}", unit=" rows", delay=2, disable=not rank0)
+    rows = progress_bar(rows_of(name, own, path), f"read {name}", unit=" rows", delay=2)
     for i, row in enumerate(rows):
         problem, why = problem_of(name, row, own, i)
         if problem and same_question(problem) in seen:

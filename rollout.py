@@ -7,6 +7,7 @@
 A folder is append-only, one shard per rank, synced per record: a kill loses at most the rows being decoded.
 """
 import os
+import sys
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import cli
 import grade
@@ -24,14 +24,15 @@ from data import (CARRIED, SCHEMA, load_tokenizer, privileged_prompt, problems_a
                   spread)
 from model import ModelOptions, config_of, decoding_defaults, n_content
 from run import barrier, check_alike, mend_shards
-from sample import Decoding, load_both, stream
+from sample import Decoding, Output, load_both, page, stream
 
 
 class Shard:
     """This rank's file in a folder of rows, and FILE.seconds: the time of each append; rank 0 shows a bar."""
     def __init__(self, folder, rank, n_left, unit, what):
         self.file = Path(folder) / f"rank{rank}.jsonl"
-        self.bar = tqdm(total=n_left, unit=unit, desc=what, smoothing=0, disable=rank != 0)
+        cli.drop_torn_line(self.file)
+        self.bar = cli.progress_bar(None, what, n_left, unit=unit, smoothing=0)
         self.last = time.perf_counter()
 
     def append(self, rows):
@@ -67,6 +68,9 @@ def rollout(model, tok, problems, folder, model_name, privileged=False, batch_si
     places = range(len(left)) if torch.distributed.is_initialized() else left
     todo = {i: p for place, (i, p) in zip(places, left.items()) if place % world == rank}
     if todo:
+        if rank == 0:  # until then the bar stands at 0
+            print(f"decoding {len(todo)} problems, {batch_size} at once; the first are finished after up to "
+                  f"{settings['gen_len']} forwards", file=sys.stderr)
         shard = Shard(folder, rank, len(todo), "sample", "collect")
         decode_into(shard, model, tok, todo, facts, batch_size, allow_code)
     barrier()
@@ -180,6 +184,13 @@ class Stats(ModelOptions):
     model: str = ""  # whose tokens these are [the trajectories' own]
 
 
+@dataclass
+class Inspect(Stats):
+    """trajectories in the order they were decoded"""
+    n: int = 3  # how many
+    html: str = ""  # page to write in which you step through the first one
+
+
 def collect_command(args, given):
     problems = problems_asked_for(args)
     for p in problems:  # said before a model is loaded
@@ -205,12 +216,18 @@ def records_asked_for(args):
 
 def inspect_command(args):
     """Tokens in the order they were revealed, ∅ for what is written as nothing."""
+    cli.check_place("html", args.html, ".html")
     records = records_asked_for(args)
     tok = load_tokenizer(args.model, args.revision)
     for r in records[:args.n or 3]:
         words = [tok.decode([i]) or "∅" for i in r["x0"]]
         print(f"{r['id']} correct={r['correct']} nfe={r['nfe']}\n  {r['prompt']}\n  {' '.join(words)}")
         print("  order of reveal: " + " ".join(f"{words[i]}@{i}" for i in np.argsort(r["rank"])))
+    if args.html:
+        r = records[0]
+        known = [torch.tensor(r[key]) for key in ("x0", "order", "rank")]
+        eos_ids = config_of(args.model, args.revision).eos_ids
+        page({r["id"]: Output(*known, None, r["nfe"])}, tok, eos_ids, r["prompt"], args.html)
 
 
 def stats_command(args):

@@ -27,6 +27,7 @@ from dataclasses import dataclass, fields
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -35,7 +36,6 @@ from safetensors import safe_open
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
 import cli
 import lora
@@ -46,10 +46,14 @@ from model import save_tensors as save_file
 
 @dataclass
 class Options:
-    """What every method has. All but the first three may change when a run is continued."""
+    """What every method has. All but the first seven may change when a run is continued."""
     model: str = "tiny"  # preset name, hub id or directory
     revision: str = ""  # commit, branch or tag of a hub id
     max_steps: int = 0  # stop after this many steps (0: epochs decide)
+    full: bool = False  # train all weights instead of LoRA adapters (a teacher is then a frozen copy)
+    clip: float = 1.0  # gradient norm
+    lr_schedule: Literal["constant", "cosine", "tail"] = "cosine"  # tail: linear to zero over the last 40%
+    lr_floor: float = 0.0  # share of the peak learning rate that the schedules end at
     out: str = ""  # output directory; default out/METHOD-MODEL
     overwrite: bool = False  # start anew in a directory that already holds a run
     save_every: int = 100  # steps between checkpoints
@@ -58,6 +62,7 @@ class Options:
     fsdp: bool = False  # LoRA: shard the frozen base over ranks, where it does not fit (--full always does)
     checkpoint_blocks: bool = False  # keep only the inputs of blocks, compute the rest again: less memory
     compile: bool = False  # compile every block for training
+    wandb: bool = False  # send the lines of log.jsonl to Weights & Biases too (pip install wandb)
     dry_run: bool = False  # print memory per GPU and the number of steps, load no weights
 
 
@@ -65,7 +70,7 @@ STEP_TIMEOUT = timedelta(minutes=4)  # within which all ranks come to the same p
 MADE = ("checkpoints adapter model adapter.unfinished model.unfinished trajectories trajectories-round-* "
         "difficulty results.jsonl log.jsonl nonfinite-rank*.json window.json window.png curve.png tds.png "
         "trajectory_nll.png").split()  # what --overwrite removes
-FREE = {f.name for f in fields(Options)} - {"model", "revision", "max_steps"}
+FREE = [f.name for f in fields(Options)][7:]
 
 
 def parse(Config, presets, doc):
@@ -208,7 +213,9 @@ def on_sigterm(handler):
 
 
 class Run:
-    """A run of the settings cfg, a method's Config. whole: all weights are trained, not adapters [--full]."""
+    """A run of the settings cfg, a method's Config: beside Options it has seed, data, batch_size, micro_batch
+    and warmup_steps. whole: all weights are trained and saved, not adapters [--full].
+    """
 
     def __init__(self, cfg, whole=None):
         self.cfg, self.whole = cfg, cfg.full if whole is None else whole
@@ -230,6 +237,7 @@ class Run:
         self.split = self.whole and self.shards  # also what is trained
         script = Path(sys.modules[type(cfg).__module__].__file__).stem
         self.out = Path(cfg.out or f"out/{script}-{Path(cfg.model).name}")
+        self.board = cfg.wandb and cli.package("wandb", "--wandb needs its package: pip install wandb")
         if self.rank == 0:
             self.open_folder()
         barrier()
@@ -302,11 +310,12 @@ class Run:
         if self.rank == 0:  # without the lines of steps that will be repeated
             rows = cli.read_jsonl(log, True, mend=True, step=int) if log.exists() else []
             cli.write_whole(log, "".join(cli.line_of(row) for row in rows if row["step"] <= first))
+            if self.board:
+                self.board.init(project="nanotraj", name=str(self.out), config=vars(cfg), dir=self.out)
         model.train()
         logged = time.perf_counter()
         with on_sigterm(lambda *_: self.stop_asked.set()):
-            left = range(first, n_steps)
-            bar = tqdm(left, "train", n_steps, unit="step", initial=first, disable=self.rank != 0)
+            bar = cli.progress_bar(range(first, n_steps), "train", n_steps, unit="step", initial=first)
             for self.step in bar:
                 self.began, self.total = time.perf_counter(), {"tokens": 0.0, "data_s": 0.0}
                 self.ids = []
@@ -319,6 +328,8 @@ class Run:
                     before, logged = logged, time.perf_counter()
                     row = dict(step=done, **self.total, **speed, seconds=round(logged - before, 3))
                     cli.append_line(log, row)
+                    if self.board:
+                        self.board.log(row, step=done)
                 if done % cfg.save_every == 0 or done == n_steps or self.stops:
                     self.save_checkpoint(done)
                 if self.stops:  # a preempted job; all ranks are at this step

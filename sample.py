@@ -2,7 +2,7 @@
 that everything runs on.
 
     outs = generate(model, prompts, gen_len=48, block_len=16, policy="threshold", threshold=0.9, cache="none")
-    python sample.py --model tiny --prompt "..." --show           # or --picture order.png
+    python sample.py --model tiny --prompt "..." --show           # or --html decoding.html
     python sample.py --model tiny --prompts questions.jsonl       # or --interactive
 
 A response of L tokens starts as L masks and is filled block by block. Every forward scores the masked
@@ -16,25 +16,24 @@ whole canvas, refreshes all keys and values, and also reveals. The following for
     dual        the block only; everything before and after is stale
     vicinity    the block and `vicinity` tokens on either side
     exact       (block-causal models) the block only: nothing before depends on it. A finished block's keys
-                are committed by the next block's first forward, which also runs over that block; `commits`
-                counts the forwards that a decoder without this fusion spends on top of nfe
+                are committed by the next block's first forward, which also runs over that block
 
 Read the policies and `reference` first. The batched decoder is `step`, one forward and what it reveals, for
 all rows at once, of fixed shapes and without a wait, so that it compiles to a CUDA graph; and a host loop,
 `Batch`, which looks at the device once in `sync_every` steps: finished rows make room for waiting prompts.
 """
 import copy
+import json
 import math
 import os
+import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import cli
 import data
@@ -43,7 +42,6 @@ from cli import UserError, option, run_cli
 from layers import for_decoding
 from model import (KVCache, ModelOptions, attention_mask, config_of, decoding_defaults, default_device, load,
                    n_content, rope_angles)
-
 
 CACHES = ("none", "prefix", "dual", "vicinity", "exact")
 SCORES = ("confidence", "entropy", "margin")
@@ -100,7 +98,6 @@ class Output:
     rank: torch.Tensor   # (L,) int64, a permutation: order with ties broken by entropy, lowest first
     conf: torch.Tensor   # (L,) fp32, probability of the token when it was revealed (1 for a filled EOS tail)
     nfe: int             # forwards spent on this row, refreshes included
-    commits: int = 0     # exact cache: the prefill and commits that were fused into them
 
     def n_tokens(self, eos_ids):
         """Tokens before the first EOS: what TPF and tok/s count."""
@@ -316,7 +313,6 @@ def reference(model, prompt, **settings):
     key, threshold = torch.tensor([[row_key(s.seed, 0)]]), torch.tensor([[s.threshold]])
     memory = torch.zeros(1, policy.memory).long()
     start = P - in_prompt(P, s, cfg)
-    commits = int(s.cache == "exact" and start > 0)
     nfe, tries, refreshed = 0, 0, None
     while masked.any():
         end = total if policy.whole_response else min(start + s.block_len, total)
@@ -328,7 +324,6 @@ def reference(model, prompt, **settings):
             stop = {"dual": end, "prefix": total, "vicinity": min(end + s.vicinity, total)}[s.cache]
             h = stale_hidden(model, refreshed, x, start - left, stop)
             h = h[:, left:left + end - start]
-        commits += int(s.cache == "exact" and tries == 0)
         window = torch.arange(start, end)[None]
         token, now, chosen = choose(model, h, s, key, torch.tensor([[nfe]]), window, masked[window],
                                     window - P, masked[None, P:], threshold, torch.tensor([[tries]]), memory)
@@ -351,7 +346,7 @@ def reference(model, prompt, **settings):
         if s.refresh and nfe - refreshed_at >= s.refresh:
             refreshed = None
     rank = torch.tensor(revealed).argsort()  # the place of each position in this list
-    return check_finite(Output(x[P:], order[P:], rank, conf[P:], nfe, commits), 0)
+    return check_finite(Output(x[P:], order[P:], rank, conf[P:], nfe), 0)
 
 
 def in_prompt(n_prompt, s, cfg):
@@ -409,7 +404,7 @@ def stream(model, prompts, batch_size=32, progress=False, streams=None, compiled
 def decode(batch, progress=False):
     """Run a batch over all of its prompts -> (prompt index, Output) as they finish."""
     waiting = iter(range(len(batch.prompts)))
-    bar = tqdm(total=len(batch.prompts), unit="sample", desc="decode", disable=not progress, smoothing=0)
+    bar = cli.progress_bar(None, "decode", len(batch.prompts), progress, unit="sample", smoothing=0)
     while True:
         finished = batch.finished()  # the one place where the host waits for the device
         free = [row for row, owner in enumerate(batch.owner) if owner is None]
@@ -502,6 +497,7 @@ class Rows:
 
 
 ROWS = tuple(Rows.__annotations__)  # torch 2.11 cannot trace vars() of an object
+
 
 def step(model, x, cache, s, rows, width, finish):  # finish: conclude(), below
     """One forward and what it reveals, written into the Rows x: tensors of fixed shapes, nothing that the
@@ -651,11 +647,7 @@ class Batch:
             conf, entropy = results[row, 2:].float()
             revealed = entropy.argsort(stable=True)  # the positions, and then in the order of their reveal
             revealed = revealed[order[revealed].argsort(stable=True)]
-            out = Output(ids, order, revealed.argsort(), conf, nfe[row])
-            if s.cache == "exact":
-                blocks = math.ceil((self.start[row] - self.P) / s.block_len)
-                out.commits = blocks + (len(self.prompts[index]) >= s.block_len)
-            outs.append((index, out))
+            outs.append((index, Output(ids, order, revealed.argsort(), conf, nfe[row])))
         return outs
 
     def admit(self, places):
@@ -751,7 +743,7 @@ def show(out, tokens, by="confidence"):
         for word, at, color in zip(tokens, out.order.tolist(), colors):
             if at > t:
                 word = "·" * len(word)
-            elif "NO_COLOR" in os.environ:
+            elif "NO_COLOR" in os.environ or not sys.stdout.isatty():
                 word = word.upper() if at == t else word
             else:
                 word = f"\033[{'1;' if at == t else ''}38;5;{color}m{word}\033[0m"
@@ -760,24 +752,20 @@ def show(out, tokens, by="confidence"):
     return "\n".join(lines)
 
 
-def picture(out, path, title=""):
-    """Reveal order as PNG: positions across, forwards down; a revealed token has the colour of its confidence
-    (of its forward where out.conf is None), masks are white.
-    """
-    plt = cli.pyplot()
-    L, forward = len(out.ids), torch.arange(out.nfe)[:, None]
-    color = out.order / max(1, out.nfe - 1) if out.conf is None else out.conf
-    grid = torch.where(out.order <= forward, color, torch.nan)  # (nfe, L)
-    size = min(12, 2 + L / 12), min(9, 1.5 + out.nfe / 10)
-    fig, ax = plt.subplots(figsize=size, dpi=140, layout="tight")
-    shown = ax.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
-    ax.scatter(range(L), out.order, s=6, c="tab:red", marker="s", label="revealed here")
-    title = title or f"{L} positions in {out.nfe} forwards"
-    ax.set(xlabel="response position", ylabel="forward", title=title)
-    ax.legend(loc="upper right", fontsize=7)
-    fig.colorbar(shown, label="revealed: 0 first, 1 last" if out.conf is None else "confidence when revealed")
-    fig.savefig(path)
-    plt.close(fig)
+def page(outs, tok, eos_ids, prompt, path):
+    """Decodings {name: Output} of a prompt -> one HTML file to step through, which needs no network."""
+    sides = []
+    for name, out in outs.items():
+        sides.append(dict(
+            name=name, nfe=out.nfe, n=out.n_tokens(eos_ids),
+            order=out.order.clamp(max=out.nfe - 1).tolist(),  # of a record: early stopping left out the rest
+            tokens=[tok.decode([i]) for i in out.ids.tolist()],
+            conf=None if out.conf is None else out.conf.tolist()))
+    # without < no text can end the script element that holds it
+    held = json.dumps(dict(prompt=prompt, sides=sides)).replace("<", "\\u003c")
+    template = cli.read_text(Path(__file__).with_name("assets") / "decoding.html")
+    cli.write_whole(path, template.replace("DECODINGS", held))
+    print(f"written: {path}")
 
 
 @dataclass
@@ -790,7 +778,7 @@ class Options(AdaptedModel):
     """decode one prompt, a file of prompts, or what you type"""
     prompt: str = ""  # user turn [a problem of the tiny task]
     show: str = option("", bare="confidence", choices=["confidence", "step"])  # draw each forward in colour
-    picture: str = ""  # PNG of the reveal order to write
+    html: str = ""  # page to write in which you step through the forwards; with --adapter also the base's
     prompts: str = ""  # file of prompts: .jsonl, or text with one per line
     to: str = ""  # responses of --prompts [FILE.responses.jsonl]
     batch_size: int = 32  # prompts decoded at once
@@ -810,8 +798,8 @@ def load_both(args):
 
 
 def decode_one(model, tok, prompt, settings, how, by="", path=""):
-    """Print the response to a prompt; by: show every forward; path: draw the reveal order there."""
-    out = generate(model, [tok.prompt_ids(prompt)], **how, **settings)[0]
+    """Print the response to a prompt; by: show every forward; path: write a page there."""
+    (out,) = generate(model, [tok.prompt_ids(prompt)], **how, **settings)
     n = out.n_tokens(model.cfg.eos_ids)
     if by:
         words = [tok.decode([i]).strip() or "∅" for i in out.ids.tolist()]
@@ -819,25 +807,25 @@ def decode_one(model, tok, prompt, settings, how, by="", path=""):
     print(f"response {tok.decode(out.ids[:n].tolist())}")
     print(f"{n} tokens in {out.nfe} forwards: {n / out.nfe:.2f} tokens per forward")
     if path:
-        picture(out, path)
-        print(f"written: {path}")
+        outs = {"model": out}
+        if lora.adapters(model):
+            with lora.off(model):
+                (base,) = generate(model, [tok.prompt_ids(prompt)], **how, **settings)
+            outs = {"base": base, "trained": out}
+        page(outs, tok, model.cfg.eos_ids, prompt, path)
 
 
 def read_prompts(source):
     """A .jsonl (field prompt, id optional) or a text file, one prompt per line -> rows with id and prompt."""
-    if not source.is_file():
-        raise UserError(f"no file {source}: --prompts takes a .jsonl or a text file")
     if source.suffix == ".jsonl":
         rows = list(cli.read_rows(source))
     else:
         rows = [dict(prompt=line) for line in cli.read_text(source).splitlines() if line.strip()]
-    valid = [isinstance(r.get("prompt"), str) and isinstance(r.get("id", ""), (str, int)) for r in rows]
-    if not rows or not all(valid):
-        raise UserError(f"{source}: every line needs a prompt, there must be one, and an id must be text or "
-                        f"a number")
     rows = [{"id": f"{source.stem}-{i}", **r} for i, r in enumerate(rows)]
-    if len({r["id"] for r in rows}) < len(rows):
-        raise UserError(f"{source} has an id more than once: responses are kept by id")
+    ids = {r["id"] for r in rows if isinstance(r.get("prompt"), str) and isinstance(r["id"], (str, int))}
+    if not rows or len(ids) < len(rows):
+        raise UserError(f"{source}: there must be a line, every line needs a prompt (text), and an id (text "
+                        f"or a number) must not come twice")
     return rows
 
 
@@ -866,26 +854,31 @@ def decode_file(model, tok, args, settings, how):
 
 def main():
     args, given = cli.parse(__doc__, Options, Decoding)
-    cli.check_picture(args.picture)
-    if args.to and not Path(args.to).parent.is_dir():
-        raise UserError(f"no directory {Path(args.to).parent} to write {args.to} to")
+    cli.check_place("html", args.html, ".html")
+    cli.check_place("to", args.to)
     defaults = decoding_defaults(config_of(args.model, args.revision))
     settings = vars(Decoding(**{**defaults, **given}))
     model, tok = load_both(args)
     how = dict(compiled=args.compiled, sync_every=args.sync_every)
     if args.interactive:
-        with suppress(EOFError):
+        if model.cfg.family == "tiny":
+            (example,) = data.load_problems("tiny", "dev", 1)
+            print(f"This model knows one game and nothing else. Type, for example:\n{example['prompt']}")
+        print("An empty line or Ctrl-D ends.")
+        try:
             while line := input("> ").strip():
                 try:
                     decode_one(model, tok, line, settings, how)
                 except UserError as e:  # a prompt too long: the next one may fit
                     print(f"error: {e}")
+        except EOFError:  # Ctrl-D
+            print()
     elif args.prompts:
         decode_file(model, tok, args, settings, how)
     else:
         prompt = args.prompt or data.load_problems("tiny", "test", 1)[0]["prompt"]
         print(f"prompt   {prompt}")
-        decode_one(model, tok, prompt, settings, how, args.show, args.picture)
+        decode_one(model, tok, prompt, settings, how, args.show, args.html)
 
 
 if __name__ == "__main__":

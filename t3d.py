@@ -75,17 +75,14 @@ class Config(run.Options):
     rand_p: float = 0.1  # share of masked inputs that show a random token instead of the mask
     refresh: int = 10  # optimizer steps between refreshes of the reference
     # --- training
-    full: bool = False  # train all weights instead of LoRA adapters
     lora_r: int = 128  # LoRA rank (the paper trains all weights)
     lora_alpha: int = 128  # LoRA alpha
     lora_dropout: float = 0.0  # LoRA dropout
     lora_targets: str = "all"  # matrices of a block that carry adapters, with commas, or all
     lr: float = 1e-5  # peak learning rate
-    lr_schedule: Literal["constant", "cosine", "tail"] = "cosine"  # tail: linear to zero over the last 40%
     lr_floor: float = 0.1  # share of the peak that the schedules end at
     warmup_steps: int = 20  # linear warm-up
     weight_decay: float = 0.01  # AdamW
-    clip: float = 1.0  # gradient norm
     batch_size: int = 256  # trajectories per optimizer step over all ranks
     micro_batch: int = 4  # trajectories per forward
     epochs: int = 30  # passes over the trajectories, each with new states

@@ -66,17 +66,13 @@ class Config(run.Options):
     entropy_at: Literal["segment", "own_step"] = "segment"  # own_step: Eq. 5, W forwards: lower micro_batch
     eos_in_window: bool = False  # may the EOS tail of a response be in a segment (code)
     # --- training
-    full: bool = False  # train all weights instead of LoRA adapters
     lora_r: int = 16  # LoRA rank
     lora_alpha: int = 16  # LoRA alpha
     lora_dropout: float = 0.0  # LoRA dropout
     lora_targets: str = "q_proj,v_proj"  # matrices that carry adapters, or all
     lr: float = 2e-5  # peak learning rate
-    lr_schedule: Literal["constant", "cosine", "tail"] = "cosine"  # tail: linear to zero over the last 40%
-    lr_floor: float = 0.0  # share of the peak that the schedules end at
     warmup_steps: int = 50  # linear warm-up
     weight_decay: float = 0.01  # AdamW
-    clip: float = 1.0  # gradient norm
     batch_size: int = 32  # trajectories per optimizer step over all ranks
     micro_batch: int = 4  # trajectories per forward
     epochs: int = 5  # passes over the trajectories, each with a new segment

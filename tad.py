@@ -25,6 +25,7 @@ are divided by accumulation steps; the paper's window rule is built (--window au
     python tad.py --model llada --data problems.jsonl          # one GPU
     torchrun --nproc_per_node=8 tad.py --model dream --allow_code_execution   # the paper's data, by preset
 """
+import json
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,7 +36,7 @@ import torch.nn.functional as F
 import eval as nt_eval
 import lora
 import run
-from cli import UserError, run_cli
+from cli import UserError, run_cli, write_whole
 from data import (TINY_TRAINING, example_rng, hidden_rows, load_problems, load_tokenizer, pad_response,
                   privileged_prompt, stacked, state_at, teacher_rows)
 from model import by_chunks
@@ -67,17 +68,14 @@ class Config(run.Options):
     distant: Literal["kl", "ce", "none"] = "kl"  # loss of distant tokens (Table 3)
     teacher_prompt: Literal["collection", "privileged", "plain", "system"] = "collection"  # system: (code)
     # --- training
-    full: bool = False  # train all weights (the teacher is then a frozen copy) instead of LoRA adapters
     lora_r: int = 128  # LoRA rank
     lora_alpha: int = 128  # LoRA alpha
     lora_dropout: float = 0.05  # LoRA dropout
     lora_targets: str = "all"  # matrices of a block that carry adapters, with commas, or all
     lr: float = 2e-5  # peak learning rate
     lr_schedule: Literal["constant", "cosine", "tail"] = "constant"  # tail: linear to zero over the last 40%
-    lr_floor: float = 0.0  # share of the peak that the schedules end at
     warmup_steps: int = 0  # linear warm-up
     weight_decay: float = 0.01  # AdamW
-    clip: float = 1.0  # gradient norm
     batch_size: int = 256  # (trajectory, state) pairs per optimizer step over all ranks
     micro_batch: int = 4  # pairs per forward
     states_per_trajectory: int = 0  # states drawn per trajectory and epoch (0: every state once)
@@ -215,11 +213,14 @@ def choose_window(cfg, model, records, r):
         shown = " ".join(f"{p:.2f}" for p in decay[:16])
         print(f"confidence by forwards ahead: {shown} ...  W = {window}"
               + " (never below the level: all tokens are near)" * never)
-        lines = {f"decay, W = {window}": decay}
+        rounded = [None if np.isnan(p) else round(float(p), 4) for p in decay]
+        facts = dict(window=window, decay=rounded)
+        write_whole(r.out / "window.json", json.dumps(facts) + "\n")
+        lines = {f"decay, W = {window}": enumerate(decay)}
         for mode, level in LEVEL.items():
-            lines[f"{mode}: {level}"] = np.full(len(decay), level)
-        nt_eval.plot_lines(lines, "forwards until the token is revealed", "student's mean confidence in it",
-                           r.out / "window.png")
+            lines[f"{mode}: {level}"] = enumerate([level] * len(decay))
+        nt_eval.draw({"": lines}, "forwards until the token is revealed", "student's mean confidence in it",
+                     r.out / "window.png")
     return run.agreed(window)
 
 

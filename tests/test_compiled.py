@@ -220,6 +220,7 @@ def test_the_step_reads_no_value(case):
     with torch.device("meta"):
         model = nt_model.Transformer(cfg)
     shapes = {name: p.shape for name, p in model.state_dict().items()}
+
     def zeros(*shape, dtype=torch.long):
         return torch.zeros(shape, dtype=dtype)
     with FakeTensorMode(), torch.no_grad():

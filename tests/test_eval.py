@@ -1,5 +1,6 @@
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -377,3 +378,60 @@ def test_tds_command(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "o/tds.png").stat().st_size > 5000
     with pytest.raises(UserError, match="no trajectory"):
         cli(monkeypatch, "tds", "--trajectories", tmp_path / "none")
+
+
+def drawn(monkeypatch):
+    """The figures that are saved from now on, by their file's name."""
+    from matplotlib.figure import Figure
+    figures, save = {}, Figure.savefig
+
+    def keep(fig, path):
+        figures[Path(path).name] = fig
+        save(fig, path)
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return figures
+
+
+def test_a_method_has_one_colour_in_every_picture(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    one, two = [(0, 1), (1, 2)], [(0, 1, 0.1), (1, 2, 0.1)]
+    nt_eval.draw({"": {"base": one, "TAD": one}}, "x", "y", tmp_path / "a.png")
+    sweep = ["TABOM", "SFT-SD privileged", "base", "TRIMS", "T3D", "SFT-GT", "Naive TD", "SFT-SD", "dInfer-like",
+             "TAD"]
+    nt_eval.draw(dict.fromkeys("lr", dict.fromkeys(sweep, two)), "x", "y", tmp_path / "b.png")
+    nt_eval.draw({"": dict.fromkeys(["out/tad-tiny", "TAD: near only", "decay", "level"], one)}, "x", "y",
+                 tmp_path / "c.png")
+    seen = {}
+    for name, fig in figures.items():
+        for ax in fig.axes:
+            seen[name] = {c.get_label(): (c[0].get_color(), c[0].get_linestyle()) for c in ax.containers}
+        (legend,) = fig.legends  # beside the lines, not over them
+        assert all(legend.get_window_extent().x0 >= ax.get_window_extent().x1 for ax in fig.axes)
+    assert seen["a.png"]["base"] == seen["b.png"]["base"] == ("black", "-")
+    assert seen["a.png"]["TAD"] == seen["b.png"]["TAD"] == seen["c.png"]["out/tad-tiny"] == ("C0", "-")
+    assert len(set(seen["b.png"].values())) == len(sweep)
+    assert seen["c.png"]["TAD: near only"] == ("C0", "--")
+    assert len(set(seen["c.png"].values())) == 4
+
+
+def test_the_log_of_runs_is_drawn(tmp_path, monkeypatch, capsys):
+    figures = drawn(monkeypatch)
+    rows = {"tad-tiny": [dict(step=s, loss=1 / s, tok_per_s=100.0 + s) for s in (10, 20, 30)],
+            "t3d-tiny": [dict(step=s, loss=2 / s, tok_per_s=50.0) for s in (10, 20)], "new": []}
+    for name, lines in rows.items():
+        (tmp_path / name).mkdir()
+        text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4'  # a line being written
+        (tmp_path / name / "log.jsonl").write_text(text)
+
+    def log(*names):
+        monkeypatch.setattr("sys.argv", ["eval.py", "log", *(str(tmp_path / name) for name in names)])
+        run_command(nt_eval.__doc__, nt_eval.COMMANDS)
+    log("tad-tiny", "t3d-tiny")
+    assert capsys.readouterr().out == f"written: {tmp_path / 'tad-tiny' / 'log.png'}\n"
+    loss, speed = figures["log.png"].axes
+    assert (loss.get_title(), speed.get_title()) == ("loss", "tok_per_s")
+    assert loss.containers[0][0].get_xydata().tolist() == [[10, 0.1], [20, 0.05], [30, 1 / 30]]
+    assert speed.containers[1][0].get_xydata().tolist() == [[10, 50], [20, 50]]
+    for name, words in (("new", "is empty: its first line comes after --log_every steps"), ("none", "no file")):
+        with pytest.raises(UserError, match=words):
+            log(name)

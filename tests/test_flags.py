@@ -2,13 +2,16 @@
 import functools
 import importlib
 import inspect
+import io
 import math
 import random
+import re
 import sys
 from dataclasses import fields
 from typing import get_args, get_origin, get_type_hints
 
 import pytest
+import torch
 
 import cli
 import compare
@@ -25,7 +28,7 @@ eval_module = importlib.import_module("eval")
 METHODS = {module.__name__: (module, [], [module.Config]) for module in (tad, t3d, tabom, trims)}
 BENCH, ROLLOUT = (importlib.import_module(name) for name in ("bench", "rollout"))
 REQUIRED = {"collect": ["--out", "out"], "inspect": ["out"], "stats": ["out"], "tds": ["--trajectories", "out"],
-            "runs": ["out"], "paper": ["TAD-1"], "merge": ["--adapter", "a", "--to", "b"]}
+            "runs": ["out"], "published": ["gsm8k"], "log": ["out"], "merge": ["--adapter", "a", "--to", "b"]}
 COMMANDS = {
     **METHODS, "sample": (sample, [], [sample.Options, sample.Decoding]),
     "bench": (BENCH, [], [BENCH.Options, sample.Decoding]), "sweep": (sweep, [], [sweep.Options]),
@@ -95,3 +98,41 @@ def test_ctrl_c_and_a_full_disk_are_one_line(capsys):
             cli.run_cli(main)
         said = capsys.readouterr().err
         assert ended.value.code == code and words in said and said.count("\n") == 1
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("seconds, least, most", [(0.01, 0, 0), (0.1, 4, 7), (1, 60, 140)])  # of an inner step
+def test_bars_in_a_log_are_a_few_lines_and_in_a_terminal_bars(seconds, least, most, monkeypatch):
+    clock = iter(i * seconds for i in range(10**6))
+    monkeypatch.setattr("tqdm.std.time", lambda: next(clock))
+
+    def work():
+        for _ in cli.progress_bar(range(20), "outer"):
+            bar = cli.progress_bar(None, "inner", 100)
+            for i in range(100):
+                bar.set_postfix_str(f"loss {i}", refresh=False)
+                bar.update()
+            bar.close()
+    log, terminal = io.StringIO(), Terminal()
+    for stream in (log, terminal):
+        monkeypatch.setattr(sys, "stderr", stream)
+        work()
+    lines = log.getvalue().splitlines()
+    assert least <= len(lines) <= most  # one in 30 seconds of either bar
+    for line in lines:
+        assert re.fullmatch(r"(outer|inner): +\d+% \d+/\d+ \[\d\d:\d\d.*\]", line), line
+    assert "\r" in terminal.getvalue() and not terminal.getvalue().endswith("\n")
+
+
+def test_no_colour_goes_into_a_file(monkeypatch):
+    order = torch.tensor([1, 0])
+    out = sample.Output(torch.tensor([5, 6]), order, order, torch.tensor([0.2, 1]), 2)
+    for stream, drawn in ((io.StringIO(), "  1 | · B\n  2 | A b"),
+                          (Terminal(), "  1 | · \033[1;38;5;46mb\033[0m\n"
+                                       "  2 | \033[1;38;5;208ma\033[0m \033[38;5;46mb\033[0m")):
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert sample.show(out, ["a", "b"]) == drawn

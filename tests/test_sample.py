@@ -124,7 +124,7 @@ def test_more_caches_and_schedules(name):
         outs = generate(model, prompts, batch_size=2, **settings)
         for prompt, out in zip(prompts, outs):
             ref = reference(model, prompt, **settings)
-            assert same(out, ref) and out.commits == ref.commits, (case, early_stop, len(prompt))
+            assert same(out, ref), (case, early_stop, len(prompt))
             if case["cache"] == "exact":  # nothing is approximate about it
                 assert same(out, generate(model, [prompt], **{**settings, "cache": "none"})[0])
     with pytest.raises(UserError, match="block-causal"):
@@ -230,6 +230,11 @@ def test_an_unknown_policy_is_refused(name):
             decode()
 
 
+def with_commits(out, n_prompt, block_len):
+    """Forwards of a decoder that commits separately: one more for the prompt's blocks and one for each block."""
+    return out.nfe + (n_prompt >= block_len) + -(-(n_prompt % block_len + len(out.ids)) // block_len)
+
+
 def test_exact_cache_runs_over_two_blocks(monkeypatch):
     """The last block, whose keys are committed by this, and the current one: a commit costs no forward."""
     model, prompts = random_model(block_size=4), prompts_of([8, 5])
@@ -237,8 +242,7 @@ def test_exact_cache_runs_over_two_blocks(monkeypatch):
     outs, shapes = count_forwards(monkeypatch, model, prompts, **settings)
     canvas = 8 + 4 + 16 + 1
     assert shapes == [(2, canvas)] + [(2, 8)] * 15
-    # forwards of a decoder that commits separately: a prefill, 16 reveals and one commit for each block
-    assert [out.nfe + out.commits for out in outs] == [1 + 16 + 4, 1 + 16 + 5]
+    assert [with_commits(out, n, 4) for out, n in zip(outs, (8, 5))] == [1 + 16 + 4, 1 + 16 + 5]
 
 
 def test_sampling_draws_the_same_in_any_batch():
@@ -510,7 +514,7 @@ def test_sdars_official_sampler(compiled, graphs):
             out = generate(model, [prompt], cache=cache, compiled=compiled, **settings)[0]
             assert out.ids.tolist() == want[len(prompt):].tolist(), case["name"]
             assert same(out, reference(model, prompt, cache=cache, **settings))
-            assert cache == "none" or out.nfe + out.commits == case["forwards"], case["name"]
+            assert with_commits(out, len(prompt), was["block_length"]) == case["forwards"], case["name"]
             n += 1
     assert n == 16 and bool(graphs) == compiled
 

@@ -3,7 +3,12 @@ import json
 
 import pytest
 from conftest import ROOT, command
+from html.parser import HTMLParser
+from types import SimpleNamespace
 
+import torch
+
+import cli
 import data
 import eval as nt_eval
 import lora
@@ -51,6 +56,7 @@ def test_show_draws_every_forward(monkeypatch):
         drawn = line.split(" | ")[1].split(" ")
         assert [w.startswith("·") for w in drawn] == [o > t for o in out.order.tolist()]
     monkeypatch.delenv("NO_COLOR")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     assert "\033[" in show(out, words, "step")
 
 
@@ -62,8 +68,8 @@ def test_sample_command(tmp_path):
                         (["--policy", "greedy"], "invalid choice"), (["--gen_len", "0"], "at least 1"),
                         (["--top_p", "0", "--temperature", "1"], "top_p is 0.0: it must be at least"),
                         (["--temperature", "-1"], "temperature is -1.0: it must be at least 0"),
-                        (["--to", "none/x.jsonl"], "no directory"),
-                        (["--picture", "x.foo"], ".png"),
+                        (["--to", "none/x.jsonl"], "in a folder that exists"),
+                        (["--html", "x.png"], "give a file *.html"), (["--html", "none/x.html"], "that exists"),
                         (["--adapter", "nowhere"], "no file")):
         bad = command(tmp_path, "sample.py", *args)
         assert bad.returncode == 2 and words in bad.stderr and "Traceback" not in bad.stderr, bad.stderr
@@ -93,17 +99,90 @@ def test_prompts_from_a_file_continue_where_they_stopped(tmp_path):
         assert refused.returncode == 2 and words in refused.stderr, refused.stderr
 
 
-def test_interactive_and_picture(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("last", ["", EOFError, KeyboardInterrupt])
+def test_interactive(last, monkeypatch, capsys):
     prompts = [p["prompt"] for p in data.load_problems("tiny", "dev", 2)]
-    answers = iter([prompts[0], "ball " * 300, prompts[1], ""])
-    monkeypatch.setattr("builtins.input", lambda _: next(answers))
+    answers = iter([prompts[0], "ball " * 300, prompts[1], last])
+
+    def typed(_):
+        answer = next(answers)
+        if isinstance(answer, str):
+            return answer
+        raise answer
+    monkeypatch.setattr("builtins.input", typed)
     monkeypatch.setattr("sys.argv", ["sample.py", "--interactive"])
-    sample.main()
-    said = capsys.readouterr().out
-    assert said.count("####") == 2 and said.count("tokens in") == 2 and "exceeds the model's" in said
-    out = generate(TINY, [TOK.prompt_ids(prompts[0])], **SETTINGS)[0]
-    sample.picture(out, tmp_path / "order.png")
-    assert (tmp_path / "order.png").read_bytes()[:4] == b"\x89PNG"
+    code = 0
+    try:
+        cli.run_cli(sample.main)
+    except SystemExit as e:
+        code = e.code
+    said = capsys.readouterr()
+    assert said.out.count("####") == said.out.count("tokens in") == 2 and "exceeds the model's" in said.out
+    for words in ("knows one game", prompts[0], "An empty line or Ctrl-D ends"):
+        assert words in said.out
+    assert (code, said.err.count("\n")) == ((130, 1) if last is KeyboardInterrupt else (0, 0))
+
+
+class Page(HTMLParser):
+    """What a browser makes of a page: its elements with their attributes, and the texts of its scripts."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.opened, self.scripts = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.opened.append((tag, attrs))
+
+    def handle_data(self, text):
+        if self.opened and self.opened[-1][0] == "script":
+            self.scripts.append(text)
+
+
+def test_the_page_shows_base_and_trained(tmp_path, monkeypatch, capsys):
+    model = lora.add(nt_model.load("tiny"), 4, 4)
+    for name, p in model.named_parameters():
+        p.data += 0.05 if name.endswith("lora_B") else 0
+    lora.save(model, tmp_path / "adapter", "tiny")
+    file = tmp_path / "page.html"
+    for adapter, names in ([], ["model"]), (["--adapter", str(tmp_path / "adapter")], ["base", "trained"]):
+        monkeypatch.setattr("sys.argv", ["sample.py", "--html", str(file), *adapter])
+        sample.main()
+        shown = json.loads(Page(file.read_text()).scripts[0])
+        assert [side["name"] for side in shown["sides"]] == names
+        problem, = data.load_problems("tiny", "test", 1)
+        assert shown["prompt"] == problem["prompt"]
+        for side, of in zip(shown["sides"], (TINY, model)):
+            out = reference(of, TOK.prompt_ids(problem["prompt"]), cache="none", **SETTINGS)
+            assert side["order"] == out.order.tolist() and side["nfe"] == out.nfe
+            assert side["tokens"] == [TOK.decode([i]) for i in out.ids.tolist()]
+            assert side["conf"] == pytest.approx(out.conf.tolist(), abs=1e-4)
+        assert capsys.readouterr().out.endswith(f"written: {file}\n")
+    assert shown["sides"][0] != shown["sides"][1]
+
+
+@pytest.mark.parametrize("text", [
+    "</script><script>alert(1)</script>", "<!--<script>", "</SCRIPT >", "<img src=x onerror=alert(1)>",
+    "\"'`\\ ${1}", "\u2028\u2029 日本 \0", "DECODINGS", "\udcff half a pair", "&lt;/script&gt;"])
+def test_nothing_that_a_page_shows_runs(text, tmp_path):
+    L = 5
+    out = sample.Output(*torch.arange(3 * L).view(3, L), torch.ones(L), 7)
+    tok = SimpleNamespace(decode=lambda ids: f"{ids}{text}")
+    sample.page({text: out}, tok, (L,), text, tmp_path / "page.html")
+    page, plain = (tmp_path / "page.html").read_text(), (ROOT / "assets/decoding.html").read_text()
+    shown = json.loads(Page(page).scripts[0])
+    assert shown["prompt"] == shown["sides"][0]["name"] == text
+    assert shown["sides"][0]["tokens"] == [f"[{i}]{text}" for i in range(L)]
+    assert max(shown["sides"][0]["order"]) < 7  # what is behind the last forward is revealed by it
+    assert Page(page).opened == Page(plain).opened and Page(page).scripts[1:] == Page(plain).scripts[1:]
+    assert page.count("<") == plain.count("<")
+
+
+def test_the_page_needs_no_network():
+    page = (ROOT / "assets/decoding.html").read_text()
+    addresses = [value for _, attrs in Page(page).opened for key, value in attrs if key in ("src", "href")]
+    assert not addresses and "innerHTML" not in page and "http" not in page and "url(" not in page
+    assert page.count("DECODINGS") == 1 and page.count("\n") <= 150
 
 
 def test_the_whole_story_in_small(tmp_path):

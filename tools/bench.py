@@ -7,7 +7,6 @@
 Random weights of a real shape: choose the static policy. The last line is all as one JSON object.
 """
 import json
-import platform
 import re
 import resource
 import statistics
@@ -18,7 +17,6 @@ from pathlib import Path
 import torch
 from torch.profiler import profile
 from torch.utils.benchmark import timer
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -54,7 +52,7 @@ def random_weights(cfg, device="cpu", dtype=torch.float32):
 def timed(what, call, n=3):
     """Call once, then n times -> the last result, seconds of the first call, median seconds of the others."""
     times = []
-    for _ in tqdm(range(n + 1), desc=what, leave=False):
+    for _ in cli.progress_bar(range(n + 1), what):
         began = timer()  # when the device is done
         result = call()
         times.append(timer() - began)
@@ -114,8 +112,7 @@ def measure(model, prompts, args, s):
     tokens, nfe = sum(map(n_tokens, outs)), sum(out.nfe for out in outs)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     facts = dict(
-        device=nt_eval.device_name(), threads=torch.get_num_threads(), dtype=nt_eval.dtype_name(model),
-        torch=torch.__version__, python=platform.python_version(),
+        **nt_eval.provenance(), threads=torch.get_num_threads(), dtype=nt_eval.dtype_name(model),
         model=args.shape or args.model,
         parameters=sum(p.numel() for p in model.parameters()),
         batch=len(prompts), prompt_len=max(map(len, prompts)),

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -102,7 +101,7 @@ def bootstrap(runs, y_max, n_boot):
     """{label: (1 + n_boot, columns)}: the mean over its runs, then means of runs and problems drawn anew."""
     draws = {label: [[summarize(points, y_max) for points in of_label]] for label, of_label in runs.items()}
     sets = sorted({tuple(points[0]["ids"]) for of_label in runs.values() for points in of_label})
-    for replicate in tqdm(range(1, n_boot + 1), desc="bootstrap"):
+    for replicate in cli.progress_bar(range(1, n_boot + 1), "bootstrap"):
         rng = np.random.default_rng([0, replicate])  # the same problems and run numbers for every label
         picks = {ids: rng.integers(len(ids), size=len(ids)) for ids in sets}
         for label, of_label in runs.items():

@@ -3,7 +3,6 @@
     python tools/harness.py --model dream --tasks gsm8k_cot_zeroshot --protocol tad --apply_chat_template
     torchrun --nproc_per_node=8 tools/harness.py --tasks my_task.yaml    # prompts are split over the ranks
 """
-import hashlib
 import json
 import os
 from collections import Counter
@@ -28,10 +27,6 @@ def lm_eval_package():
     return module
 
 
-def context_id(context):
-    return hashlib.sha256(context.encode()).hexdigest()
-
-
 def before_stop(text, until):
     """The text before the first of the stop strings: one, a list of them, or None."""
     stops = [until] if isinstance(until, str) else until or []
@@ -47,7 +42,7 @@ def bridge(model, tok, settings, batch_size=32, kept=None):
     class MaskedDiffusion(lm_eval_package().api.model.LM):
         tokenizer_name = f"nanotraj-{model.cfg.family}"
         chats = {}  # a rendered text -> its ids: not every special token in it is one
-        decoded = {}  # context_id-repeat -> row, see eval.decode_rows
+        decoded = {}  # digest of the prompt, repeat -> row, see eval.decode_rows
 
         def apply_chat_template(self, chat_history, add_generation_prompt=True):
             if not isinstance(tok.chat, data.OwnChat):
@@ -68,7 +63,7 @@ def bridge(model, tok, settings, batch_size=32, kept=None):
             names, prompts, seen = [], {}, Counter()
             for request in requests:
                 context = request.args[0]
-                name = context_id(context)  # a prompt that comes again is decoded again only if it is sampled
+                name = nt_eval.digest(context)  # one that comes again is decoded again only if it is sampled
                 names.append(f"{name}-{seen[name] if settings.get('temperature') else 0}")
                 prompts[names[-1]] = self.prompt_ids(context)
                 seen[name] += 1
@@ -144,7 +139,7 @@ def main():
     for name, rows in samples.items():
         lines = []
         for row in sorted(rows, key=lambda row: (row["doc_id"], row["filter"])):
-            first = decoded[context_id(row["arguments"][0][0]) + "-0"]
+            first = decoded[nt_eval.digest(row["arguments"][0][0]) + "-0"]
             row.update(tokens=first["tokens"], nfe=first["nfe"])
             lines.append(json.dumps(row, default=str) + "\n")
         write_whole(kept.out / f"samples-{name}.jsonl", "".join(lines))

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import compare  # first: it puts the folder above on the path
 import cli
@@ -70,7 +69,7 @@ def paper_command(args):
     """Each on all GPUs that it can use; done.jsonl names those that have ended."""
     root = Path(args.out or f"out/papers/{args.table}-{Path(args.model).name}{'-quick' * args.quick}")
     done, gpus = root / "done.jsonl", torch.cuda.device_count()
-    ended = read_jsonl(done, tolerant=True) if done.exists() else []
+    ended = read_jsonl(done, ours=True) if done.exists() else []
     for words in paper_commands(args.table, args.model, root, args.quick):
         print(shlex.join(["python", *words]), flush=True)
         if args.dry_run or words in ended:
@@ -185,7 +184,8 @@ def main():
         own = prepare({label for label, *_ in left}, model, tok, root)
         # compile what the runs will share, so that tokens per second are those of decoding
         nt_eval.curve(model, tok, problems[0][:BATCH], nt_eval.PROTOCOLS["tiny-table"], "warm-up", BATCH)
-    for label, seed, folder in tqdm(left, "sweep", len(jobs), unit="run", initial=len(jobs) - len(left)):
+    done = len(jobs) - len(left)
+    for label, seed, folder in cli.progress_bar(left, "sweep", len(jobs), unit="run", initial=done):
         if METHODS[label]:
             train(label, seed, folder)
         evaluate(label, folder, tok, problems[seed], own[:32])
