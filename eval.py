@@ -170,10 +170,8 @@ def known_task(task):
 
 def contamination_warning(task):
     """One line where a benchmark and training data overlap, else ""."""
-    if known_task(task) != "math":
-        return ""
-    return (f"warning: TAD and TABOM train on PRM12K. {recipes.IN_MATH}. "
-            f"Report math500 (lm_eval: minerva_math500) instead\n")
+    known = recipes.IN_MATH if known_task(task) == "math" else ""
+    return known and f"warning: TAD and TABOM train on PRM12K. {known} (lm_eval: minerva_math500)\n"
 
 
 def area_of(pairs, y_max):

@@ -31,7 +31,6 @@ class Shard:
     """This rank's file in a folder of rows, and FILE.seconds: the time of each append; rank 0 shows a bar."""
     def __init__(self, folder, rank, n_left, unit, what):
         self.file = Path(folder) / f"rank{rank}.jsonl"
-        cli.drop_torn_line(self.file)
         self.bar = cli.progress_bar(None, what, n_left, unit=unit, smoothing=0)
         self.last = time.perf_counter()
 
@@ -178,10 +177,17 @@ class Collect(ModelOptions):
 
 @dataclass
 class Stats(ModelOptions):
-    """trajectories: lengths, share correct, samples per hour; or in the order they were decoded"""
+    """lengths, share correct, samples per hour"""
     path: str = option(positional=True)  # a folder or .jsonl of trajectories
-    n: int | None = None  # the first n only [inspect: 3]
+    n: int | None = None  # the first n only
     model: str = ""  # whose tokens these are [the trajectories' own]
+
+
+@dataclass
+class Inspect(Stats):
+    """trajectories in the order they were decoded"""
+    n: int = 3  # how many
+    html: str = ""  # page to write in which you step through the first one
 
 
 @dataclass
@@ -219,7 +225,7 @@ def inspect_command(args):
     cli.check_place("html", args.html, ".html")
     records = records_asked_for(args)
     tok = load_tokenizer(args.model, args.revision)
-    for r in records[:args.n or 3]:
+    for r in records[:args.n]:
         words = [tok.decode([i]) or "∅" for i in r["x0"]]
         print(f"{r['id']} correct={r['correct']} nfe={r['nfe']}\n  {r['prompt']}\n  {' '.join(words)}")
         print("  order of reveal: " + " ".join(f"{words[i]}@{i}" for i in np.argsort(r["rank"])))
@@ -247,7 +253,7 @@ def stats_command(args):
         print(f"{'collected in':<16} {seconds:.0f} s: {3600 * len(records) / seconds:.0f} samples/h")
 
 
-COMMANDS = {"collect": (collect_command, Collect, Decoding), "inspect": (inspect_command, Stats),
+COMMANDS = {"collect": (collect_command, Collect, Decoding), "inspect": (inspect_command, Inspect),
             "stats": (stats_command, Stats)}
 
 if __name__ == "__main__":
