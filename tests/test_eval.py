@@ -5,7 +5,7 @@ import pytest
 import ranks
 import torch
 from checkpoints import official_checkpoint
-from conftest import CONFIGS, ROOT, random_model
+from conftest import ROOT
 
 import compare
 import data
