@@ -251,10 +251,19 @@ class OwnChat:
         except Exception as e:  # whatever a template raises
             raise UserError(f"{self.name}: its chat_template fails ({e}): repair or remove it") from None
 
+    @property
+    def system(self):
+        """The system text that the template adds by itself."""
+        own, marked = (self.render([*system, ("user", "a")]) for system in ([], [("system", "(here)")]))
+        before, _, behind = marked.partition("(here)")
+        fits = own.startswith(before) and own.endswith(behind)
+        return own[len(before):len(own) - len(behind)] if fits else ""
+
     def prompt_ids(self, turns):
         """Turns, the answer open -> list of ids; a text writes no special token."""
-        if not self.hf.chat_template:  # a base model: the text, on a line of its own
-            return self.hf.encode(turns[-1][1] + "\n", split_special_tokens=True)
+        if not self.hf.chat_template:  # a base model: the texts, on lines of their own
+            text = "".join(text + "\n" for _, text in turns)
+            return self.hf.encode(text, split_special_tokens=True)
         ids = self.render(turns, tokenize=True, add_generation_prompt=True, sanitize_control_tokens=True)
         return ids["input_ids"]
 
@@ -287,7 +296,7 @@ def tiny_tokens(folder):
 
     def prompt_ids(turns):
         return [special["<bos>"], *(i for _, text in turns for i in encode(text)), special["<sep>"]]
-    chat = SimpleNamespace(prompt_ids=prompt_ids, end_id=special["<eos>"], trims=False)
+    chat = SimpleNamespace(prompt_ids=prompt_ids, end_id=special["<eos>"], trims=False, system="")
     return encode, dict(enumerate(pieces)), special, True, chat
 
 

@@ -175,13 +175,15 @@ class Merge(nt_model.ModelOptions):
     """merge an adapter into its base model (fp32, official names)"""
     adapter: str = option()  # adapter directory
     to: str = option()  # directory to write
-    overwrite: bool = False  # replace the model that is there
+    overwrite: bool = False  # replace what an earlier merge wrote, and nothing else
 
 
 def merge_command(args):
     to = Path(args.to).absolute()
-    ours = args.overwrite and (to / cli.SUMS).exists()
-    if to.exists() and not ours and (not to.is_dir() or any(to.iterdir())):
+    made, sums = set(), to / cli.SUMS
+    if args.overwrite and sums.is_file():  # what is ours
+        made = {sums.name, *(line[66:] for line in cli.read_text(sums).splitlines())}
+    if to.exists() and (not to.is_dir() or {file.name for file in to.iterdir()} - made):
         raise UserError(f"--to {args.to!r} is there and not empty: choose another, or --overwrite what an "
                         f"earlier merge wrote")
     model = merge(load(nt_model.load(args.model, revision=args.revision), args.adapter))

@@ -203,6 +203,8 @@ def build_optimizers(cfg, model):
     rest = [p for n, p in params.items() if n not in muon]
     optimizers = [torch.optim.AdamW(rest, lr=cfg.lr, betas=betas, weight_decay=cfg.weight_decay)]
     if muon:
+        if run.is_sharded(model):
+            raise UserError("--muon_lr needs whole matrices on every rank: leave out --full")
         optimizers.append(torch.optim.Muon(muon.values(), lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
     return optimizers
 

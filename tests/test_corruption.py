@@ -166,7 +166,7 @@ def test_merge_replaces_nothing(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
     for to in ("base", "adapter", "", ".", "base/config.json"):
-        with pytest.raises(UserError, match="choose another, or remove it"):
+        with pytest.raises(UserError, match="choose another, or --overwrite"):
             lora.merge_command(lora.Merge(model="base", adapter="adapter", to=to))
     assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     for to in ("new", "empty", "deep/er"):
