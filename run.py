@@ -398,13 +398,19 @@ class Run:
             optimizer.zero_grad()
 
     def pace(self):
-        """Speed of this step over all ranks. data_wait: share of the time in which batches were built."""
+        """Speed of this step over all ranks. data_wait: share of the time in which batches were built.
+        mfu: of 989 TFLOP/s (H100, H200), at 4 (LoRA) or 6 FLOP per parameter and token; no teacher's forward.
+        """
         seconds = time.perf_counter() - self.began
         tok_per_s = self.total.pop("tokens") / seconds
         wait = self.total.pop("data_s") / (self.world * seconds)
         speed = dict(tok_per_s=round(tok_per_s, 1), data_wait=round(wait, 4))
         if torch.cuda.is_available():
             speed["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+            if any(name in torch.cuda.get_device_name() for name in ("H100", "H200")):
+                flop = 6 if self.whole else 4
+                n = sum(p.numel() for p in self.model.parameters())
+                speed["mfu"] = round(tok_per_s / self.world * flop * n / 989e12, 4)
         return speed
 
     def save_checkpoint(self, step):
