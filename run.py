@@ -41,7 +41,7 @@ import cli
 import lora
 import model as nt_model
 from cli import UserError, sha256, sync, whole_folder
-from model import save_tensors as save_file
+from model import save_tensors
 
 
 @dataclass
@@ -526,7 +526,7 @@ def write_checkpoint(root, step, tensors, rank, n_files):
     """This rank's file and its checksum; rank 0 waits for those of all, and gives the folder its name."""
     tmp, folder = root / "tmp", root / f"step-{step:06d}"
     file = tmp / f"rank-{rank:05d}-of-{n_files:05d}.safetensors"
-    save_file(tensors, file)
+    save_tensors(tensors, file)
     sync(file)
     cli.write_whole(file.with_suffix(".sha256"), sha256(file))
     if rank:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, random_model
 
+import cli
 import data
 import grade
 import rollout as collection
@@ -220,17 +221,18 @@ def test_malformed_trajectories(tmp_path):
     shard = tmp_path / "rank0.jsonl"
     lines = shard.read_text().splitlines()
     good = json.loads(lines[1])
-    del good["crc"]  # as older versions wrote them
-    bad = [("{not json", "line 2 is not valid JSON"), (json.dumps({"id": "x"}), "source is absent"),
+    del good["crc"]
+    bad = [("{not json", "line 2 is not valid JSON"), (cli.line_of({"id": "x"}), "source is absent"),
            (lines[1].replace('"nfe": 4', '"nfe": 5'), "line 2 .* damaged .not as it was written"),
-           (json.dumps({**good, "schema": 99}), "schema 99"), (json.dumps([1]), "not an object")]
-    bad += [(json.dumps({**good, **change}), "inconsistent") for change in (
+           (cli.line_of({**good, "schema": 99}), "schema 99"), (json.dumps([1]), "not an object")]
+    bad += [(cli.line_of({**good, **change}), "inconsistent") for change in (
         dict(rank=[0] * 8), dict(order=[0.5] * 8), dict(x0=[*good["x0"][1:], "7"]), dict(x0=good["x0"][1:]),
         dict(prompt_ids=[-1]), dict(prompt_ids=[[1]]))]
-    bad += [(json.dumps({**good, key: value}), f"{key} is .* of another type") for key, value in (
+    bad += [(cli.line_of({**good, key: value}), f"{key} is .* of another type") for key, value in (
         ("x0", None), ("decoding", None), ("correct", "no"), ("prompt", 3), ("nfe", "4"))]
+    bad.append((json.dumps(good), "not as it was written"))  # not behind a line with a checksum
     for text, words in bad:
-        shard.write_text("\n".join([lines[0], text, lines[2]]) + "\n")
+        shard.write_text("\n".join([lines[0], text.strip(), lines[2]]) + "\n")
         with pytest.raises(UserError, match=words):
             data.read_trajectories(tmp_path)
 

@@ -49,8 +49,8 @@ def test_a_gradient_that_is_not_finite(runs, method):
 
 
 # ------------------------------------------------------------------------- interrupted anywhere, and a full disk
-WRITES = [(cli, "append_line"), (cli, "write_whole"), (cli, "sync"), (training, "save_file"),
-          (training, "sync"), (os, "replace"), (lora, "save_file")]
+WRITES = [(cli, "append_line"), (cli, "write_whole"), (cli, "sync"), (training, "save_tensors"),
+          (training, "sync"), (os, "replace"), (nt_model, "save_file")]
 PLACES = [*WRITES, (training, "write_checkpoint"), (training, "newest_checkpoint"), (training.Run, "update"),
           (training.Run, "backward"), (training.Run, "save_checkpoint"), (training.Run, "finish_writing"),
           (nt_model, "load"), (lora, "add"), (lora, "save"), (grade, "is_correct"), (torch.optim.AdamW, "step")]
@@ -82,7 +82,7 @@ def full(inner, *args, **options):
             f.write("".join(map(cli.line_of, args[1:]))[:-9])
     elif inner.__name__ == "write_whole":
         args[0].with_name(args[0].name + ".tmp").write_text(args[1][:len(args[1]) // 2])
-    elif inner.__name__ == "save_file":
+    elif inner.__name__ in ("save_file", "save_tensors"):
         args[1].write_bytes(b"x" * 999)
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
 

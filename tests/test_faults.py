@@ -146,10 +146,10 @@ def test_the_last_two_are_kept(tmp_path):
 
 def test_saving_does_not_wait_for_the_disk_and_sees_the_weights_as_they_were(tmp_path, monkeypatch):
     model, opts = trained()
-    want, inner = training.checkpoint_tensors(model, opts, None), training.save_file
+    want, inner = training.checkpoint_tensors(model, opts, None), training.save_tensors
     want = {k: t.detach().clone() for k, t in want.items()}
     gate = threading.Event()
-    monkeypatch.setattr(training, "save_file", lambda *a: gate.wait(60) and inner(*a))
+    monkeypatch.setattr(training, "save_tensors", lambda *a: gate.wait(60) and inner(*a))
     r = a_run(tmp_path, model, opts)
     r.save_checkpoint(1)  # returns while its thread waits at the gate
     with torch.no_grad():
@@ -159,7 +159,7 @@ def test_saving_does_not_wait_for_the_disk_and_sees_the_weights_as_they_were(tmp
     gate.set()
     assert r.resume() == 1
     assert all(torch.equal(t, want[k]) for k, t in training.checkpoint_tensors(model, opts, None).items())
-    monkeypatch.setattr(training, "save_file", lambda *a: 1 / 0)
+    monkeypatch.setattr(training, "save_tensors", lambda *a: 1 / 0)
     r.save_checkpoint(2)
     with pytest.raises(UserError, match="could not be written: division"):
         r.finish_writing()

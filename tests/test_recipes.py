@@ -427,7 +427,6 @@ def test_rollout_inspect_and_stats_of_trajectories(tmp_path, monkeypatch, capsys
     code, out, _ = run("inspect", folder / "rank0.jsonl", "-n", "1", "--html", tmp_path / "order.html")
     assert code == 0 and "correct=True nfe=48" in out
     assert f'"order": {record["order"]}, "tokens"' in (tmp_path / "order.html").read_text()
-    assert rollout.inverted(torch.tensor([0, 2, 1, 1]).numpy()) == (2, 5)
 
 
 @pytest.mark.parametrize("script, args, words", [
