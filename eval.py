@@ -35,7 +35,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
-from pprint import pprint
 from typing import Literal
 
 import numpy as np
@@ -683,11 +682,6 @@ def tds_command(args):
     report_by_step({label: values}, "TDS", "nats^2", Path(args.out) / "tds.png")
 
 
-def protocols_command():
-    """the decoding settings behind --protocol; point 0 is the paper's own"""
-    pprint(PROTOCOLS, sort_dicts=False, width=110)
-
-
 def log_command(args):
     panels, path = {"loss": {}, "tok_per_s": {}}, Path(args.runs[0]) / "log.png"
     for run in args.runs:
@@ -705,7 +699,6 @@ COMMANDS = {
     "nll": (nll_command, NllOptions, sample.Decoding),
     "tds": (tds_command, TdsOptions),
     "log": (log_command, LogOptions),
-    "protocols": (protocols_command,),
 }
 
 if __name__ == "__main__":

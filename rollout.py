@@ -190,13 +190,6 @@ class Inspect(Stats):
     html: str = ""  # page to write in which you step through the first one
 
 
-@dataclass
-class Inspect(Stats):
-    """trajectories in the order they were decoded"""
-    n: int = 3  # how many
-    html: str = ""  # page to write in which you step through the first one
-
-
 def collect_command(args, given):
     problems = problems_asked_for(args)
     for p in problems:  # said before a model is loaded
