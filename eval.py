@@ -35,12 +35,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
-from pprint import pprint
 from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 import cli
 import data
@@ -48,7 +46,7 @@ import grade
 import model as nt_model
 import recipes
 import sample
-from cli import UserError, append_line, option, read_json, read_jsonl, run_cli, write_whole
+from cli import UserError, append_line, option, read_jsonl, run_cli, write_whole
 from layers import for_decoding
 from run import agreed, barrier, mend_shards, sha256
 from sample import AdaptedModel, load_both
@@ -76,10 +74,9 @@ PROTOCOLS = {
     "tiny": dict(TINY, rules=tokens_per_forward(1), thresholds=(0.97, 0.95, 0.93, 0.9, 0.8, 0.7, 0.5)),
     "tiny-thresholds": dict(TINY, thresholds=(0.97, 0.95, 0.93, 0.9, 0.8)),  # not the slow token by token
     "tiny-table": dict(  # tools/sweep.py
-        TINY, compiled=True, sync_every=1,
-        rules=[*tokens_per_forward(1, 2, 4), dict(threshold=0.95), dict(threshold=0.9)]),
+        TINY, compiled=True, sync_every=1, rules=tokens_per_forward(1, 2, 4), thresholds=(0.95, 0.9)),
     "tiny-static": dict(
-        TINY, rules=[*tokens_per_forward(1, 2, 4, 8), *tokens_per_forward(48, block_len=48)]),  # all at once
+        TINY, rules=tokens_per_forward(1, 2, 4, 8) + tokens_per_forward(48, block_len=48)),  # all at once
     "thresholds": dict(FAST_DLLM, thresholds=(0.9, 0.95, 0.8, 0.7)),  # no paper's, for any model
     "thresholds/sdar": dict(block_len=4, cache="exact"),
     # TAD, section 4.1 and Table 8: entropy 0.5. Its curves are that point and ANCHOR; the others are ours.
@@ -120,7 +117,7 @@ PROTOCOLS = {
 }
 # a method has one colour in every picture; of the names in a label the longest counts, "" is in all
 METHODS = ("TAD", "T3D", "TABOM", "TRIMS", "SFT", "SFT-SD", "SFT-SD privileged", "Naive TD", "dInfer", "")
-COLORS = {"base": "black", **{name: f"C{i}" for i, name in enumerate(METHODS)}}
+COLORS = {"base": "black"} | {name: f"C{i}" for i, name in enumerate(METHODS)}
 HOW = ("compiled", "sync_every")  # of the decoder: how it computes, not what
 
 
@@ -178,10 +175,11 @@ def area_of(pairs, y_max):
     """AUP, see above, of [(tpf, accuracy), ...], in percent; NaN of no points and where nothing is solved."""
     if not pairs or y_max <= 0:
         return math.nan
-    pairs = sorted(pairs)
-    kept = [(x, y) for x, y in pairs if y >= pairs[0][1] - 5]
-    weighted = [y * min(math.exp(-3 * (1 - y / y_max)), 1) for _, y in kept]
-    return kept[0][0] * kept[0][1] + float(np.trapezoid(weighted, [x for x, _ in kept]))
+    x, y = np.array(sorted(pairs)).T
+    kept = y >= y[0] - 5
+    x, y = x[kept], y[kept]
+    weighted = y * np.minimum(np.exp(-3 * (1 - y / y_max)), 1)
+    return float(x[0] * y[0] + np.trapezoid(weighted, x))
 
 
 def accuracy(point):
@@ -204,10 +202,6 @@ def anchor_warning(curves):
     labels = ", ".join(dict.fromkeys(label for label, points in curves if min(map(rho, points)) > 1.1))
     return labels and (f"warning: the curve of {labels} has no token-by-token point, with which published "
                        f"ones begin: its AUP is overrated\n")
-
-
-def best_accuracy(curves):
-    return max(accuracy(point)[0] for _, points in curves for point in points)
 
 
 def summary_of(point):
@@ -270,7 +264,7 @@ def decode_by_id(model, tok, prompts, settings, batch_size, kept=None, name=""):
         n = batch_size if settings.get("compiled") or model.embed.weight.is_cuda else 1
         list(decode_rows(model, tok, sorted(work, key=len)[-n:], settings, batch_size))
     streams = [zlib.crc32(i.encode()) for i in left]  # of random numbers, the same on any rank
-    for number, _, row in decode_rows(model, tok, work, settings, batch_size, streams, progress=rank == 0):
+    for number, _, row in decode_rows(model, tok, work, settings, batch_size, streams, progress=True):
         done[left[number]] = row
         if kept:
             append_line(kept.out / f"{name}.rank{rank}.jsonl", dict(id=left[number], **row))
@@ -324,7 +318,8 @@ def join_ranks():
     """(rank, world size): torchrun's, or (0, 1). The ranks only exchange words, so gloo does on GPUs too."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=7))  # one may wait long for another's decoding
+        # one may wait long for another's decoding
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
     return rank, world
 
 
@@ -333,7 +328,7 @@ class Kept:
     def __init__(self, out, config, rank, world):
         self.out, self.config, self.rank, self.world = Path(out), config, rank, world
         self.results, file = self.out / "results.jsonl", self.out / "config.json"
-        then = read_json(file) if file.exists() else {} if self.results.exists() else config
+        then = cli.read_object(file) if file.exists() or self.results.exists() else config
         differ = ", ".join(k for k in config | then if config.get(k) != then.get(k))
         if differ:
             raise UserError(f"{out} holds results already, of another run ({differ} differ): choose another "
@@ -416,7 +411,8 @@ def write_results(curves, out):
 
 
 def show(curves, y_max, out):
-    """Print a table of curves, y_max in percent, and draw them as curve.png -> their AUPs."""
+    """Print a table of curves and draw them as curve.png -> y_max in percent, the best if None, and AUPs."""
+    y_max = y_max or max(accuracy(point)[0] for _, points in curves for point in points)
     print("model      decoding rule             accuracy %    TPF  forwards    tok/s  s/sample ms/forward")
     row = ("{label:<10} {rule:<22} {acc:6.1f} +- {se:3.1f} {tpf:6.2f} {nfe:9.1f} "
            "{tok_per_s:8.1f} {s_per_sample:9.4f} {ms_per_forward:10.2f}")
@@ -430,7 +426,7 @@ def show(curves, y_max, out):
     places = {place.format(**point) for _, points in curves for point in points}
     print(anchor_warning(curves) + "\n".join(sorted(places)))
     plot({"accuracy against parallelism": curves}, out / "curve.png")
-    return areas
+    return y_max, areas
 
 
 def draw(panels, x, y, path):
@@ -462,9 +458,10 @@ def draw(panels, x, y, path):
 
 def plot(panels, path):
     """panels: {title: curves}; a line per model: accuracy, with standard errors, against TPF."""
-    def line(points):
-        return [(tpf(point), *accuracy(point)) for point in sorted(points, key=tpf)]
-    drawn = {title: {label: line(points) for label, points in curves} for title, curves in panels.items()}
+    drawn = {}
+    for title, curves in panels.items():
+        drawn[title] = {
+            label: [(tpf(p), *accuracy(p)) for p in sorted(points, key=tpf)] for label, points in curves}
     draw(drawn, "tokens per forward (TPF)", "accuracy, %", path)
 
 
@@ -478,7 +475,7 @@ def closing(r, model, tok, label):
         protocol = protocol_of(r.task, r.task)
         curves = [(name, curve(m, tok, problems, protocol, name)) for name, m in models]
         write_results(curves, r.out)
-        show(curves, best_accuracy(curves), r.out)
+        show(curves, None, r.out)
         print(f"written: {r.out / 'results.jsonl'}, {r.out / 'curve.png'}")
     elif r.rank == 0:
         base = f"--model {cfg.model}" + (f" --revision {cfg.revision}" if cfg.revision else "")
@@ -501,7 +498,7 @@ def report_by_step(curves, what, unit, path):
               f"{values[np.isfinite(values)][-1]:.4f} at the end")
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = path.with_suffix(".json")
-    every = (read_json(kept) if kept.exists() else {}) | {k: list(map(float, v)) for k, v in curves.items()}
+    every = cli.read_object(kept) | {k: list(map(float, v)) for k, v in curves.items()}
     write_whole(kept, json.dumps(every) + "\n")
     draw({"": {k: enumerate(v) for k, v in every.items()}}, "forward", f"{what}, {unit}", path)
 
@@ -645,9 +642,7 @@ def curve_command(args, given):
         model, tok, problems, protocol, args.label, args.batch_size, args.allow_code_execution, kept)
     if rank:
         return
-    curves = [(args.label, points)]
-    y_max = args.y_max or best_accuracy(curves)
-    (area,) = show(curves, y_max, kept.out)
+    y_max, (area,) = show([(args.label, points)], args.y_max, kept.out)
     summary = dict(
         about, n=len(problems), y_max=y_max, alpha=3.0, aup=None if math.isnan(area) else area,
         y_max_from="--y_max" if args.y_max else "the best of these points",
@@ -663,8 +658,7 @@ def nll_command(args, given):
     teacher = load_teacher(args.teacher, *nt_model.default_device())
     label = args.adapter or args.model
     settings = dict(cache="none", policy="static", per_step=1, early_stop=False)
-    settings |= nt_model.decoding_defaults(model.cfg)
-    settings |= given
+    settings |= nt_model.decoding_defaults(model.cfg) | given
     outs = sample.generate(model.eval(), [tok.prompt_ids(p["prompt"]) for p in problems], **settings)
     rows = []
     for p, out in zip(cli.progress_bar(problems, f"teacher NLL {label}", unit="decoding"), outs):
@@ -681,11 +675,6 @@ def tds_command(args):
     label = args.adapter or args.model
     values = mean_tds(model, records, label)
     report_by_step({label: values}, "TDS", "nats^2", Path(args.out) / "tds.png")
-
-
-def protocols_command():
-    """the decoding settings behind --protocol; point 0 is the paper's own"""
-    pprint(PROTOCOLS, sort_dicts=False, width=110)
 
 
 def log_command(args):
@@ -705,7 +694,6 @@ COMMANDS = {
     "nll": (nll_command, NllOptions, sample.Decoding),
     "tds": (tds_command, TdsOptions),
     "log": (log_command, LogOptions),
-    "protocols": (protocols_command,),
 }
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ import t3d
 from cli import UserError, option, read_json, read_jsonl, run_cli
 
 COMMON = "--max_steps 200 --batch_size 16 --micro_batch 16 --lr 1e-3 --lr_schedule tail --warmup_steps 10"
+PROTOCOL = "tiny-table", "tiny"
 BATCH = 51  # problems decoded at once: 251 nearly fill five such batches
 N_TRAJECTORIES = 1000
 
@@ -130,7 +131,7 @@ def evaluate(label, folder, tok, problems, records):
         lora.load(model, folder / "adapter")
         cost = costs(folder)
     cost["tds"] = float(np.nanmean(nt_eval.mean_tds(model, records, label)))
-    points = nt_eval.curve(model, tok, problems, nt_eval.PROTOCOLS["tiny-table"], label, BATCH)
+    points = nt_eval.curve(model, tok, problems, nt_eval.protocol_of(*PROTOCOL), label, BATCH)
     nt_eval.write_results([(label, [{**point, "run": cost} for point in points])], folder)
 
 
@@ -183,7 +184,7 @@ def main():
         tok, model = data.load_tokenizer("tiny"), nt_model.load("tiny").requires_grad_(False)
         own = prepare({label for label, *_ in left}, model, tok, root)
         # compile what the runs will share, so that tokens per second are those of decoding
-        nt_eval.curve(model, tok, problems[0][:BATCH], nt_eval.PROTOCOLS["tiny-table"], "warm-up", BATCH)
+        nt_eval.curve(model, tok, problems[0][:BATCH], nt_eval.protocol_of(*PROTOCOL), "warm-up", BATCH)
     done = len(jobs) - len(left)
     for label, seed, folder in cli.progress_bar(left, "sweep", len(jobs), unit="run", initial=done):
         if METHODS[label]:
