@@ -72,7 +72,6 @@ def keep_freed_memory():
 CRC = ', "crc": "01234567"}'  # how a line of ours ends
 SUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
 
-
 BOUNDS = {name: (least, most) for least, most, names in [  # of every numeric option
     (1, 2**31, "n batch_size micro_batch score_batch collect_batch save_every log_every epochs lora_r "
                "gen_len block_len per_step sync_every prompt_len max_prompt n_buckets limit seeds"),
@@ -113,15 +112,6 @@ def shown(value):
     return "" if value is None else str(value)
 
 
-def help_of(field, comment, presets):
-    """Its comment, and in brackets the default and the families' own."""
-    own = {family: preset[field.name] for family, preset in presets.items() if field.name in preset}
-    differ = ", ".join(f"{family} {shown(value)}" for family, value in own.items())
-    values = "; ".join(filter(None, [shown(field.default), differ]))
-    comment += f" [{values}]" if values and not comment.endswith("]") else ""
-    return comment.replace("%", "%%")
-
-
 def add_options(parser, cls, presets={}):
     """The fields of a dataclass as options. presets: {family: {field: value}}, shown by --help."""
     hints, comments = get_type_hints(cls), {}
@@ -132,8 +122,11 @@ def add_options(parser, cls, presets={}):
         if type(None) in get_args(kind):  # X | None
             kind = get_args(kind)[0]
         names = ["--" + field.name] + ["-n", "--n_problems"] * (field.name == "n")  # --n is torchrun's, too
-        text = help_of(field, comments.get(field.name, ""), presets)
-        settings = dict(default=argparse.SUPPRESS, help=text)  # absent unless given
+        text, name = comments.get(field.name, ""), field.name
+        differ = [f"{family} {shown(own[name])}" for family, own in presets.items() if name in own]
+        values = "; ".join(filter(None, [shown(field.default), ", ".join(differ)]))
+        text += f" [{values}]" if values and not text.endswith("]") else ""
+        settings = dict(default=argparse.SUPPRESS, help=text.replace("%", "%%"))  # absent unless given
         if about.get("positional"):
             names, settings["nargs"] = [field.name], None if about["required"] else "?"
         else:
@@ -182,9 +175,7 @@ def parse(doc, *classes):
 
 
 def run_command(doc, commands):
-    """Call one of {name: (function, dataclass, *others)}; the dataclass's docstring is the command's help, or
-    the function's where there is none.
-    """
+    """Call one of {name: (function, dataclass, *others)}. Help: the docstring of dataclass or function."""
     parser = new_parser(doc)
     choose = parser.add_subparsers(dest="command", required=True)
     for name, (function, *classes) in commands.items():
@@ -268,8 +259,14 @@ def row_of(line, kinds, sealed):
 def read_rows(path):
     """The objects of a .jsonl, .json (a list) or .parquet file, the first two also with .gz."""
     if str(path).endswith(".parquet"):
-        rows = parquet_rows(path)
-    elif str(path).endswith((".json", ".json.gz")):
+        parquet = package("pyarrow.parquet", f"{path}: reading .parquet needs pyarrow: pip install pyarrow")
+        try:
+            for batch in parquet.ParquetFile(path).iter_batches():  # a set may not fit into memory
+                yield from batch.to_pylist()
+        except (ValueError, OSError) as e:  # pyarrow's own are kinds of these
+            raise UserError(f"{path} is not a whole .parquet file ({e})") from None
+        return
+    if str(path).endswith((".json", ".json.gz")):
         rows = read_json(path)
         if not isinstance(rows, list):
             raise UserError(f"{path} must hold a list of objects")
@@ -279,16 +276,6 @@ def read_rows(path):
         if not isinstance(row, dict):
             raise UserError(f"{path} line {i + 1} is not an object: {str(row)[:60]!r}")
         yield row
-
-
-def parquet_rows(path):
-    """Read in pieces: a set may not fit into memory."""
-    parquet = package("pyarrow.parquet", f"{path}: reading .parquet needs pyarrow: pip install pyarrow")
-    try:
-        for batch in parquet.ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
-    except (ValueError, OSError) as e:  # pyarrow's own are kinds of these
-        raise UserError(f"{path} is not a whole .parquet file ({e})") from None
 
 
 def append_line(path, *rows):

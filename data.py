@@ -29,8 +29,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 import grade
-from cli import UserError, option, read_json, read_jsonl, read_rows, run_cli, run_command
-from model import FAMILIES, ModelOptions, block_diffusion_layout, checkpoint_dir, config_of
+from cli import UserError, option, read_jsonl, read_object, read_rows, run_cli, run_command
+from model import FAMILIES, ModelOptions, block_diffusion_layout, checkpoint_dir, config_of, listed
 from recipes import RECIPES, TEST, recipe_problems, same_question
 
 TINY_DECODING = FAMILIES["tiny"].decoding
@@ -48,11 +48,11 @@ AVOIDED = {"train": ("dev", "test"), "dev": (), "test": ("dev",)}  # whose held-
 HELD_OUT = 4096  # problems each of dev and test
 DRILL_SHARE, PRIVILEGED_SHARE = 0.35, 0.15  # of the base model's training examples
 
-TEXTS = ("prompt", "question", "solution", "thinking", "entry_point", "grader")  # fields that hold text
+TEXTS = "prompt question solution thinking entry_point grader".split()  # fields that hold text
 OWN_FIELDS = ("id", *TEXTS, "answer", "tests", "setup")  # of a problem
-CARRIED = ("question", "grader", "tests", "entry_point", "setup")  # into its record, where it has them
-RECORD_FIELDS = {**dict.fromkeys(("id", "source", "prompt", "solution", "model"), str),
-                 **dict.fromkeys(("prompt_ids", "x0", "order", "rank"), list), "decoding": dict,
+CARRIED = "question grader tests entry_point setup".split()  # into its record, where it has them
+RECORD_FIELDS = {**dict.fromkeys("id source prompt solution model".split(), str),
+                 **dict.fromkeys("prompt_ids x0 order rank".split(), list), "decoding": dict,
                  "nfe": int, "schema": int, "correct": (bool, type(None))}
 SCHEMA = 1
 
@@ -187,8 +187,7 @@ def own_problems(source):
         for key in TEXTS:
             if not isinstance(p.get(key, ""), str):
                 raise UserError(f"{where}: {key} must be text, it is {str(p[key])[:40]!r}")
-        tests = p.get("tests", [])
-        if not all(isinstance(t, str) for t in (tests if isinstance(tests, list) else [tests])):
+        if not all(isinstance(t, str) for t in listed(p.get("tests"))):
             raise UserError(f"{where}: tests must be text or a list of texts")
         if not p.get("prompt", "").strip():
             raise UserError(f"{where} has no field 'prompt' or it is empty")
@@ -254,7 +253,8 @@ class OwnChat:
     @property
     def system(self):
         """The system text that the template adds by itself."""
-        own, marked = (self.render([*system, ("user", "a")]) for system in ([], [("system", "(here)")]))
+        own = self.render([("user", "a")])
+        marked = self.render([("system", "(here)"), ("user", "a")])
         before, _, behind = marked.partition("(here)")
         fits = own.startswith(before) and own.endswith(behind)
         return own[len(before):len(own) - len(behind)] if fits else ""
@@ -281,9 +281,8 @@ def load_tokenizer(name, revision=None):
 
 def tiny_tokens(folder):
     """The tiny model's vocab.json -> Tokenizer's fields but the last, or None if it is another's."""
-    file = folder / "vocab.json"
-    table = read_json(file) if file.exists() and not (folder / "tokenizer.json").exists() else None
-    if not isinstance(table, dict) or not isinstance(table.get("words"), list):  # a BPE's "words" is a token
+    table = {} if (folder / "tokenizer.json").exists() else read_object(folder / "vocab.json")
+    if not isinstance(table.get("words"), list):  # a BPE's "words" is a token
         return None
     # 256 bytes, then words with their leading space, then special tokens
     pieces = [bytes([b]) for b in range(256)] + [b" " + word.encode() for word in table["words"]]
@@ -361,15 +360,13 @@ def stacked(examples, *fields):
 
 def left_padded(rows, pad_id):
     """Rows (T_i,) int64 -> ids, valid (B, T)."""
-    ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
-    n_pad = torch.tensor([ids.shape[1] - len(row) for row in rows])[:, None]
-    return ids, torch.arange(ids.shape[1]) >= n_pad
+    left = dict(batch_first=True, padding_side="left")
+    valid = pad_sequence([row >= 0 for row in rows], **left)
+    return pad_sequence(rows, padding_value=pad_id, **left), valid
 
 
 def response_inputs(model_cfg, prompts, xt, x0=None):
-    """Prompts (lists of ids) and noisy responses xt (B, L) -> arguments of model.hidden(), left-padded; cols
-    (B, L), where the response is. x0 (B, L): a block-causal model then sees clean blocks before noisy ones.
-    """
+    """Lists of ids, noisy xt (B, L) -> hidden()'s arguments; cols (B, L) of xt. x0: clean blocks to see."""
     if x0 is not None:
         return block_diffusion_layout(model_cfg, prompts, xt, x0)
     rows = [torch.cat([torch.tensor(p, dtype=torch.long), row]) for p, row in zip(prompts, xt.cpu())]
@@ -428,9 +425,9 @@ def list_sets():
     for name, r in RECIPES.items():
         read = f"; streamed, {r.n:,} unless told otherwise" if r.n else ""
         cells.append((name, r.size, r.grader, r.licence, r.hub, r.note + read))
-    width = [max(map(len, column)) for column in zip(*cells)]
+    line = "  ".join(f"{{:{max(map(len, column))}}}" for column in zip(*cells))
     for row in cells:
-        print("  ".join(cell.ljust(w) for cell, w in zip(row, width)).rstrip())
+        print(line.format(*row).rstrip())
     print("\nproblems: train / dev / test; without a dev split, one in 50 of train is dev. "
           "licence: as the hub's page says, ? where it says nothing.")
 
@@ -445,11 +442,11 @@ class Show:
 
 def show(args):
     for p in problems_asked_for(args):
-        tests = p.get("tests")
+        tests = listed(p.get("tests") or [])
         shown = dict(
             prompt=p["prompt"], solution=p["solution"], grader=grade.grader_of(p), answer=p.get("answer", ""),
             privileged=privileged_prompt(p) if p["solution"] else "(there is no solution)",
-            tests="\n".join(tests) if isinstance(tests, list) else tests)
+            tests="\n".join(tests))
         print(p["id"])
         del shown["answer" if tests else "tests"]
         for name, value in shown.items():

@@ -104,12 +104,6 @@ def off(model):
     return changed(model, [(m, "enabled", False) for _, m in adapters(model)])
 
 
-def swapped(model, tensors):
-    """Inside, the trained tensors of the model are these, {name: tensor}: adapters of a few steps ago."""
-    return changed(model, [(p, "data", tensors[name])
-                           for name, p in model.named_parameters() if p.requires_grad])
-
-
 def merge(model):
     """Replace every adapter by a plain linear layer with the sum; in bf16 small adapters lose digits."""
     for name, layer in adapters(model):

@@ -28,6 +28,7 @@ import cli
 from cli import UserError, read_object, run_cli
 
 HERE = Path(__file__).resolve().parent
+CHUNK_BYTES = 2**26  # of fp32 logits at once, see by_chunks
 
 
 @dataclass(frozen=True)
@@ -142,14 +143,12 @@ def decoding_defaults(cfg):
     return {**own_blocks, **FAMILIES[cfg.family].decoding}
 
 
-def listed(ids):
-    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+def listed(value):
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def read_config(folder):
-    """The Config of a checkpoint's directory; generation_config.json may add EOS ids. What SDAR and A2D leave
-    out: the mask id is the tokeniser's; the name tells the block's length (-b8) and the kind of network.
-    """
+    """The Config of a checkpoint's directory; generation_config.json may add EOS ids."""
     raw = read_object(folder / "config.json", optional=False)
     eos = listed(raw.get("eos_token_id"))
     said = read_object(folder / "generation_config.json").get("eos_token_id")
@@ -158,6 +157,7 @@ def read_config(folder):
         raw["eos_token_id"] = eos + more
     if raw.get("mask_token_id") is not None:
         return config_from_json(raw)
+    # SDAR and A2D leave out the mask id, which the tokeniser has, and what the name tells: -b8, the kind
     tokens, path = folder / "tokenizer_config.json", folder.resolve()
     # of a hub id the path is models--OWNER--NAME/snapshots/COMMIT
     name = next((part for part in path.parts if part.startswith("models--")), path.name)
@@ -330,20 +330,18 @@ def store(keys, values, rows, cols, k, v):
 
 
 def attention_mask(cfg, q_pos, q_col, k_pos, k_col, k_valid):
-    """Who sees whom, (B, T_q, T_k) bool: keys are real tokens, and in no later block of a block-causal model.
-    Every token sees itself, or a padded query would spread NaN. Positions count from the first real token.
-    """
+    """Who sees whom, (B, T_q, T_k) bool: real tokens, and no later block of a block-causal model."""
     keep = k_valid[:, None, :]
     if cfg.block_len:
         keep = keep & (q_pos[:, :, None] // cfg.block_len >= k_pos[:, None, :] // cfg.block_len)
-    return keep | (q_col[:, :, None] == k_col[:, None, :])
+    return keep | (q_col[:, :, None] == k_col[:, None, :])  # itself, or a padded query would spread NaN
 
 
 def block_diffusion_layout(cfg, prompts, xt, x0):
     """Training layout of block-causal models, [prompt blocks | noisy response | clean response]: one forward
-    scores every noisy block behind clean earlier ones (SDAR; T3D). prompts: lists of ids; xt, x0 (B, L) ->
-    the arguments of hidden(); and cols (B, L), where the noisy response stands. Blocks count from the first
-    prompt token, as in decoding: a last, partial prompt block stands in both halves, and is never noised.
+    scores every noisy block behind clean earlier ones (SDAR; T3D). Lists of ids; xt, x0 (B, L) -> hidden()'s
+    arguments; cols (B, L) of the noisy response. Blocks count from the first prompt token, as in decoding: a
+    partial prompt block stands in both halves, and is never noised.
     """
     if cfg.shift or not cfg.block_len:
         raise UserError("this layout is for block-causal models without a shift (SDAR)")
@@ -431,9 +429,6 @@ class Transformer(nn.Module):
     def forward(self, ids, valid=None, **kw):
         """ids (B, T) -> logits (B, T, V); logits[:, i] scores token i. See hidden()."""
         return self.head(self.hidden(ids, valid, **kw))
-
-
-CHUNK_BYTES = 2**26  # of fp32 logits at once
 
 
 def by_chunks(terms, n_vocab, *rows, chunk_bytes=CHUNK_BYTES):

@@ -22,7 +22,7 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from functools import lru_cache
@@ -45,10 +45,8 @@ from model import save_tensors
 
 
 @dataclass
-class Options:
+class Options(nt_model.ModelOptions):
     """What every method has. All but the first seven may change when a run is continued."""
-    model: str = "tiny"  # preset name, hub id or directory
-    revision: str = ""  # commit, branch or tag of a hub id
     max_steps: int = 0  # stop after this many steps (0: epochs decide)
     full: bool = False  # train all weights instead of LoRA adapters (a teacher is then a frozen copy)
     clip: float = 1.0  # gradient norm
@@ -163,7 +161,8 @@ def unsharded(model, device="cpu", dtype=None, keep=True):
     with torch.device("meta"):
         plain, pairs = nt_model.Transformer(model.cfg), lora.adapters(model)
         if pairs:
-            layer, targets = pairs[0][1], {name.rpartition(".")[2] for name, _ in pairs}
+            layer = pairs[0][1]
+            targets = {name.rpartition(".")[2] for name, _ in pairs}
             lora.add(plain, layer.r, layer.alpha, layer.dropout, targets)
     plain.load_state_dict(state, assign=True)
     if model.cfg.tied:
@@ -203,20 +202,10 @@ def batch_of(step, n, cfg):
     return epoch, shuffled(n, cfg.seed, epoch)[i * cfg.batch_size:(i + 1) * cfg.batch_size]
 
 
-@contextmanager
-def on_sigterm(handler):
-    before = signal.signal(signal.SIGTERM, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 class Run:
     """A run of the settings cfg, a method's Config: beside Options it has seed, data, batch_size, micro_batch
     and warmup_steps. whole: all weights are trained and saved, not adapters [--full].
     """
-
     def __init__(self, cfg, whole=None):
         self.cfg, self.whole = cfg, cfg.full if whole is None else whole
         self.rank = int(os.environ.get("RANK", 0))
@@ -314,7 +303,8 @@ class Run:
                 self.board.init(project="nanotraj", name=str(self.out), config=vars(cfg), dir=self.out)
         model.train()
         logged = time.perf_counter()
-        with on_sigterm(lambda *_: self.stop_asked.set()):
+        before = signal.signal(signal.SIGTERM, lambda *_: self.stop_asked.set())
+        try:
             bar = cli.progress_bar(range(first, n_steps), "train", n_steps, unit="step", initial=first)
             for self.step in bar:
                 self.began, self.total = time.perf_counter(), {"tokens": 0.0, "data_s": 0.0}
@@ -325,8 +315,9 @@ class Run:
                 speed = self.pace()
                 bar.set_postfix(loss=self.total["loss"], **speed, refresh=False)
                 if self.rank == 0 and (done % cfg.log_every == 0 or done == n_steps):
-                    before, logged = logged, time.perf_counter()
-                    row = dict(step=done, **self.total, **speed, seconds=round(logged - before, 3))
+                    now = time.perf_counter()
+                    row = dict(step=done, **self.total, **speed, seconds=round(now - logged, 3))
+                    logged = now
                     cli.append_line(log, row)
                     if self.board:
                         self.board.log(row, step=done)
@@ -337,10 +328,12 @@ class Run:
                     if self.rank == 0:
                         bar.write(f"SIGTERM: stopped after step {done}; the same command goes on", sys.stderr)
                     raise SystemExit(128 + signal.SIGTERM)
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     def micro_batches(self, chosen, length, build):
         """This rank's share of a step's examples (indices), in micro-batches: build(indices) -> batch."""
-        chosen, size = [int(n) for n in chosen], self.cfg.micro_batch
+        chosen, size = list(map(int, chosen)), self.cfg.micro_batch
         if len(chosen) > size:
             chosen.sort(key=length)  # little padding
         mine = chosen[self.rank::self.world]
@@ -379,7 +372,7 @@ class Run:
         self.total["stop"] = float(self.stop_asked.is_set())
         if self.world > 1:  # in one bucket: what FSDP has not summed, the parts of the loss, whether to stop
             grads = [p.grad for p in params if not isinstance(p, DTensor)]
-            grads.append(torch.tensor(list(self.total.values()), device=params[0].device))
+            grads.append(torch.tensor(list(self.total.values()), device=self.device))
             bucket = torch.cat([g.flatten() for g in grads])
             dist.all_reduce(bucket, group=self.group)
             for g, summed in zip(grads, bucket.split([g.numel() for g in grads])):
@@ -485,7 +478,6 @@ class Run:
 
 class Reference:
     """A frozen copy of the weights of an earlier step (at first, of the start): adapters or a model."""
-
     def __init__(self, r, model):
         self.adapters = None
         if r.whole:
@@ -510,7 +502,9 @@ class Reference:
 
     def in_place_of(self, model):
         """Inside, a model with these weights: with adapters, `model` itself."""
-        return lora.swapped(model, self.adapters) if self.adapters else nullcontext(self.model)
+        if not self.adapters:
+            return nullcontext(self.model)
+        return lora.changed(model, [(p, "data", self.adapters[name]) for name, p in trainable(model).items()])
 
 
 def checkpoint_tensors(model, optimizers, reference=None):
@@ -543,11 +537,10 @@ def write_checkpoint(root, step, tensors, rank, n_files):
 
 def intact(folder):
     """Is a checkpoint as it was written? The name of each of its files says how many there are."""
-    files = sorted(folder.glob("rank-*.safetensors"))
+    files = list(folder.glob("rank-*.safetensors"))
     sums = {f.stem: f.read_bytes() for f in folder.glob("*.sha256")}
-    n_files = [int(f.stem.rpartition("-")[2]) for f in files]
-    return n_files == [len(files)] * len(files) != [] and all(
-        sums.get(f.stem) == sha256(f).encode() for f in files)
+    told = {f.stem.rpartition("-")[2] for f in files}
+    return told == {f"{len(files):05d}"} and sums == {f.stem: sha256(f).encode() for f in files}
 
 
 def newest_checkpoint(out):
@@ -566,7 +559,8 @@ def dry_run(cfg, n_examples, frozen_copy=False, scratch=False):
     per_epoch = n_examples // cfg.batch_size
     print(f"at most {n_examples:,} examples: {per_epoch:,} steps per epoch, "
           f"{cfg.max_steps or cfg.epochs * per_epoch:,} steps in all")
-    facts, kinds = model.cfg, [model.parameters(), model.blocks[0].parameters(), trainable(model).values()]
+    facts = model.cfg
+    kinds = model.parameters(), model.blocks[0].parameters(), trainable(model).values()
     n_all, n_block, n_trained = (sum(p.numel() for p in params) for params in kinds)
     rest = n_all - facts.n_layer * n_block  # embedding, norm, head: whole until the last gradient
     heads = facts.n_head + 2 * facts.n_kv_head

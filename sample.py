@@ -105,9 +105,7 @@ class Output:
 
 
 def pick_tokens(logits, cfg, s, noise=None):
-    """logits (..., V) -> token, confidence, entropy in nats, score; all (...). The mask id is never picked.
-    noise (..., V) uniform in (0, 1) drives sampling at temperature > 0 (Gumbel argmax).
-    """
+    """logits, noise (..., V) -> token (never the mask), confidence, entropy in nats, score; all (...)."""
     logits = logits.float()
     lse = logits.logsumexp(-1, keepdim=True)
     entropy = lse[..., 0] - ((logits - lse).exp() * logits).sum(-1)
@@ -118,7 +116,7 @@ def pick_tokens(logits, cfg, s, noise=None):
         if 0 < s.top_k < choice.shape[-1]:
             least = choice.topk(s.top_k, -1).values[..., -1:]
             choice = choice.masked_fill(choice < least, -torch.inf)
-        choice = choice - (-noise.log()).log()
+        choice = choice - (-noise.log()).log()  # Gumbel argmax
     token = choice.argmax(-1, keepdim=True)
     confidence = (logits.gather(-1, token) - lse).exp()[..., 0]
     score = confidence
@@ -149,9 +147,7 @@ def row_key(seed, stream):
 
 
 def uniform_noise(key, nfe, positions, n_vocab):
-    """Uniform numbers in (0, 1), fp32 (R, W, V), made from their arguments alone: no generator is kept.
-    key, nfe (R, 1), positions (R, W) int64.
-    """
+    """key, nfe (R, 1), positions (R, W) int64 -> uniform numbers in (0, 1), fp32 (R, W, V), no generator."""
     def mix(x):  # an integer hash of 32 bits, kept in int64
         for shift, factor in ((16, 0x21F0AAAD), (15, 0xD35A2D97)):
             x = (x ^ (x >> shift)) * factor & 0xFFFFFFFF
@@ -288,9 +284,7 @@ POLICIES = {
 
 
 def choose(model, h, s, key, nfe, positions, *state):
-    """What a forward reveals, by its hidden states h (R, W, C) -> tokens (R, W), the Forward, chosen (R, W).
-    key, nfe, positions: see uniform_noise. state: the fields of Forward from `masked` on.
-    """
+    """Of hidden states h (R, W, C) -> tokens (R, W), the Forward, chosen (R, W). state: Forward's own."""
     noise = None
     if s.temperature > 0:
         noise = uniform_noise(key, nfe, positions, model.cfg.vocab_size)
@@ -301,9 +295,7 @@ def choose(model, h, s, key, nfe, positions, *state):
 
 @torch.no_grad()
 def reference(model, prompt, **settings):
-    """Decode one prompt (P,) int64 with plain code and no cache -> Output: the oracle for `generate`. Stale
-    keys are those of the canvas at the last refresh, which runs beside the present one.
-    """
+    """Decode one prompt (P,) int64 with plain code and no cache -> Output: the oracle for `generate`."""
     s, P = Decoding(**settings), len(prompt)
     policy, model = POLICIES[s.policy], in_blocks(model, s.block_len)
     cfg, total = model.cfg, P + s.gen_len
@@ -355,15 +347,13 @@ def in_prompt(n_prompt, s, cfg):
 
 
 def reach(s, cfg):
-    """Columns left of the block that a window takes along: the vicinity, the last block (exact: its keys are
-    committed now), and the left neighbour whose hidden state a shifted model needs.
-    """
-    columns = {"vicinity": s.vicinity, "exact": s.block_len}.get(s.cache, 0)
+    """Columns left of the block that a window takes along; a shifted model needs the left neighbour."""
+    columns = {"vicinity": s.vicinity, "exact": s.block_len}.get(s.cache, 0)  # exact: keys to commit
     return max(columns, int(cfg.shift))
 
 
 def stale_hidden(model, old, new, start, end):
-    """Hidden states (1, end - start, C) of canvas `new` (T,) with all other keys from canvas `old` (T,)."""
+    """Hidden states (1, end - start, C) of canvas `new` (T,); other keys are of the last refresh, `old`."""
     cfg = model.cfg
     positions = torch.arange(len(new))[None]
     mask = attention_mask(cfg, positions, positions, positions, positions, positions >= 0)
@@ -390,10 +380,9 @@ def generate(model, prompts, batch_size=32, **options):
 def stream(model, prompts, batch_size=32, progress=False, streams=None, compiled=None, sync_every=4,
            **settings):
     """Like generate, but yields (prompt index, Output) as rows finish; waiting prompts take their places.
-    streams: the number of each prompt's random stream [its index]. compiled: run torch.compile's form of the
-    step [on a GPU]. sync_every: forwards between two looks of the host at the device; a row that is finished
-    or needs its keys refreshed waits for the next look (on a CPU 1 wastes nothing). UserError: a prompt that
-    does not fit.
+    streams: the number of each prompt's random stream [its index]. compiled: torch.compile the step [on a
+    GPU]. sync_every: forwards between two looks of the host at the device, for which a row that is finished
+    or needs its keys refreshed waits (on a CPU 1 wastes nothing). UserError: a prompt that does not fit.
     """
     s = Decoding(**settings)
     if prompts:
@@ -581,7 +570,6 @@ def advance(x, s):
 
 class Batch:
     """The rows of a batch, the cache, and the host's picture of them as of its last look."""
-
     def __init__(self, model, prompts, s, batch_size, streams=None, compiled=None, sync_every=4):
         check_prompts(model.cfg, prompts, s)
         self.model, self.s = for_decoding(in_blocks(model, s.block_len)), s
@@ -668,9 +656,7 @@ class Batch:
             getattr(self.rows, name)[rows] = t.to(self.dev, non_blocking=True)
 
     def run(self):
-        """Forwards up to the next look: `sync_every`, or as many as all rows are certain to use. Rows with
-        stale keys first refresh them over the whole canvas, which also reveals; then all go on in windows.
-        """
+        """`sync_every` forwards, or as many as all rows are certain to use, the first on rows to refresh."""
         busy = self.busy()
         if not busy:
             return
@@ -688,9 +674,7 @@ class Batch:
             self.forward(rows, width)
 
     def window_width(self, start):
-        """Columns of a window: with the prefix cache to the canvas's end for the slowest row, which stands at
-        `start`, by doubling, so that there are few widths.
-        """
+        """Columns of a window; prefix: to the canvas's end for the slowest row, at `start`, in few widths."""
         s, width = self.s, self.s.block_len
         if s.cache == "vicinity":
             width += s.vicinity
@@ -701,12 +685,10 @@ class Batch:
         return width
 
     def row_numbers(self, rows):
-        """Row numbers as a tensor whose length is no reason to compile again: at least two if there are two,
-        and for CUDA graphs a power of two; the first one is repeated to fill up.
-        """
+        """As a tensor, filled up with the first one to a length that is no reason to compile again."""
         n = len(rows)
         if self.capture:
-            n = 1 << (n - 1).bit_length()
+            n = 1 << (n - 1).bit_length()  # the next power of two
         if self.compiled:
             n = min(max(n, 2), len(self.owner))
         numbers = torch.tensor(rows + rows[:1] * (n - len(rows))).to(self.dev, non_blocking=True)
@@ -754,13 +736,11 @@ def show(out, tokens, by="confidence"):
 
 def page(outs, tok, eos_ids, prompt, path):
     """Decodings {name: Output} of a prompt -> one HTML file to step through, which needs no network."""
-    sides = []
-    for name, out in outs.items():
-        sides.append(dict(
-            name=name, nfe=out.nfe, n=out.n_tokens(eos_ids),
-            order=out.order.clamp(max=out.nfe - 1).tolist(),  # of a record: early stopping left out the rest
-            tokens=[tok.decode([i]) for i in out.ids.tolist()],
-            conf=None if out.conf is None else out.conf.tolist()))
+    sides = [dict(
+        name=name, nfe=out.nfe, n=out.n_tokens(eos_ids),
+        order=out.order.clamp(max=out.nfe - 1).tolist(),  # of a record: early stopping left out the rest
+        tokens=[tok.decode([i]) for i in out.ids.tolist()],
+        conf=None if out.conf is None else out.conf.tolist()) for name, out in outs.items()]
     # without < no text can end the script element that holds it
     held = json.dumps(dict(prompt=prompt, sides=sides)).replace("<", "\\u003c")
     template = cli.read_text(Path(__file__).with_name("assets") / "decoding.html")
@@ -797,9 +777,9 @@ def load_both(args):
     return model, data.load_tokenizer(args.model, args.revision)
 
 
-def decode_one(model, tok, prompt, settings, how, by="", path=""):
+def decode_one(model, tok, prompt, how, by="", path=""):
     """Print the response to a prompt; by: show every forward; path: write a page there."""
-    (out,) = generate(model, [tok.prompt_ids(prompt)], **how, **settings)
+    (out,) = generate(model, [tok.prompt_ids(prompt)], **how)
     n = out.n_tokens(model.cfg.eos_ids)
     if by:
         words = [tok.decode([i]).strip() or "∅" for i in out.ids.tolist()]
@@ -810,7 +790,7 @@ def decode_one(model, tok, prompt, settings, how, by="", path=""):
         outs = {"model": out}
         if lora.adapters(model):
             with lora.off(model):
-                (base,) = generate(model, [tok.prompt_ids(prompt)], **how, **settings)
+                (base,) = generate(model, [tok.prompt_ids(prompt)], **how)
             outs = {"base": base, "trained": out}
         page(outs, tok, model.cfg.eos_ids, prompt, path)
 
@@ -845,10 +825,10 @@ def decode_file(model, tok, args, settings, how):
         cli.read_jsonl(to, ours=True, mend=True)
     todo = [i for i, r in enumerate(rows) if r["id"] not in done]
     prompts = [tok.prompt_ids(rows[i]["prompt"]) for i in todo]
-    for i, out in stream(model, prompts, args.batch_size, progress=True, streams=todo, **how, **settings):
+    for i, out in stream(model, prompts, args.batch_size, progress=True, streams=todo, **how):
         n = out.n_tokens(model.cfg.eos_ids)
         response = dict(response=tok.decode(out.ids[:n].tolist()), tokens=n, nfe=out.nfe)
-        cli.append_line(to, {**rows[todo[i]], **response, **made_by})
+        cli.append_line(to, rows[todo[i]] | response | made_by)
     print(f"{len(todo)} responses written to {to}" + (f", {len(done)} were there" if done else ""))
 
 
@@ -857,9 +837,9 @@ def main():
     cli.check_place("html", args.html, ".html")
     cli.check_place("to", args.to)
     defaults = decoding_defaults(config_of(args.model, args.revision))
-    settings = vars(Decoding(**{**defaults, **given}))
+    settings = vars(Decoding(**defaults | given))
     model, tok = load_both(args)
-    how = dict(compiled=args.compiled, sync_every=args.sync_every)
+    how = dict(compiled=args.compiled, sync_every=args.sync_every, **settings)
     if args.interactive:
         if model.cfg.family == "tiny":
             (example,) = data.load_problems("tiny", "dev", 1)
@@ -868,7 +848,7 @@ def main():
         try:
             while line := input("> ").strip():
                 try:
-                    decode_one(model, tok, line, settings, how)
+                    decode_one(model, tok, line, how)
                 except UserError as e:  # a prompt too long: the next one may fit
                     print(f"error: {e}")
         except EOFError:  # Ctrl-D
@@ -878,7 +858,7 @@ def main():
     else:
         prompt = args.prompt or data.load_problems("tiny", "test", 1)[0]["prompt"]
         print(f"prompt   {prompt}")
-        decode_one(model, tok, prompt, settings, how, args.show, args.html)
+        decode_one(model, tok, prompt, how, args.show, args.html)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ from run import barrier, check_alike, mend_shards
 PROBE = "Aé 中🙂\n  x\t<b> ²12"  # a tokeniser that keeps this keeps any text
 
 
-def load_teacher(name, device="cpu", dtype=torch.float32, revision=None):
+def load_teacher(name, device="cpu", dtype=torch.float32):
     """Any `transformers` causal LM, frozen: TRIMS's teacher. Strict; remote code is never run."""
     from transformers import AutoModelForCausalLM
-    folder = checkpoint_dir(name, revision)
+    folder = checkpoint_dir(name)
     try:
         teacher, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True)
@@ -37,10 +37,10 @@ def load_teacher(name, device="cpu", dtype=torch.float32, revision=None):
     return teacher.to(device).requires_grad_(False)  # in eval mode
 
 
-def load_teacher_tokenizer(name, revision=None):
+def load_teacher_tokenizer(name):
     """The tokeniser and the chat template of an AR teacher, as `transformers` reads them; no remote code."""
     from transformers import AutoTokenizer
-    folder = checkpoint_dir(name, revision, weights=False)
+    folder = checkpoint_dir(name, weights=False)
     tokens = tiny_tokens(folder)
     if tokens:
         return Tokenizer(*tokens, tokens[-1].end_id)
