@@ -1,15 +1,12 @@
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import ranks
 import torch
-from conftest import ROOT, random_model
+from conftest import random_model
 
 import cli
 import data
@@ -180,35 +177,27 @@ def test_other_settings_are_refused(tmp_path):
         rollout(tmp_path, per_step=1)
 
 
-COLLECT = """
-import sys
-sys.path[:0] = [{root!r}, {tests!r}]
-import test_data
-test_data.rollout({folder!r}, 40, batch_size=2)
-"""
-
-
 def test_sigkill_during_collection(tmp_path):
     """Killed at moments of all kinds and rerun,
     the collection ends with the uninterrupted set and repeats nothing.
     """
     whole, folder = rollout(tmp_path / "whole", 40, batch_size=2), tmp_path / "killed"
-    code = COLLECT.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(folder))
+    code = tmp_path / "collect.py"
+    code.write_text(f"import test_data\ntest_data.rollout({str(folder)!r}, 40, batch_size=2)\n")
     rng, kills = np.random.default_rng(0), 0
     for _ in range(4):
         shard = folder / "rank0.jsonl"
         before = shard.stat().st_size if shard.exists() else 0
-        run = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+        [run] = ranks.start(1, code, log=tmp_path / "said")
         deadline = time.time() + 120
-        while time.time() < deadline and run.poll() is None:
+        while time.time() < deadline and run.is_alive():
             if shard.exists() and shard.stat().st_size > before:
                 time.sleep(rng.random() * 0.02)
                 break
             time.sleep(0.001)
-        if run.poll() is None:
-            kills += 1
-        os.kill(run.pid, signal.SIGKILL)
-        run.wait()
+        kills += run.is_alive()
+        run.kill()
+        run.join()
     assert kills >= 2
     assert rollout(folder, 40, batch_size=2) == whole
     ids = [json.loads(line)["id"] for line in (folder / "rank0.jsonl").read_text().splitlines()]
