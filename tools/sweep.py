@@ -45,7 +45,7 @@ def block_of(table):
 
 
 METHODS = dict(re.findall(r"# (.+)\n(?:python )?([^#\n]*)", block_of("tiny")))  # "a: b" is an ablation of a
-TINY = {**dict.fromkeys(["--task", "--data", "--protocol", "collect"], "tiny"), "--teacher": "tiny-ar"}
+TINY = dict.fromkeys(["--task", "--data", "--protocol", "collect"], "tiny") | {"--teacher": "tiny-ar"}
 RANKED = {"tad.py", "t3d.py", "tabom.py", "trims.py", "curve", "collect"}  # what torchrun may start
 FEW = "--max_steps 2 --batch_size 4 --micro_batch 4 --eval_problems 0"
 QUICK = {"trims.py": "--n_examples 8", "tools/sweep.py": "--quick"}  # the others: some problems
@@ -54,8 +54,8 @@ QUICK = {"trims.py": "--n_examples 8", "tools/sweep.py": "--quick"}  # the other
 def paper_commands(table, model, out, quick=False):
     """The commands of a table, lists of words: bash puts in $MODEL and $OUT and unrolls the loops."""
     echo = "python() { printf '%q ' \"$@\"; echo; }\n" + block_of(table)
-    env = os.environ | {"MODEL": model, "OUT": str(out)}
-    said = subprocess.run(["bash", "-euc", echo], env=env, capture_output=True, text=True, check=True)
+    said = subprocess.run(["bash", "-euc", echo], env=os.environ | {"MODEL": model, "OUT": str(out)},
+                          capture_output=True, text=True, check=True)
     for script, *words in map(shlex.split, said.stdout.splitlines()):
         if model == "tiny":
             words = [word if str(out) in word else TINY.get(before, word)
@@ -69,10 +69,10 @@ def paper_command(args):
     """Each on all GPUs that it can use; done.jsonl names those that have ended."""
     root = Path(args.out or f"out/papers/{args.table}-{Path(args.model).name}{'-quick' * args.quick}")
     done, gpus = root / "done.jsonl", torch.cuda.device_count()
-    ended = [row["words"] for row in read_jsonl(done, ours=True)] if done.exists() else []
+    ended = read_jsonl(done, ours=True) if done.exists() else []
     for words in paper_commands(args.table, args.model, root, args.quick):
         print(shlex.join(["python", *words]), flush=True)
-        if args.dry_run or words in ended:
+        if args.dry_run or {"words": words} in ended:
             continue
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
         launch *= gpus > 1 and not RANKED.isdisjoint(words[:2])
