@@ -105,8 +105,7 @@ PROTOCOLS = {
     "tabom/llada/mbpp": dict(gen_len=256, block_len=256),
     "tabom/llada/humaneval": dict(block_len=512),
     "tabom/llada/ifeval": dict(block_len=512, score="entropy"),
-    # T3D: full decoding (Table 2), 2 and 4 tokens per step in blocks of 4 and 8 (Table 1), 1 and 8 (Table 4),
-    # dynamic (Table 3)
+    # T3D, Table 1: 2 and 4 tokens per step in blocks of 4 and 8; 2: full decoding; 3: dynamic; 4: 1 and 8
     "t3d": dict(gen_len=2000, block_len=4, temperature=0.1, early_stop=True),
     "t3d/sdar": dict(
         cache="exact", policy="threshold", thresholds=(0.9,), prompt=recipes.T3D_MATH,
@@ -123,8 +122,9 @@ HOW = ("compiled", "sync_every")  # of the decoder: how it computes, not what
 
 def protocol_of(name, family, task="", points=None, thresholds=None, **own):
     """PROTOCOLS[name] for a family and a task, under `own` settings; `rules`: its points, or `thresholds`."""
-    parts = name, f"{name}/{family}", f"{name}/{family}/{known_task(task)}"
-    chosen = {k: v for part in parts for k, v in PROTOCOLS.get(part, {}).items()}
+    chosen = {}
+    for part in (name, f"{name}/{family}", f"{name}/{family}/{known_task(task)}"):
+        chosen |= PROTOCOLS.get(part, {})
     rules = chosen.pop("rules", []) + [dict(threshold=value) for value in chosen.pop("thresholds", ())]
     if not rules:
         others = sorted({key.split("/")[1] for key in PROTOCOLS if key.startswith(f"{name}/")})
@@ -133,7 +133,7 @@ def protocol_of(name, family, task="", points=None, thresholds=None, **own):
     for given in own:  # a name tells what its rule says
         rules = [{k: v for k, v in r.items() if given not in r or k not in (given, "name")} for r in rules]
     if points:
-        if not all(0 <= i < len(rules) for i in points):
+        if max(points) >= len(rules):
             raise UserError(f"--points {points}: protocol {name} has 0 to {len(rules) - 1}")
         rules = [rules[i] for i in points]
     if thresholds:
@@ -141,13 +141,12 @@ def protocol_of(name, family, task="", points=None, thresholds=None, **own):
             raise UserError(f"--thresholds: no chosen point of protocol {name} has one")
         rules = [dict(threshold=value) for value in thresholds]
     for rule in rules:
-        decoding_of({**chosen, **own, **rule})  # refuses what is out of range
+        decoding_of(chosen | own | rule)  # refuses what is out of range
     rules = [rule for i, rule in enumerate(rules) if rule not in rules[:i]]
-    return {**chosen, **own, "rules": rules}
+    return chosen | own | {"rules": rules}
 
 
 def decoding_of(settings):
-    """The settings of a protocol and a rule -> sample.Decoding."""
     others = (*HOW, "rules", "name", "prompt")
     return sample.Decoding(**{k: v for k, v in settings.items() if k not in others})
 
@@ -184,12 +183,12 @@ def area_of(pairs, y_max):
 
 def accuracy(point):
     """Accuracy and its binomial standard error, both in percent."""
-    n, p = len(point["correct"]), float(np.mean(point["correct"]))
-    return 100 * p, 100 * math.sqrt(p * (1 - p) / n)
+    p = float(np.mean(point["correct"]))
+    return 100 * p, 100 * math.sqrt(p * (1 - p) / len(point["correct"]))
 
 
 def tpf(point):
-    return sum(point["tokens"]) / sum(point["nfe"])
+    return np.sum(point["tokens"]) / np.sum(point["nfe"])
 
 
 def rho(point):
@@ -205,7 +204,6 @@ def anchor_warning(curves):
 
 
 def summary_of(point):
-    """The numbers of a point that a table shows."""
     acc, standard_error = accuracy(point)
     seconds, n = point["seconds"], len(point["correct"])
     return dict(
@@ -216,19 +214,16 @@ def summary_of(point):
 
 
 def rule_name(settings):
-    if settings.get("name"):
-        return settings["name"]
     s = decoding_of(settings)
+    name = f"{s.block_len / s.steps if s.steps else s.per_step:g} per forward"  # dream has one block
     if s.policy not in ("static", "dream"):
-        return f"{s.policy} {s.threshold:g}"
-    return f"{s.block_len / s.steps if s.steps else s.per_step:g} per forward"  # dream has one block
+        name = f"{s.policy} {s.threshold:g}"
+    return settings.get("name", name)
 
 
 @torch.no_grad()
 def decode_rows(model, tok, prompts, settings, batch_size, streams=None, progress=False):
-    """Decode prompts (list of (P,) int64) and yield (prompt index, Output, row) as they finish. row: response
-    (text), tokens, nfe, and seconds and forwards of the batch since the row before, up to the device's end.
-    """
+    """Decode prompts (list of (P,) int64) and yield (prompt index, Output, row) as they finish."""
     if not prompts:
         return
     began, forwards = time.perf_counter(), 0
@@ -237,7 +232,7 @@ def decode_rows(model, tok, prompts, settings, batch_size, streams=None, progres
     for i, out in sample.decode(batch, progress):
         n = out.n_tokens(model.cfg.eos_ids)
         now = time.perf_counter()
-        yield i, out, dict(
+        yield i, out, dict(  # time and forwards: of the batch since the row before, up to the device's end
             response=tok.decode(out.ids[:n].tolist()), tokens=n, nfe=out.nfe,
             seconds=now - began, forwards=batch.forwards - forwards)
         began, forwards = time.perf_counter(), batch.forwards
@@ -253,33 +248,31 @@ def wall_seconds(rows):
 
 def decode_by_id(model, tok, prompts, settings, batch_size, kept=None, name=""):
     """Decode prompts {id: (P,) int64} -> {id: row}, see decode_rows. kept: a Kept folder, whose shards `name`
-    hold what is finished and get the rest row by row; a rank decodes its share and gets the rows of all.
-    """
-    rank, world, done = 0, 1, {}
-    if kept:
-        rank, world, done = kept.rank, kept.world, kept.rows(name)
-    left = [i for i in prompts if i not in done][rank::world]
-    work = [prompts[i] for i in left]
+    hold what is finished, row by row; a rank decodes its share and gets the rows of all."""
+    done = kept.rows(name) if kept else {}
+    left = [i for i in prompts if i not in done]
     if kept:  # what the clock must not see: where something is compiled, a batch of the shapes to come
+        left = left[kept.rank::kept.world]
         n = batch_size if settings.get("compiled") or model.embed.weight.is_cuda else 1
-        list(decode_rows(model, tok, sorted(work, key=len)[-n:], settings, batch_size))
+        longest = sorted(map(prompts.get, left), key=len)[-n:]
+        list(decode_rows(model, tok, longest, settings, batch_size))
+    work = [prompts[i] for i in left]
     streams = [zlib.crc32(i.encode()) for i in left]  # of random numbers, the same on any rank
     for number, _, row in decode_rows(model, tok, work, settings, batch_size, streams, progress=True):
         done[left[number]] = row
         if kept:
-            append_line(kept.out / f"{name}.rank{rank}.jsonl", dict(id=left[number], **row))
+            append_line(kept.out / f"{name}.rank{kept.rank}.jsonl", dict(id=left[number], **row))
     return kept.rows(name) if kept else done
 
 
 def curve(model, tok, problems, protocol, label, batch_size=64, allow_code=False, kept=None):
-    """Decode and grade all problems under each rule of a protocol -> points: totals and lists in the order of
-    the problems. kept: a Kept folder, which gets them from rank 0; what is there is not computed again.
-    """
+    """Decode and grade problems under each rule of a protocol -> points, lists in the order of the problems.
+    kept: a Kept folder, which gets them from rank 0; what is there is not computed again."""
     model.eval()
-    points, others = [], bool(kept and kept.rank)
+    points = []
     prompts = {p["id"]: tok.prompt_ids(wording(p, protocol)) for p in problems}
     for rule in cli.progress_bar(protocol["rules"], f"evaluate {label}"):
-        settings = {**protocol, **rule}
+        settings = protocol | rule
         settings |= vars(decoding_of(settings))
         del settings["rules"]
         key = kept and digest([kept.config, settings])
@@ -287,18 +280,17 @@ def curve(model, tok, problems, protocol, label, batch_size=64, allow_code=False
             points.append(kept.points[key])
             continue
         rows = decode_by_id(model, tok, prompts, settings, batch_size, kept, f"rows-{key}")
-        if others:
+        if kept and kept.rank:
             continue
         rows = [rows[i] for i in prompts]
         columns = {name: [row[name] for row in rows] for name in rows[0]}
-        responses = columns["response"]
-        correct = grade.grade_all(problems, responses, allow_code, progress=bool(kept))
+        correct = grade.grade_all(problems, columns["response"], allow_code, progress=bool(kept))
         point = dict(
             label=label, rule=rule_name(settings), settings=settings,
             ids=list(prompts),
             correct=list(map(int, correct)),
             tokens=columns["tokens"], nfe=columns["nfe"],
-            responses=responses,
+            responses=columns["response"],
             seconds=wall_seconds(rows),
             ms_per_forward=1000 * sum(columns["seconds"]) / sum(columns["forwards"]),
             device=device_name(),
@@ -344,7 +336,7 @@ class Kept:
     def rows(self, name):
         """{id: row} of the shards that all ranks wrote under a name, when all have come here."""
         mend_shards(self.out.glob(f"{name}.rank*.jsonl"), self.rank, self.world)
-        rows = {row["id"]: {**row, "shard": shard.name}
+        rows = {row["id"]: row | {"shard": shard.name}
                 for shard in sorted(self.out.glob(f"{name}.rank*.jsonl"))
                 for row in read_jsonl(shard, ours=True, id=str, seconds=float)}
         barrier()  # nobody writes before all have read
@@ -356,7 +348,6 @@ def digest(value):
 
 
 def checksum(files):
-    """Of the content of files, in the order of their names."""
     return digest(list(map(sha256, sorted(files))))
 
 
@@ -399,14 +390,13 @@ def provenance(**facts):
         commit=commit or None,
         dirty=bool(dirty),
         python=platform.python_version(),
-        **{"device": device_name(), **versions("torch", "transformers"), **facts})
+        **{"device": device_name()} | versions("torch", "transformers") | facts)
 
 
 def write_results(curves, out):
-    """results.jsonl, a line per point: whole or absent."""
     out.mkdir(parents=True, exist_ok=True)
     facts = provenance()
-    lines = [cli.line_of({**point, "provenance": facts}) for _, points in curves for point in points]
+    lines = [cli.line_of(point | {"provenance": facts}) for _, points in curves for point in points]
     write_whole(out / "results.jsonl", "".join(lines))
 
 
@@ -472,8 +462,7 @@ def closing(r, model, tok, label):
         problems = data.load_problems(r.task, "dev", cfg.eval_problems)
         scratch = getattr(cfg, "init", "model") == "scratch"
         models = [("base", model)] if scratch else [("base", r.load()), (label, model)]
-        protocol = protocol_of(r.task, r.task)
-        curves = [(name, curve(m, tok, problems, protocol, name)) for name, m in models]
+        curves = [(name, curve(m, tok, problems, protocol_of(r.task, r.task), name)) for name, m in models]
         write_results(curves, r.out)
         show(curves, None, r.out)
         print(f"written: {r.out / 'results.jsonl'}, {r.out / 'curve.png'}")
@@ -491,23 +480,22 @@ def mean_by_step(rows):
     return padded.nanmean(1).numpy()
 
 
-def report_by_step(curves, what, unit, path):
-    """{label: values (T,)}, one per forward: the means are printed, the values drawn over those of before."""
-    for label, values in curves.items():
-        print(f"{what} {label}: {np.nanmean(values):.4f} {unit}, mean over the forwards; "
-              f"{values[np.isfinite(values)][-1]:.4f} at the end")
+def report_by_step(label, values, what, unit, path):
+    """values (T,), one per forward: their mean is printed, and they are drawn over those of before."""
+    print(f"{what} {label}: {np.nanmean(values):.4f} {unit}, mean over the forwards; "
+          f"{values[np.isfinite(values)][-1]:.4f} at the end")
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = path.with_suffix(".json")
-    every = cli.read_object(kept) | {k: list(map(float, v)) for k, v in curves.items()}
+    every = cli.read_object(kept) | {label: list(map(float, values))}
     write_whole(kept, json.dumps(every) + "\n")
     draw({"": {k: enumerate(v) for k, v in every.items()}}, "forward", f"{what}, {unit}", path)
 
 
 def along_trajectory(model, record, steps):
-    """Yield, at each of the steps (N,) of a record's trajectory, for what is masked before the first EOS: its
-    ids in the end (n,), the forwards until its reveal (n,), log-probabilities (n, V) fp32.
-    """
-    x0, order = torch.tensor(record["x0"]), torch.tensor(record["order"])
+    """Yield, at each of the steps (N,) of a record, for what is masked before the first EOS: its ids in the
+    end (n,), the forwards until its reveal (n,), log-probabilities (n, V) fp32."""
+    x0 = torch.tensor(record["x0"])
+    order = torch.tensor(record["order"])
     for some in steps.split(16):
         xt, masked = data.state_at(x0, order, some[:, None], model.cfg.mask_id)  # (16, L)
         masked[:, nt_model.n_content(x0, model.cfg.eos_ids):] = False
@@ -529,15 +517,15 @@ def tds(model, record):
 
 def mean_tds(model, records, label):
     """TDS of a model on trajectories at every step: (T,), nats^2."""
-    model, bar = for_decoding(model.eval()), cli.progress_bar(records, f"TDS {label}", unit="trajectory")
+    model = for_decoding(model.eval())
+    bar = cli.progress_bar(records, f"TDS {label}", unit="trajectory")
     return mean_by_step([tds(model, record) for record in bar])  # Eq. 11
 
 
 @torch.no_grad()
 def confidence_decay(model, records):
     """TAD Fig. 3(b): mean p(x0_i | plain prompt, x_t) of the untrained student by order_i - t, at 8 states of
-    each trajectory: (T,) numpy, NaN where no token is that far away.
-    """
+    each trajectory: (T,) numpy, NaN where no token is that far away."""
     offsets, values = [], []
     for r in records[:64]:
         steps = torch.linspace(0, max(r["order"]), 8).long().unique()
@@ -606,12 +594,8 @@ class TdsOptions(AdaptedModel):
     out: str = "out"  # directory of tds.png
 
 
-def problems_of(args, graded=True):
-    """The problems. Raises UserError, before anything is loaded or decoded, if one cannot be graded."""
-    problems = data.load_problems(args.task, args.split, args.n or (500 if args.task == "tiny" else None))
-    for p in problems if graded else ():
-        grade.check_gradable(p, args.allow_code_execution)
-    return problems
+def problems_of(args):
+    return data.load_problems(args.task, args.split, args.n or (500 if args.task == "tiny" else None))
 
 
 def settle(args, tasks, given):
@@ -629,7 +613,10 @@ def settle(args, tasks, given):
 
 def curve_command(args, given):
     """results.jsonl, summary.json and curve.png in the folder, and the table in print."""
-    protocol, problems = settle(args, [args.task], given), problems_of(args)
+    protocol = settle(args, [args.task], given)
+    problems = problems_of(args)
+    for p in problems:  # before anything is loaded or decoded
+        grade.check_gradable(p, args.allow_code_execution)
     rank, world = join_ranks()
     model, tok = load_both(args)
     about = {k: getattr(args, k) for k in ("label", "task", "protocol")}
@@ -653,7 +640,8 @@ def curve_command(args, given):
 
 
 def nll_command(args, given):
-    problems, teacher_tok = problems_of(args, graded=False), load_teacher_tokenizer(args.teacher)
+    problems = problems_of(args)
+    teacher_tok = load_teacher_tokenizer(args.teacher)
     model, tok = load_both(args)
     teacher = load_teacher(args.teacher, *nt_model.default_device())
     label = args.adapter or args.model
@@ -664,7 +652,7 @@ def nll_command(args, given):
     for p, out in zip(cli.progress_bar(problems, f"teacher NLL {label}", unit="decoding"), outs):
         rows.append(trajectory_nll(teacher, teacher_tok, tok, p["prompt"], out, model.cfg.eos_ids))
     path = Path(args.out) / "trajectory_nll.png"
-    report_by_step({label: mean_by_step(rows)}, "teacher NLL", "nats per token", path)
+    report_by_step(label, mean_by_step(rows), "teacher NLL", "nats per token", path)
 
 
 def tds_command(args):
@@ -673,8 +661,7 @@ def tds_command(args):
         raise UserError(f"{args.trajectories} holds no trajectory")
     model, _ = load_both(args)
     label = args.adapter or args.model
-    values = mean_tds(model, records, label)
-    report_by_step({label: values}, "TDS", "nats^2", Path(args.out) / "tds.png")
+    report_by_step(label, mean_tds(model, records, label), "TDS", "nats^2", Path(args.out) / "tds.png")
 
 
 def log_command(args):

@@ -159,8 +159,7 @@ def joined(source):
 
 def programs(problem, text):
     """The programs a reply may mean, best first: the last fenced block that defines what the tests ask for,
-    the longest, the bare text; each first behind the prompt's head (HumanEval), as it may be the body alone.
-    """
+    the longest, the bare text; each first behind the prompt's head (HumanEval): it may be the body alone."""
     blocks = [code for tag, code in FENCE.findall(text) if tag.lower() in ("", "py", "python", "python3")]
     entry, prompt = problem.get("entry_point"), problem.get("prompt", "")
     tests = joined(problem["tests"])
@@ -177,8 +176,7 @@ def programs(problem, text):
 
 def tests_of(problem):
     """A program of setup or test_setup, then tests: assertions (MBPP, T3D), check() with entry_point
-    (HumanEval), pytest's or unittest's functions and classes (KodCode). '' if it checks nothing.
-    """
+    (HumanEval), pytest's or unittest's functions and classes (KodCode). '' if it checks nothing."""
     source = joined(problem.get("setup") or problem.get("test_setup")) + "\n" + joined(problem["tests"])
     body = statements(source) or []
     defined = {n.name: n for n in body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))

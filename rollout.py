@@ -47,16 +47,22 @@ def rollout(model, tok, problems, folder, model_name, privileged=False, batch_si
             graded=True, **decoding):
     """Decode every problem that no shard in `folder` has, on any number of ranks -> the records of all. Every
     position is decoded, as the papers do, unless asked otherwise. privileged: the model sees the solution.
-    allow_code: tests may run; without it they are refused, or with graded=False `correct` is null.
-    """
-    settings = dict(vars(Decoding(**{"early_stop": False, **decoding})), privileged=privileged)
+    allow_code: tests may run; without it they are refused, or with graded=False `correct` is null."""
+    settings = vars(Decoding(**{"early_stop": False} | decoding)) | dict(privileged=privileged)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     mend_shards(folder.glob("rank*.jsonl"), rank, world)
     done = {r["id"]: r for r in read_trajectories(folder)}
     facts = dict(model=str(model_name), revision=model.revision, decoding=settings, schema=SCHEMA)
-    check_same_settings(folder, done.values(), problems, facts)
+    prompts = {p["id"]: p["prompt"] for p in problems}
+    for r in done.values():  # none may be of another model, of other settings or prompts
+        asked = r | facts | {"prompt": prompts.get(r["id"], r["prompt"])}
+        then, now = (x["decoding"] | x | {"decoding": None} for x in (r, asked))
+        differ = [k for k in now | then if now.get(k) != then.get(k)]
+        if differ:
+            raise UserError(f"{folder} holds trajectories of other settings ({', '.join(differ)}): "
+                            f"choose another folder or remove it")
     if graded and any(r["correct"] is None for r in done.values()):
         raise UserError(f"{folder} holds trajectories that were collected ungraded: choose another folder")
     left = {i: p for i, p in enumerate(problems) if p["id"] not in done}
@@ -73,8 +79,7 @@ def rollout(model, tok, problems, folder, model_name, privileged=False, batch_si
         shard = Shard(folder, rank, len(todo), "sample", "collect")
         decode_into(shard, model, tok, todo, facts, batch_size, allow_code)
     barrier()
-    ids = {p["id"] for p in problems}
-    records = [r for r in read_trajectories(folder) if r["id"] in ids]
+    records = [r for r in read_trajectories(folder) if r["id"] in prompts]
     check_alike(folder, [r["id"] for r in records])
     return records
 
@@ -88,24 +93,13 @@ def collect(cfg, model, tok, problems, folder, **changes):
            if key.startswith("collect_")}
     how.update(batch_size=how.pop("batch"), allow_code=cfg.allow_code_execution, gen_len=cfg.gen_len,
                block_len=cfg.block_len or model.cfg.block_len, policy="static", per_step=1)
-    return rollout(model, tok, problems, folder, cfg.model, **{**how, **changes})
-
-
-def check_same_settings(folder, records, problems, facts):
-    """UserError if a folder holds records of another model, of other settings or prompts."""
-    prompts = {p["id"]: p["prompt"] for p in problems}
-    for r in records:
-        asked = {**r, **facts, "prompt": prompts.get(r["id"], r["prompt"])}
-        then, now = ({**x["decoding"], **x, "decoding": None} for x in (r, asked))
-        differ = [k for k in {**now, **then} if now.get(k) != then.get(k)]
-        if differ:
-            raise UserError(f"{folder} holds trajectories of other settings ({', '.join(differ)}): "
-                            f"choose another folder or remove it")
+    return rollout(model, tok, problems, folder, cfg.model, **how | changes)
 
 
 def decode_into(shard, model, tok, todo, facts, batch_size, allow_code):
     """Decode and grade the problems {number: problem} and append their records to this rank's shard."""
-    problems, decoding = list(todo.values()), dict(facts["decoding"])
+    problems = list(todo.values())
+    decoding = dict(facts["decoding"])
     privileged = decoding.pop("privileged")
     prompts = [tok.prompt_ids(privileged_prompt(p) if privileged else p["prompt"]) for p in problems]
     outputs = stream(model, prompts, batch_size, streams=list(todo), **decoding)
@@ -232,11 +226,12 @@ def inspect_command(args):
 def stats_command(args):
     records = records_asked_for(args)
     seconds = 0 if args.n else collection_seconds(args.path)
-    records, eos_ids = records[:args.n], config_of(args.model, args.revision).eos_ids
-    graded = [r["correct"] for r in records if r["correct"] is not None]
+    records = records[:args.n]
+    eos_ids = config_of(args.model, args.revision).eos_ids
+    known = [r["correct"] for r in records if r["correct"] is not None]
     tokens = [n_content(torch.tensor(r["x0"]), eos_ids) for r in records]
     print(f"{'trajectories':<16} {len(records)} of {records[0]['model']}, length {len(records[0]['x0'])}")
-    share = f"{np.mean(graded):.1%} of {len(graded)} graded" if graded else "not graded"
+    share = f"{np.mean(known):.1%} of {len(known)} graded" if known else "not graded"
     print(f"{'correct':<16} {share}")
     spread("prompt tokens", [len(r["prompt_ids"]) for r in records])
     spread("response tokens", tokens)

@@ -246,8 +246,8 @@ def test_a_table_runs_small_and_continues(tmp_path, monkeypatch, capsys):
         in_process(m, fail=["32-1"])
         with pytest.raises(UserError, match="eval.py ended with 2"):
             paper(m, "TABOM-5", "--quick", "--out", tmp_path)
-    ended = [row["command"] for row in read_jsonl(tmp_path / "done.jsonl")]
-    assert [words[0] for words in ended] == ["tabom.py", "tabom.py", "eval.py", "eval.py"]
+    ended = read_jsonl(tmp_path / "done.jsonl")
+    assert [row["words"][0] for row in ended] == ["tabom.py", "tabom.py", "eval.py", "eval.py"]
     ran = in_process(monkeypatch)
     paper(monkeypatch, "TABOM-5", "--quick", "--out", tmp_path)
     assert len(ran) == 2 and "compare.md" in capsys.readouterr().out  # the last curve and the table

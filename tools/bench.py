@@ -12,21 +12,19 @@ import resource
 import statistics
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch.profiler import profile
 from torch.utils.benchmark import timer
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import cli  # noqa: E402
-import data  # noqa: E402
-import eval as nt_eval  # noqa: E402
-import sample  # noqa: E402
-from cli import UserError, option, run_cli  # noqa: E402
-from layers import PackedLinear, can_pack, with_linear  # noqa: E402
-from model import Config, Transformer, decoding_defaults, default_device  # noqa: E402
+import compare  # noqa: F401, first: it puts the folder above on the path
+import cli
+import data
+import eval as nt_eval
+import sample
+from cli import UserError, option, run_cli
+from layers import PackedLinear, can_pack, with_linear
+from model import Config, Transformer, decoding_defaults, default_device
 
 _LLADA = dict(rope_theta=5e5, norm_eps=1e-5, rope_fp32=True)
 _QWEN = dict(max_len=4096, pad_id=151643, eos_ids=(151643, 151645))
@@ -164,16 +162,15 @@ def main():
         prompts = list(torch.randint(0, model.cfg.vocab_size // 2, (args.batch_size, args.prompt_len)))
     else:
         prompts = [tok.prompt_ids(p["prompt"]) for p in data.load_problems("tiny", "test", args.batch_size)]
-    settings = {**decoding_defaults(model.cfg), **given}
+    settings = decoding_defaults(model.cfg) | given
     facts, forward = measure(model, prompts, args, sample.Decoding(**settings))
     facts = {key: round(v, 4) if isinstance(v, float) else v for key, v in facts.items()}
     for key, value in facts.items():
         print(f"{key:>26}  {value}")
     if args.profile:
-        kind, _ = default_device()
         with torch.no_grad(), profile() as traced:
             timed("profile", forward, 9)
-        print(traced.key_averages().table(f"self_{kind}_time_total", row_limit=15))
+        print(traced.key_averages().table(f"self_{default_device()[0]}_time_total", row_limit=15))
     print(json.dumps(facts))
 
 

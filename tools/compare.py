@@ -44,8 +44,7 @@ def pack(folders, file):
 
 def read_runs(sources):
     """Folders and packed files -> {label: [points of run 1, points of run 2, ...]}. Runs of one number must
-    have the same problems under every label; a label with a single run has those of all.
-    """
+    have the same problems under every label; a label with a single run has those of all."""
     grouped, runs = {}, {}
     for number, source in enumerate(sources):
         for point in read_points(source):
@@ -68,32 +67,28 @@ def on_curve(point):
     return point["rule"] == "1 per forward" or not point["rule"].endswith("per forward")
 
 
-def task_of(points):
-    """The task that a run of eval.py was asked for, or None."""
-    return points[0].get("provenance", {}).get("task")
-
-
 def summarize(points, y_max, pick=slice(None)):
     """A run on the problems `pick` (an index array) -> the values of COLUMNS, NaN where it has none.
-    y_max: {task: percent}."""
-    cost, curve = points[0].get("run", {}), []
+    y_max: {task of the run: percent}."""
+    curve = []
+    cost = points[0].get("run", {})
     row = {"TDS, nats^2": cost.get("tds", np.nan),
            "training, min": cost.get("train_s", np.nan) / 60,
            "collecting, min": cost.get("collect_s", np.nan) / 60}
     for point in points:
-        rule, tokens = point["rule"], point["tokens"]
-        accuracy = 100 * point["correct"][pick].mean()
-        tpf = tokens[pick].sum() / point["nfe"][pick].sum()
+        rule = point["rule"]
+        drawn = point | {key: point[key][pick] for key in COUNTS}
+        accuracy, _ = nt_eval.accuracy(drawn)
+        tpf = nt_eval.tpf(drawn)
         if on_curve(point):
-            anchored = rule == nt_eval.ANCHOR["name"]
-            curve.append((1.0 if anchored else tpf, accuracy))
+            curve.append((nt_eval.rho(drawn), accuracy))
         if rule in ACCURACY_AT:
             row[ACCURACY_AT[rule]] = accuracy
         elif point is points[0]:
             row |= {"first point, %": accuracy, "TPF there": tpf}
         if rule == "threshold 0.9":
-            row |= {"TPF at 0.9": tpf, "tok/s at 0.9": tokens.sum() / point["seconds"]}
-    row["AUP"] = nt_eval.area_of(curve, y_max[task_of(points)])
+            row |= {"TPF at 0.9": tpf, "tok/s at 0.9": point["tokens"].sum() / point["seconds"]}
+    row["AUP"] = nt_eval.area_of(curve, y_max[points[0].get("provenance", {}).get("task")])
     return [row.get(column, np.nan) for column in COLUMNS]
 
 
@@ -127,10 +122,14 @@ def shown(values, bracketed=False):
 
 def compare(runs, base, control, n_boot=1000, y_max=None):
     """The table of means over runs and, below it, paired: ratios to base, differences from control."""
-    every, best = sum(runs.values(), []), {}
+    every = sum(runs.values(), [])
+    best, curves = {}, []
     for points in every:  # of a label they may be of several tasks: its row is their average
-        correct = [point["correct"].mean() for point in points if on_curve(point)]
-        best.setdefault(task_of(points), []).extend(correct)
+        kept = list(filter(on_curve, points))
+        task = points[0].get("provenance", {}).get("task")
+        best.setdefault(task, []).extend(point["correct"].mean() for point in kept)
+        if kept:
+            curves.append((points[0]["label"], kept))
     y_max = {task: y_max or 100 * max(values, default=0) for task, values in best.items()}
     draws = bootstrap(runs, y_max, n_boot)
     (known,) = np.isfinite([rows[0] for rows in draws.values()]).any(0).nonzero()
@@ -142,12 +141,6 @@ def compare(runs, base, control, n_boot=1000, y_max=None):
     n = len({i for points in every for i in points[0]["ids"]})
     highest = ", ".join(f"{value:.2f}" for value in y_max.values())
     about = f"{n} problems, y_max {highest}; ± is half of a 95% bootstrap interval over problems and runs"
-    curves = []
-    for label, of_label in runs.items():
-        for points in of_label:
-            kept = list(filter(on_curve, points))
-            if kept:
-                curves.append((label, kept))
     warning = nt_eval.anchor_warning(curves)
     lines = [about, *warning.splitlines(), "", header, "|---" * len(table[0]) + "|", *body, ""]
     aup = COLUMNS.index("AUP")
@@ -169,7 +162,7 @@ def picture(runs, path):
     for label, of_label in runs.items():
         if ":" not in label:
             curves[label] = [
-                {**alike[0], **{key: np.concatenate([point[key] for point in alike]) for key in COUNTS}}
+                alike[0] | {key: np.concatenate([point[key] for point in alike]) for key in COUNTS}
                 for alike in zip(*of_label)]
     for title, keep in {
         "thresholds, and token by token": on_curve,
@@ -193,7 +186,8 @@ class RunsOptions:
 
 
 def runs_command(args):
-    runs, out = read_runs(args.sources), Path(args.out)
+    runs = read_runs(args.sources)
+    out = Path(args.out)
     if args.base not in runs:
         raise UserError(f"no run is labelled {args.base!r} (--base): there are {', '.join(runs)}")
     out.mkdir(parents=True, exist_ok=True)

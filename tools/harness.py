@@ -37,8 +37,7 @@ def bridge(model, tok, settings, batch_size=32, kept=None):
     """The model as an LM of lm_eval, for simple_evaluate(model=bridge(...), tasks=[...]). settings: of a
     protocol and a rule; they win over what a task asks for. kept: an eval.Kept folder of finished responses,
     which torchrun needs: every rank sees all requests, as lm_eval's rank 0 of 1, and decodes its share; were
-    lm_eval to split the documents, their few-shots would depend on the number of ranks.
-    """
+    lm_eval to split the documents, their few-shots would depend on the number of ranks."""
     class MaskedDiffusion(lm_eval_package().api.model.LM):
         tokenizer_name = f"nanotraj-{model.cfg.family}"
         chats = {}  # a rendered text -> its ids: not every special token in it is one
@@ -119,7 +118,7 @@ def main():
     protocol = nt_eval.settle(args, names, given)
     if len(args.points or args.thresholds or [0]) > 1:
         raise UserError("lm_eval takes one point at a time: a single --points or --thresholds")
-    settings = {**protocol, **protocol["rules"][0]}
+    settings = protocol | protocol["rules"][0]
     rank, world = nt_eval.join_ranks()
     model, tok = nt_eval.load_both(args)
     tasks, manager = load_tasks(names, args.include_path, args.allow_code_execution)

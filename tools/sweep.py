@@ -5,8 +5,7 @@
     python tools/sweep.py       # the tiny comparison of docs/results.md; --only TAD T3D: some of its rows
 
 Interrupted, the same command continues. The rows of the tiny comparison, docs/papers-tiny.md, differ in their
-data, masks and loss; COMMON and the adapters are the same, nothing is tuned. Seed s has --n test problems of
-its own. comparison.jsonl.gz keeps the results for tools/compare.py.
+data, masks and loss; COMMON is the same, nothing is tuned. Seed s has --n test problems of its own.
 """
 import os
 import re
@@ -46,7 +45,7 @@ def block_of(table):
 
 
 METHODS = dict(re.findall(r"# (.+)\n(?:python )?([^#\n]*)", block_of("tiny")))  # "a: b" is an ablation of a
-TINY = {**dict.fromkeys(["--task", "--data", "--protocol", "collect"], "tiny"), "--teacher": "tiny-ar"}
+TINY = dict.fromkeys(["--task", "--data", "--protocol", "collect"], "tiny") | {"--teacher": "tiny-ar"}
 RANKED = {"tad.py", "t3d.py", "tabom.py", "trims.py", "curve", "collect"}  # what torchrun may start
 FEW = "--max_steps 2 --batch_size 4 --micro_batch 4 --eval_problems 0"
 QUICK = {"trims.py": "--n_examples 8", "tools/sweep.py": "--quick"}  # the others: some problems
@@ -55,8 +54,8 @@ QUICK = {"trims.py": "--n_examples 8", "tools/sweep.py": "--quick"}  # the other
 def paper_commands(table, model, out, quick=False):
     """The commands of a table, lists of words: bash puts in $MODEL and $OUT and unrolls the loops."""
     echo = "python() { printf '%q ' \"$@\"; echo; }\n" + block_of(table)
-    env = {**os.environ, "MODEL": model, "OUT": str(out)}
-    said = subprocess.run(["bash", "-euc", echo], env=env, capture_output=True, text=True, check=True)
+    said = subprocess.run(["bash", "-euc", echo], env=os.environ | {"MODEL": model, "OUT": str(out)},
+                          capture_output=True, text=True, check=True)
     for script, *words in map(shlex.split, said.stdout.splitlines()):
         if model == "tiny":
             words = [word if str(out) in word else TINY.get(before, word)
@@ -70,19 +69,18 @@ def paper_command(args):
     """Each on all GPUs that it can use; done.jsonl names those that have ended."""
     root = Path(args.out or f"out/papers/{args.table}-{Path(args.model).name}{'-quick' * args.quick}")
     done, gpus = root / "done.jsonl", torch.cuda.device_count()
-    ended = [row["command"] for row in read_jsonl(done, ours=True, command=list)] if done.exists() else []
+    ended = read_jsonl(done, ours=True) if done.exists() else []
     for words in paper_commands(args.table, args.model, root, args.quick):
         print(shlex.join(["python", *words]), flush=True)
-        if args.dry_run or words in ended:
+        if args.dry_run or {"words": words} in ended:
             continue
-        launch = []
-        if gpus > 1 and RANKED & {*words[:2]}:
-            launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
+        launch *= gpus > 1 and not RANKED.isdisjoint(words[:2])
         code = subprocess.run([sys.executable, *launch, str(nt_model.HERE / words[0]), *words[1:]]).returncode
         if code:
             raise UserError(f"{words[0]} ended with {code}; its message is above")
         root.mkdir(parents=True, exist_ok=True)
-        cli.append_line(done, dict(command=words))
+        cli.append_line(done, {"words": words})
 
 
 def command(label, seed, folder):
@@ -132,7 +130,7 @@ def evaluate(label, folder, tok, problems, records):
         cost = costs(folder)
     cost["tds"] = float(np.nanmean(nt_eval.mean_tds(model, records, label)))
     points = nt_eval.curve(model, tok, problems, nt_eval.protocol_of(*PROTOCOL), label, BATCH)
-    nt_eval.write_results([(label, [{**point, "run": cost} for point in points])], folder)
+    nt_eval.write_results([(label, [point | {"run": cost} for point in points])], folder)
 
 
 @dataclass
@@ -190,7 +188,7 @@ def main():
         if METHODS[label]:
             train(label, seed, folder)
         evaluate(label, folder, tok, problems[seed], own[:32])
-    folders = [root / f"{names[label]}-{seed}" for label in labels for seed in range(args.seeds)]
+    folders = [folder for *_, folder in jobs]
     compare.pack(folders, root / "comparison.jsonl.gz")
     compare.runs_command(compare.RunsOptions(folders, control="SFT-SD", out=root))
 
