@@ -219,8 +219,8 @@ def test_malformed_trajectories(tmp_path):
     rollout(tmp_path, 3)
     shard = tmp_path / "rank0.jsonl"
     lines = shard.read_text().splitlines()
-    good = json.loads(lines[1])
-    del good["crc"]  # as older versions wrote them
+    first, good = map(json.loads, lines[:2])
+    del first["crc"], good["crc"]  # as older versions wrote them
     bad = [("{not json", "line 2 is not valid JSON"), (json.dumps({"id": "x"}), "source is absent"),
            (lines[1].replace('"nfe": 4', '"nfe": 5'), "line 2 .* damaged .not as it was written"),
            (json.dumps({**good, "schema": 99}), "schema 99"), (json.dumps([1]), "not an object")]
@@ -230,7 +230,7 @@ def test_malformed_trajectories(tmp_path):
     bad += [(json.dumps({**good, key: value}), f"{key} is .* of another type") for key, value in (
         ("x0", None), ("decoding", None), ("correct", "no"), ("prompt", 3), ("nfe", "4"))]
     for text, words in bad:
-        shard.write_text("\n".join([lines[0], text, lines[2]]) + "\n")
+        shard.write_text("\n".join([json.dumps(first), text, lines[2]]) + "\n")
         with pytest.raises(UserError, match=words):
             data.read_trajectories(tmp_path)
 
