@@ -284,7 +284,7 @@ POLICIES = {
 
 
 def choose(model, h, s, key, nfe, positions, *state):
-    """Of hidden states h (R, W, C) -> tokens (R, W), the Forward, chosen (R, W). state: Forward's own."""
+    """States h (R, W, C) -> tokens (R, W), the Forward, chosen (R, W). state: of Forward, `masked` on."""
     noise = None
     if s.temperature > 0:
         noise = uniform_noise(key, nfe, positions, model.cfg.vocab_size)
@@ -656,7 +656,7 @@ class Batch:
             getattr(self.rows, name)[rows] = t.to(self.dev, non_blocking=True)
 
     def run(self):
-        """`sync_every` forwards, or as many as all rows are certain to use, the first on rows to refresh."""
+        """`sync_every` forwards, or as many as all rows surely use; the first refreshes stale keys."""
         busy = self.busy()
         if not busy:
             return
