@@ -153,7 +153,8 @@ def draw_mask(pi, size, block_len, cfg, rngs):
     if cfg.state_dist == "code":
         share = np.array([1, .75, .5, .25])
         p = share ** 8
-        j = [B - round(B * float(rng.choice(share, p=p / p.sum()))) for rng in rngs]
+        p /= p.sum()
+        j = [B - round(B * float(rng.choice(share, p=p))) for rng in rngs]
     else:
         j = [int(rng.integers(B)) for rng in rngs]
     decoded = pi - 1 if cfg.mask_order == "paper" else size - pi  # (code) the earliest are masked
@@ -200,7 +201,8 @@ def token_terms(logits, ref_logits, x0, u, cfg, mask_id=None):
         fake = [(p_ref * (logp - ref)).sum(-1) / p_ref.sum(-1), torch.zeros_like(u)]
     else:  # a draw: the token at which the distribution function passes u
         cdf = p_ref.cumsum(-1)
-        drawn = (cdf <= u[:, None] * cdf[:, -1:]).sum(-1).clamp(max=ref.shape[-1] - 1)
+        passed = cdf <= u[:, None] * cdf[:, -1:]
+        drawn = passed.sum(-1).clamp(max=ref.shape[-1] - 1)
         x_hat = p_ref.argmax(-1) if cfg.fake == "argmax" else drawn
         fake = of(x_hat)
     return torch.stack([*of(x0), *fake], 1)
