@@ -47,7 +47,7 @@ def run_cli(main):
     except RuntimeError as e:
         if not re.search("gloo|nccl|Connection (closed|reset)", str(e), re.I):
             raise
-        print("another rank has ended or did not answer in time; the same command continues", file=sys.stderr)
+        print("another rank has ended or did not answer; the same command continues", e, file=sys.stderr)
         sys.exit(1)
     except SystemExit as e:  # all ranks end here, before the work is done
         code = e.code

@@ -55,6 +55,7 @@ RECORD_FIELDS = {**dict.fromkeys("id source prompt solution model".split(), str)
                  **dict.fromkeys("prompt_ids x0 order rank".split(), list), "decoding": dict,
                  "nfe": int, "schema": int, "correct": (bool, type(None))}
 SCHEMA = 1
+MARK = "\ue000"  # in the place of a special token that a text spells out
 
 
 def tiny_solution(visited, rng):
@@ -115,9 +116,7 @@ def privileged_prompt(problem):
 
 
 class TinySFT:
-    """Seeded tiny training examples for the base model. A share of the prompts carries a reference solution,
-    as privileged prompts do. Drills mask only results, the slow part to learn: first n_drill, later a share.
-    """
+    """Seeded examples of the base: a share privileged; the first n_drill, then a share, mask only results."""
     def __init__(self, tok, n, n_drill=0):
         self.tok, self.n, self.n_drill, self.skip = tok, n, n_drill, held_out("dev") | held_out("test")
 
@@ -231,9 +230,9 @@ class Tokenizer:
 
 
 class OwnChat:
-    """A checkpoint's own chat template, which `transformers` runs in Jinja's sandbox. hf: its tokeniser."""
-    def __init__(self, name, hf, thinks, eos_id):
-        self.name, self.hf, self.thinks = name, hf, thinks
+    """A checkpoint's own chat template, run in Jinja's sandbox. hf: its tokeniser; encode: of a text."""
+    def __init__(self, name, hf, encode, thinks, eos_id):
+        self.name, self.hf, self.encode, self.thinks = name, hf, encode, thinks
         answered = self.render([("user", "a"), ("assistant", " OK ")]) if hf.chat_template else " OK "
         self.trims = " OK " not in answered  # white space around a text is dropped
         special = {i for i, token in hf.added_tokens_decoder.items() if token.special}
@@ -264,8 +263,17 @@ class OwnChat:
         if not self.hf.chat_template:  # a base model: the texts, on lines of their own
             text = "".join(text + "\n" for _, text in turns)
             return self.hf.encode(text, split_special_tokens=True)
-        ids = self.render(turns, tokenize=True, add_generation_prompt=True, sanitize_control_tokens=True)
-        return ids["input_ids"]
+        added = sorted(self.hf.get_added_vocab(), key=len, reverse=True)
+        pattern = "|".join(map(re.escape, added)) or "(?!)"
+        hidden = [(role, re.sub(pattern, MARK, text)) for role, text in turns]
+        first, *rest = self.render(hidden, add_generation_prompt=True).split(MARK)
+        ids = self.hf.encode(first, add_special_tokens=False)
+        written = re.findall(pattern, MARK.join(text for _, text in turns))
+        if len(rest) != len(written):
+            raise UserError(f"{self.name}: its chat_template repeats or drops a text with {written[:1]}")
+        for token, piece in zip(written, rest):
+            ids += self.encode(token) + self.hf.encode(piece, add_special_tokens=False)
+        return ids
 
 
 def load_tokenizer(name, revision=None):
@@ -317,13 +325,16 @@ def bpe_tokens(folder, cfg):
     except Exception as e:  # the libraries raise many kinds
         raise UserError(f"{folder} has no tokeniser: neither tokenizer.json nor vocab.json and merges.txt is "
                         f"a byte-level BPE ({e})") from None
-    chat = OwnChat(folder, hf, FAMILIES[cfg.family].thinks, cfg.eos_ids[0])
+
+    def encode(text):
+        return bare.encode(text, add_special_tokens=False).ids
+    chat = OwnChat(folder, hf, encode, FAMILIES[cfg.family].thinks, cfg.eos_ids[0])
     if chat.end_id not in cfg.eos_ids:
         raise UserError(f"{folder}: its chat_template ends an answer with the id {chat.end_id}, which is no "
                         f"eos_token_id {cfg.eos_ids}: add it to config.json")
     if not hf.chat_template:
         print(f"{folder} has no chat_template: a prompt is plain text", file=sys.stderr)
-    return lambda text: bare.encode(text, add_special_tokens=False).ids, plain, special, False, chat
+    return encode, plain, special, False, chat
 
 
 def byte_table(hf, byte_level):

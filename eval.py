@@ -129,9 +129,10 @@ def protocol_of(name, family, task="", points=None, thresholds=None, **own):
     if not rules:
         others = sorted({key.split("/")[1] for key in PROTOCOLS if key.startswith(f"{name}/")})
         raise UserError(f"protocol {name} has no settings for family {family}: it is for {', '.join(others)}")
-    rules += [ANCHOR] * chosen.pop("anchor", False)
+    anchored = chosen.pop("anchor", False) and not {"policy", "threshold"} & own.keys()
     for given in own:  # a name tells what its rule says
         rules = [{k: v for k, v in r.items() if given not in r or k not in (given, "name")} for r in rules]
+    rules += [ANCHOR] * anchored
     if points:
         if max(points) >= len(rules):
             raise UserError(f"--points {points}: protocol {name} has 0 to {len(rules) - 1}")

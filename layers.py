@@ -20,9 +20,7 @@ torch.library.register_fake("nanotraj::packed_linear",
 
 
 class PackedLinear(torch.nn.Module):
-    """A linear layer with fp32 weights as oneDNN reads them fastest: 2 to 4 times MKL's speed on the CPU of
-    BENCH.md. Results differ in rounding only.
-    """
+    """fp32 weights as oneDNN reads them fastest: 2 to 4 times MKL on BENCH.md's CPU; rounding differs."""
     def __init__(self, weight, bias):
         super().__init__()
         self.bias = bias
@@ -36,9 +34,7 @@ class PackedLinear(torch.nn.Module):
 
 
 def with_linear(module, kind):
-    """The same module tree with adapters merged, and every linear layer as kind(weight, bias) [as it is]. The
-    original stays as it is; what does not change is shared with it, so a copy is made anew after training.
-    """
+    """A copy with adapters merged, every linear layer as kind(weight, bias) [as is]; it shares the rest."""
     if hasattr(module, "merged"):  # a LoRA adapter
         module = module.merged()
     if isinstance(module, torch.nn.Linear):

@@ -155,13 +155,12 @@ def read_config(folder):
     more = [i for i in listed(said) if i not in eos]
     if more:
         raw["eos_token_id"] = eos + more
-    if raw.get("mask_token_id") is not None:
-        return config_from_json(raw)
     # SDAR and A2D leave out the mask id, which the tokeniser has, and what the name tells: -b8, the kind
     tokens, path = folder / "tokenizer_config.json", folder.resolve()
     # of a hub id the path is models--OWNER--NAME/snapshots/COMMIT
     name = next((part for part in path.parts if part.startswith("models--")), path.name)
-    block, kind = re.search(r"-b(\d+)$", name), re.search("mdlm|bd3lm", name)
+    block = raw.get("model_type") == "sdar" and re.search(r"-b(\d+)$", name)
+    kind = re.search("mdlm|bd3lm", name)
     try:
         table = read_object(tokens)
         ids = {token["content"]: int(i) for i, token in table.get("added_tokens_decoder", {}).items()}
@@ -339,9 +338,8 @@ def attention_mask(cfg, q_pos, q_col, k_pos, k_col, k_valid):
 
 def block_diffusion_layout(cfg, prompts, xt, x0):
     """Training layout of block-causal models, [prompt blocks | noisy response | clean response]: one forward
-    scores every noisy block behind clean earlier ones (SDAR; T3D). Lists of ids; xt, x0 (B, L) -> hidden()'s
-    arguments; cols (B, L) of the noisy response. Blocks count from the first prompt token, as in decoding: a
-    partial prompt block stands in both halves, and is never noised.
+    scores every noisy block behind clean earlier ones (SDAR; T3D). xt, x0 (B, L) -> hidden()'s arguments;
+    cols (B, L) of the noisy response. A partial prompt block stands in both halves and is never noised.
     """
     if cfg.shift or not cfg.block_len:
         raise UserError("this layout is for block-causal models without a shift (SDAR)")

@@ -45,9 +45,8 @@ class Shard:
 
 def rollout(model, tok, problems, folder, model_name, privileged=False, batch_size=64, allow_code=False,
             graded=True, **decoding):
-    """Decode every problem that no shard in `folder` has, on any number of ranks -> the records of all. Every
-    position is decoded, as the papers do, unless asked otherwise. privileged: the model sees the solution.
-    allow_code: tests may run; without it they are refused, or with graded=False `correct` is null."""
+    """Decode every problem that no shard in `folder` has, on any number of ranks -> the records of all; every
+    position, unless asked otherwise. privileged: it sees the solution. allow_code: tests may run."""
     settings = vars(Decoding(**{"early_stop": False} | decoding)) | dict(privileged=privileged)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folder = Path(folder)
@@ -84,11 +83,22 @@ def rollout(model, tok, problems, folder, model_name, privileged=False, batch_si
     return records
 
 
+def finished(folders, cfg, ids):
+    """The records of `ids` in several folders that were collected before, whatever their decoding."""
+    records = []
+    for folder in folders:
+        found = read_trajectories(folder)
+        if not found or found[0]["model"] != cfg.model or len(found[0]["x0"]) != cfg.gen_len:
+            raise UserError(f"{folder} holds no trajectories of {cfg.model} with gen_len {cfg.gen_len}")
+        records += [r for r in found if r["id"] in ids]
+    check_alike(folders, [r["id"] for r in records])
+    return records
+
+
 def collect(cfg, model, tok, problems, folder, **changes):
     """A method's trajectories, a token per forward; cfg.collect_X is field X of Decoding, under `changes`."""
-    if "+" in str(folder):  # several that are finished, whatever their settings
-        ids = {p["id"] for p in problems}
-        return [r for one in folder.split("+") for r in read_trajectories(one) if r["id"] in ids]
+    if isinstance(folder, str) and "+" in folder and not Path(folder).exists():  # --trajectories A+B
+        return finished(folder.split("+"), cfg, {p["id"] for p in problems})
     how = {key.removeprefix("collect_"): value for key, value in vars(cfg).items()
            if key.startswith("collect_")}
     how.update(batch_size=how.pop("batch"), allow_code=cfg.allow_code_execution, gen_len=cfg.gen_len,

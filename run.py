@@ -66,8 +66,8 @@ class Options(nt_model.ModelOptions):
 
 STEP_TIMEOUT = timedelta(minutes=4)  # within which all ranks come to the same place of a step
 MADE = ("checkpoints adapter model adapter.unfinished model.unfinished trajectories trajectories-round-* "
-        "difficulty results.jsonl log.jsonl nonfinite-rank*.json window.json window.png curve.png tds.png "
-        "trajectory_nll.png").split()  # what --overwrite removes
+        "difficulty results.jsonl log.jsonl nonfinite-rank*.json window.* curve.png log.png wandb tds.* "
+        "trajectory_nll.*").split()  # what --overwrite removes
 FREE = [f.name for f in fields(Options)][7:]
 
 
@@ -203,9 +203,7 @@ def batch_of(step, n, cfg):
 
 
 class Run:
-    """A run of the settings cfg, a method's Config: beside Options it has seed, data, batch_size, micro_batch
-    and warmup_steps. whole: all weights are trained and saved, not adapters [--full].
-    """
+    """A run of the settings cfg, a method's Config. whole: all weights are trained and saved [--full]."""
     def __init__(self, cfg, whole=None):
         self.cfg, self.whole = cfg, cfg.full if whole is None else whole
         self.rank = int(os.environ.get("RANK", 0))
@@ -237,6 +235,8 @@ class Run:
         self.finished = agreed(last.exists())
         if self.finished and self.rank == 0:
             print(f"{self.out} is finished already; --overwrite starts anew")
+        if self.board and self.rank == 0 and not self.finished:
+            self.board.init(project="nanotraj", name=str(self.out), config=vars(cfg), dir=self.out)
         self.stop_asked = threading.Event()  # by SIGTERM
         self.writer, self.writing = ThreadPoolExecutor(1), None  # of checkpoints, and the one being written
 
@@ -288,9 +288,7 @@ class Run:
         return shard(model, self.device, self.whole and not frozen, self.group) if self.shards else model
 
     def steps(self, model, optimizers, n_steps, reference=None):
-        """The steps from the newest checkpoint on, logged and saved; SIGTERM ends them after a step.
-        reference(step) -> {name: tensor} that a checkpoint after `step` steps holds as well, or None.
-        """
+        """The steps left, logged and saved. reference(step) -> {name: tensor} that a checkpoint holds too."""
         cfg = self.cfg
         self.model, self.optimizers, self.n_steps = model, optimizers, n_steps
         self.reference = reference or (lambda step: None)
@@ -299,8 +297,6 @@ class Run:
         if self.rank == 0:  # without the lines of steps that will be repeated
             rows = cli.read_jsonl(log, True, mend=True, step=int) if log.exists() else []
             cli.write_whole(log, "".join(cli.line_of(row) for row in rows if row["step"] <= first))
-            if self.board:
-                self.board.init(project="nanotraj", name=str(self.out), config=vars(cfg), dir=self.out)
         model.train()
         logged = time.perf_counter()
         before = signal.signal(signal.SIGTERM, lambda *_: self.stop_asked.set())
@@ -391,9 +387,7 @@ class Run:
             optimizer.zero_grad()
 
     def pace(self):
-        """Speed of this step over all ranks. data_wait: share of the time in which batches were built.
-        mfu: of 989 TFLOP/s (H100, H200), at 4 (LoRA) or 6 FLOP per parameter and token; no teacher's forward.
-        """
+        """Speed of this step over all ranks; docs/scaling.md says what data_wait and mfu are."""
         seconds = time.perf_counter() - self.began
         tok_per_s = self.total.pop("tokens") / seconds
         wait = self.total.pop("data_s") / (self.world * seconds)
@@ -401,9 +395,8 @@ class Run:
         if torch.cuda.is_available():
             speed["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
             if any(name in torch.cuda.get_device_name() for name in ("H100", "H200")):
-                flop = 6 if self.whole else 4
-                n = sum(p.numel() for p in self.model.parameters())
-                speed["mfu"] = round(tok_per_s / self.world * flop * n / 989e12, 4)
+                flop = (6 if self.whole else 4) * sum(p.numel() for p in self.model.parameters())
+                speed["mfu"] = round(tok_per_s / self.world * flop / 989e12, 4)
         return speed
 
     def save_checkpoint(self, step):

@@ -380,9 +380,8 @@ def generate(model, prompts, batch_size=32, **options):
 def stream(model, prompts, batch_size=32, progress=False, streams=None, compiled=None, sync_every=4,
            **settings):
     """Like generate, but yields (prompt index, Output) as rows finish; waiting prompts take their places.
-    streams: the number of each prompt's random stream [its index]. compiled: torch.compile the step [on a
-    GPU]. sync_every: forwards between two looks of the host at the device, for which a row that is finished
-    or needs its keys refreshed waits (on a CPU 1 wastes nothing). UserError: a prompt that does not fit.
+    streams: of random numbers, one per prompt [its index]. compiled: torch.compile the step [on a GPU].
+    sync_every: forwards between two looks at the device, for which a finished row waits (1 on a CPU).
     """
     s = Decoding(**settings)
     if prompts:
@@ -836,6 +835,8 @@ def main():
     args, given = cli.parse(__doc__, Options, Decoding)
     cli.check_place("html", args.html, ".html")
     cli.check_place("to", args.to)
+    if args.html and (args.prompts or args.interactive):
+        raise UserError("--html is for one prompt: leave out --prompts and --interactive")
     defaults = decoding_defaults(config_of(args.model, args.revision))
     settings = vars(Decoding(**defaults | given))
     model, tok = load_both(args)

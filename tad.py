@@ -214,8 +214,7 @@ def choose_window(cfg, model, records, r):
         print(f"confidence by forwards ahead: {shown} ...  W = {window}"
               + " (never below the level: all tokens are near)" * never)
         rounded = [None if np.isnan(p) else round(float(p), 4) for p in decay]
-        facts = dict(window=window, decay=rounded)
-        write_whole(r.out / "window.json", json.dumps(facts) + "\n")
+        write_whole(r.out / "window.json", json.dumps(dict(window=window, decay=rounded)) + "\n")
         lines = {f"decay, W = {window}": enumerate(decay)}
         for mode, level in LEVEL.items():
             lines[f"{mode}: {level}"] = enumerate([level] * len(decay))

@@ -53,7 +53,7 @@ def load_teacher_tokenizer(name):
     def encode(text):  # SentencePiece may write a space before it
         return hf.encode(text, add_special_tokens=False, split_special_tokens=True)
     tables = (byte_table(hf, level) for level in (True, False))
-    chat = OwnChat(f"--teacher {name}", hf, False, hf.eos_token_id)  # without a thought
+    chat = OwnChat(f"--teacher {name}", hf, encode, False, hf.eos_token_id)  # without a thought
     fits = [t for t in tables if b"".join(t[i] for i in encode(PROBE)).removeprefix(b" ") == PROBE.encode()]
     if not fits or chat.end_id is None:
         raise UserError(f"--teacher {name}: what its {type(hf).__name__} makes of a text cannot be told, "

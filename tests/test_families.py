@@ -285,7 +285,7 @@ def test_tokeniser_errors(tmp_path):
     without_a = {k: v for k, v in vocab.items() if k != "a"}
     for broken in ([], {"▁the": 3}, {**vocab, "aa": 5}, without_a, {**vocab, "a": "x"}, {**vocab, "aa": 257}):
         (folder / "vocab.json").write_text(json.dumps(broken))
-        with pytest.raises(UserError, match="is a byte-level BPE"):
+        with pytest.raises(UserError, match="is a byte-level BPE" if broken else "must hold an object"):
             data.load_tokenizer(folder)
     (folder / "vocab.json").write_text(json.dumps(vocab))
     (folder / "merges.txt").unlink()

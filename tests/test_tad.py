@@ -392,7 +392,7 @@ def test_several_finished_folders_are_read_together(tmp_path):
     assert {r["decoding"]["temperature"] for r in both} == {0.0, 0.7}
     few = tad.trajectories(cfg, tiny, TOK, problems[1:3], cfg.trajectories)
     assert {r["id"] for r in few} <= {p["id"] for p in problems[1:3]}
-    with pytest.raises(UserError, match="no trajectory is correct"):
+    with pytest.raises(UserError, match="none holds no trajectories of tiny with gen_len 48"):
         tad.trajectories(cfg, tiny, TOK, problems, f"{tmp_path}/none+{tmp_path}/nowhere")
 
 

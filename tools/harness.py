@@ -34,10 +34,9 @@ def before_stop(text, until):
 
 
 def bridge(model, tok, settings, batch_size=32, kept=None):
-    """The model as an LM of lm_eval, for simple_evaluate(model=bridge(...), tasks=[...]). settings: of a
-    protocol and a rule; they win over what a task asks for. kept: an eval.Kept folder of finished responses,
-    which torchrun needs: every rank sees all requests, as lm_eval's rank 0 of 1, and decodes its share; were
-    lm_eval to split the documents, their few-shots would depend on the number of ranks."""
+    """The model as an LM of lm_eval, whose wishes about decoding lose against `settings`; kept: an eval.Kept.
+    Every rank sees all requests and decodes its share: few-shots do not depend on the number of ranks.
+    """
     class MaskedDiffusion(lm_eval_package().api.model.LM):
         tokenizer_name = f"nanotraj-{model.cfg.family}"
         chats = {}  # a rendered text -> its ids: not every special token in it is one

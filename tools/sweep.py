@@ -69,7 +69,7 @@ def paper_command(args):
     """Each on all GPUs that it can use; done.jsonl names those that have ended."""
     root = Path(args.out or f"out/papers/{args.table}-{Path(args.model).name}{'-quick' * args.quick}")
     done, gpus = root / "done.jsonl", torch.cuda.device_count()
-    ended = read_jsonl(done, ours=True) if done.exists() else []
+    ended = read_jsonl(done, ours=True, mend=True) if done.exists() else []
     for words in paper_commands(args.table, args.model, root, args.quick):
         print(shlex.join(["python", *words]), flush=True)
         if args.dry_run or {"words": words} in ended:
