@@ -129,7 +129,7 @@ def test_a_rank_that_hangs_ends_the_training(tmp_path, full):
         os.kill(pair[1].pid, signal.SIGSTOP)
         pair[0].join(100)
         said = (tmp_path / "said").read_text()
-        assert pair[0].exitcode == 1 and "another rank has ended or did not answer in time" in said, said
+        assert pair[0].exitcode == 1 and "another rank has ended or did not answer" in said, said
         assert "Traceback" not in said
     finally:
         for rank in pair:
