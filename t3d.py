@@ -21,7 +21,7 @@ lower it on the reference's own guesses (fake). The reference is the student of 
 What differs from the published code: ids and order are stored, no text is tokenised again; blocks count from
 position 0 in training as in decoding; the latest-decoded tokens are masked, as the paper says (the code masks
 the earliest: --variant code). Eq. 8 and the log-ratios are means over the masked tokens, so that lambda does
-not depend on the length (--logratio sum is Eq. 7).
+not depend on the length; alpha is 0.5 as in the code (--alpha 1 --logratio sum is Eq. 7).
 
     python t3d.py                                                # tiny model on a laptop CPU
     python t3d.py --model dream --data problems.jsonl            # one GPU

@@ -127,7 +127,7 @@ def tad_loss(ce, kl, near, example, n_examples, cfg):
 
 def make_batch(examples, rngs, cfg, window, model_cfg):
     """[(record, t)] -> dict of xt, x0, masked, near (B, L); prompts, lists of token ids; ids. RANDOM sources
-    ignore t: every position is masked with probability u ~ U(0, 1], and near (1/t is 1 / masked share).
+    mask each position with probability u ~ U(0, 1], and all are near; their mean stands for the weight 1/u.
     """
     x0, order, names = stacked([r for r, _ in examples], "x0", "order")
     t = torch.tensor([t for _, t in examples])[:, None]

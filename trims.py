@@ -20,7 +20,7 @@ hard tokens visible, easy ones masked. No trajectories are collected, and the lo
 own responses. All are EOS-filled to one length.
 
 Not published: trajectory_share 0.5 (0.75 cost the tiny model 9 points of accuracy at 4 tokens per forward),
-LoRA alpha = r = 32 and weight decay 0.01 (which changed nothing there).
+LoRA alpha = r = 32 and weight decay 0.01 (neither changed its accuracy).
 
     python trims.py                                          # tiny model, tiny AR teacher, on a laptop CPU
     python trims.py --trajectory_share 0 --data out/tad-tiny/trajectories      # SFT on collected responses
