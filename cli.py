@@ -311,13 +311,18 @@ def whole_folder(path):
     sync(path.parent)
 
 
+def sums_of(folder):
+    """{file name: checksum} of what whole_folder() wrote there; {} if it did not."""
+    lines = read_text(folder / SUMS).splitlines() if (folder / SUMS).is_file() else []
+    return {line[66:]: line[:64] for line in lines}
+
+
 def check_sums(folder):
     """UserError if a file that whole_folder() wrote is not as it was."""
-    for line in read_text(folder / SUMS).splitlines() if (folder / SUMS).exists() else ():
-        file = folder / line[66:]
-        if not file.is_file() or sha256(file) != line[:64]:
-            raise UserError(f"{file} is not as it was written: make it again; or remove {folder / SUMS} "
-                            f"if you changed it")
+    for name, checksum in sums_of(folder).items():
+        if not (folder / name).is_file() or sha256(folder / name) != checksum:
+            raise UserError(f"{folder / name} is not as it was written: make it again; or remove "
+                            f"{folder / SUMS} if you changed it")
 
 
 def sync(path):

@@ -233,6 +233,8 @@ class OwnChat:
     """A checkpoint's own chat template, run in Jinja's sandbox. hf: its tokeniser; encode: of a text."""
     def __init__(self, name, hf, encode, thinks, eos_id):
         self.name, self.hf, self.encode, self.thinks = name, hf, encode, thinks
+        added = sorted(hf.get_added_vocab(), key=len, reverse=True)
+        self.added = re.compile("|".join(map(re.escape, added)) or "(?!)")
         answered = self.render([("user", "a"), ("assistant", " OK ")]) if hf.chat_template else " OK "
         self.trims = " OK " not in answered  # white space around a text is dropped
         special = {i for i, token in hf.added_tokens_decoder.items() if token.special}
@@ -261,14 +263,11 @@ class OwnChat:
     def prompt_ids(self, turns):
         """Turns, the answer open -> list of ids; a text writes no special token."""
         if not self.hf.chat_template:  # a base model: the texts, on lines of their own
-            text = "".join(text + "\n" for _, text in turns)
-            return self.hf.encode(text, split_special_tokens=True)
-        added = sorted(self.hf.get_added_vocab(), key=len, reverse=True)
-        pattern = "|".join(map(re.escape, added)) or "(?!)"
-        hidden = [(role, re.sub(pattern, MARK, text)) for role, text in turns]
+            return self.hf.encode("".join(text + "\n" for _, text in turns), split_special_tokens=True)
+        hidden = [(role, self.added.sub(MARK, text)) for role, text in turns]
         first, *rest = self.render(hidden, add_generation_prompt=True).split(MARK)
         ids = self.hf.encode(first, add_special_tokens=False)
-        written = re.findall(pattern, MARK.join(text for _, text in turns))
+        written = self.added.findall(MARK.join(text for _, text in turns))
         if len(rest) != len(written):
             raise UserError(f"{self.name}: its chat_template repeats or drops a text with {written[:1]}")
         for token, piece in zip(written, rest):

@@ -174,12 +174,9 @@ class Merge(nt_model.ModelOptions):
 
 def merge_command(args):
     to = Path(args.to).absolute()
-    made, sums = set(), to / cli.SUMS
-    if args.overwrite and sums.is_file():  # what is ours
-        made = {sums.name, *(line[66:] for line in cli.read_text(sums).splitlines())}
+    made = {cli.SUMS, *cli.sums_of(to)} if args.overwrite else set()  # what is ours
     if to.exists() and (not to.is_dir() or {file.name for file in to.iterdir()} - made):
-        raise UserError(f"--to {args.to!r} is there and not empty: choose another, or --overwrite what an "
-                        f"earlier merge wrote")
+        raise UserError(f"--to {args.to!r} is there and not empty: choose another, or --overwrite a merge")
     model = merge(load(nt_model.load(args.model, revision=args.revision), args.adapter))
     with whole_folder(to) as folder:
         nt_model.save(model, folder)

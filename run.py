@@ -65,9 +65,8 @@ class Options(nt_model.ModelOptions):
 
 
 STEP_TIMEOUT = timedelta(minutes=4)  # within which all ranks come to the same place of a step
-MADE = ("checkpoints adapter model adapter.unfinished model.unfinished trajectories trajectories-round-* "
-        "difficulty results.jsonl log.jsonl nonfinite-rank*.json window.* curve.png log.png wandb tds.* "
-        "trajectory_nll.*").split()  # what --overwrite removes
+MADE = ("checkpoints adapter model adapter.unfinished model.unfinished trajectories difficulty results.jsonl "
+        "log.jsonl nonfinite-rank*.json window.* curve.png log.png wandb tds.* trajectory_nll.*").split()
 FREE = [f.name for f in fields(Options)][7:]
 
 
