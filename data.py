@@ -26,11 +26,13 @@ import numpy as np
 import tiktoken
 import tokenizers
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 import grade
 from cli import UserError, option, read_jsonl, read_object, read_rows, run_cli, run_command
-from model import FAMILIES, ModelOptions, block_diffusion_layout, checkpoint_dir, config_of, listed
+from model import (FAMILIES, LENGTHS, ModelOptions, block_diffusion_layout, checkpoint_dir, config_of,
+                   listed)
 from recipes import RECIPES, TEST, recipe_problems, same_question
 
 TINY_DECODING = FAMILIES["tiny"].decoding
@@ -381,6 +383,8 @@ def response_inputs(model_cfg, prompts, xt, x0=None):
         return block_diffusion_layout(model_cfg, prompts, xt, x0)
     rows = [torch.cat([torch.tensor(p, dtype=torch.long), row]) for p, row in zip(prompts, xt.cpu())]
     ids, valid = left_padded(rows, model_cfg.pad_id)
+    more = -ids.shape[1] % LENGTHS, 0
+    ids, valid = F.pad(ids, more, value=model_cfg.pad_id), F.pad(valid, more)
     cols = torch.arange(ids.shape[1])[-xt.shape[1]:].expand(xt.shape)
     return dict(ids=ids, valid=None if valid.all() else valid), cols
 

@@ -29,6 +29,7 @@ import re
 import subprocess
 import sys
 import time
+import tomllib
 import zlib
 from collections import Counter
 from dataclasses import dataclass
@@ -53,67 +54,16 @@ from sample import AdaptedModel, load_both
 from teacher import load_teacher, load_teacher_tokenizer, token_nll
 
 
-def tokens_per_forward(*counts, **settings):
-    return [dict(policy="static", per_step=k, **settings) for k in counts]
+def read_protocols(file):
+    """{NAME, NAME/FAMILY or NAME/FAMILY/TASK: its settings}; the file says what they are."""
+    protocols = tomllib.loads(cli.read_text(file))
+    for name, settings in protocols.items():
+        protocols[name] = protocols.get(settings.pop("like", None), {}) | settings
+    return protocols
 
 
-def dream_steps(n):
-    """TABOM on Dream: as many steps as tokens (Table 8), and half as many (Table 4)."""
-    return dict(gen_len=n, rules=[dict(steps=n), dict(steps=n // 2)])
-
-
-TINY = dict(data.TINY_DECODING, policy="threshold")
-ANCHOR = dict(policy="entropy", threshold=0.0, name="TPF 1")  # token by token: published curves begin with it
-MULTIBLOCK = dict(gen_len=256, block_len=32, policy="multiblock", block_add=0.1, decoded=0.95, cache="none",
-                  early_stop=True, anchor=True)
-FAST_DLLM = dict(gen_len=256, block_len=32, policy="threshold", cache="none")
-# Everything about decoding; `rules`, `thresholds`, ANCHOR are the points of a curve, the paper's own first;
-# `prompt` words a problem as the paper's evaluation does. Where no temperature stands, the choice is greedy.
-# NAME/FAMILY and NAME/FAMILY/TASK replace parts of NAME.
-PROTOCOLS = {
-    "tiny": dict(TINY, rules=tokens_per_forward(1), thresholds=(0.97, 0.95, 0.93, 0.9, 0.8, 0.7, 0.5)),
-    "tiny-thresholds": dict(TINY, thresholds=(0.97, 0.95, 0.93, 0.9, 0.8)),  # not the slow token by token
-    "tiny-table": dict(  # tools/sweep.py
-        TINY, compiled=True, sync_every=1, rules=tokens_per_forward(1, 2, 4), thresholds=(0.95, 0.9)),
-    "tiny-static": dict(
-        TINY, rules=tokens_per_forward(1, 2, 4, 8) + tokens_per_forward(48, block_len=48)),  # all at once
-    "thresholds": dict(FAST_DLLM, thresholds=(0.9, 0.95, 0.8, 0.7)),  # no paper's, for any model
-    "thresholds/sdar": dict(block_len=4, cache="exact"),
-    # TAD, section 4.1 and Table 8: entropy 0.5. Its curves are that point and ANCHOR; the others are ours.
-    # Not published: the cache (its H200 figures: none), and whether it stops at EOS (its code does not)
-    "tad": dict(MULTIBLOCK, thresholds=(0.5, 0.4, 0.3, 0.2, 0.1)),
-    "tad-code": dict(MULTIBLOCK, early_stop=False),  # TAD's scripts instead of its paper
-    "tad-code/llada/gsm8k": dict(prompt="{prompt} " + recipes.BOXED),
-    "tad-code/llada": dict(block_add=0.5, decoded=0.5, thresholds=(0.5, 0.3, 0.1)),
-    "tad-code/dream": dict(thresholds=(0.4, 0.2, 0.1)),
-    # d3LLM's evaluation scripts; cache_delay and refresh are those of its cached variant (--cache prefix)
-    "d3llm": MULTIBLOCK,
-    "d3llm/llada": dict(cache_delay=2, refresh=3, thresholds=(0.5, 0.3, 0.1)),
-    "d3llm/dream": dict(cache_delay=1, thresholds=(0.4, 0.2, 0.1)),
-    "d3llm/dream/humaneval": dict(thresholds=(0.5, 0.3, 0.1)),
-    # TRIMS, section 4.1: Fast-dLLM's sampler (0.9, on behind EOS). Not published: its other points, its cache
-    "trims": dict(FAST_DLLM, early_stop=False, thresholds=(0.9, 0.95, 0.8, 0.7, 0.6, 0.5)),
-    # TABOM, Table 8, the samplers of Dream and LLaDA; IFEval by its scripts; other tasks as GSM8K
-    "tabom": dict(cache="none", early_stop=False),
-    "tabom/dream": dict(dream_steps(256), policy="dream", score="entropy", temperature=0.1, top_p=0.9),
-    "tabom/dream/math500": dream_steps(512),
-    "tabom/dream/mbpp": dream_steps(1024),
-    "tabom/dream/humaneval": dream_steps(768),
-    "tabom/dream/ifeval": dream_steps(512),
-    "tabom/llada": dict(gen_len=512, block_len=8, rules=tokens_per_forward(1)),
-    "tabom/llada/math500": dict(block_len=64),
-    "tabom/llada/mbpp": dict(gen_len=256, block_len=256),
-    "tabom/llada/humaneval": dict(block_len=512),
-    "tabom/llada/ifeval": dict(block_len=512, score="entropy"),
-    # T3D, Table 1: 2 and 4 tokens per step in blocks of 4 and 8; 2: full decoding; 3: dynamic; 4: 1 and 8
-    "t3d": dict(gen_len=2000, block_len=4, temperature=0.1, early_stop=True),
-    "t3d/sdar": dict(
-        cache="exact", policy="threshold", thresholds=(0.9,), prompt=recipes.T3D_MATH,
-        rules=[dict(policy="static", per_step=k, block_len=b, name=f"block {b}: {k} per forward")
-               for b, k in ((4, 1), (4, 2), (4, 4), (8, 2), (8, 4), (8, 1), (8, 8))]),
-    "t3d/sdar/humaneval": dict(prompt=recipes.T3D_CODE),
-    "t3d/sdar/mbpp": dict(prompt=recipes.T3D_CODE.replace("question", "prompt")),  # which has the tests
-}
+PROTOCOLS = read_protocols(nt_model.HERE / "assets" / "protocols.toml")
+ANCHOR = dict(policy="entropy", threshold=0.0, name="TPF 1")  # token by token
 # a method has one colour in every picture; of the names in a label the longest counts, "" is in all
 METHODS = ("TAD", "T3D", "TABOM", "TRIMS", "SFT", "SFT-SD", "SFT-SD privileged", "Naive TD", "dInfer", "")
 COLORS = {"base": "black"} | {name: f"C{i}" for i, name in enumerate(METHODS)}

@@ -1,9 +1,10 @@
-"""Linear layers as the decoder runs them: adapters merged, packed for oneDNN on a CPU."""
+"""Linear layers as the decoder runs them: adapters merged, those of one input joined, packed on a CPU."""
 import copy
 import weakref
 
 import torch
 
+DECODERS = weakref.WeakKeyDictionary()  # model -> (what it was made from, for_decoding() of it)
 PACKED = {}  # address of a layer's `tag` -> its weight in oneDNN's layout, which torch.compile cannot hold
 
 
@@ -33,19 +34,62 @@ class PackedLinear(torch.nn.Module):
         return torch.ops.nanotraj.packed_linear(x, self.tag, self.bias)
 
 
+def linear(weight, bias):
+    """An nn.Linear of these parameters, which are not copied."""
+    layer = torch.nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+    layer.weight, layer.bias = weight, bias
+    return layer
+
+
+class Joined(torch.nn.Module):
+    """Linear layers of one input as one product, which fills more of the device -> a result for each."""
+    def __init__(self, layers, kind):
+        super().__init__()
+        layers = [with_linear(layer, linear) for layer in layers]
+        self.sizes = [len(layer.weight) for layer in layers]
+        weight = torch.cat([layer.weight for layer in layers])
+        bias = None
+        if layers[0].bias is not None:
+            bias = torch.nn.Parameter(torch.cat([layer.bias for layer in layers]))
+        if kind is linear:  # a model on a GPU holds its weights once: its own are views of these
+            for layer, part in zip(layers, weight.split(self.sizes)):
+                layer.weight.data = part
+        self.layer = kind(torch.nn.Parameter(weight), bias)
+
+    def forward(self, x):
+        return self.layer(x).split(self.sizes, -1)
+
+
 def with_linear(module, kind):
-    """A copy with adapters merged, every linear layer as kind(weight, bias) [as is]; it shares the rest."""
+    """A copy with adapters merged, linear layers as kind(weight, bias), some joined; it shares the rest."""
     if hasattr(module, "merged"):  # a LoRA adapter
         module = module.merged()
     if isinstance(module, torch.nn.Linear):
-        return kind(module.weight, module.bias) if kind else module
-    twin = copy.copy(module)
-    twin._modules = {name: with_linear(child, kind) for name, child in module._modules.items()}
+        return kind(module.weight, module.bias)
+    twin, parts = copy.copy(module), dict(module._modules)
+    joined = {"+".join(names): Joined([parts.pop(name) for name in names], kind)
+              for names in getattr(module, "JOINED", ())}
+    twin._modules = {name: with_linear(part, kind) for name, part in parts.items()} | joined
     return twin
 
 
-def for_decoding(model):
-    return with_linear(model, PackedLinear if can_pack(model.embed.weight) else None)
+def state_of(model):
+    """What changes with a weight or an adapter's switch; .data.mul_() and its like show in a few values."""
+    state = [layer.enabled for layer in model.modules() if hasattr(layer, "enabled")]
+    for p in model.parameters():
+        some = p.flatten()[::max(1, p.numel() // 8)]
+        state += [id(p), p.data_ptr(), p._version, some.sum().item()]
+    return state
+
+
+@torch.no_grad()
+def for_decoding(model, compiled=False):
+    """The model as the decoder runs it, made again when it has changed; its blocks may be compiled."""
+    made_from, decoder = DECODERS.get(model, (None, None))
+    if made_from != (compiled, state_of(model)):
+        decoder = with_linear(model, PackedLinear if can_pack(model.embed.weight) else linear)
+        DECODERS[model] = (compiled, state_of(model)), decoder  # joining moves weights
+    return decoder
 
 
 def can_pack(weight):

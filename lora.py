@@ -21,6 +21,7 @@ from torch import nn
 import cli
 import model as nt_model
 from cli import UserError, check_sums, option, run_cli, run_command, whole_folder
+from layers import linear
 from model import FAMILIES, official_name
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -34,13 +35,13 @@ PLAIN = dict(peft_type=("LORA",), init_lora_weights=(*UNSET, True, "gaussian", "
 
 class LoRALinear(nn.Module):
     """A frozen linear layer and its adapter; `weight` and `bias` keep their names: checkpoints fit."""
-    def __init__(self, linear, r, alpha, dropout):
+    def __init__(self, layer, r, alpha, dropout):
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
+        self.weight, self.bias = layer.weight, layer.bias
         self.r, self.alpha, self.dropout, self.enabled = r, alpha, dropout, True
-        fp32 = dict(dtype=torch.float32, device=linear.weight.device)
-        self.lora_A = nn.Parameter(torch.empty(r, linear.in_features, **fp32))
-        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, r, **fp32))
+        fp32 = dict(dtype=torch.float32, device=layer.weight.device)
+        self.lora_A = nn.Parameter(torch.empty(r, layer.in_features, **fp32))
+        self.lora_B = nn.Parameter(torch.zeros(layer.out_features, r, **fp32))
         nn.init.kaiming_uniform_(self.lora_A, a=5 ** 0.5)  # B = 0: the adapted model starts as the base
 
     def forward(self, x):
@@ -52,12 +53,10 @@ class LoRALinear(nn.Module):
 
     def merged(self):
         """A plain nn.Linear with W + alpha/r B A, added in fp32 and rounded once; inside off() with W."""
-        linear = nn.Linear(*self.weight.shape[::-1], bias=False, device="meta")
-        linear.weight, linear.bias = self.weight, self.bias
-        if self.enabled:
-            delta = self.alpha / self.r * (self.lora_B.float() @ self.lora_A.float())
-            linear.weight = nn.Parameter((self.weight.float() + delta).to(self.weight.dtype))
-        return linear
+        if not self.enabled:
+            return linear(self.weight, self.bias)
+        delta = self.alpha / self.r * (self.lora_B.float() @ self.lora_A.float())
+        return linear(nn.Parameter((self.weight.float() + delta).to(self.weight.dtype)), self.bias)
 
 
 def adapters(model):

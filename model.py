@@ -29,6 +29,7 @@ from cli import UserError, read_object, run_cli
 
 HERE = Path(__file__).resolve().parent
 CHUNK_BYTES = 2**26  # of fp32 logits at once, see by_chunks
+LENGTHS = 64 if torch.cuda.is_available() else 1  # of training batches, a multiple: cuDNN plans for each
 
 
 @dataclass(frozen=True)
@@ -250,6 +251,8 @@ def rotate(x, cos, sin):
 
 
 class Block(nn.Module):
+    JOINED = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")  # for decoding, see layers.Joined
+
     def __init__(self, cfg):
         super().__init__()
         self.cfg, d, hd = cfg, cfg.d_model, cfg.head_dim
@@ -265,11 +268,18 @@ class Block(nn.Module):
         self.up_proj = nn.Linear(d, cfg.d_mlp, bias=False)
         self.down_proj = nn.Linear(cfg.d_mlp, d, bias=False)
 
+    def project(self, x, names):
+        """x (B, T, C) -> its product with each of these layers; of a decoder they are one layer."""
+        joined = self._modules.get("+".join(names))
+        if joined:
+            return joined(x)
+        return [getattr(self, name)(x) for name in names]
+
     def qkv(self, x, cos, sin):
         """x (B, T, C) -> rotated q (B, H, T, hd), rotated k and plain v (B, H_kv, T, hd)."""
         x = self.attn_norm(x)
         heads = (*x.shape[:2], -1, self.cfg.head_dim)
-        q, k, v = (proj(x).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.view(heads) for y in self.project(x, self.JOINED[0]))
         if self.cfg.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         dtype = torch.float32 if self.cfg.rope_fp32 else q.dtype
@@ -283,8 +293,8 @@ class Block(nn.Module):
         grouped = self.cfg.n_head != self.cfg.n_kv_head
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, enable_gqa=grouped)
         x = x + self.o_proj(y.transpose(1, 2).flatten(2))
-        h = self.mlp_norm(x)
-        return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
+        gate, up = self.project(self.mlp_norm(x), self.JOINED[1])
+        return x + self.down_proj(F.silu(gate) * up)
 
     def forward(self, x, cos, sin, attn_mask, cache=None, out=None):
         """x (B, T, C) -> (B, T, C). cache: first arguments of store(). out (B, K): columns that go on."""
@@ -353,6 +363,8 @@ def block_diffusion_layout(cfg, prompts, xt, x0):
         positions.append(torch.cat([torch.arange(len(p) + L), torch.arange(s, len(p) + L)]))
     ids = pad_sequence(ids, batch_first=True, padding_value=cfg.pad_id)
     positions = pad_sequence(positions, batch_first=True)
+    more = -ids.shape[1] % LENGTHS
+    ids, positions = (F.pad(t, (0, more)) for t in (ids, positions))
     col = torch.arange(ids.shape[1])
     noisy, valid = (col >= start) & (col < end), col < 2 * end - start
     q, k = positions[:, :, None] // K, positions[:, None, :] // K
@@ -590,7 +602,8 @@ def main():
         if key not in ("family", "raw"):
             print(f"  {key:<11} {value}")
     with torch.no_grad():
-        logits = model(torch.full((1, 8), model.cfg.mask_id, device=model.embed.weight.device))
+        ids = torch.full((1, 8), model.cfg.mask_id, device=model.embed.weight.device)
+        logits = model(ids)
     print(f"one forward over 8 mask tokens: logits {tuple(logits.shape)}, finite: {logits.isfinite().all()}")
 
 

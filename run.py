@@ -59,9 +59,8 @@ class Options(nt_model.ModelOptions):
     eval_problems: int = 300  # problems of the closing evaluation (tiny models only; 0: none)
     fsdp: bool = False  # LoRA: shard the frozen base over ranks, where it does not fit (--full always does)
     checkpoint_blocks: bool = False  # keep only the inputs of blocks, compute the rest again: less memory
-    compile: bool = False  # compile every block for training
+    compile: bool | None = None  # compile every block for training [on a GPU]
     wandb: bool = False  # send the lines of log.jsonl to Weights & Biases too (pip install wandb)
-    dry_run: bool = False  # print memory per GPU and the number of steps, load no weights
 
 
 STEP_TIMEOUT = timedelta(minutes=4)  # within which all ranks come to the same place of a step
@@ -170,6 +169,19 @@ def unsharded(model, device="cpu", dtype=None, keep=True):
     return plain.eval()
 
 
+def compile_blocks(model):
+    """For training: once for batches and lengths of any size, again for what is another computation."""
+    torch._dynamo.config.recompile_limit = 64  # beyond it blocks would run uncompiled
+    for block in model.blocks:
+        block.compile(dynamic=True)
+
+
+def adamw(params, cfg, betas=(0.9, 0.999)):
+    """The optimizer of all methods; fused on a GPU, where one kernel reads and writes each number once."""
+    return torch.optim.AdamW(params, cfg.lr, betas, weight_decay=cfg.weight_decay,
+                             fused=torch.cuda.is_available() or None)
+
+
 def lr_frac(step, n_steps, cfg):
     """Share of the peak learning rate at a step (0-based), after the schedules of the settings."""
     decay = 1.0
@@ -203,6 +215,8 @@ def batch_of(step, n, cfg):
 
 class Run:
     """A run of the settings cfg, a method's Config. whole: all weights are trained and saved [--full]."""
+    teachers = 0  # forwards without a gradient beside each of the trained model, which mfu counts
+
     def __init__(self, cfg, whole=None):
         self.cfg, self.whole = cfg, cfg.full if whole is None else whole
         self.rank = int(os.environ.get("RANK", 0))
@@ -281,9 +295,8 @@ class Run:
         if frozen:  # --full's teacher
             model.requires_grad_(False)
         model.checkpoint_blocks = self.cfg.checkpoint_blocks
-        if self.cfg.compile:
-            for block in model.blocks:
-                block.compile()
+        if self.cfg.compile or self.cfg.compile is None and self.device.type == "cuda":
+            compile_blocks(model)
         return shard(model, self.device, self.whole and not frozen, self.group) if self.shards else model
 
     def steps(self, model, optimizers, n_steps, reference=None):
@@ -394,7 +407,8 @@ class Run:
         if torch.cuda.is_available():
             speed["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
             if any(name in torch.cuda.get_device_name() for name in ("H100", "H200")):
-                flop = (6 if self.whole else 4) * sum(p.numel() for p in self.model.parameters())
+                per_parameter = (6 if self.whole else 4) + 2 * self.teachers
+                flop = per_parameter * sum(p.numel() for p in self.model.parameters())
                 speed["mfu"] = round(tok_per_s / self.world * flop / 989e12, 4)
         return speed
 
@@ -540,37 +554,3 @@ def newest_checkpoint(out):
         if intact(folder):
             return folder
         print(f"warning: checkpoint {folder} is damaged, trying the one before", file=sys.stderr)
-
-
-def dry_run(cfg, n_examples, frozen_copy=False, scratch=False):
-    """Print, from config.json alone, the steps and what 1, 8 and 16 GPUs hold each; prompts of 256 tokens."""
-    with torch.device("meta"):
-        model = nt_model.Transformer(nt_model.config_of(cfg.model, cfg.revision))
-        if not (cfg.full or scratch):
-            lora.add(model, cfg.lora_r, cfg.lora_alpha, 0.0, cfg.lora_targets)
-    per_epoch = n_examples // cfg.batch_size
-    print(f"at most {n_examples:,} examples: {per_epoch:,} steps per epoch, "
-          f"{cfg.max_steps or cfg.epochs * per_epoch:,} steps in all")
-    facts = model.cfg
-    kinds = model.parameters(), model.blocks[0].parameters(), trainable(model).values()
-    n_all, n_block, n_trained = (sum(p.numel() for p in params) for params in kinds)
-    rest = n_all - facts.n_layer * n_block  # embedding, norm, head: whole until the last gradient
-    heads = facts.n_head + 2 * facts.n_kv_head
-    per_token = 2 * (16 * facts.d_model + 3 * heads * facts.head_dim + 4 * facts.d_mlp)  # of one block
-    inputs = facts.n_layer * 2 * facts.d_model
-    per_token = per_token + inputs if cfg.checkpoint_blocks else per_token * facts.n_layer
-    tokens = cfg.micro_batch * (256 + cfg.gen_len * (2 if facts.block_len else 1))
-    print(f"{n_all:,} parameters, {n_trained:,} of them trained; GiB per GPU:\n"
-          f"GPUs   weights  gradients  optimizer  activations  logits   total")
-    for n in (1, 8, 16):
-        sharded = cfg.full or cfg.fsdp
-        trained = n_trained / (n if sharded and n_trained == n_all else 1)
-        weights, gradients = 4 * trained + 2 * (n_all - n_trained) / (n if sharded else 1), 4 * trained
-        if sharded:
-            weights += 2 * (rest + 2 * n_block)  # gathered, with two blocks
-        if cfg.full:
-            weights += 2 * (n_all / n + rest) * frozen_copy
-            gradients += 6 * rest  # gathered, in bf16 and in fp32 to be summed
-        parts = [weights, gradients, 8 * trained, per_token * tokens, 6 * nt_model.CHUNK_BYTES]
-        cells = [f"{part / 2**30:.1f}" for part in [*parts, sum(parts)]]
-        print("{:>4}{:>10}{:>11}{:>11}{:>13}{:>8}{:>8}".format(n, *cells))

@@ -571,11 +571,11 @@ class Batch:
     """The rows of a batch, the cache, and the host's picture of them as of its last look."""
     def __init__(self, model, prompts, s, batch_size, streams=None, compiled=None, sync_every=4):
         check_prompts(model.cfg, prompts, s)
-        self.model, self.s = for_decoding(in_blocks(model, s.block_len)), s
         self.prompts = [p.cpu() for p in prompts]
         self.streams = streams or range(len(prompts))
         self.dev, self.sync_every = model.embed.weight.device, sync_every
         self.compiled = self.dev.type == "cuda" if compiled is None else compiled
+        self.model, self.s = in_blocks(for_decoding(model, self.compiled), s.block_len), s
         n_rows, T = len(prompts), max(map(len, prompts)) + reach(s, model.cfg) + s.gen_len + 1
         if self.compiled:  # prompts in any number and of many lengths, few shapes
             n_rows = 1 << (n_rows - 1).bit_length()  # the next power of two

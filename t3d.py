@@ -244,8 +244,6 @@ def check_config(cfg):
 def main():
     cfg = check_config(run.parse(Config, PRESETS, __doc__))
     found = load_problems(cfg.data, "train", cfg.n_problems or None)
-    if cfg.dry_run:
-        return run.dry_run(cfg, len(found), frozen_copy=cfg.loss != "naive_td")
     r = run.Run(cfg)  # ranks, device, the folder: new or to be continued
     if r.finished:
         return
@@ -270,7 +268,8 @@ def main():
         lora.add(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets)
     model = r.for_training(model)
     ref = None if cfg.loss == "naive_td" else run.Reference(r, model)
-    optimizer = torch.optim.AdamW(run.trainable(model).values(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    r.teachers = int(ref is not None)
+    optimizer = run.adamw(run.trainable(model).values(), cfg)
 
     # 3. training
     n_steps = cfg.max_steps or cfg.epochs * run.steps_per_epoch(len(records), cfg)

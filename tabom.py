@@ -186,8 +186,6 @@ def main():
     cfg = run.parse(Config, PRESETS, __doc__)
     check_config(cfg)
     problems = load_problems(cfg.data, "train", cfg.n_problems or None)
-    if cfg.dry_run:
-        return run.dry_run(cfg, len(problems))
     r = run.Run(cfg)  # ranks, device, the folder: new or to be continued
     if r.finished:
         return
@@ -204,7 +202,7 @@ def main():
     if not cfg.full:
         lora.add(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets)
     model = r.for_training(model)
-    optimizer = torch.optim.AdamW(run.trainable(model).values(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    optimizer = run.adamw(run.trainable(model).values(), cfg)
 
     # 3. training
     n_steps = cfg.max_steps or cfg.epochs * run.steps_per_epoch(len(records), cfg)

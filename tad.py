@@ -255,10 +255,8 @@ def main():
     if cfg.near == cfg.distant == "none":
         raise UserError("--near none --distant none: nothing is left to learn from; choose one of them")
     problems = load_problems(cfg.data, "train", cfg.n_problems or None)
-    if cfg.dry_run:
-        n_states = min(cfg.states_per_trajectory or cfg.gen_len, cfg.gen_len)
-        return run.dry_run(cfg, n_states * len(problems), frozen_copy=True)
     r = run.Run(cfg)  # ranks, device, the folder: new or to be continued
+    r.teachers = int("kl" in (cfg.near, cfg.distant))
     if r.finished:
         return
     base, tok = r.load(), load_tokenizer(cfg.model, cfg.revision)
@@ -277,7 +275,7 @@ def main():
         model = r.load(to_train=True)
         lora.add(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets)
         model = teacher = r.for_training(model)
-    optimizer = torch.optim.AdamW(run.trainable(model).values(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    optimizer = run.adamw(run.trainable(model).values(), cfg)
 
     # 3. training
     pairs = training_pairs(records, cfg, 0)  # (record number, t)

@@ -201,7 +201,7 @@ def build_optimizers(cfg, model):
     params, betas = run.trainable(model), (0.9, cfg.beta2)
     muon = {n: p for n, p in params.items() if cfg.muon_lr and p.ndim == 2 and n.startswith("blocks")}
     rest = [p for n, p in params.items() if n not in muon]
-    optimizers = [torch.optim.AdamW(rest, lr=cfg.lr, betas=betas, weight_decay=cfg.weight_decay)]
+    optimizers = [run.adamw(rest, cfg, betas)]
     if muon:
         if run.is_sharded(model):
             raise UserError("--muon_lr needs whole matrices on every rank: leave out --full")
@@ -218,8 +218,6 @@ def main():
     tok = load_tokenizer(cfg.model, cfg.revision)
     teacher_tok = load_teacher_tokenizer(cfg.teacher) if cfg.trajectory_share else None
     examples = load_examples(cfg, tok)
-    if cfg.dry_run:
-        return run.dry_run(cfg, len(examples), scratch=cfg.init == "scratch")
     r = run.Run(cfg, whole)  # ranks, device, the folder: new or to be continued
     if r.finished:
         return

@@ -2,17 +2,21 @@
 CI counts; it never looks at a clock. Most tests let dynamo capture the graphs and run them as they are
 (backend "eager"); inductor's code is run once per family.
 """
+import json
+import re
 from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import CONFIGS, prompts_of, random_model
+from conftest import CONFIGS, FIXTURES, prompts_of, random_model
 from test_sample import same
 from torch._subclasses.fake_tensor import (DataDependentOutputException, DynamicOutputShapeException,
                                            FakeTensorMode)
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import bench
 import layers
+import lora
 import model as nt_model
 import sample
 from sample import Batch, Decoding, Rows, generate, reference
@@ -195,7 +199,6 @@ def test_the_sync_guard_fails_on_broken_copies(monkeypatch, broken):
 def test_packed_layers_are_the_same_layers():
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this CPU build of torch has no oneDNN")
-    import lora
     model = lora.add(random_model(qkv_bias=True), r=4, alpha=8)
     for _, m in lora.adapters(model):
         torch.nn.init.normal_(m.lora_B, std=0.1)
@@ -207,10 +210,41 @@ def test_packed_layers_are_the_same_layers():
             base, fast_base = model(ids), layers.for_decoding(model)(ids)
         assert (fast_base - base).abs().max() < 1e-3 and (base - model(ids)).abs().max() > 0.1
     assert fast.embed.weight is model.embed.weight and lora.adapters(model) and not lora.adapters(fast)
-    model.blocks[0].q_proj.weight.data.zero_()  # the copy keeps what it was made from
     n = len(layers.PACKED)
-    del fast
-    assert len(layers.PACKED) == n - 15  # nothing outlives it
+    del fast, model
+    assert len(layers.PACKED) == n - 18  # nothing outlives it: one with the adapters, one without
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_decoder_is_made_again_only_when_the_model_changes(monkeypatch, packed):
+    """One packing for many calls; every way of changing a weight is seen, and the model stays as it was."""
+    monkeypatch.setattr(layers, "can_pack", lambda weight: packed)
+    made, inner = [], layers.with_linear
+    monkeypatch.setattr(layers, "with_linear", lambda *args: made.append(args[0]) or inner(*args))
+    model = lora.add(random_model(qkv_bias=True), r=2, alpha=4)
+    ids, weights = prompts_of([9])[0][None], {name: p.clone() for name, p in model.named_parameters()}
+
+    def made_again():
+        made.clear()
+        with torch.no_grad():
+            assert (layers.for_decoding(model)(ids) - model(ids)).abs().max() < 1e-3
+        return bool(made)
+    assert made_again() and not made_again() and not made_again()
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    with lora.off(model):
+        assert made_again() and not made_again()
+    assert made_again() and not made_again()
+    block, (_, adapter) = model.blocks[1], lora.adapters(model)[0]
+    with torch.no_grad():
+        adapter.lora_B.normal_()  # as an optimizer does
+    assert made_again() and not made_again()
+    for weight in (block.k_proj.weight, block.q_proj.bias, model.embed.weight, block.mlp_norm.weight):
+        weight.data.mul_(1.5)
+        assert made_again() and not made_again()
+    block.up_proj.weight.data = torch.randn_like(block.up_proj.weight)
+    assert made_again() and not made_again()
+    lora.merge(model)
+    assert made_again() and not made_again()
 
 
 @pytest.mark.parametrize("case", list(CASES))
@@ -235,3 +269,22 @@ def test_the_step_reads_no_value(case):
                        rows.start.unique):  # what the guard is for
             with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
                 broken()
+
+
+def test_the_baseline_of_the_benchmark_is_fast_dllm():
+    """Its tokens and forwards on the official sampler's recorded cases, and ours on tokens per forward."""
+    model, seen = nt_model.load(FIXTURES / "llada_A"), 0
+    for case in json.loads((FIXTURES / "llada_A" / "samplers.json").read_text())["cases"]:
+        if not re.fullmatch(r"fast_dual_p\d_thrNone", case["name"]):
+            continue
+        (prompt,) = case["settings"]["prompt"]
+        s = Decoding(policy="static", early_stop=False, gen_len=16, block_len=8)
+        ids, nfe = bench.fast_dllm(model, torch.tensor(prompt), s)
+        assert [prompt + ids.tolist()] == case["ids"] and nfe == case["forwards"]
+        seen += 1
+    assert seen >= 2
+    for settings in (dict(per_step=2), dict(per_step=3, block_len=5), dict(gen_len=13, block_len=4)):
+        s = Decoding(**dict(policy="static", early_stop=False, gen_len=16, block_len=8) | settings)
+        ids, nfe = bench.fast_dllm(model, torch.tensor(prompt), s)
+        (ours,) = generate(model, [torch.tensor(prompt)], **vars(s))
+        assert torch.equal(ids, ours.ids) and nfe == ours.nfe

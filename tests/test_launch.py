@@ -15,7 +15,6 @@ import lora
 import model as nt_model
 import run as training
 import t3d
-import tad
 
 SCRIPT = ["bash", str(ROOT / "ddp_launch.sh")]
 
@@ -135,39 +134,3 @@ def test_checkpointing_keeps_less(monkeypatch):
         assert h.requires_grad
         return sum(seen.values())
     assert held(True) < held(False) / 5
-
-
-def test_dry_run_loads_no_weights(tmp_path, monkeypatch, capsys):
-    folder = official_checkpoint(tmp_path / "base", "dream")
-    for file in folder.glob("*.safetensors"):
-        file.unlink()
-    (tmp_path / "p.jsonl").write_text('{"prompt": "1 + 1?", "solution": "2", "answer": "2"}\n' * 8)
-    for module, extra, steps in ((tad, [], "8 examples: 1 steps"), (t3d, [], "8 examples: 2 steps")):
-        args = [module.__file__, "--model", str(folder), "--data", str(tmp_path / "p.jsonl"), "--dry_run",
-                "--out", str(tmp_path / "run"), "--batch_size", "8" if module is tad else "4",
-                *(["--states_per_trajectory", "1"] if module is tad else []), "--full", *extra]
-        monkeypatch.setattr("sys.argv", args)
-        assert module.main() is None
-        said = capsys.readouterr().out
-        assert steps in said and "GiB per GPU" in said and not (tmp_path / "run").exists()
-
-
-def test_memory_of_real_shapes(monkeypatch, capsys):
-    """Weights, gradients and AdamW of LLaDA-8B, counted by hand: 16 bytes a parameter over 8 GPUs, and
-    what is gathered; LoRA: 2 bytes a parameter.
-    """
-    import bench
-    shape = bench.SHAPES["llada-8b"]
-    with torch.device("meta"):
-        model = nt_model.Transformer(shape)
-    n, block = 8_015_581_184, sum(p.numel() for p in model.blocks[0].parameters())
-    monkeypatch.setattr(nt_model, "config_of", lambda *_: shape)
-    training.dry_run(tad.Config(full=True), 100)
-    row = capsys.readouterr().out.splitlines()[-2].split()
-    rest = n - shape.n_layer * block  # embedding, norm, head: whole, as their gradients are, in bf16 and fp32
-    want = [4 * n / 8 + 2 * (2 * block + rest), 4 * n / 8 + (2 + 4) * rest, 8 * n / 8]
-    assert row[0] == "8" and [float(x) for x in row[1:4]] == [round(w / 2**30, 1) for w in want]
-    training.dry_run(tad.Config(), 100, frozen_copy=True)
-    lora.add(model, 128, 128)
-    row = capsys.readouterr().out.splitlines()[-2].split()
-    assert float(row[1]) == round((2 * n + 4 * (sum(p.numel() for p in model.parameters()) - n)) / 2**30, 1)

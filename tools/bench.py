@@ -1,30 +1,31 @@
-"""What decoding costs, measured beside the uncached reference in the same run.
+"""What decoding costs, measured in turns with what a user would take instead, on the same weights.
 
-    python tools/bench.py --batch_size 1 --policy static --no-early_stop            # the embedded model
-    python tools/bench.py llada-8b --batch_size 32 --policy static --no-early_stop  # a real shape
-    python tools/bench.py llada-60m --batch_size 1 --compiled --profile             # where the time goes
+    python tools/bench.py --batch_size 1                             # the embedded model
+    python tools/bench.py llada-8b --batch_size 32                   # random weights of a real shape
+    python tools/bench.py llada-60m --batch_size 1 --compiled --profile   # where the time goes
 
-Random weights of a real shape: choose the static policy. The last line is all as one JSON object.
+`uncached` is the reference decoder, `fast_dllm` a plain loop with Fast-dLLM's dual cache: both eager, one
+prompt, the layers as they are. All reveal --per_step tokens per forward and stop at no EOS: as many forwards.
+The last line is all as one JSON object.
 """
 import json
+import math
 import re
-import resource
 import statistics
-import sys
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch.profiler import profile
 from torch.utils.benchmark import timer
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 import compare  # noqa: F401, first: it puts the folder above on the path
 import cli
-import data
 import eval as nt_eval
 import sample
 from cli import UserError, option, run_cli
-from layers import PackedLinear, can_pack, with_linear
-from model import Config, Transformer, decoding_defaults, default_device
+from model import Config, KVCache, Transformer, decoding_defaults, default_device
 
 _LLADA = dict(rope_theta=5e5, norm_eps=1e-5, rope_fp32=True)
 _QWEN = dict(max_len=4096, pad_id=151643, eos_ids=(151643, 151645))
@@ -47,95 +48,114 @@ def random_weights(cfg, device="cpu", dtype=torch.float32):
     return model.to_empty(device=device).init_weights(generator).eval()
 
 
-def timed(what, call, n=3):
-    """Call once, then n times -> the last result, seconds of the first call, median seconds of the others."""
-    times = []
-    for _ in cli.progress_bar(range(n + 1), what):
-        began = timer()  # when the device is done
-        result = call()
-        times.append(timer() - began)
-    return result, times[0], statistics.median(times[1:])
+@torch.no_grad()
+def fast_dllm(model, prompt, s):
+    """Fast-dLLM's dual cache (arXiv 2505.22618), s.per_step tokens per forward -> ids (L,), nfe."""
+    cfg, nfe = model.cfg, 0
+    x = F.pad(prompt[None], (0, s.gen_len), value=cfg.mask_id)
+    column = torch.arange(x.shape[1])[None]
+    cache = KVCache(cfg, column >= 0, column, model.embed.weight.dtype)
+    for block in column[:, len(prompt):].split(s.block_len, 1):
+        fresh = False
+        while (masked := x.gather(1, block) == cfg.mask_id).any():
+            if fresh:
+                logits = model(x.gather(1, block), cache=cache, cols=block)
+            else:  # the published code scores the whole canvas here
+                logits = model(x, cache=cache, rows=torch.tensor([0]))[:, block[0]]
+            token, confidence, *_ = sample.pick_tokens(logits, cfg, s)
+            best = masked & (sample.place_of(confidence, masked) < s.per_step)
+            x[0, block[best]] = token[best]
+            nfe, fresh = nfe + 1, True
+    return x[0, len(prompt):], nfe
 
 
-def roofline(batch, step_ms):
-    """How much a forward over the windows, or the canvases, uses of what the device reaches -> dict."""
-    cfg, rows, window = batch.model.cfg, len(batch.prompts), batch.cache is not None
-    T = max(map(len, batch.prompts)) + batch.s.gen_len  # padding does not count
-    columns = batch.window_width(batch.P) + sample.reach(batch.s, cfg) if window else T
-    projections = cfg.d_model * (2 * cfg.head_dim * (cfg.n_head + cfg.n_kv_head) + 3 * cfg.d_mlp)
-    head = cfg.vocab_size * cfg.d_model
-    attention = 2 * cfg.n_head * cfg.head_dim * T  # multiply-adds per token
-    scored = min(batch.s.scored_len, columns)
-    flop = 2 * rows * (columns * cfg.n_layer * (projections + attention) + scored * head)
-    size = batch.model.embed.weight.element_size()
-    keys = 2 * rows * T * cfg.n_layer * cfg.n_kv_head * cfg.head_dim * size if window else 0
-    n_bytes = (cfg.n_layer * projections + head) * size + keys
-    gb_per_s, tflop_per_s = n_bytes / step_ms / 1e6, flop / step_ms / 1e9
-    device, dtype = default_device()
-    scale = 4 if torch.cuda.is_available() else 1
-    big = torch.ones(2**26 * scale, device=device)
+@register_flop_formula(torch.ops.nanotraj.packed_linear)
+def packed_linear_flop(x, tag, *_, **__):
+    return 2 * math.prod(x) * tag[0]
+
+
+def flop_of(call):
+    """Of its products: those of oneDNN's attention are in no table of torch, and count for none."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def in_turns(what, n, **calls):
+    """Call each n + 1 times, in turns -> last results, seconds of the first calls, medians of the others."""
+    results, began = {}, timer()
+    seconds = {name: [] for name in calls}
+    for turn in cli.progress_bar(range(n + 1), what):
+        if turn > 1 and timer() - began > 60:  # seconds
+            break
+        for name, call in calls.items():
+            start = timer()  # when the device is done
+            results[name] = call()
+            seconds[name].append(timer() - start)
+    first = {name: times[0] for name, times in seconds.items()}
+    return results, first, {name: statistics.median(times[1:]) for name, times in seconds.items()}
+
+
+def bandwidth(device):
+    """Bytes that a copy reads and writes per second."""
+    big = torch.ones(2**26 if device.type == "cpu" else 2**28, device=device)
     other = torch.empty_like(big)
-    gb_limit = 2 * big.nbytes / timed("copy", lambda: other.copy_(big))[2] / 1e9  # read and written
-    n = 2048 * scale
-    layer = torch.nn.Linear(n, n, False, device, dtype)
-    x = layer.weight
-    if can_pack(x):
-        layer = with_linear(layer, PackedLinear)
-    tflop_limit = 2 * n**3 / timed("matrix product", lambda: layer(x))[2] / 1e12
-    if re.search("H[12]00", nt_eval.device_name()):
-        tflop_limit = 989.0  # dense bf16, by the data sheet
-    return dict(
-        gb_per_s=gb_per_s, bandwidth_share=gb_per_s / gb_limit,
-        tflop_per_s=tflop_per_s, peak_tflop_per_s=tflop_limit, flop_share=tflop_per_s / tflop_limit)
+    return 2 * big.nbytes / in_turns("copy", 5, it=lambda: other.copy_(big))[2]["it"]
 
 
 @torch.no_grad()
 def measure(model, prompts, args, s):
     """-> the facts that are printed, and a forward of the same work to look into. s: sample.Decoding."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    how = {key: getattr(args, key) for key in nt_eval.HOW}
+    how, cfg, n = {key: getattr(args, key) for key in nt_eval.HOW}, model.cfg, len(prompts)
+    device = model.embed.weight.device
+    one, uncached = prompts[0].to(device), vars(s) | {"cache": "none"}
+    others = {"uncached": lambda: sample.reference(model, one, **uncached)}
+    if not (cfg.shift or cfg.block_len):  # it is for LLaDA
+        others["fast_dllm"] = lambda: fast_dllm(model, one, s)
 
-    def decode():
-        batch = sample.Batch(model, prompts, s, len(prompts), **how)
+    def decode(**how):
+        batch = sample.Batch(model, prompts, s, n, **how)
         return batch, [out for _, out in sample.decode(batch)]
 
-    def reference():
-        with model.embed.weight.device as device:
-            return sample.reference(model, prompts[0].to(device), **{**vars(s), "cache": "none"})
-
-    def n_tokens(out):  # a response ends with its first EOS where decoding stops there
-        return out.n_tokens(model.cfg.eos_ids) if s.early_stop else s.gen_len
-    (batch, outs), first_run_s, run_s = timed("decode", decode)
-    tokens, nfe = sum(map(n_tokens, outs)), sum(out.nfe for out in outs)
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    def forwards(batch):
+        batch.admit(dict(enumerate(range(n))))
+        rows, width = batch.row_numbers(batch.busy()), batch.window_width(batch.P)
+        found = {"whole_ms": lambda: batch.forward(rows, s.scored_len)}
+        if batch.cache is not None:
+            found["window_ms"] = lambda: batch.forward(None, width)
+        return found
+    with device:
+        results, first, seconds = in_turns("decode", 5, ours=lambda: decode(**how), **others)
+        flop = {name: flop_of(call) for name, call in others.items()}
+    batch, outs = results["ours"]
+    flop_of_ours = flop_of(lambda: decode(compiled=False))
     facts = dict(
-        **nt_eval.provenance(), threads=torch.get_num_threads(), dtype=nt_eval.dtype_name(model),
+        **nt_eval.provenance(),
+        dtype=nt_eval.dtype_name(model),
         model=args.shape or args.model,
-        parameters=sum(p.numel() for p in model.parameters()),
-        batch=len(prompts), prompt_len=max(map(len, prompts)),
+        batch=n, prompt_len=args.prompt_len,
         **vars(s), **how,
-        compiled_now=batch.compiled, first_run_s=first_run_s, run_s=run_s,
-        peak_gib=(torch.cuda.max_memory_allocated() or resident) / 2**30,
-        tok_per_s=tokens / run_s,
-        samples_per_h=3600 * len(outs) / run_s,
-        tpf=tokens / nfe, nfe=nfe,
-        forwards=batch.forwards, ms_per_forward=1000 * run_s / batch.forwards,
-        forwards_per_look=batch.forwards / batch.looks)
-    everyone = list(range(len(batch.owner)))
-    batch.admit(dict(enumerate(everyone)))
-    rows, width = batch.row_numbers(everyone), batch.window_width(batch.P)
-    forwards = {"whole_ms": lambda: batch.forward(rows, batch.s.scored_len)}
+        compiled_now=batch.compiled,
+        first_s=first["ours"], seconds=seconds["ours"],
+        tok_per_s=n * s.gen_len / seconds["ours"],
+        samples_per_h=3600 * n / seconds["ours"],
+        nfe=sum(out.nfe for out in outs), forwards=batch.forwards, looks=batch.looks)
+    for name in others:  # how many times its time and its products, for as many prompts
+        facts[f"time_of_{name}"] = n * seconds[name] / seconds["ours"]
+        facts[f"flop_of_{name}"] = n * flop[name] / flop_of_ours
+    for name, forward in forwards(batch).items():
+        facts[name] = 1000 * in_turns(name, 11, it=forward)[2]["it"]
+    ms = facts[name]
+    n_flop = flop_of(forwards(sample.Batch(model, prompts, s, n, compiled=False))[name])
+    n_bytes = sum(p.nbytes for p in [*model.blocks.parameters(), model.head.weight])
     if batch.cache is not None:
-        forwards["window_ms"] = lambda: batch.forward(None, width)
-    for name, forward in forwards.items():  # the median does not see the calls that compile
-        facts[name] = 1000 * timed(name, forward, 11)[2]
-    facts |= roofline(batch, facts[name])
-    alone, _, alone_s = timed("reference", reference)
-    facts.update(reference_nfe=alone.nfe, reference_tok_per_s=n_tokens(alone) / alone_s,
-                 reference_ms_per_forward=1000 * alone_s / alone.nfe)
-    if s.policy == "static" and not s.early_stop:  # else its one prompt is not the batch's work
-        facts["speedup"] = facts["tok_per_s"] / facts["reference_tok_per_s"]
+        n_bytes += sum(t.nbytes for t in batch.cache.k + batch.cache.v)
+    facts.update(gb_per_s=n_bytes / ms / 1e6, tflop_per_s=n_flop / ms / 1e9)
+    facts["bandwidth_share"] = 1e9 * facts["gb_per_s"] / bandwidth(device)
+    if re.search("H[12]00", nt_eval.device_name()):
+        facts["mfu"] = facts["tflop_per_s"] / 989  # dense bf16, by the data sheet
+    if torch.cuda.is_available():
+        facts["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return facts, forward
 
 
@@ -156,20 +176,17 @@ def main():
     if args.shape:
         model = random_weights(SHAPES[args.shape], *default_device())
     else:
-        model, tok = nt_eval.load_both(args)
-    if args.shape or args.model != "tiny":
-        torch.manual_seed(0)
-        prompts = list(torch.randint(0, model.cfg.vocab_size // 2, (args.batch_size, args.prompt_len)))
-    else:
-        prompts = [tok.prompt_ids(p["prompt"]) for p in data.load_problems("tiny", "test", args.batch_size)]
-    settings = decoding_defaults(model.cfg) | given
-    facts, forward = measure(model, prompts, args, sample.Decoding(**settings))
-    facts = {key: round(v, 4) if isinstance(v, float) else v for key, v in facts.items()}
+        model, _ = nt_eval.load_both(args)
+    torch.manual_seed(0)
+    prompts = torch.randint(model.cfg.vocab_size, (args.batch_size, args.prompt_len))
+    settings = decoding_defaults(model.cfg) | dict(policy="static", early_stop=False) | given
+    facts, forward = measure(model, list(prompts), args, sample.Decoding(**settings))
     for key, value in facts.items():
-        print(f"{key:>26}  {value}")
+        shown = f"{value:.4g}" if isinstance(value, float) else value
+        print(f"{key:>26}  {shown}")
     if args.profile:
         with torch.no_grad(), profile() as traced:
-            timed("profile", forward, 9)
+            in_turns("profile", 9, it=forward)
         print(traced.key_averages().table(f"self_{default_device()[0]}_time_total", row_limit=15))
     print(json.dumps(facts))
 
