@@ -74,7 +74,7 @@ SUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
 
 BOUNDS = {name: (least, most) for least, most, names in [  # of every numeric option
     (1, 2**31, "n batch_size micro_batch score_batch collect_batch save_every log_every epochs lora_r "
-               "gen_len block_len per_step sync_every prompt_len max_prompt n_buckets limit seeds"),
+               "gen_len block_len per_step prompt_len max_prompt n_buckets limit seeds"),
     (0, 2**31, "seed collect_seed max_steps steps warmup_steps drill_steps eval_problems n_problems points "
                "n_examples states_per_trajectory window train_block vicinity top_k cache_delay refresh "
                "num_fewshot eos_in_loss"),

@@ -67,7 +67,6 @@ ANCHOR = dict(policy="entropy", threshold=0.0, name="TPF 1")  # token by token
 # a method has one colour in every picture; of the names in a label the longest counts, "" is in all
 METHODS = ("TAD", "T3D", "TABOM", "TRIMS", "SFT", "SFT-SD", "SFT-SD privileged", "Naive TD", "dInfer", "")
 COLORS = {"base": "black"} | {name: f"C{i}" for i, name in enumerate(METHODS)}
-HOW = ("compiled", "sync_every")  # of the decoder: how it computes, not what
 
 
 def protocol_of(name, family, task="", points=None, thresholds=None, **own):
@@ -98,7 +97,7 @@ def protocol_of(name, family, task="", points=None, thresholds=None, **own):
 
 
 def decoding_of(settings):
-    others = (*HOW, "rules", "name", "prompt")
+    others = ("compiled", "rules", "name", "prompt")
     return sample.Decoding(**{k: v for k, v in settings.items() if k not in others})
 
 
@@ -178,8 +177,7 @@ def decode_rows(model, tok, prompts, settings, batch_size, streams=None, progres
     if not prompts:
         return
     began, forwards = time.perf_counter(), 0
-    how = {k: settings[k] for k in HOW if k in settings}
-    batch = sample.Batch(model, prompts, decoding_of(settings), batch_size, streams, **how)
+    batch = sample.Batch(model, prompts, decoding_of(settings), batch_size, streams, settings.get("compiled"))
     for i, out in sample.decode(batch, progress):
         n = out.n_tokens(model.cfg.eos_ids)
         now = time.perf_counter()

@@ -182,7 +182,7 @@ class Policy:
     whole_response: bool = False  # it chooses in all blocks that are not cached, not in one block only
     caches: tuple = CACHES        # those that it works with
     block_causal: bool = True     # it also works where earlier blocks do not see later ones
-    certain: Callable = lambda s, n_masked: 1  # forwards that a block with n_masked masks surely takes
+    known: Callable = lambda s, n_masked: None  # forwards that n_masked masks of a block take, where known
 
 
 def place_of(score, among):
@@ -211,7 +211,7 @@ def static_policy(now, s):
 def static_forwards(s, n_masked):
     """The static policy takes a fixed number of forwards, unless an EOS may end the row before."""
     per_forward = math.ceil(s.block_len / s.steps) if s.steps else s.per_step
-    return 1 if s.early_stop else math.ceil(n_masked / per_forward)
+    return None if s.early_stop else math.ceil(n_masked / per_forward)
 
 
 # Fast-dLLM: all with c >= threshold, and the best one in any case.
@@ -273,7 +273,7 @@ def by_block(x, s):
 
 
 POLICIES = {
-    "static": Policy(static_policy, certain=static_forwards),
+    "static": Policy(static_policy, known=static_forwards),
     "threshold": Policy(threshold_policy),  # above 1: one position per forward
     "factor": Policy(factor_policy),
     "entropy": Policy(entropy_policy),
@@ -377,11 +377,11 @@ def generate(model, prompts, batch_size=32, **options):
 
 
 @torch.no_grad()
-def stream(model, prompts, batch_size=32, progress=False, streams=None, compiled=None, sync_every=4,
+def stream(model, prompts, batch_size=32, progress=False, streams=None, compiled=None, sync_every=0,
            **settings):
     """Like generate, but yields (prompt index, Output) as rows finish; waiting prompts take their places.
     streams: of random numbers, one per prompt [its index]. compiled: torch.compile the step [on a GPU].
-    sync_every: forwards between two looks at the device, for which a finished row waits (1 on a CPU).
+    sync_every: forwards between two looks at the device, for which a finished row waits [4; on a CPU 1].
     """
     s = Decoding(**settings)
     if prompts:
@@ -569,11 +569,12 @@ def advance(x, s):
 
 class Batch:
     """The rows of a batch, the cache, and the host's picture of them as of its last look."""
-    def __init__(self, model, prompts, s, batch_size, streams=None, compiled=None, sync_every=4):
+    def __init__(self, model, prompts, s, batch_size, streams=None, compiled=None, sync_every=0):
         check_prompts(model.cfg, prompts, s)
         self.prompts = [p.cpu() for p in prompts]
         self.streams = streams or range(len(prompts))
-        self.dev, self.sync_every = model.embed.weight.device, sync_every
+        self.dev = model.embed.weight.device
+        self.sync_every = sync_every or (4 if self.dev.type == "cuda" else 1)
         self.compiled = self.dev.type == "cuda" if compiled is None else compiled
         self.model, self.s = in_blocks(for_decoding(model, self.compiled), s.block_len), s
         n_rows, T = len(prompts), max(map(len, prompts)) + reach(s, model.cfg) + s.gen_len + 1
@@ -655,21 +656,24 @@ class Batch:
             getattr(self.rows, name)[rows] = t.to(self.dev, non_blocking=True)
 
     def run(self):
-        """`sync_every` forwards, or as many as all rows surely use; the first refreshes stale keys."""
-        busy = self.busy()
+        """`sync_every` forwards, or those that are known to be needed; the first refreshes stale keys."""
+        s, known, busy = self.s, POLICIES[self.s.policy].known, self.busy()
         if not busy:
             return
         stale = [row for row in busy if self.cache and not self.fresh[row]]
-        # of the forwards that a row is certain to use, the refresh is one
-        certain = POLICIES[self.s.policy].certain
-        n = min(certain(self.s, self.left[row]) - (row in stale) for row in busy)
-        n = max(self.sync_every - bool(stale), n)
+        n, blocks = self.sync_every, [known(s, self.left[row]) for row in busy]
+        if None not in blocks:
+            n = max(n, min(blocks))
+            if not self.cache or s.cache == "exact":  # a row goes on into its next blocks
+                end = self.P + s.gen_len - s.block_len
+                blocks = [k + known(s, max(0, end - self.start[row])) for k, row in zip(blocks, busy)]
+            n = min(n, max(blocks))
         if stale:
-            self.forward(self.row_numbers(stale), self.s.scored_len)
+            self.forward(self.row_numbers(stale), s.scored_len)
         rows, width = None, self.window_width(min(self.start[row] for row in busy))
         if not self.cache:
-            rows, width = self.row_numbers(busy), self.s.scored_len
-        for _ in range(n):
+            rows, width = self.row_numbers(busy), s.scored_len
+        for _ in range(n - bool(stale)):
             self.forward(rows, width)
 
     def window_width(self, start):
@@ -763,7 +767,6 @@ class Options(AdaptedModel):
     batch_size: int = 32  # prompts decoded at once
     interactive: bool = False  # read prompts from the terminal, up to an empty line
     compiled: bool | None = None  # torch.compile [on a GPU]
-    sync_every: int = 4  # forwards between two looks of the host at the device
 
 
 def load_both(args):
@@ -840,7 +843,7 @@ def main():
     defaults = decoding_defaults(config_of(args.model, args.revision))
     settings = vars(Decoding(**defaults | given))
     model, tok = load_both(args)
-    how = dict(compiled=args.compiled, sync_every=args.sync_every, **settings)
+    how = dict(compiled=args.compiled, **settings)
     if args.interactive:
         if model.cfg.family == "tiny":
             (example,) = data.load_problems("tiny", "dev", 1)

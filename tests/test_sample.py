@@ -1,6 +1,7 @@
 import argparse
 import itertools
 import json
+import math
 
 import numpy as np
 import pytest
@@ -295,8 +296,9 @@ def test_any_batch_composition():
 
 def count_forwards(monkeypatch, model, prompts, **settings):
     """(forwards of the model, rows in each) of one generate call."""
-    rows, inner = [], model.hidden
-    monkeypatch.setattr(model, "hidden", lambda ids, *a, **kw: rows.append(ids.shape) or inner(ids, *a, **kw))
+    rows, inner = [], nt_model.Transformer.hidden
+    monkeypatch.setattr(nt_model.Transformer, "hidden", lambda self, ids, *a, **kw:
+                        rows.append(ids.shape) or inner(self, ids, *a, **kw))
     outs = generate(model, prompts, **settings)
     monkeypatch.undo()
     return outs, rows
@@ -307,17 +309,41 @@ def test_the_batch_is_really_one(monkeypatch, cache):
     """Total forwards stay near those of the slowest row; one-by-one decoding would need the sum."""
     model, prompts = random_model(), prompts_of([4, 9, 6, 7, 5, 8, 3, 6])
     settings = dict(gen_len=16, block_len=4, policy="threshold", threshold=0.5, cache=cache, batch_size=8)
-    outs, shapes = count_forwards(monkeypatch, model, prompts, **settings)
+    outs, shapes = count_forwards(monkeypatch, model, prompts, sync_every=4, **settings)
     nfes, n_blocks = [out.nfe for out in outs], 4
     # a row waits up to three forwards for the host's next look: when it is finished, and at a block's end
     waits = 3 if cache == "none" else 3 * n_blocks
     assert max(nfes) <= len(shapes) <= max(nfes) + waits < sum(nfes)
     if cache == "none":  # a finished row is forwarded until the next look, not longer
         assert sum(rows for rows, _ in shapes) <= sum(nfes) + 3 * len(prompts)
-        eager = count_forwards(monkeypatch, model, prompts, sync_every=1, **settings)[1]
+        eager = count_forwards(monkeypatch, model, prompts, **settings)[1]  # as a CPU does
         assert len(eager) == max(nfes) and sum(rows for rows, _ in eager) == sum(nfes)
     one_by_one = sum(len(count_forwards(monkeypatch, model, [p], **settings)[1]) for p in prompts)
     assert one_by_one >= sum(nfes)  # the broken version this guard is for: it would not pass the line above
+
+
+@pytest.mark.parametrize("name", ["plain", "shift", "block"])
+@pytest.mark.parametrize("sync_every", [1, 4])
+def test_no_forward_reveals_nothing_where_the_number_is_known(monkeypatch, name, sync_every):
+    """The static policy that stops at no EOS: at any look-ahead, and at one look for several forwards."""
+    model, prompts, idle = random_model(**CONFIGS[name]), prompts_of([4, 9, 6, 7, 5]), []
+    inner = sample.Batch.forward
+
+    def forward(batch, rows, width):
+        before = batch.rows.masked.sum()
+        inner(batch, rows, width)
+        idle.append(bool(batch.rows.masked.sum() == before))
+    monkeypatch.setattr(sample.Batch, "forward", forward)
+    for cache in ["none", "prefix", "dual", "vicinity"] + ["exact"] * (name == "block"):
+        for own in (dict(), dict(per_step=3), dict(steps=2), dict(gen_len=13, per_step=2), dict(block_len=16)):
+            settings = dict(gen_len=16, block_len=4, policy="static", early_stop=False, cache=cache) | own
+            batch = sample.Batch(model, prompts, Decoding(**settings), 3, sync_every=sync_every)
+            outs = dict(sample.decode(batch))
+            assert len(outs) == 5 and not any(idle), (settings, idle)
+            if name != "block":  # whose prompts end inside a block
+                assert batch.forwards == 2 * outs[0].nfe and len(set(out.nfe for out in outs.values())) == 1
+                assert batch.looks <= 2 + 2 * math.ceil(16 / settings["block_len"])
+            idle.clear()
 
 
 def test_cached_forwards_are_narrow(monkeypatch):

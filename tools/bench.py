@@ -106,15 +106,15 @@ def bandwidth(device):
 @torch.no_grad()
 def measure(model, prompts, args, s):
     """-> the facts that are printed, and a forward of the same work to look into. s: sample.Decoding."""
-    how, cfg, n = {key: getattr(args, key) for key in nt_eval.HOW}, model.cfg, len(prompts)
+    cfg, n = model.cfg, len(prompts)
     device = model.embed.weight.device
     one, uncached = prompts[0].to(device), vars(s) | {"cache": "none"}
     others = {"uncached": lambda: sample.reference(model, one, **uncached)}
     if not (cfg.shift or cfg.block_len):  # it is for LLaDA
         others["fast_dllm"] = lambda: fast_dllm(model, one, s)
 
-    def decode(**how):
-        batch = sample.Batch(model, prompts, s, n, **how)
+    def decode(compiled):
+        batch = sample.Batch(model, prompts, s, n, compiled=compiled)
         return batch, [out for _, out in sample.decode(batch)]
 
     def forwards(batch):
@@ -125,17 +125,17 @@ def measure(model, prompts, args, s):
             found["window_ms"] = lambda: batch.forward(None, width)
         return found
     with device:
-        results, first, seconds = in_turns("decode", 5, ours=lambda: decode(**how), **others)
+        results, first, seconds = in_turns("decode", 5, ours=lambda: decode(args.compiled), **others)
         flop = {name: flop_of(call) for name, call in others.items()}
     batch, outs = results["ours"]
-    flop_of_ours = flop_of(lambda: decode(compiled=False))
+    flop_of_ours = flop_of(lambda: decode(False))
     facts = dict(
         **nt_eval.provenance(),
         dtype=nt_eval.dtype_name(model),
         model=args.shape or args.model,
         batch=n, prompt_len=args.prompt_len,
-        **vars(s), **how,
-        compiled_now=batch.compiled,
+        **vars(s),
+        compiled=batch.compiled,
         first_s=first["ours"], seconds=seconds["ours"],
         tok_per_s=n * s.gen_len / seconds["ours"],
         samples_per_h=3600 * n / seconds["ours"],
@@ -165,7 +165,6 @@ class Options(nt_eval.AdaptedModel):
     batch_size: int = 32  # prompts decoded at once
     prompt_len: int = 128  # of random prompts
     compiled: bool | None = None  # torch.compile [on a GPU]
-    sync_every: int = 4  # forwards between two looks of the host at the device
     profile: bool = False  # and where the time goes
 
 
