@@ -197,7 +197,7 @@ def test_these_guards_see_what_is_broken():
     assert dead_links(text, ROOT) == ["#no", "README.md#no", "none.md", "no.png"]
     assert unknown_options("    python tad.py --lr 1 --no_such 2  # --not this\n") == ["tad.py  --no_such"]
     assert unknown_options("    python eval.py curve --tasks x\n") == ["eval.py curve --tasks"]
-    assert unknown_options("`--int8`, `--sync_every 2`\n") == ["  --int8"]
+    assert unknown_options("`--int8`, `--batch_size 2`\n") == ["  --int8"]
     assert unknown_options("    python gone.py\n    make nothing\n") == ["gone.py", "nothing"]
     assert unknown_options('    sbatch --nodes 2 --wrap "bash ddp_launch.sh --gpu 2 tad.py --lr 1"\n') == [
         "ddp_launch.sh  --gpu"]
