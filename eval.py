@@ -480,7 +480,7 @@ def confidence_decay(model, records):
         steps = torch.linspace(0, max(r["order"]), 8).long().unique()
         for ids, offset, logp in along_trajectory(model, r, steps):
             offsets.append(offset)
-            values.append(logp.cpu().gather(1, ids[:, None])[:, 0].double().exp())
+            values.append(logp.gather(1, ids[:, None].to(logp.device))[:, 0].double().exp().cpu())
     offsets = torch.cat(offsets)
     return (offsets.bincount(torch.cat(values)) / offsets.bincount()).numpy()
 

@@ -143,7 +143,7 @@ def count_syncs(monkeypatch, settings, n_prompts=24):
     model, prompts = random_model(), prompts_of([3 + i % 11 for i in range(n_prompts)])
     with monkeypatch.context() as m, counting_syncs(m) as syncs:
         m.setattr(Batch, "__init__", lambda self, *a, **kw: batches.append(self) or inner(self, *a, **kw))
-        generate(model, prompts, batch_size=4, **settings)
+        generate(model, prompts, batch_size=4, **{"sync_every": 4, **settings})  # as on a GPU
     # a look is a copy to the CPU, and then a read of that copy, which waits for nothing
     return syncs.count - batches[0].looks, batches[0].forwards
 

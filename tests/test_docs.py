@@ -233,7 +233,8 @@ def test_the_fork_example(tmp_path):
     commands = [line for line in command_lines(text) if "mine.py" in line]
     for file in ROOT.glob("*.py"):
         shutil.copy(file, tmp_path)
-    shutil.copytree(ROOT / "weights", tmp_path / "weights")
+    for folder in ("weights", "assets"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
     assert commands[0] == "cp tad.py mine.py"
     method = (tmp_path / "tad.py").read_text()
     old, new = (line[1:] for line in diff.splitlines())
