@@ -35,7 +35,6 @@ import torch
 import torch.nn.functional as F
 
 import eval as nt_eval
-import lora
 import run
 from cli import UserError, run_cli
 from data import (TINY_TRAINING, example_rng, hidden_rows, load_problems, load_tokenizer, stacked,
@@ -247,8 +246,6 @@ def main():
     if cfg.dry_run:
         return run.dry_run(cfg, len(found), frozen_copy=cfg.loss != "naive_td")
     r = run.Run(cfg)  # ranks, device, the folder: new or to be continued
-    if r.finished:
-        return
     base, tok = r.load(), load_tokenizer(cfg.model, cfg.revision)
 
     # 1. trajectories of the base model, without ground truth or filter
@@ -256,8 +253,7 @@ def main():
     if len(problems) < len(found):
         print(f"{len(found) - len(problems)} prompts are longer than --max_prompt {cfg.max_prompt}: left out")
     run.steps_per_epoch(len(problems), cfg)  # an error before hours of decoding
-    records = collect(cfg, base, tok, problems, cfg.trajectories or r.out / "trajectories", graded=False,
-                      early_stop=cfg.eos_in_loss > 0)
+    records = collect(cfg, base, tok, problems, r.out, graded=False, early_stop=cfg.eos_in_loss > 0)
     del base
 
     # 2. student and reference
@@ -266,11 +262,10 @@ def main():
     if model.cfg.block_len and cfg.train_block:  # a saved model names it, an adapter does not: --block_len
         raw = {**model.cfg.raw, "block_size": cfg.train_block}
         model.cfg = replace(model.cfg, block_len=cfg.train_block, raw=raw)
-    if not cfg.full:
-        lora.add(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets)
     model = r.for_training(model)
     ref = None if cfg.loss == "naive_td" else run.Reference(r, model)
-    optimizer = torch.optim.AdamW(run.trainable(model).values(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    trained = run.trainable(model).values()
+    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
 
     # 3. training
     n_steps = cfg.max_steps or cfg.epochs * run.steps_per_epoch(len(records), cfg)
@@ -279,7 +274,8 @@ def main():
     vocabulary = np.setdiff1d(seen, list(tok.special.values()))
 
     def between_refreshes(step):  # what a checkpoint holds of the reference: it is refreshed first, or saved
-        return ref.tensors() if ref and step % cfg.refresh else None
+        if ref and step % cfg.refresh:
+            return ref.tensors()
 
     def build(numbers):  # a micro-batch
         rngs = [example_rng(cfg.seed, epoch, n) for n in numbers]
