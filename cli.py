@@ -37,7 +37,7 @@ def run_cli(main):
     if "RANK" not in os.environ:  # a rank may be waiting for another, and then only the signal itself ends it
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     if hasattr(sys.stdout, "reconfigure"):  # a log then has the lines of both streams as they came
-        sys.stdout.reconfigure(line_buffering=True)
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         code = main()
     except BrokenPipeError:  # `| head` has read enough
