@@ -56,6 +56,8 @@ def run_cli(main):
         sys.exit(1)
     except SystemExit as e:  # all ranks end here, before the work is done
         code = e.code
+    for number in (signal.SIGINT, signal.SIGTERM):  # nothing is left that they could interrupt
+        signal.signal(number, signal.SIG_DFL)
     distributed = sys.modules.get("torch.distributed")
     if distributed and distributed.is_available() and distributed.is_initialized():
         gc.collect()  # without this order some processes abort when they exit
@@ -158,7 +160,7 @@ def given_to(parser):
     """What the command line says, {name: value}, its numbers checked."""
     given = vars(parser.parse_args())
     for name, value in given.items():  # "--" is none for argparse
-        if value in ("", []) or isinstance(value, list) and "" in value:
+        if value in ("", [], [""]):
             raise UserError(f"--{name} is empty (an unset variable?): give a value, or leave it out")
     check_numbers(given)
     return given

@@ -537,7 +537,7 @@ def newest_checkpoint(out):
     """The newest folder whose files are as they were written, or None."""
     for folder in sorted((out / "checkpoints").glob("step-*"), reverse=True):
         files = sorted(folder.glob("rank-*"))
-        if files and [f.name for f in files] == [file_name(f, i, len(files)) for i, f in enumerate(files)]:
+        if files and all(f.name == file_name(f, i, len(files)) for i, f in enumerate(files)):
             return folder
         print(f"warning: checkpoint {folder} is damaged, trying the one before", file=sys.stderr)
 

@@ -226,12 +226,12 @@ def in_process(monkeypatch, fail=()):
     ran = []
 
     def call(words):
-        ran.append(words[2:] if "tools" not in words[1] else [Path(words[1]).name, *words[2:]])
+        ran.append(words[2:] if "tools" not in str(words[1]) else [Path(words[1]).name, *words[2:]])
         if any(bad in words for bad in fail):
             return Ended(subprocess.CompletedProcess(words, 2))
         module = importlib.import_module(Path(words[1]).stem)
         with monkeypatch.context() as m:
-            m.setattr("sys.argv", words[1:])
+            m.setattr("sys.argv", list(map(str, words[1:])))
             module.main() if hasattr(module, "main") else run_command("", module.COMMANDS)
         return Ended(subprocess.CompletedProcess(words, 0))
     monkeypatch.setattr(sweep, "subprocess", SimpleNamespace(run=subprocess.run, Popen=call))

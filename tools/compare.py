@@ -189,7 +189,7 @@ class RunsOptions:
     """one table and one picture over several runs"""
     sources: list[str] = option(positional=True)  # folders of results, or files that hold many
     base: str = "base"  # label the AUP ratios refer to
-    control: str = "SFT"  # label the differences refer to
+    control: str = "SFT-SD"  # label the differences refer to
     y_max: float | None = None  # of AUP, percent [the best accuracy of all of them]
     out: str = "out/compare"  # directory of compare.md and compare.png
 
@@ -197,7 +197,7 @@ class RunsOptions:
 def runs_command(args):
     runs = read_runs(args.sources)
     out = Path(args.out)
-    for label in {args.base, args.control} - {*runs, "SFT"}:  # the default need not be there
+    for label in {args.base, args.control} - {*runs, "SFT-SD"}:  # the default need not be there
         raise UserError(f"no run is labelled {label!r}: there are {', '.join(runs)}; see --base, --control")
     out.mkdir(parents=True, exist_ok=True)
     text = compare(runs, args.base, args.control, y_max=args.y_max)

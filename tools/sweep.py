@@ -67,7 +67,7 @@ def paper_commands(table, model, out, quick=False):
 
 def run_script(script, options, launch=()):
     """A script in a process of its own, which is told to end, and waited for, where this one is."""
-    child = subprocess.Popen([sys.executable, *launch, str(nt_model.HERE / script), *options])
+    child = subprocess.Popen([sys.executable, *launch, nt_model.HERE / script, *options])
     try:
         child.wait()
     finally:
@@ -195,8 +195,7 @@ def main():
         evaluate(label, folder, tok, problems[seed], own[:32])
     folders = [folder for *_, folder in jobs]
     compare.pack(folders, root / "comparison.jsonl.gz")
-    control = "SFT-SD" if "SFT-SD" in labels else "base"
-    compare.runs_command(compare.RunsOptions(folders, control=control, out=root))
+    compare.runs_command(compare.RunsOptions(folders, out=root))
 
 
 if __name__ == "__main__":
