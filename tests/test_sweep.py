@@ -252,7 +252,7 @@ def test_a_table_runs_small_and_continues(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(nt_eval, "PROTOCOLS", {**nt_eval.PROTOCOLS, "tiny": nt_eval.PROTOCOLS["tiny-static"]})
     with monkeypatch.context() as m:
         in_process(m, fail=["32-1"])
-        with pytest.raises(UserError, match="eval.py ended with 2"):
+        with pytest.raises(UserError, match="eval.py curve .* ended with 2;"):
             paper(m, "TABOM-5", "--quick", "--out", tmp_path)
     ended = read_jsonl(tmp_path / "done.jsonl")
     assert [row["words"][0] for row in ended] == ["tabom.py", "tabom.py", "eval.py", "eval.py"]
