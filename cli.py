@@ -16,6 +16,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,14 +33,18 @@ class UserError(ValueError):
 def run_cli(main):
     """Bad input is one line on stderr and exit code 2, never a traceback; main may return an exit code."""
     keep_freed_memory()
+    sys.unraisablehook = come_again
     if "RANK" not in os.environ:  # a rank may be waiting for another, and then only the signal itself ends it
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     if hasattr(sys.stdout, "reconfigure"):  # a log then has the lines of both streams as they came
-        sys.stdout.reconfigure(line_buffering=True)
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         code = main()
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(141)
     except (UserError, OSError, SafetensorError) as e:  # the last two: a disk that is full, say
-        print(f"error: {e}", file=sys.stderr)
+        print("error:", *str(e).splitlines(), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\n" * sys.stderr.isatty() + "interrupted; the same command continues", file=sys.stderr)
@@ -51,6 +56,8 @@ def run_cli(main):
         sys.exit(1)
     except SystemExit as e:  # all ranks end here, before the work is done
         code = e.code
+    for number in (signal.SIGINT, signal.SIGTERM):  # nothing is left that they could interrupt
+        signal.signal(number, signal.SIG_DFL)
     distributed = sys.modules.get("torch.distributed")
     if distributed and distributed.is_available() and distributed.is_initialized():
         gc.collect()  # without this order some processes abort when they exit
@@ -58,6 +65,13 @@ def run_cli(main):
         distributed.destroy_process_group()
     if isinstance(code, (int, str)):
         sys.exit(code)
+
+
+def come_again(lost, usual=sys.unraisablehook):
+    """An interrupt that ends where it came, in a __del__ say, comes once more."""
+    if lost.exc_type is not KeyboardInterrupt:
+        return usual(lost)
+    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
 
 
 def keep_freed_memory():
@@ -73,11 +87,11 @@ CRC = ', "crc": "01234567"}'  # how a line of ours ends
 SUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
 
 BOUNDS = {name: (least, most) for least, most, names in [  # of every numeric option
-    (1, 2**31, "n batch_size micro_batch score_batch collect_batch save_every log_every epochs lora_r "
-               "gen_len block_len per_step prompt_len max_prompt n_buckets limit seeds"),
-    (0, 2**31, "seed collect_seed max_steps steps warmup_steps drill_steps eval_problems n_problems points "
-               "n_examples states_per_trajectory window train_block vicinity top_k cache_delay refresh "
-               "num_fewshot eos_in_loss"),
+    (1, 2**17, "lora_r gen_len block_len per_step prompt_len max_prompt n_buckets"),
+    (1, 10**7, "n batch_size micro_batch score_batch collect_batch save_every log_every epochs limit seeds"),
+    (0, 10**7, "max_steps steps warmup_steps drill_steps eval_problems n_problems points n_examples window "
+               "states_per_trajectory train_block vicinity top_k cache_delay refresh"),
+    (0, 2**31, "seed collect_seed num_fewshot eos_in_loss"),
     (0, 1, "lr_floor warmup_ratio trajectory_share block_share p_context p_future rand_p"),
     (0, 0.999999, "lora_dropout beta2"),
     (1e-9, 1, "top_p collect_top_p t_min eps"),
@@ -105,13 +119,6 @@ def option(default=dataclasses.MISSING, **about):
     return dataclasses.field(default=None if about["required"] else default, metadata=about)
 
 
-def shown(value):
-    """A default as --help prints it: nothing for a value that says nothing."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "" if value is None else str(value)
-
-
 def add_options(parser, cls, presets={}):
     """The fields of a dataclass as options. presets: {family: {field: value}}, shown by --help."""
     hints, comments = get_type_hints(cls), {}
@@ -123,8 +130,8 @@ def add_options(parser, cls, presets={}):
             kind = get_args(kind)[0]
         names = ["--" + field.name] + ["-n", "--n_problems"] * (field.name == "n")  # --n is torchrun's, too
         text, name = comments.get(field.name, ""), field.name
-        differ = [f"{family} {shown(own[name])}" for family, own in presets.items() if name in own]
-        values = "; ".join(filter(None, [shown(field.default), ", ".join(differ)]))
+        differ = ", ".join(f"{family} {own[name]}" for family, own in presets.items() if name in own)
+        values = "; ".join(str(value) for value in (field.default, differ) if value not in (None, ""))
         text += f" [{values}]" if values and not text.endswith("]") else ""
         settings = dict(default=argparse.SUPPRESS, help=text.replace("%", "%%"))  # absent unless given
         if about.get("positional"):
@@ -152,8 +159,9 @@ def new_parser(doc):
 def given_to(parser):
     """What the command line says, {name: value}, its numbers checked."""
     given = vars(parser.parse_args())
-    if "" in (given.get("adapter"), given.get("prompt")):
-        raise UserError("--adapter '' or --prompt '': give one that is not empty, or leave it out")
+    for name, value in given.items():  # "--" is none for argparse
+        if value in ("", [], [""]):
+            raise UserError(f"--{name} is empty (an unset variable?): give a value, or leave it out")
     check_numbers(given)
     return given
 
@@ -230,7 +238,9 @@ def read_jsonl(path, ours=False, mend=False, **kinds):
             fault = f"{path} line {i} is not valid JSON or is damaged ({e}): {line[:60]!r}"
             if not mend:
                 raise UserError(f"{fault}; remove or repair that line") from None
-            print(f"warning: {fault}; it is made again", file=sys.stderr)
+            print(f"warning: {fault}; it is made again, and kept in {path}.damaged", file=sys.stderr)
+            with open(f"{path}.damaged", "a") as f:
+                f.write(line + "\n")
     if mend and (lines[-1] or len(whole) < len(lines) - 1):
         write_whole(path, "".join(line + "\n" for line in whole))
     return rows
@@ -280,8 +290,9 @@ def read_rows(path):
 
 def append_line(path, *rows):
     """One or more lines of a .jsonl, on the disk when this returns."""
-    with open(path, "ab", buffering=0) as f:
+    with open(path, "ab") as f:
         f.write("".join(map(line_of, rows)).encode())
+        f.flush()  # all of it, or an error
         os.fsync(f.fileno())
 
 

@@ -564,8 +564,7 @@ def curve_command(args, given):
     """results.jsonl, summary.json and curve.png in the folder, and the table in print."""
     protocol = settle(args, [args.task], given)
     problems = problems_of(args)
-    for p in problems:  # before anything is loaded or decoded
-        grade.check_gradable(p, args.allow_code_execution)
+    grade.check_gradable(problems, args.allow_code_execution)  # before anything is loaded or decoded
     rank, world = join_ranks()
     model, tok = load_both(args)
     about = {k: getattr(args, k) for k in ("label", "task", "protocol")}

@@ -32,32 +32,34 @@ def grader_of(problem):
     return problem.get("grader") or ("code" if problem.get("tests") else "final")
 
 
-def check_gradable(problem, allow_code):
-    """UserError, before anything is decoded, if a problem cannot be graded or needs allow_code."""
-    grader, name = grader_of(problem), f"problem {problem.get('id')}"
-    if grader not in GRADERS:
-        raise UserError(f"{name}: no grader {grader!r}, there are {', '.join(GRADERS)}")
-    need = "tests" if grader == "code" else "answer"
-    if grader != "parses" and (problem.get(need) in (None, []) or not str(problem[need]).strip()):
-        raise UserError(f"{name}: grader {grader}, but no {need}")
-    if grader == "number" and last_number(str(problem["answer"])) is None:
-        raise UserError(f"{name}: grader number, but no number in the answer {problem['answer']!r}")
-    if grader == "math":
-        package(*MATH)
-    if grader == "code" and not allow_code:
-        raise UserError(f"{name} is graded by running the code in the response: give --allow_code_execution "
-                        f"if this machine may (docs/code-runner.md says what is contained)")
+def check_gradable(problems, allow_code):
+    """UserError, before anything is decoded, if one of them cannot be graded or needs allow_code."""
+    for problem in problems:
+        grader, name = grader_of(problem), f"problem {problem.get('id')}"
+        if grader not in GRADERS:
+            raise UserError(f"{name}: no grader {grader!r}, there are {', '.join(GRADERS)}")
+        need = "tests" if grader == "code" else "answer"
+        if grader != "parses" and (problem.get(need) in (None, []) or not str(problem[need]).strip()):
+            raise UserError(f"{name}: grader {grader}, but no {need}")
+        if grader == "number" and last_number(str(problem["answer"])) is None:
+            raise UserError(f"{name}: grader number, but no number in the answer {problem['answer']!r}")
+        if grader == "math":
+            package(*MATH)
+        if grader == "code" and not allow_code:
+            raise UserError(f"{name} is graded by running the code in the response: give "
+                            f"--allow_code_execution if this machine may (docs/code-runner.md says what is "
+                            f"contained)")
 
 
 def is_correct(problem, text, allow_code=False):
     """text: the response up to its first EOS -> bool. UserError, see above: no code runs unasked."""
-    check_gradable(problem, allow_code)
+    check_gradable([problem], allow_code)
     return GRADERS[grader_of(problem)](problem, text)
 
 
 def submit(problem, text, allow_code=False, pools={"code": PROGRAMS}):
     """is_correct as a Future: a program runs beside the caller, the rest is graded before this returns."""
-    check_gradable(problem, allow_code)
+    check_gradable([problem], allow_code)
     grader = grader_of(problem)
     if grader in pools:
         return pools[grader].submit(GRADERS[grader], problem, text)
@@ -68,8 +70,7 @@ def submit(problem, text, allow_code=False, pools={"code": PROGRAMS}):
 
 def grade_all(problems, texts, allow_code=False, progress=False):
     """is_correct of each pair -> list of bool: programs in threads, many formulas in processes."""
-    for problem in problems:  # before the first program starts
-        check_gradable(problem, allow_code)
+    check_gradable(problems, allow_code)  # before the first program starts
     pools = {"code": futures.ThreadPoolExecutor(CORES)}
     if list(map(grader_of, problems)).count("math") >= MANY:
         from multiprocessing import get_context  # few need it

@@ -36,10 +36,9 @@ class Shard:
 
     def append(self, rows):
         cli.append_line(self.file, *rows)
-        now = time.perf_counter()
+        before, self.last = self.last, time.perf_counter()
         with open(self.file.with_suffix(".seconds"), "a") as f:  # apart: records are the same in every run
-            f.write(f"{now - self.last:.4f}\n")
-        self.last = now
+            f.write(f"{self.last - before:.4f}\n")
         self.bar.update(len(rows))
 
 
@@ -65,8 +64,7 @@ def rollout(model, tok, problems, folder, model_name, privileged=False, batch_si
     if graded and any(r["correct"] is None for r in done.values()):
         raise UserError(f"{folder} holds trajectories that were collected ungraded: choose another folder")
     left = {i: p for i, p in enumerate(problems) if p["id"] not in done}
-    for p in left.values():  # said before hours of decoding
-        grade.check_gradable(p, allow_code or not graded)
+    grade.check_gradable(left.values(), allow_code or not graded)  # said before hours of decoding
     barrier()  # all ranks have read the same shards before one appends
     # dealt out anew; ranks that do not wait for each other may have read different shards: by number
     places = range(len(left)) if torch.distributed.is_initialized() else left
@@ -95,9 +93,10 @@ def finished(folders, cfg, ids):
     return records
 
 
-def collect(cfg, model, tok, problems, folder, **changes):
+def collect(cfg, model, tok, problems, out, **changes):
     """A method's trajectories, a token per forward; cfg.collect_X is field X of Decoding, under `changes`."""
-    if isinstance(folder, str) and "+" in folder and not Path(folder).exists():  # --trajectories A+B
+    folder = cfg.trajectories or out / "trajectories"
+    if "+" in cfg.trajectories and not Path(folder).exists():  # --trajectories A+B
         return finished(folder.split("+"), cfg, {p["id"] for p in problems})
     how = {key.removeprefix("collect_"): value for key, value in vars(cfg).items()
            if key.startswith("collect_")}
@@ -196,8 +195,7 @@ class Inspect(Stats):
 
 def collect_command(args, given):
     problems = problems_asked_for(args)
-    for p in problems:  # said before a model is loaded
-        grade.check_gradable(p, args.allow_code_execution or args.ungraded)
+    grade.check_gradable(problems, args.allow_code_execution or args.ungraded)  # before a model is loaded
     model, tok = load_both(args)
     decoding = {"policy": "static", "per_step": 1, **decoding_defaults(model.cfg), **given}
     records = rollout(model, tok, problems, args.out, args.model, args.privileged, args.batch_size,

@@ -1,7 +1,7 @@
 """One training run: ranks and devices, its folder, micro-batches, the optimizer's step, checkpoints, the log.
 
     r = Run(parse(Config, PRESETS, __doc__))              # a new folder, or one to be continued
-    model = r.for_training(lora.add(r.load(to_train=True), ...))  # compiled, sharded, as the settings ask
+    model = r.for_training(r.load(to_train=True))         # adapters, compiled, sharded, as the settings ask
     for step in r.steps(model, [optimizer], n_steps):     # resumes, logs, saves; SIGTERM ends it after a step
         for batch in r.micro_batches(chosen, length, build):
             r.backward(*training_loss(model, batch, cfg))
@@ -65,7 +65,7 @@ class Options(nt_model.ModelOptions):
 
 STEP_TIMEOUT = timedelta(minutes=4)  # within which all ranks come to the same place of a step
 MADE = ("checkpoints adapter model adapter.unfinished model.unfinished trajectories difficulty results.jsonl "
-        "log.jsonl nonfinite-rank*.json window.* curve.png log.png wandb tds.* trajectory_nll.*").split()
+        "log.jsonl* nonfinite-rank*.json window.* curve.png log.png wandb tds.* trajectory_nll.*").split()
 FREE = [f.name for f in fields(Options)][7:]
 
 
@@ -145,15 +145,15 @@ def shard(model, device, train=False, group=None):
 
 
 @torch.no_grad()
-def unsharded(model, device="cpu", dtype=None, keep=True):
-    """A plain copy of a model that is spread over ranks, which all must call it; None where keep is False."""
+def unsharded(model, keep=True):
+    """A plain copy, on the CPU, of a model that is spread over ranks, which all call it; None if not keep."""
     if not is_sharded(model):
         return model
     state = {}
     for name, p in model.named_parameters(remove_duplicate=False):  # a tied head under both of its names
         whole = p.full_tensor() if isinstance(p, DTensor) else p
         if keep:
-            state[name] = whole.detach().to(device, None if "lora_" in name else dtype, copy=True)
+            state[name] = whole.detach().to("cpu", copy=True)
     if not keep:
         return None
     with torch.device("meta"):
@@ -245,13 +245,15 @@ class Run:
         self.task = nt_model.FAMILIES[nt_model.family_of(cfg.model, cfg.revision)].task
         self.evaluates = bool(self.task and cfg.eval_problems)  # at the end, see eval.closing
         last = self.out / "results.jsonl" if self.evaluates else self.final
-        self.finished = agreed(last.exists())
-        if self.finished and self.rank == 0:
-            print(f"{self.out} is finished already; --overwrite starts anew")
-        if self.board and self.rank == 0 and not self.finished:
+        if agreed(last.exists()):
+            if self.rank == 0:
+                print(f"{self.out} is finished already; --overwrite starts anew")
+            raise SystemExit
+        if self.board and self.rank == 0:
             self.board.init(project="nanotraj", name=str(self.out), config=vars(cfg), dir=self.out)
         self.stop_asked = threading.Event()  # by SIGTERM
-        self.writer, self.writing = ThreadPoolExecutor(1), None  # of checkpoints, and the one being written
+        self.writer = ThreadPoolExecutor(1)  # of checkpoints
+        self.writing = self.writer.submit(int)  # the one being written; at first nothing
 
     def open_folder(self):
         """Make and lock the folder. Checkpoints of another configuration in it are an error."""
@@ -291,11 +293,14 @@ class Run:
         return nt_model.load(self.cfg.model, device, self.dtype, self.cfg.revision)
 
     def for_training(self, model, frozen=False):
-        """A model as the settings ask for it: activations computed again, compiled blocks, sharded."""
-        if frozen:  # --full's teacher
+        """A model as the settings ask for it: adapters, activations computed again, compiled, sharded."""
+        cfg = self.cfg
+        if not self.whole:
+            lora.add(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets)
+        elif frozen:  # --full's teacher
             model.requires_grad_(False)
-        model.checkpoint_blocks = self.cfg.checkpoint_blocks
-        if self.cfg.compile or self.cfg.compile is None and self.device.type == "cuda":
+        model.checkpoint_blocks = cfg.checkpoint_blocks
+        if cfg.compile or cfg.compile is None and self.device.type == "cuda":
             compile_blocks(model)
         return shard(model, self.device, self.whole and not frozen, self.group) if self.shards else model
 
@@ -312,32 +317,30 @@ class Run:
         model.train()
         logged = time.perf_counter()
         before = signal.signal(signal.SIGTERM, lambda *_: self.stop_asked.set())
-        try:
-            bar = cli.progress_bar(range(first, n_steps), "train", n_steps, unit="step", initial=first)
-            for self.step in bar:
-                self.began, self.total = time.perf_counter(), {"tokens": 0.0, "data_s": 0.0}
-                self.ids = []
-                torch.manual_seed((cfg.seed * 1_000_003 + self.step) * self.world + self.rank)  # dropout
-                yield self.step
-                done = self.step + 1
-                speed = self.pace()
-                bar.set_postfix(loss=self.total["loss"], **speed, refresh=False)
-                if self.rank == 0 and (done % cfg.log_every == 0 or done == n_steps):
-                    now = time.perf_counter()
-                    row = dict(step=done, **self.total, **speed, seconds=round(now - logged, 3))
-                    logged = now
-                    cli.append_line(log, row)
-                    if self.board:
-                        self.board.log(row, step=done)
-                if done % cfg.save_every == 0 or done == n_steps or self.stops:
-                    self.save_checkpoint(done)
-                if self.stops:  # a preempted job; all ranks are at this step
-                    self.finish_writing()
-                    if self.rank == 0:
-                        bar.write(f"SIGTERM: stopped after step {done}; the same command goes on", sys.stderr)
-                    raise SystemExit(128 + signal.SIGTERM)
-        finally:
-            signal.signal(signal.SIGTERM, before)
+        bar = cli.progress_bar(range(first, n_steps), "train", n_steps, unit="step", initial=first)
+        for self.step in bar:
+            self.began, self.total = time.perf_counter(), {"tokens": 0.0, "data_s": 0.0}
+            self.ids = []
+            torch.manual_seed((cfg.seed * 1_000_003 + self.step) * self.world + self.rank)  # dropout
+            yield self.step
+            done = self.step + 1
+            speed = self.pace()
+            bar.set_postfix(loss=self.total["loss"], **speed, refresh=False)
+            if self.rank == 0 and (done % cfg.log_every == 0 or done == n_steps):
+                now = time.perf_counter()
+                row = dict(step=done, **self.total, **speed, seconds=round(now - logged, 3))
+                logged = now
+                cli.append_line(log, row)
+                if self.board:
+                    self.board.log(row, step=done)
+            if done % cfg.save_every == 0 or done == n_steps or self.stops:
+                self.save_checkpoint(done)
+            if self.stops:  # a preempted job; all ranks are at this step
+                self.finish_writing()
+                if self.rank == 0:
+                    bar.write(f"SIGTERM: stopped after step {done}; the same command goes on", sys.stderr)
+                raise SystemExit(128 + signal.SIGTERM)
+        signal.signal(signal.SIGTERM, before)
 
     def micro_batches(self, chosen, length, build):
         """This rank's share of a step's examples (indices), in micro-batches: build(indices) -> batch."""
@@ -406,7 +409,7 @@ class Run:
         speed = dict(tok_per_s=round(tok_per_s, 1), data_wait=round(wait, 4))
         if torch.cuda.is_available():
             speed["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-            if any(name in torch.cuda.get_device_name() for name in ("H100", "H200")):
+            if re.search("H[12]00", torch.cuda.get_device_name()):
                 per_parameter = (6 if self.whole else 4) + 2 * self.teachers
                 flop = per_parameter * sum(p.numel() for p in self.model.parameters())
                 speed["mfu"] = round(tok_per_s / self.world * flop / 989e12, 4)
@@ -431,10 +434,8 @@ class Run:
 
     def finish_writing(self):
         """Wait until the last checkpoint is on disk, on every rank."""
-        writing, self.writing = self.writing, None
         try:
-            if writing:
-                writing.result()
+            self.writing.result()
         except Exception as e:
             raise UserError(f"a checkpoint could not be written: {e}") from None
         barrier()
@@ -523,15 +524,15 @@ def checkpoint_tensors(model, optimizers, reference=None):
 
 
 def write_checkpoint(root, step, tensors, rank, n_files):
-    """This rank's file and its checksum; rank 0 waits for those of all, and gives the folder its name."""
+    """This rank's file, see file_name(); rank 0 waits for those of all, and gives the folder its name."""
     tmp, folder = root / "tmp", root / f"step-{step:06d}"
-    file = tmp / f"rank-{rank:05d}-of-{n_files:05d}.safetensors"
+    file = tmp / f"unnamed-{rank}"
     save_tensors(tensors, file)
     sync(file)
-    cli.write_whole(file.with_suffix(".sha256"), sha256(file))
+    file.rename(tmp / file_name(file, rank, n_files))
     if rank:
         return
-    while len(list(tmp.glob("*.sha256"))) < n_files:
+    while len(list(tmp.glob("rank-*"))) < n_files:
         time.sleep(0.05)
     sync(tmp)
     shutil.rmtree(folder, ignore_errors=True)
@@ -541,16 +542,15 @@ def write_checkpoint(root, step, tensors, rank, n_files):
         shutil.rmtree(old)
 
 
-def intact(folder):
-    """Is a checkpoint as it was written? The name of each of its files says how many there are."""
-    files = list(folder.glob("rank-*.safetensors"))
-    sums = {f.stem: f.read_bytes() for f in folder.glob("*.sha256")}
-    told = {f.stem.rpartition("-")[2] for f in files}
-    return told == {f"{len(files):05d}"} and sums == {f.stem: sha256(f).encode() for f in files}
+def file_name(file, rank, n_files):
+    """What a rank's file of a checkpoint is called: it tells how many there are, and its own checksum."""
+    return f"rank-{rank:05d}-of-{n_files:05d}-{sha256(file)}.safetensors"
 
 
 def newest_checkpoint(out):
+    """The newest folder whose files are as they were written, or None."""
     for folder in sorted((out / "checkpoints").glob("step-*"), reverse=True):
-        if intact(folder):
+        files = sorted(folder.glob("rank-*"))
+        if files and all(f.name == file_name(f, i, len(files)) for i, f in enumerate(files)):
             return folder
         print(f"warning: checkpoint {folder} is damaged, trying the one before", file=sys.stderr)

@@ -35,7 +35,6 @@ import torch
 import torch.nn.functional as F
 
 import eval as nt_eval
-import lora
 import run
 from cli import UserError, run_cli
 from data import (TINY_TRAINING, example_rng, hidden_rows, load_problems, load_tokenizer, stacked,
@@ -245,8 +244,6 @@ def main():
     cfg = check_config(run.parse(Config, PRESETS, __doc__))
     found = load_problems(cfg.data, "train", cfg.n_problems or None)
     r = run.Run(cfg)  # ranks, device, the folder: new or to be continued
-    if r.finished:
-        return
     base, tok = r.load(), load_tokenizer(cfg.model, cfg.revision)
 
     # 1. trajectories of the base model, without ground truth or filter
@@ -254,8 +251,7 @@ def main():
     if len(problems) < len(found):
         print(f"{len(found) - len(problems)} prompts are longer than --max_prompt {cfg.max_prompt}: left out")
     run.steps_per_epoch(len(problems), cfg)  # an error before hours of decoding
-    records = collect(cfg, base, tok, problems, cfg.trajectories or r.out / "trajectories", graded=False,
-                      early_stop=cfg.eos_in_loss > 0)
+    records = collect(cfg, base, tok, problems, r.out, graded=False, early_stop=cfg.eos_in_loss > 0)
     del base
 
     # 2. student and reference
@@ -264,8 +260,6 @@ def main():
     if model.cfg.block_len and cfg.train_block:  # a saved model names it, an adapter does not: --block_len
         raw = {**model.cfg.raw, "block_size": cfg.train_block}
         model.cfg = replace(model.cfg, block_len=cfg.train_block, raw=raw)
-    if not cfg.full:
-        lora.add(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets)
     model = r.for_training(model)
     ref = None if cfg.loss == "naive_td" else run.Reference(r, model)
     r.teachers = int(ref is not None)
@@ -278,7 +272,8 @@ def main():
     vocabulary = np.setdiff1d(seen, list(tok.special.values()))
 
     def between_refreshes(step):  # what a checkpoint holds of the reference: it is refreshed first, or saved
-        return ref.tensors() if ref and step % cfg.refresh else None
+        if ref and step % cfg.refresh:
+            return ref.tensors()
 
     def build(numbers):  # a micro-batch
         rngs = [example_rng(cfg.seed, epoch, n) for n in numbers]

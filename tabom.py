@@ -34,7 +34,6 @@ import torch
 import torch.nn.functional as F
 
 import eval as nt_eval
-import lora
 import run
 from cli import UserError, run_cli
 from data import TINY_TRAINING, example_rng, hidden_rows, load_problems, load_tokenizer, stacked
@@ -175,33 +174,24 @@ def training_loss(model, b, cfg):
     return tabom_loss(ce, entropy, b["in_segment"].to(h.device), cfg.batch_size, cfg)
 
 
-def check_config(cfg):
-    if cfg.window < 0 or (cfg.window == 1 and cfg.lam):
+def main():
+    cfg = run.parse(Config, PRESETS, __doc__)
+    if cfg.window == 1 and cfg.lam:
         raise UserError(f"--window {cfg.window}: ranking needs two tokens or more (0: all that is left)")
     if cfg.segment == "two_steps" and cfg.lam:
         raise UserError(f"--segment two_steps with --lam {cfg.lam}: these are not ranked; give --lam 0")
-
-
-def main():
-    cfg = run.parse(Config, PRESETS, __doc__)
-    check_config(cfg)
     problems = load_problems(cfg.data, "train", cfg.n_problems or None)
     r = run.Run(cfg)  # ranks, device, the folder: new or to be continued
-    if r.finished:
-        return
     base, tok = r.load(), load_tokenizer(cfg.model, cfg.revision)
 
     # 1. trajectories of the base model, without privileged information; wrong answers dropped
     run.steps_per_epoch(len(problems), cfg)  # an error before hours of decoding
-    records = only_correct(collect(cfg, base, tok, problems, cfg.trajectories or r.out / "trajectories"))
+    records = only_correct(collect(cfg, base, tok, problems, r.out))
     del base
 
     # 2. student
     torch.manual_seed(cfg.seed)
-    model = r.load(to_train=True)
-    if not cfg.full:
-        lora.add(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets)
-    model = r.for_training(model)
+    model = r.for_training(r.load(to_train=True))
     optimizer = run.adamw(run.trainable(model).values(), cfg)
 
     # 3. training

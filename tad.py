@@ -223,10 +223,10 @@ def choose_window(cfg, model, records, r):
     return run.agreed(window)
 
 
-def trajectories(cfg, model, tok, problems, folder):
+def trajectories(cfg, model, tok, problems, out):
     """Of the base model, which is shown the worked solution; wrong answers dropped."""
     privileged = cfg.source != "no_privilege"
-    kept = only_correct(collect(cfg, model, tok, problems, folder, privileged=privileged))
+    kept = only_correct(collect(cfg, model, tok, problems, out, privileged=privileged))
     if cfg.source != "gt_random":
         return kept
     solution = {p["id"]: tok.response_ids(p["solution"]) for p in problems}  # Table 4's first row
@@ -255,26 +255,23 @@ def main():
     if cfg.near == cfg.distant == "none":
         raise UserError("--near none --distant none: nothing is left to learn from; choose one of them")
     problems = load_problems(cfg.data, "train", cfg.n_problems or None)
+    n_states = cfg.states_per_trajectory or cfg.gen_len
+    n_pairs = len(problems) * min(n_states, cfg.gen_len)  # at most
+    run.steps_per_epoch(n_pairs, cfg)  # an error before hours of decoding
     r = run.Run(cfg)  # ranks, device, the folder: new or to be continued
     r.teachers = int("kl" in (cfg.near, cfg.distant))
-    if r.finished:
-        return
     base, tok = r.load(), load_tokenizer(cfg.model, cfg.revision)
 
     # 1. trajectories of the base model with privileged information, and the window
-    records = trajectories(cfg, base, tok, problems, cfg.trajectories or r.out / "trajectories")
+    records = trajectories(cfg, base, tok, problems, r.out)
     window = choose_window(cfg, base, records, r)
     del base
 
     # 2. student and soft teacher: the same weights with LoRA off, or a frozen copy under --full
     torch.manual_seed(cfg.seed)
+    model = teacher = r.for_training(r.load(to_train=True))
     if cfg.full:
         teacher = r.for_training(r.load(to_train=True), frozen=True)
-        model = r.for_training(r.load(to_train=True))
-    else:
-        model = r.load(to_train=True)
-        lora.add(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets)
-        model = teacher = r.for_training(model)
     optimizer = run.adamw(run.trainable(model).values(), cfg)
 
     # 3. training

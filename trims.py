@@ -37,7 +37,6 @@ import torch
 import torch.nn.functional as F
 
 import eval as nt_eval
-import lora
 import model as nt_model
 import run
 from cli import UserError, run_cli
@@ -214,24 +213,21 @@ def main():
     if cfg.trajectory_share and cfg.data == "tiny" and not cfg.n_examples:
         raise UserError("--n_examples 0 draws new examples at every step, which no teacher can rank "
                         "beforehand: give --trajectory_share 0, or a number of examples")
-    whole = cfg.full or cfg.init == "scratch"
     tok = load_tokenizer(cfg.model, cfg.revision)
     teacher_tok = load_teacher_tokenizer(cfg.teacher) if cfg.trajectory_share else None
     examples = load_examples(cfg, tok)
-    r = run.Run(cfg, whole)  # ranks, device, the folder: new or to be continued
-    if r.finished:
-        return
+    per_epoch = run.steps_per_epoch(len(examples), cfg)  # an error before hours of scoring
+    r = run.Run(cfg, cfg.full or cfg.init == "scratch")  # ranks, device, the folder: new or to be continued
     torch.manual_seed(cfg.seed)
     if cfg.init == "scratch":
         model = nt_model.Transformer(nt_model.config_of(cfg.model, cfg.revision)).init_weights().to(r.device)
     else:
         model = r.load(to_train=True)
     cfg.block_len = cfg.block_len or model.cfg.block_len
-    if not whole:
-        lora.add(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets)
+    model = r.for_training(model)
 
     # 1. how hard the teacher finds the examples' tokens
-    n_steps = cfg.max_steps or cfg.epochs * run.steps_per_epoch(len(examples), cfg)
+    n_steps = cfg.max_steps or cfg.epochs * per_epoch
     cfg.warmup_steps = round(cfg.warmup_ratio * n_steps) or cfg.warmup_steps
     if cfg.trajectory_share:
         scores = score_examples(examples, tok, teacher_tok, cfg, r)
@@ -239,7 +235,6 @@ def main():
         examples = [{**examples[i], "bucket": b} for i, b in enumerate(ranked)]
 
     # 2. training
-    model = r.for_training(model)
     endless = cfg.data == "tiny" and not cfg.n_examples  # new data need no shuffling
     epoch = 0
 

@@ -28,13 +28,15 @@ def script(file, args, env, log, cwd):
 
 
 def start(world, file, *args, log, cwd=".", **env):
-    """The processes of a launch, as torchrun's on one machine. log: a file for what they say."""
+    """The processes of a launch, as torchrun's on one machine; one alone is as python starts it. log: a file
+    for what they say."""
     path = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([HERE, os.path.dirname(HERE)])  # of the first one, and so of all
+    envs = [env]
     if world > 1:
         env |= dict(WORLD_SIZE=str(world), MASTER_ADDR="localhost", MASTER_PORT=str(free_port()))
-    ranks = [context.Process(target=script, daemon=True, args=(
-        file, args, {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, log, cwd)) for rank in range(world)]
+        envs = [{**env, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+    ranks = [context.Process(target=script, daemon=True, args=(file, args, env, log, cwd)) for env in envs]
     for rank in ranks:
         rank.start()
     os.environ.pop("PYTHONPATH")

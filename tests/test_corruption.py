@@ -4,6 +4,7 @@
 import importlib
 import json
 import random
+import resource
 import shutil
 
 import pytest
@@ -11,6 +12,7 @@ from conftest import random_model
 from small_runs import VOCAB, Runs
 
 import cli
+import compare
 import lora
 import model as nt_model
 import run as training
@@ -175,3 +177,40 @@ def test_merge_replaces_nothing(tmp_path, monkeypatch):
         assert sums == {f.name: cli.sha256(f) for f in (tmp_path / to).iterdir() if f.name != cli.SUMS}
         assert nt_model.load(tmp_path / to) and json.loads((tmp_path / to / "config.json").read_text())
     assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_lines_of_before_behind_sealed_ones_are_kept_beside(tmp_path, capsys):
+    """`cat old.jsonl >> new.jsonl`: they may be damaged, so they are made again; nothing of them is lost."""
+    file, old = tmp_path / "rank0.jsonl", '{"id": "old", "x0": [1]}\n{"id": "older"}\n'
+    cli.append_line(file, *ROWS)
+    file.write_text(file.read_text() + old)
+    assert cli.read_jsonl(file, ours=True, mend=True) == ROWS == cli.read_jsonl(file, ours=True)
+    assert (tmp_path / "rank0.jsonl.damaged").read_text() == old
+    assert capsys.readouterr().err.count(f"kept in {file}.damaged") == 2
+
+
+def test_a_line_that_does_not_fit_on_the_disk_is_an_error(tmp_path):
+    """The first bytes of it do."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            cli.append_line(tmp_path / "rank0.jsonl", *ROWS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert cli.read_jsonl(tmp_path / "rank0.jsonl", ours=True, mend=True) in ([], ROWS[:1])
+
+
+GOOD = dict(label="base", rule="threshold 0.9", ids=["a", "b"], correct=[1, 0], tokens=[5, 6], nfe=[4, 4], seconds=1.0)
+
+
+@pytest.mark.parametrize("change", [
+    None, {"ids": []}, {"ids": ["a"]}, {"ids": [[1], "b"]}, {"correct": []}, {"correct": ["x", "y"]}, {"nfe": [None, 1]},
+    {"tokens": 5}, {"tokens": [5, 6, 7]}, {"label": None}, {"rule": 3}, {"seconds": "x"}, {"nfe": [[4], 4]}])
+def test_results_that_compare_cannot_read(tmp_path, change):
+    (tmp_path / "results.jsonl").write_text("" if change is None else json.dumps(GOOD | change) + "\n")
+    with pytest.raises(UserError) as refused:
+        compare.read_runs([tmp_path])
+    assert "\n" not in str(refused.value) and "results.jsonl" in str(refused.value)
+    (tmp_path / "results.jsonl").write_text(json.dumps(GOOD) + "\n")
+    assert list(compare.read_runs([tmp_path])) == ["base"]

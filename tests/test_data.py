@@ -236,7 +236,7 @@ def test_local_files(tmp_path):
         data.privileged_prompt(problems[1])
     file.write_text('{"prompt": "ann ?"}\n')
     with pytest.raises(UserError, match="problem mine-0: grader final, but no answer"):  # it can be trained on
-        grade.check_gradable(data.load_problems(str(file))[0], False)
+        grade.check_gradable(data.load_problems(str(file)), False)
     file.write_text("")
     with pytest.raises(UserError, match="empty"):
         data.load_problems(str(file))

@@ -4,6 +4,8 @@ import json
 import os
 import random
 import signal
+import threading
+import time
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import grade
 import lora
 import model as nt_model
 import run as training
+import sweep
 
 
 @pytest.fixture
@@ -162,3 +165,64 @@ def test_sigterm_outside_training_is_one_line(capsys, monkeypatch):
         assert ended.value.code == 130 and capsys.readouterr().err == "interrupted; the same command continues\n"
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_reader_that_has_enough_ends_a_command_quietly(capfd):
+    """`python eval.py ... | head`"""
+    reader, writer = os.pipe()
+    os.close(reader)
+    kept = os.dup(1)
+
+    def main():
+        os.write(writer, b"a line\n")
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.run_cli(main)
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+    assert ended.value.code == 141 and capfd.readouterr() == ("", "")
+
+
+def test_a_lost_interrupt_comes_again():
+    """One that comes while __del__ runs is only reported by Python."""
+    class Slow:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    def main():
+        Slow()
+        time.sleep(60)
+    before, began = [signal.signal(n, signal.default_int_handler) for n in (signal.SIGINT, signal.SIGTERM)], time.time()
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.run_cli(main)
+        assert ended.value.code == 130 and time.time() - began < 30
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before):
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_sweep_tells_its_child_to_end_and_waits_for_it(tmp_path, number):
+    child = """import pathlib, signal, sys, time
+def end(*_):
+    time.sleep(0.5)
+    pathlib.Path(sys.argv[2], "saved").touch()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, end)
+pathlib.Path(sys.argv[2], "began").touch()
+time.sleep(60)"""
+    def interrupt():
+        while not (tmp_path / "began").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+    before = {n: signal.signal(n, signal.default_int_handler) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            sweep.run_script("tad.py", [str(tmp_path)], launch=["-c", child])
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+    assert (tmp_path / "saved").exists()

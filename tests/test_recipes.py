@@ -300,7 +300,7 @@ def test_odd_fields_of_an_own_file_are_one_line(tmp_path, row, words):
 ])
 def test_what_cannot_be_graded_is_said_before_decoding(problem, words):
     with pytest.raises(UserError, match=words):
-        grade.check_gradable(problem, True)
+        grade.check_gradable([problem], True)
 
 
 def test_privileged_prompts_are_the_published_ones(tmp_path):

@@ -387,13 +387,14 @@ def test_several_finished_folders_are_read_together(tmp_path):
         rollout(tiny, TOK, some, tmp_path / name, "tiny", privileged=True, temperature=temperature,
                 policy="static", per_step=1, **data.TINY_DECODING)
     cfg = config(gen_len=48, block_len=16, trajectories=f"{tmp_path}/a+{tmp_path}/b")
-    both = tad.trajectories(cfg, tiny, TOK, problems, cfg.trajectories)
+    both = tad.trajectories(cfg, tiny, TOK, problems, tmp_path)
     assert {r["id"] for r in both} <= {p["id"] for p in problems} and len(both) >= 3
     assert {r["decoding"]["temperature"] for r in both} == {0.0, 0.7}
-    few = tad.trajectories(cfg, tiny, TOK, problems[1:3], cfg.trajectories)
+    few = tad.trajectories(cfg, tiny, TOK, problems[1:3], tmp_path)
     assert {r["id"] for r in few} <= {p["id"] for p in problems[1:3]}
     with pytest.raises(UserError, match="none holds no trajectories of tiny with gen_len 48"):
-        tad.trajectories(cfg, tiny, TOK, problems, f"{tmp_path}/none+{tmp_path}/nowhere")
+        cfg.trajectories = f"{tmp_path}/none+{tmp_path}/nowhere"
+        tad.trajectories(cfg, tiny, TOK, problems, tmp_path)
 
 
 def test_wandb_gets_the_lines_of_the_log_and_is_missed_at_once(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import gzip
 import json
 import sys
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +25,20 @@ COLUMNS = ("token by token, %", "2 per forward, %", "4 per forward, %", "at 0.9,
            "TDS, nats^2", "tok/s at 0.9", "training, min", "collecting, min")
 ACCURACY_AT = dict(zip(("1 per forward", "2 per forward", "4 per forward", "threshold 0.9"), COLUMNS))
 COUNTS = ("correct", "tokens", "nfe")  # per problem
+FIELDS = dict(label=str, rule=str, seconds=float, ids=list, correct=list, tokens=list, nfe=list)
 
 
 def read_points(source):
     """The points of a folder, or of a file that pack() wrote, which names their folders."""
     source = Path(source)
-    rows = read_jsonl(source / "results.jsonl" if source.is_dir() else source, ours=True)
+    file = source / "results.jsonl" if source.is_dir() else source
+    rows = read_jsonl(file, ours=True, **FIELDS)
+    kinds = set()
+    for row in rows:
+        problems = zip_longest(row["ids"], *map(row.get, COUNTS))
+        kinds |= {tuple(map(type, problem)) for problem in problems}
+    if kinds != {(str, int, int, int)}:
+        raise UserError(f"{file} holds no results, or not an id and three counts for every problem")
     return [{"folder": source.name, **row} for row in rows]
 
 
@@ -180,7 +189,7 @@ class RunsOptions:
     """one table and one picture over several runs"""
     sources: list[str] = option(positional=True)  # folders of results, or files that hold many
     base: str = "base"  # label the AUP ratios refer to
-    control: str = "SFT"  # label the differences refer to
+    control: str = "SFT-SD"  # label the differences refer to
     y_max: float | None = None  # of AUP, percent [the best accuracy of all of them]
     out: str = "out/compare"  # directory of compare.md and compare.png
 
@@ -188,8 +197,8 @@ class RunsOptions:
 def runs_command(args):
     runs = read_runs(args.sources)
     out = Path(args.out)
-    if args.base not in runs:
-        raise UserError(f"no run is labelled {args.base!r} (--base): there are {', '.join(runs)}")
+    for label in {args.base, args.control} - {*runs, "SFT-SD"}:  # the default need not be there
+        raise UserError(f"no run is labelled {label!r}: there are {', '.join(runs)}; see --base, --control")
     out.mkdir(parents=True, exist_ok=True)
     text = compare(runs, args.base, args.control, y_max=args.y_max)
     (out / "compare.md").write_text(text + "\n")

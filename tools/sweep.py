@@ -65,6 +65,18 @@ def paper_commands(table, model, out, quick=False):
         yield [script, *words]
 
 
+def run_script(script, options, launch=()):
+    """A script in a process of its own, which is told to end, and waited for, where this one is."""
+    child = subprocess.Popen([sys.executable, *launch, nt_model.HERE / script, *options])
+    try:
+        child.wait()
+    finally:
+        child.terminate()
+        child.wait()
+    if child.returncode:
+        raise UserError(f"{script} {shlex.join(options)} ended with {child.returncode}; its message is above")
+
+
 def paper_command(args):
     """Each on all GPUs that it can use; done.jsonl names those that have ended."""
     root = Path(args.out or f"out/papers/{args.table}-{Path(args.model).name}{'-quick' * args.quick}")
@@ -76,9 +88,7 @@ def paper_command(args):
             continue
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
         launch *= gpus > 1 and not RANKED.isdisjoint(words[:2])
-        code = subprocess.run([sys.executable, *launch, str(nt_model.HERE / words[0]), *words[1:]]).returncode
-        if code:
-            raise UserError(f"{words[0]} ended with {code}; its message is above")
+        run_script(words[0], words[1:], launch)
         root.mkdir(parents=True, exist_ok=True)
         cli.append_line(done, {"words": words})
 
@@ -109,9 +119,7 @@ def train(label, seed, folder):
         (folder.parent / "difficulty").mkdir(exist_ok=True)
         with suppress(FileExistsError):
             (folder / "difficulty").symlink_to("../difficulty")
-    done = subprocess.run([sys.executable, str(nt_model.HERE / script), *options])
-    if done.returncode:
-        raise UserError(f"{label}, seed {seed}: {script} ended with {done.returncode}; its message is above")
+    run_script(script, options)
 
 
 def costs(folder):
@@ -150,7 +158,7 @@ COMMANDS = {"paper": (paper_command, PaperOptions)}
 class Options:
     seeds: int = 4  # runs of every method
     n: int = 251  # test problems per seed
-    only: list[str] | None = None  # some labels of METHODS; base always is
+    only: list[str] | None = option(None, choices=lambda: METHODS)  # some of the rows; base always is
     out: str = "out/sweep"  # directory of the runs, compare.md, compare.png and comparison.jsonl.gz
     dry_run: bool = False  # print the training commands and stop
 
@@ -159,9 +167,6 @@ def main():
     if sys.argv[1:2] == ["paper"]:
         return cli.run_command(__doc__, COMMANDS)
     args = cli.parse(__doc__, Options)
-    unknown = sorted(set(args.only or []) - set(METHODS))
-    if unknown:
-        raise UserError(f"--only {unknown}: unknown; there are {', '.join(METHODS)}")
     root = Path(args.out)
     labels = [label for label in METHODS if label == "base" or label in (args.only or METHODS)]
     names = {label: label.lower().replace(": ", "-").replace(" ", "_") for label in labels}
@@ -190,7 +195,7 @@ def main():
         evaluate(label, folder, tok, problems[seed], own[:32])
     folders = [folder for *_, folder in jobs]
     compare.pack(folders, root / "comparison.jsonl.gz")
-    compare.runs_command(compare.RunsOptions(folders, control="SFT-SD", out=root))
+    compare.runs_command(compare.RunsOptions(folders, out=root))
 
 
 if __name__ == "__main__":
