@@ -31,7 +31,7 @@ from torch.nn.utils.rnn import pad_sequence
 import grade
 from cli import UserError, option, read_jsonl, read_object, read_rows, run_cli, run_command
 from model import FAMILIES, ModelOptions, block_diffusion_layout, checkpoint_dir, config_of, listed
-from recipes import AVOIDED, RECIPES, TEST, recipe_problems, same_question
+from recipes import RECIPES, TEST, recipe_problems, same_question
 
 TINY_DECODING = FAMILIES["tiny"].decoding
 TINY_LEN, TINY_BLOCK = TINY_DECODING["gen_len"], TINY_DECODING["block_len"]  # of a response, tokens
@@ -44,6 +44,7 @@ STEP, RESULT = 4, 2  # tokens of a step, and where in it the result stands
 N_SWAPS = 9
 MOVE_SHARE = 0.65  # share of the swaps that move the ball
 SPLITS = {"train": 1, "dev": 2, "test": 3}  # seeds
+AVOIDED = {"train": ("dev", "test"), "dev": (), "test": ("dev",)}  # whose held-out prompts do not occur
 HELD_OUT = 4096  # problems each of dev and test
 DRILL_SHARE, PRIVILEGED_SHARE = 0.35, 0.15  # of the base model's training examples
 
@@ -429,16 +430,10 @@ def check_record(r, where):
 
 def list_sets():
     """the data sets by name"""
-    cells = [("name", "problems", "grader", "licence", "on the hub", "note"),
-             ("tiny", "any number", "final", "Apache-2.0", "-", "the shell game, built in")]
-    for name, r in RECIPES.items():
-        read = f"; streamed, {r.n:,} unless told otherwise" if r.n else ""
-        cells.append((name, r.size, r.grader, r.licence, r.hub, r.note + read))
-    line = "  ".join(f"{{:{max(map(len, column))}}}" for column in zip(*cells))
-    for row in cells:
-        print(line.format(*row).rstrip())
-    print("\nproblems: train / dev / test; without a dev split, one in 50 of train is dev. "
-          "licence: as the hub's page says, ? where it says nothing.")
+    print(f"{'name':13} {'grader':7} {'on the hub':36} note")
+    for name, recipe in RECIPES.items():
+        print(f"{name:13} {recipe.grader:7} {recipe.hub:36} {recipe.note}".rstrip())
+    print("\ntiny, the shell game, is built in. Sizes, splits and licences: docs/data.md")
 
 
 @dataclass
