@@ -432,7 +432,7 @@ def list_sets():
     """the data sets by name"""
     print(f"{'name':13} {'grader':7} {'on the hub':36} note")
     for name, recipe in RECIPES.items():
-        print(f"{name:13} {recipe.grader:7} {recipe.hub:36} {recipe.note}".rstrip())
+        print(f"{name:13} {recipe.grader:7} {recipe.hub:36} {recipe.note}")
     print("\ntiny, the shell game, is built in. Sizes, splits and licences: docs/data.md")
 
 

