@@ -434,16 +434,10 @@ def check_record(r, where):
 
 def list_sets():
     """the data sets by name"""
-    cells = [("name", "problems", "grader", "licence", "on the hub", "note"),
-             ("tiny", "any number", "final", "Apache-2.0", "-", "the shell game, built in")]
-    for name, r in RECIPES.items():
-        read = f"; streamed, {r.n:,} unless told otherwise" if r.n else ""
-        cells.append((name, r.size, r.grader, r.licence, r.hub, r.note + read))
-    line = "  ".join(f"{{:{max(map(len, column))}}}" for column in zip(*cells))
-    for row in cells:
-        print(line.format(*row).rstrip())
-    print("\nproblems: train / dev / test; without a dev split, one in 50 of train is dev. "
-          "licence: as the hub's page says, ? where it says nothing.")
+    print(f"{'name':13} {'grader':7} {'on the hub':36} note")
+    for name, recipe in RECIPES.items():
+        print(f"{name:13} {recipe.grader:7} {recipe.hub:36} {recipe.note}")
+    print("\ntiny, the shell game, is built in. Sizes, splits and licences: docs/data.md")
 
 
 @dataclass

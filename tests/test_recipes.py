@@ -39,6 +39,10 @@ ROWS = {
         (dict(question="A car costs 1,200. Two?", answer="#### 2,400"),
          dict(question="A car costs 1,200. Two?", prompt="Question: A car costs 1,200. Two?",
               solution="#### 2,400", answer="2,400", grader="number"))],
+    "gsm-symbolic": [
+        (dict(question="2 of 3?", answer="6", metadata=dict(answer_cot="2*3=6\n#### 6", variables={})),
+         dict(question="2 of 3?", prompt="Question: 2 of 3?", solution="2*3=6\n#### 6", answer="6", grader="number")),
+        (dict(question="No solution?", answer="1", metadata=None), None)],
     "prm12k": [
         (dict(question="Half of $x=1$?", answer="It is $\\boxed{\\frac{1}{2}}$.", target="\\frac{1}{2}",
               solution_0="It is", solution_1="long", correct_1=False, solution_1_token=4),

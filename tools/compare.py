@@ -159,9 +159,7 @@ def compare(runs, base, control, n_boot=1000, y_max=None):
         for j, name in enumerate(COLUMNS[:6]) if control in draws and label not in (base, control) else ():
             values = rows[:, j] - draws[control][:, j]
             if not np.isnan(values).any():  # else the protocol lacks this rule
-                spread = values[1:].std()
-                errors = f", {values[0] / spread:.1f} standard errors" if spread else ""
-                lines.append(f"{name}, {label} - {control}: {shown(values, bracketed=True)}{errors}")
+                lines.append(f"{name}, {label} - {control}: {shown(values, True)}")
     return "\n".join(lines)
 
 

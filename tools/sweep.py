@@ -12,7 +12,6 @@ import re
 import shlex
 import subprocess
 import sys
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,11 +113,6 @@ def prepare(labels, model, tok, root):
 def train(label, seed, folder):
     """Run the method's script, which continues what was interrupted and says so where it is finished."""
     script, *options = command(label, seed, folder)
-    if label.startswith("TRIMS"):  # the first of them scores for all
-        folder.mkdir(exist_ok=True)
-        (folder.parent / "difficulty").mkdir(exist_ok=True)
-        with suppress(FileExistsError):
-            (folder / "difficulty").symlink_to("../difficulty")
     run_script(script, options)
 
 
