@@ -30,7 +30,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 import grade
 from cli import UserError, option, read_jsonl, read_object, read_rows, run_cli, run_command
-from model import FAMILIES, ModelOptions, block_diffusion_layout, checkpoint_dir, config_of, listed
+from model import (FAMILIES, ModelOptions, block_diffusion_layout, checkpoint_dir, config_of, first_position,
+                   listed, token_positions)
 from recipes import RECIPES, TEST, recipe_problems, same_question
 
 TINY_DECODING = FAMILIES["tiny"].decoding
@@ -382,7 +383,8 @@ def response_inputs(model_cfg, prompts, xt, x0=None):
     rows = [torch.cat([torch.tensor(p, dtype=torch.long), row]) for p, row in zip(prompts, xt.cpu())]
     ids, valid = left_padded(rows, model_cfg.pad_id)
     cols = torch.arange(ids.shape[1])[-xt.shape[1]:].expand(xt.shape)
-    return dict(ids=ids, valid=None if valid.all() else valid), cols
+    first = torch.tensor([first_position(model_cfg, len(p)) for p in prompts])[:, None]
+    return dict(ids=ids, valid=None if valid.all() else valid, positions=token_positions(valid) + first), cols
 
 
 def hidden_rows(model, prompts, xt, where, x0=None):

@@ -78,7 +78,7 @@ PROTOCOLS = {
     "tiny-static": dict(
         TINY, rules=tokens_per_forward(1, 2, 4, 8) + tokens_per_forward(48, block_len=48)),  # all at once
     "thresholds": dict(FAST_DLLM, thresholds=(0.9, 0.95, 0.8, 0.7)),  # no paper's, for any model
-    "thresholds/sdar": dict(block_len=4, cache="exact"),
+    **{f"thresholds/{family}": dict(cache="exact") for family in ("sdar", "diffcoder", "a2d-bd3lm")},
     # TAD, section 4.1 and Table 8: entropy 0.5. Its curves are that point and ANCHOR; the others are ours.
     # Not published: the cache (its H200 figures: none), and whether it stops at EOS (its code does not)
     "tad": dict(MULTIBLOCK, thresholds=(0.5, 0.4, 0.3, 0.2, 0.1)),
@@ -120,11 +120,14 @@ COLORS = {"base": "black"} | {name: f"C{i}" for i, name in enumerate(METHODS)}
 HOW = ("compiled", "sync_every")  # of the decoder: how it computes, not what
 
 
-def protocol_of(name, family, task="", points=None, thresholds=None, **own):
-    """PROTOCOLS[name] for a family and a task, under `own` settings; `rules`: its points, or `thresholds`."""
+def protocol_of(name, family, task="", points=None, thresholds=None, blocks=0, **own):
+    """PROTOCOLS[name] for a family and a task, under `own` settings; `rules`: its points, or `thresholds`.
+    blocks: the length of a block-causal model's own, which only a rule may change.
+    """
     chosen = {}
     for part in (name, f"{name}/{family}", f"{name}/{family}/{known_task(task)}"):
         chosen |= PROTOCOLS.get(part, {})
+    chosen |= dict(block_len=blocks) if blocks else {}
     rules = chosen.pop("rules", []) + [dict(threshold=value) for value in chosen.pop("thresholds", ())]
     if not rules:
         others = sorted({key.split("/")[1] for key in PROTOCOLS if key.startswith(f"{name}/")})
@@ -601,12 +604,13 @@ def problems_of(args):
 
 def settle(args, tasks, given):
     """The protocol of curve or lm_eval; given: options of Decoding. Fills in args.protocol and args.label."""
-    family = nt_model.family_of(args.model, args.revision)
+    cfg = nt_model.config_of(args.model, args.revision)
+    family = cfg.family
     args.protocol = args.protocol or nt_model.FAMILIES[family].task or "thresholds"
     trained = Path(args.adapter or args.model).resolve()  # out/RUN/adapter or out/RUN/model
     args.label = args.label or (trained.parent.name if trained.is_dir() else "base")
-    protocol, *others = (protocol_of(args.protocol, family, task, args.points, args.thresholds, **given)
-                         for task in tasks)
+    protocol, *others = (protocol_of(args.protocol, family, task, args.points, args.thresholds, cfg.block_len,
+                                     **given) for task in tasks)
     if any(other != protocol for other in others):
         raise UserError(f"protocol {args.protocol} differs between these tasks: run them one at a time")
     return protocol

@@ -51,7 +51,8 @@ class Config:
     qk_norm: bool = False  # RMSNorm over head_dim on q and k, before RoPE
     tied: bool = False     # head shares the embedding
     shift: bool = False    # the network's row i predicts token i+1 (Dream); hidden() undoes it
-    block_len: int = 0     # > 0: block-causal attention over absolute blocks of this many tokens (SDAR)
+    block_len: int = 0     # > 0: block-causal attention over blocks of this many tokens (SDAR)
+    whole_blocks: bool = False  # the prompt's last block ends with it (bd3lm); else its first begins with it
     rope_fp32: bool = False  # rotate q, k in fp32 (LLaDA) instead of in the model's dtype
     raw: dict = field(default_factory=dict, compare=False, repr=False)  # config.json as it was, for save()
 
@@ -60,12 +61,12 @@ class Config:
 class Family:
     """What is true of one family of checkpoints and not of the others; nothing else asks for its name."""
     presets: dict         # --model NAME -> hub id or embedded directory
-    model_type: str       # of config.json
+    networks: dict        # model_type of config.json -> fields of Config that it need not say
     names: dict = field(default_factory=lambda: HF_NAMES)  # our module name -> official module name
     keys: dict = field(default_factory=lambda: HF_KEYS)  # field of Config -> key of config.json
     optional: dict = field(default_factory=lambda: HF_OPTIONAL)  # the same; may be absent or null
-    facts: dict = field(default_factory=dict)  # fields of Config that its config.json need not say
-    kind: str = ""  # what the name must say, where config.json does not tell this network from another
+    refused: dict = field(default_factory=dict)  # see REFUSED
+    kind: str = ""  # what the folder's name or the architecture must say, where model_type does not tell
     thinks: bool = True  # what its chat template is told
     extra_eos: tuple = ()  # ids that end a response beside those of config.json
     decoding: dict = field(default_factory=dict)  # fields of sample.Decoding, unless told otherwise
@@ -85,17 +86,18 @@ HF_NAMES = dict(
     o_proj="self_attn.o_proj", q_norm="self_attn.q_norm", k_norm="self_attn.k_norm",
     gate_proj="mlp.gate_proj", up_proj="mlp.up_proj", down_proj="mlp.down_proj")
 
+A2D = {"a2d-qwen3": dict(qk_norm=True), "a2d-qwen2": dict(qkv_bias=True)}  # dllm's: what they were before
 FAMILIES = {
     "tiny": Family(
         presets={"tiny": str(HERE / "weights" / "tiny"), "tiny-ar": str(HERE / "weights" / "tiny-ar")},
-        model_type="tiny",
+        networks=dict(tiny={}),
         optional=dict(qkv_bias="qkv_bias", qk_norm="qk_norm", shift="shift", block_len="block_size",
-                      **HF_OPTIONAL),  # every fact, so that tests can mix them
+                      whole_blocks="whole_blocks", **HF_OPTIONAL),  # every fact, so that tests can mix them
         decoding=dict(gen_len=48, block_len=16, cache="none"),  # stale caches cost accuracy here
         task="tiny"),
     "llada": Family(
-        presets={"llada": "GSAI-ML/LLaDA-8B-Instruct"},
-        model_type="llada",
+        presets={"llada": "GSAI-ML/LLaDA-8B-Instruct", "llada-1.5": "GSAI-ML/LLaDA-1.5"},
+        networks=dict(llada=dict(rope_fp32=True)),
         names=dict(
             embed="model.transformer.wte", norm="model.transformer.ln_f", head="model.transformer.ff_out",
             block="model.transformer.blocks", attn_norm="attn_norm", mlp_norm="ff_norm",
@@ -105,31 +107,52 @@ FAMILIES = {
             n_layer="n_layers", n_head="n_heads", d_model="d_model", d_mlp="mlp_hidden_size",
             max_len="max_sequence_length", tied="weight_tying")},
         optional=dict(vocab_size="embedding_size", n_kv_head="n_kv_heads", pad_id="pad_token_id"),
-        facts=dict(rope_fp32=True),
         extra_eos=(126348,)),  # <|eot_id|>
+    "illada": Family(
+        presets={"illada": "GSAI-ML/iLLaDA-8B-Instruct"},
+        networks=dict(illada=dict(mask_id=5, pad_id=1))),
     "dream": Family(
-        presets={"dream": "Dream-org/Dream-v0-Instruct-7B"},
-        model_type="Dream",
-        facts=dict(qkv_bias=True, shift=True),
+        presets={"dream": "Dream-org/Dream-v0-Instruct-7B", "diffucoder": "apple/DiffuCoder-7B-Instruct",
+                 "dream-coder": "Dream-org/Dream-Coder-v0-Instruct-7B"},
+        networks=dict(Dream=dict(qkv_bias=True, shift=True)),
+        refused=dict(attention_bias=True, block_size=None),  # DreamReasoner is another network
         extra_eos=(151645,)),  # <|im_end|>
     "sdar": Family(
-        presets={"sdar-1.7b": "JetLM/SDAR-1.7B-Chat", "sdar-4b": "JetLM/SDAR-4B-Chat"},
-        model_type="sdar",
-        optional=dict(qkv_bias="attention_bias", block_len="block_size", **HF_OPTIONAL),
-        facts=dict(qk_norm=True, block_len=4, mask_id=151669),
+        presets={**{f"sdar-{size.lower()}{block}": f"JetLM/SDAR-{size}-Chat{block}"
+                    for size in ("1.7B", "4B", "8B") for block in ("", "-b8", "-b16", "-b32", "-b64")},
+                 "trado-4b": "Gen-Verse/TraDo-4B-Instruct", "trado-8b": "Gen-Verse/TraDo-8B-Instruct"},
+        networks=dict(sdar=dict(qk_norm=True, block_len=4, mask_id=151669)),
+        optional=dict(block_len="block_size", **HF_OPTIONAL),
         extra_eos=(151645,),
         decoding=dict(cache="exact")),
-    "a2d": Family(  # dllm's conversions of Qwen3
-        presets={"a2d-0.6b": "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1"},
-        model_type="a2d-qwen3",
-        kind="mdlm",  # bd3lm attends block by block, counted from the prompt's end: not built
-        facts=dict(qk_norm=True),
+    "diffcoder": Family(
+        presets={"diffcoder": "ByteDance-Seed/Stable-DiffCoder-8B-Instruct"},
+        networks=dict(llama=dict(block_len=4, mask_id=5, pad_id=1)),
+        optional=dict(block_len="block_size", **HF_OPTIONAL),
+        kind="diffcoder",
+        decoding=dict(cache="exact")),
+    "a2d": Family(
+        presets={"a2d-0.6b": "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1",
+                 "a2d-0.5b": "dllm-hub/Qwen2.5-Coder-0.5B-Instruct-diffusion-mdlm-v0.1"},
+        networks=A2D,
+        kind="mdlm",
         thinks=False),
+    "a2d-bd3lm": Family(
+        presets={"a2d-0.6b-bd3lm": "dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1",
+                 "a2d-0.5b-bd3lm": "dllm-hub/Qwen2.5-Coder-0.5B-Instruct-diffusion-bd3lm-v0.1"},
+        networks={name: dict(facts, block_len=32, whole_blocks=True) for name, facts in A2D.items()},
+        optional=dict(block_len="block_size", **HF_OPTIONAL),
+        kind="bd3lm",
+        thinks=False,
+        decoding=dict(cache="exact")),
 }
-REFUSED = dict(  # key of config.json -> the value that is built; another one is another network
+REFUSED = dict(  # key of config.json -> the value that is built, in a list too; another is another network
     hidden_act="silu", activation_type="silu", use_sliding_window=False, quantization_config=None,
     alibi=False, rope=True, block_type="llama", layer_norm_type="rms", input_emb_norm=False,
-    attention_layer_norm=False, scale_logits=False, clip_qkv=None, include_bias=False, num_experts=None)
+    attention_layer_norm=False, scale_logits=False, clip_qkv=None, include_bias=False, num_experts=None,
+    include_qkv_bias=False, bias_for_layer_norm=False, block_group_size=1, multi_query_attention=False,
+    attention_bias=False, mlp_bias=False, layer_norm_eps=None, layer_types="full_attention",
+    partial_rotary_factor=1, num_local_experts=None, final_logit_softcapping=None)
 
 
 def presets():
@@ -175,13 +198,24 @@ def read_config(folder):
 
 def config_from_json(raw):
     """config.json (dict) -> Config. Raises UserError for what is missing, wrong or not built."""
-    known = {entry.model_type: name for name, entry in FAMILIES.items()}
-    kind = raw.get("model_type") if isinstance(raw, dict) else None
-    if kind not in [*known]:
-        raise UserError(f"config.json has model_type {kind!r}; supported are {', '.join(known)}")
-    name, family = known[kind], FAMILIES[known[kind]]
+    network = raw.get("model_type") if isinstance(raw, dict) else None
+    near = {name: entry for name, entry in FAMILIES.items() if network in [*entry.networks]}
+    if not near:
+        known = [f"{each} ({entry.kind})" if entry.kind else each
+                 for entry in FAMILIES.values() for each in entry.networks]
+        raise UserError(f"config.json has model_type {network!r}; supported are {', '.join(known)}")
+    told = str([raw.get(key) for key in ("kind", "architectures", "auto_map")]).lower()
+    near = {name: entry for name, entry in near.items() if entry.kind in told} or near
+    (name, family), *_ = near.items()
+    if family.kind not in told:
+        kinds = " or ".join(entry.kind for entry in near.values())
+        raise UserError(f"config.json has model_type {network!r}, and neither its architectures nor its "
+                        f"folder's name says {kinds}: rename the folder")
+    for key, built in (REFUSED | family.refused).items():
+        if not all(value in (built, None) for value in listed(raw.get(key))):
+            raise UserError(f"config.json has {key} {raw[key]!r}: only {built!r} is built")
     try:
-        facts = dict(family.facts)
+        facts = dict(family.networks[network])
         facts.update({ours: raw[theirs] for ours, theirs in family.keys.items()
                       if theirs in raw or ours not in facts})
         given = {ours: raw.get(theirs) for ours, theirs in family.optional.items()}
@@ -209,12 +243,6 @@ def config_from_json(raw):
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise UserError(f"config.json asks for scaled RoPE ({rope}): only the default RoPE is built")
-    for key, built in REFUSED.items():
-        if raw.get(key, built) not in (built, None):
-            raise UserError(f"config.json has {key} {raw[key]!r}: only {built!r} is built")
-    if family.kind and raw.get("kind") != family.kind:
-        raise UserError(f"config.json does not tell which network this is, and its folder's name says "
-                        f"{raw.get('kind')!r}: only {family.kind!r} is built, and the name must hold that")
     return cfg
 
 
@@ -312,7 +340,8 @@ class KVCache:
         # one tensor per layer: torch.compile writes into a whole tensor in place but copies it for a view
         self.k, self.v = ([valid.new_zeros(shape, dtype=dtype) for _ in range(cfg.n_layer)] for _ in "kv")
         self.valid, self.positions = valid, positions
-        cos, sin = rope_angles(cfg, torch.arange(valid.shape[1], device=valid.device)[None])
+        most = valid.shape[1] + cfg.block_len * cfg.whole_blocks  # positions
+        cos, sin = rope_angles(cfg, torch.arange(most, device=valid.device)[None])
         self.cos, self.sin = cos[0, 0], sin[0, 0]
 
     def angles(self, positions):  # rope_angles() from a table
@@ -336,6 +365,16 @@ def attention_mask(cfg, q_pos, q_col, k_pos, k_col, k_valid):
     return keep | (q_col[:, :, None] == k_col[:, None, :])  # itself, or a padded query would spread NaN
 
 
+def in_first_block(cfg, n_prompt):
+    """Of n_prompt tokens of a prompt, those that share a block with the first token of the response."""
+    return n_prompt % (1 if cfg.whole_blocks else cfg.block_len or 1)
+
+
+def first_position(cfg, n_prompt):
+    """Of a prompt's first token: with it a block begins, or blocks end where the prompt does."""
+    return (in_first_block(cfg, n_prompt) - n_prompt) % (cfg.block_len or 1)
+
+
 def block_diffusion_layout(cfg, prompts, xt, x0):
     """Training layout of block-causal models, [prompt blocks | noisy response | clean response]: one forward
     scores every noisy block behind clean earlier ones (SDAR; T3D). xt, x0 (B, L) -> hidden()'s arguments;
@@ -345,12 +384,14 @@ def block_diffusion_layout(cfg, prompts, xt, x0):
         raise UserError("this layout is for block-causal models without a shift (SDAR)")
     K, L = cfg.block_len, xt.shape[1]
     n = torch.tensor([len(p) for p in prompts])[:, None]
-    start, end = n - n % K, n + L  # of the noisy half, which begins with the prompt's partial block
+    end = n + L  # of the noisy half, which begins with the prompt's partial block
+    start = n - in_first_block(cfg, n)
     ids, positions = [], []
     for p, s, noisy, clean in zip(prompts, start[:, 0], xt.cpu(), x0.cpu()):
         p = torch.tensor(p, dtype=torch.long)
         ids.append(torch.cat([p, noisy, p[s:], clean]))
-        positions.append(torch.cat([torch.arange(len(p) + L), torch.arange(s, len(p) + L)]))
+        position = torch.arange(len(p) + L) + first_position(cfg, len(p))
+        positions.append(torch.cat([position, position[s:]]))
     ids = pad_sequence(ids, batch_first=True, padding_value=cfg.pad_id)
     positions = pad_sequence(positions, batch_first=True)
     col = torch.arange(ids.shape[1])
@@ -403,7 +444,8 @@ class Transformer(nn.Module):
             positions = cache.positions.gather(1, cols)
             attn_mask = attention_mask(self.cfg, positions, cols, cache.positions, col, cache.valid)
         if positions is None:
-            positions = col.expand(ids.shape) if valid is None else token_positions(valid)
+            absolute = valid is None or self.cfg.whole_blocks  # bd3lm pads a prompt to whole blocks
+            positions = col.expand(ids.shape) if absolute else token_positions(valid)
         if attn_mask is None and (valid is not None or self.cfg.block_len):
             valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
             attn_mask = attention_mask(self.cfg, positions, col, positions, col, valid)
@@ -460,7 +502,10 @@ def load(name, device="cpu", dtype=torch.float32, revision=None):
         for key, t in read_tensors(file).items():
             if key in tensors:
                 raise UserError(f"{folder}: tensor {key} stands in two files")
-            tensors[key] = t.to(device=device, dtype=dtype)
+            if t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                raise UserError(f"{file}: tensor {key} is {t.dtype}: quantised weights are not built")
+            if not key.endswith("rotary_emb.inv_freq"):  # follows from config.json
+                tensors[key] = t.to(device=device, dtype=dtype)
     own = {official_name(cfg, name): (name, p.shape) for name, p in model.named_parameters()}
     head, embed = (official_name(cfg, name) for name in ("head.weight", "embed.weight"))
     if cfg.tied and {head, embed} <= tensors.keys() and torch.equal(tensors[head], tensors[embed]):

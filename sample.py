@@ -40,8 +40,8 @@ import data
 import lora
 from cli import UserError, option, run_cli
 from layers import for_decoding
-from model import (KVCache, ModelOptions, attention_mask, config_of, decoding_defaults, default_device, load,
-                   n_content, rope_angles)
+from model import (KVCache, ModelOptions, attention_mask, config_of, decoding_defaults, default_device,
+                   first_position, in_first_block, load, n_content, rope_angles)
 
 CACHES = ("none", "prefix", "dual", "vicinity", "exact")
 SCORES = ("confidence", "entropy", "margin")
@@ -304,17 +304,18 @@ def reference(model, prompt, **settings):
     order, conf, revealed = torch.zeros_like(x), torch.ones(total), []
     key, threshold = torch.tensor([[row_key(s.seed, 0)]]), torch.tensor([[s.threshold]])
     memory = torch.zeros(1, policy.memory).long()
-    start = P - in_prompt(P, s, cfg)
+    positions = (torch.arange(total) + first_position(cfg, P))[None]
+    start = P - in_first_block(cfg, P)
     nfe, tries, refreshed = 0, 0, None
     while masked.any():
         end = total if policy.whole_response else min(start + s.block_len, total)
         if s.cache in ("none", "exact") or refreshed is None:
             refreshed, refreshed_at = x.clone(), nfe
-            h = model.hidden(x[None])[:, start:end]
+            h = model.hidden(x[None], positions=positions)[:, start:end]
         else:
             left = min(start, reach(s, cfg))
             stop = {"dual": end, "prefix": total, "vicinity": min(end + s.vicinity, total)}[s.cache]
-            h = stale_hidden(model, refreshed, x, start - left, stop)
+            h = stale_hidden(model, refreshed, x, positions, slice(start - left, stop))
             h = h[:, left:left + end - start]
         window = torch.arange(start, end)[None]
         token, now, chosen = choose(model, h, s, key, torch.tensor([[nfe]]), window, masked[window],
@@ -341,24 +342,17 @@ def reference(model, prompt, **settings):
     return check_finite(Output(x[P:], order[P:], rank, conf[P:], nfe), 0)
 
 
-def in_prompt(n_prompt, s, cfg):
-    """Prompt tokens in the first block: those of a block-causal model count from the first prompt token."""
-    return n_prompt % s.block_len if cfg.block_len else 0
-
-
 def reach(s, cfg):
     """Columns left of the block that a window takes along; a shifted model needs the left neighbour."""
     columns = {"vicinity": s.vicinity, "exact": s.block_len}.get(s.cache, 0)  # exact: keys to commit
     return max(columns, int(cfg.shift))
 
 
-def stale_hidden(model, old, new, start, end):
-    """Hidden states (1, end - start, C) of canvas `new` (T,); other keys are of the last refresh, `old`."""
+def stale_hidden(model, old, new, positions, inside):
+    """Hidden states of the slice `inside` of canvas `new` (T,); other keys are of the last refresh, `old`."""
     cfg = model.cfg
-    positions = torch.arange(len(new))[None]
     mask = attention_mask(cfg, positions, positions, positions, positions, positions >= 0)
     cos, sin = rope_angles(cfg, positions)
-    inside = slice(start, end)
     h_old, h = model.embed(old[None]), model.embed(new[None, inside])
     for block in model.blocks:
         _, k, v = block.qkv(h_old, cos, sin)
@@ -472,10 +466,11 @@ class Rows:
         for row, prompt in zip(canvas, prompts):
             row[P - len(prompt):P] = prompt
         zero, zeros = torch.zeros_like(length), torch.zeros_like(column)
-        return Rows(valid=used & (position >= 0), positions=position.clamp(min=0),
+        first = first_position(cfg, length)
+        return Rows(valid=used & (position >= 0), positions=position.clamp(min=0) + first,
                     key=torch.tensor(keys), threshold=zero + float(s.threshold),
                     canvas=canvas, masked=masked, order=zeros, conf=zeros + 1.0, entropy=zeros + math.inf,
-                    start=zero + P - in_prompt(length, s, cfg), nfe=zero, tries=zero,
+                    start=zero + P - in_first_block(cfg, length), nfe=zero, tries=zero,
                     memory=zero.repeat(1, POLICIES[s.policy].memory), age=zero + STALE)
 
     def window(self, width, left=0):
@@ -582,12 +577,13 @@ class Batch:
             T = 32 * math.ceil(T / 32)
         n_rows = min(batch_size, n_rows)
         self.P = T - s.gen_len - 1  # where the responses begin
-        empty = Rows.new([torch.empty(0)] * n_rows, [[0]] * n_rows, s, model.cfg, T)
+        empty = Rows.new([torch.empty(0)] * n_rows, [[0]] * n_rows, s, self.model.cfg, T)
         self.rows = Rows(*(t.to(self.dev).clone() for t in vars(empty).values()))
         self.rows.masked.fill_(False)
         self.cache = None
         if s.cache != "none":
-            self.cache = KVCache(model.cfg, self.rows.valid, self.rows.positions, model.embed.weight.dtype)
+            dtype = model.embed.weight.dtype
+            self.cache = KVCache(self.model.cfg, self.rows.valid, self.rows.positions, dtype)
         self.owner = [None] * n_rows     # prompt in each row; None: the row is free
         self.fresh = [False] * n_rows    # its keys are as the cache wants them: no refresh now
         self.start = [self.P] * n_rows   # first column of the row's window
@@ -645,7 +641,7 @@ class Batch:
         for row, index in places.items():
             prompts.append(self.prompts[index])
             keys.append([row_key(s.seed, self.streams[index])])
-            shared = in_prompt(len(prompts[-1]), s, self.model.cfg)
+            shared = in_first_block(self.model.cfg, len(prompts[-1]))
             self.owner[row], self.fresh[row] = index, False
             self.start[row] = self.P - shared
             self.left[row] = min(s.block_len - shared, s.gen_len)

@@ -40,7 +40,7 @@ import run
 from cli import UserError, run_cli
 from data import (TINY_TRAINING, example_rng, hidden_rows, load_problems, load_tokenizer, stacked,
                   teacher_rows)
-from model import by_chunks, n_content
+from model import by_chunks, in_first_block, n_content
 from rollout import collect
 
 
@@ -91,10 +91,12 @@ class Config(run.Options):
 
 PRESETS = {
     "tiny": dict(TINY_TRAINING, lr_floor=0.0),
-    "llada": dict(data="t3d-math", block_len=32),  # not in the paper
-    "dream": dict(data="t3d-math", block_len=32),  # not in the paper
     "sdar": dict(data="t3d-math", full=True, collect_cache="exact", gen_len=1024,  # code: --data t3d-code
                  eos_in_loss=2),  # (code)
+    # not in the paper
+    **dict.fromkeys(["llada", "illada", "dream", "a2d"], dict(data="t3d-math", block_len=32)),
+    **dict.fromkeys(["diffcoder", "a2d-bd3lm"],
+                    dict(data="t3d-math", block_len=None, train_block=0, collect_cache="exact")),
 }
 
 
@@ -137,10 +139,10 @@ def path_weights(pi, size, masked, cfg):
     return w * n / share.clamp(min=1)  # the mean over the masked tokens is the mean over groups
 
 
-def ranks_in_blocks(rank, n_prompt, block_len):
-    """rank (B, L), list of prompt lengths -> pi, size (B, L): 1-based rank within the block, its tokens."""
+def ranks_in_blocks(rank, first, block_len):
+    """rank (B, L); first: prompt tokens in block 0 -> pi, size (B, L): 1-based rank in block, its tokens."""
     L = rank.shape[1]
-    first = torch.tensor(n_prompt)[:, None] if block_len else 0
+    first = torch.tensor(first)[:, None] if block_len else 0
     block = (first + torch.arange(L).expand(rank.shape)) // (block_len or L)
     same = block[:, :, None] == block[:, None, :]
     pi = 1 + (same & (rank[:, None, :] < rank[:, :, None])).sum(-1)
@@ -169,7 +171,8 @@ def make_batch(records, rngs, cfg, model_cfg, vocabulary):
     """
     x0, rank, names = stacked(records, "x0", "rank")
     L = x0.shape[1]
-    pi, size = ranks_in_blocks(rank, [len(p) for p in names["prompts"]], model_cfg.block_len)
+    pi, size = ranks_in_blocks(rank, [in_first_block(model_cfg, len(p)) for p in names["prompts"]],
+                               model_cfg.block_len)
     if cfg.eos_in_loss:  # what stands behind them is shown
         ends = torch.tensor([n_content(x, model_cfg.eos_ids) for x in x0])[:, None]
         behind = torch.arange(L) >= ends + cfg.eos_in_loss

@@ -38,7 +38,7 @@ import lora
 import run
 from cli import UserError, run_cli
 from data import TINY_TRAINING, example_rng, hidden_rows, load_problems, load_tokenizer, stacked
-from model import by_chunks, n_content
+from model import by_chunks, in_first_block, n_content
 from rollout import collect, only_correct
 
 
@@ -84,7 +84,10 @@ PRESETS = {
     "dream": dict(data="prm12k", block_len=256, collect_score="entropy",  # as Dream decodes: no blocks
                   collect_temperature=0.1, collect_top_p=0.9, eos_in_window=True,
                   gamma=0.1),  # code: --data ling-coder --lam 2 --lr 1e-4
-    "sdar": dict(data="prm12k", block_len=None, collect_cache="exact"),  # not in the paper
+    # not in the paper
+    **dict.fromkeys(["illada", "a2d"], dict(data="prm12k")),
+    **dict.fromkeys(["sdar", "diffcoder", "a2d-bd3lm"],
+                    dict(data="prm12k", block_len=None, collect_cache="exact")),
 }
 
 
@@ -134,7 +137,8 @@ def draw_segment(record, cfg, model_cfg, rng):
         first = int(rng.integers(max(0, n - window) + 1)) if whole else int(rng.integers(n))
         chosen = order[first:first + window]
     if model_cfg.block_len:
-        block = [(len(record["prompt_ids"]) + i) // model_cfg.block_len for i in chosen]
+        shared = in_first_block(model_cfg, len(record["prompt_ids"]))
+        block = [(shared + i) // model_cfg.block_len for i in chosen]
         chosen = [i for i, b in zip(chosen, block) if b == block[0]]
     return chosen
 

@@ -39,7 +39,7 @@ import run
 from cli import UserError, run_cli, write_whole
 from data import (TINY_TRAINING, example_rng, hidden_rows, load_problems, load_tokenizer, pad_response,
                   privileged_prompt, stacked, state_at, teacher_rows)
-from model import by_chunks
+from model import by_chunks, in_first_block
 from rollout import collect, only_correct
 
 
@@ -89,7 +89,10 @@ PRESETS = {
     "llada": dict(data=PAPER, window="20", collect_temperature=0.7),  # speed; quality: --window 8
     "dream": dict(data=PAPER, collect_score="entropy", collect_temperature=0.2,
                   collect_top_p=0.95),  # quality: --window 6
-    "sdar": dict(data=PAPER, block_len=None, collect_cache="exact"),  # not in the paper
+    # not in the paper
+    **dict.fromkeys(["illada", "a2d"], dict(data=PAPER)),
+    **dict.fromkeys(["sdar", "diffcoder", "a2d-bd3lm"],
+                    dict(data=PAPER, block_len=None, collect_cache="exact")),
 }
 RANDOM = ("traj_random", "gt_random")  # sources whose states are random masks
 LEVEL = {"auto-quality": 0.5, "auto-speed": 0.2}  # W: where the mean confidence falls below it
@@ -140,14 +143,14 @@ def make_batch(examples, rngs, cfg, window, model_cfg):
         xt, masked = state_at(x0, order, t, model_cfg.mask_id)
         near = masked & (order < t + window)  # Eq. 10; the rest of `masked` is Eq. 11
         if model_cfg.block_len:
-            near = near & in_current_block(masked, names["prompts"], model_cfg.block_len)
+            near = near & in_current_block(masked, names["prompts"], model_cfg)
     return dict(names, xt=xt, x0=x0, masked=masked, near=near)
 
 
-def in_current_block(masked, prompts, block_len):
+def in_current_block(masked, prompts, model_cfg):
     """SDAR: a window ends with the block being decoded, the first that has a mask. (B, L) bool."""
-    first = torch.tensor([len(p) for p in prompts])[:, None]
-    block = (first + torch.arange(masked.shape[1])) // block_len
+    first = torch.tensor([in_first_block(model_cfg, len(p)) for p in prompts])[:, None]
+    block = (first + torch.arange(masked.shape[1])) // model_cfg.block_len
     current = torch.where(masked, block, block.max()).amin(1, keepdim=True)
     return block == current
 

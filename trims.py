@@ -28,7 +28,7 @@ LoRA alpha = r = 32 and weight decay 0.01 (neither changed its accuracy).
     torchrun --nproc_per_node=8 trims.py --model dream           # s1K, by preset
 """
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -92,7 +92,10 @@ PRESETS = {
                  micro_batch=64),
     "llada": dict(data="s1k", gen_len=1024, warmup_ratio=0.03),
     "dream": dict(data="s1k", gen_len=1024, warmup_ratio=0.03),
-    "sdar": dict(data="s1k", gen_len=1024, warmup_ratio=0.03, block_len=None),  # not in the paper
+    # not in the paper
+    **dict.fromkeys(["illada", "a2d"], dict(data="s1k", gen_len=1024, warmup_ratio=0.03)),
+    **dict.fromkeys(["sdar", "diffcoder", "a2d-bd3lm"],
+                    dict(data="s1k", gen_len=1024, warmup_ratio=0.03, block_len=None)),
 }
 
 
@@ -145,7 +148,8 @@ def mask_response(example, cfg, rng, origin=0):
 def make_batch(examples, rngs, cfg, model_cfg):
     """-> dict of xt, x0 (B, L) int64, masked (B, L) bool, loss_w (B, L) fp32; prompts, lists of ids; ids."""
     x0, names = stacked(examples, "x0")
-    origins = [len(e["prompt_ids"]) % cfg.block_len if model_cfg.block_len else 0 for e in examples]
+    in_blocks = replace(model_cfg, block_len=model_cfg.block_len and cfg.block_len)
+    origins = [nt_model.in_first_block(in_blocks, len(e["prompt_ids"])) for e in examples]
     noise = [mask_response(e, cfg, rng, o) for e, rng, o in zip(examples, rngs, origins)]
     masked = torch.tensor(np.array([m for m, _ in noise]))
     loss_w = torch.tensor(np.array([w for _, w in noise])).float()
