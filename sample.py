@@ -108,10 +108,9 @@ class Output:
 
 def pick_tokens(logits, cfg, s, noise=None):
     """logits, noise (..., V) -> token (never the mask), confidence, entropy in nats, score; all (...)."""
-    logits = logits.float()
-    eos = torch.tensor(cfg.eos_ids, device=logits.device)
-    if s.no_eos:  # a number: infinity times a probability of 0 is none
-        logits = logits.index_fill(-1, eos, -1e9)
+    logits = logits.float().clone() if s.no_eos else logits.float()
+    for i in cfg.eos_ids * s.no_eos:
+        logits[..., i] = -1e9  # a number: infinity times a probability of 0 is none
     lse = logits.logsumexp(-1, keepdim=True)
     entropy = lse[..., 0] - ((logits - lse).exp() * logits).sum(-1)
     choice = logits.clone()
@@ -131,7 +130,7 @@ def pick_tokens(logits, cfg, s, noise=None):
         first, second = (logits.topk(2, -1).values - lse).exp().unbind(-1)
         score = first - second
     if s.late_eos:
-        ends = torch.isin(token[..., 0], eos)
+        ends = sum(token[..., 0] == i for i in cfg.eos_ids).bool()
         confidence, score = confidence.masked_fill(ends, 0), score.masked_fill(ends, -1e9)
     return token[..., 0], confidence, entropy, score
 
