@@ -739,7 +739,8 @@ def show(out, tokens, by="confidence"):
 def page(outs, tok, eos_ids, prompt, path):
     """Decodings {name: Output} of a prompt -> one HTML file to step through, which needs no network."""
     sides = [dict(
-        name=name, nfe=out.nfe, n=out.n_tokens(eos_ids), order=out.order.tolist(), conf=out.conf.tolist(),
+        name=name, nfe=out.nfe, n=out.n_tokens(eos_ids),
+        order=out.order.tolist(), conf=out.conf.tolist(),
         tokens=[tok.decode([i]) for i in out.ids.tolist()]) for name, out in outs.items()]
     # without < no text can end the script element that holds it
     held = json.dumps(dict(prompt=prompt, sides=sides)).replace("<", "\\u003c")
