@@ -473,8 +473,8 @@ class Rows:
         for row, prompt in zip(canvas, prompts):
             row[P - len(prompt):P] = prompt
         zero, zeros = torch.zeros_like(length), torch.zeros_like(column)
-        first = first_position(cfg, length)
-        return Rows(valid=used & (position >= 0), positions=position.clamp(min=0) + first,
+        return Rows(valid=used & (position >= 0),
+                    positions=position.clamp(min=0) + first_position(cfg, length),
                     key=torch.tensor(keys), threshold=zero + float(s.threshold),
                     canvas=canvas, masked=masked, order=zeros, conf=zeros + 1.0, entropy=zeros + math.inf,
                     start=zero + P - in_first_block(cfg, length), nfe=zero, tries=zero,
@@ -816,7 +816,7 @@ def decode_file(model, tok, args, settings, how):
     """--prompts: append a line per finished prompt to --to, or continue such a file, but no other one."""
     to = Path(args.to or Path(args.prompts).with_suffix(".responses.jsonl"))
     rows = read_prompts(Path(args.prompts))
-    how_asked = settings | ({"system": args.system} if args.system else {})
+    how_asked = settings | {"system": args.system} if args.system else settings
     made_by = dict(model=args.model, revision=model.revision, adapter=args.adapter, decoding=how_asked)
     ours = {r["id"]: dict(prompt=r["prompt"], **made_by) for r in rows}  # what a line of this run says
     done = set()
