@@ -200,7 +200,7 @@ def read_text(path, errors="strict"):
     """The text of a file, unpacked where its name ends in .gz."""
     try:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as f:
-            return f.read().decode("utf-8", errors).replace("\r\n", "\n")
+            return f.read().decode("utf-8", errors).removeprefix("\ufeff").replace("\r\n", "\n")
     except FileNotFoundError:
         raise UserError(f"no file {path}") from None
     except UnicodeDecodeError:

@@ -8,17 +8,7 @@
     python eval.py tds --trajectories out/tabom-tiny/trajectories      # TABOM Fig. 2
     python eval.py log out/tad-tiny                                    # loss and speed of training
 
-Tables of runs: tools/compare.py; tasks of lm_eval: tools/harness.py. Definitions, used everywhere:
-    acc     share of problems whose final answer is right, percent; +- is the binomial standard error
-    nfe     forwards of the model spent on a sample while it was unfinished, cache refreshes included
-    tokens  response ids before the first EOS; TPF: their sum / sum of nfe over the problems
-    tok/s   tokens / wall time of decoding; s/sample: that time / problems; ms/forward: that time / forwards
-            of the batch. The speeds depend on what is printed beside them
-    AUP     (d3LLM; TAD Eq. 26) points (rho_i = TPF, y_i = acc) sorted by rho, those with y < y_1 - 5 dropped:
-            rho_1 y_1 + sum_i (rho_i - rho_{i-1}) (y_i W(y_i) + y_{i-1} W(y_{i-1})) / 2,
-            W(y) = min(exp(-3 (1 - y / y_max)), 1), y_max the best accuracy of any compared model
-    TDS     (TABOM Eq. 10, 11) at each forward of a trajectory, the variance of the predictive entropies of
-            what is still masked, in nats^2; its mean over trajectories and forwards
+docs/evaluation.md defines all measures. Tables of runs: tools/compare.py; tasks of lm_eval: tools/harness.py.
 """
 import hashlib
 import json
@@ -236,15 +226,11 @@ def curve(model, tok, problems, protocol, label, batch_size=64, allow_code=False
         correct = grade.grade_all(problems, columns["response"], allow_code, progress=bool(kept))
         point = dict(
             label=label, rule=rule_name(settings), settings=settings,
-            ids=list(prompts),
-            correct=list(map(int, correct)),
-            tokens=columns["tokens"], nfe=columns["nfe"],
-            responses=columns["response"],
+            ids=list(prompts), correct=list(map(int, correct)), tokens=columns["tokens"],
+            nfe=columns["nfe"], responses=columns["response"],
             seconds=wall_seconds(rows),
             ms_per_forward=1000 * sum(columns["seconds"]) / sum(columns["forwards"]),
-            device=device_name(),
-            dtype=dtype_name(model),
-            batch_size=batch_size,
+            device=device_name(), dtype=dtype_name(model), batch_size=batch_size,
             ranks=len({row.get("shard") for row in rows}))
         if kept:
             point.update(key=key, provenance=provenance(**kept.config))
@@ -317,7 +303,7 @@ def dtype_name(model):
 def made_of(args, model):
     """The facts about a model that decide what it answers. Files of a hub id are what its revision says."""
     weights = nt_model.checkpoint_dir(args.model, args.revision).glob("*.safetensors")
-    code = ("model", "sample", "layers", "lora", "data", "recipes", "grade", "runner")
+    code = "model sample layers lora data recipes grade runner".split()
     return dict(
         model=str(args.model),
         revision=model.revision,
@@ -385,7 +371,7 @@ def draw(panels, x, y, path):
             dashes = ("-", "--", ":", "-.")[used[color] % 4]
             used[color] += 1
             xs, ys, *errors = zip(*points)
-            style = dict(marker="o", markersize=4 if errors else 2, capsize=2, linewidth=1.5)
+            style = dict(marker="o", markersize=4 if errors else 2, capsize=2)
             ax.errorbar(xs, ys, *errors, label=label, color=color, linestyle=dashes, **style)
         ax.set(xlabel=x, title=title, ylim=(0, None))
         ax.grid(alpha=0.3)
@@ -553,6 +539,8 @@ def settle(args, tasks, given):
     args.protocol = args.protocol or nt_model.FAMILIES[family].task or "thresholds"
     trained = Path(args.adapter or args.model).resolve()  # out/RUN/adapter or out/RUN/model
     args.label = args.label or (trained.parent.name if trained.is_dir() else "base")
+    if args.protocol == "thresholds":  # a block-causal model decodes in blocks of its own
+        given = nt_model.decoding_defaults(nt_model.config_of(args.model, args.revision)) | given
     protocol, *others = (protocol_of(args.protocol, family, task, args.points, args.thresholds, **given)
                          for task in tasks)
     if any(other != protocol for other in others):

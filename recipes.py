@@ -118,8 +118,8 @@ class Recipe:
 
 
 IN_MATH = "PRM12K holds 4,500 of MATH's test problems: report MATH-500, which is disjoint"
-MATH_CONFIGS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
-                "prealgebra", "precalculus")
+MATH_CONFIGS = ("algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra "
+                "precalculus").split()
 TRAIN, TEST = dict(train="train"), dict(test="test")
 MADE = dict(test=range(1000), dev=range(1000, 1500), train=range(1500, 9000))  # rows that reasoning-gym makes
 RECIPES = {

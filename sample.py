@@ -18,9 +18,8 @@ whole canvas, refreshes all keys and values, and also reveals. The following for
     exact       (block-causal models) the block only: nothing before depends on it. A finished block's keys
                 are committed by the next block's first forward, which also runs over that block
 
-Read the policies and `reference` first. The batched decoder is `step`, one forward and what it reveals, for
-all rows at once, of fixed shapes and without a wait, so that it compiles to a CUDA graph; and a host loop,
-`Batch`, which looks at the device once in `sync_every` steps: finished rows make room for waiting prompts.
+Read the policies and `reference` first. The batched decoder is `step`, one forward and what it reveals, of
+fixed shapes and without a wait; and a host loop, `Batch`: finished rows make room for waiting prompts.
 """
 import copy
 import json
@@ -40,8 +39,8 @@ import data
 import lora
 from cli import UserError, option, run_cli
 from layers import for_decoding
-from model import (KVCache, ModelOptions, attention_mask, config_of, decoding_defaults, default_device, load,
-                   n_content, rope_angles)
+from model import (KVCache, ModelOptions, attention_mask, config_of, decoding_defaults, default_device,
+                   first_position, in_first_block, load, n_content, rope_angles)
 
 CACHES = ("none", "prefix", "dual", "vicinity", "exact")
 SCORES = ("confidence", "entropy", "margin")
@@ -69,6 +68,8 @@ class Decoding:
     top_p: float = 1.0      # nucleus of the token choice
     top_k: int = 0          # the token choice is among the k best (0: all)
     seed: int = 0           # of the token choice; prompt i draws from its own stream (seed, i)
+    no_eos: bool = False    # never choose an id that ends a response (LLaDA's logits_eos_inf)
+    late_eos: bool = False  # static, threshold, factor, dream: such an id is revealed behind all others
     early_stop: bool = True  # end a row once everything before its first EOS is revealed
 
     def __post_init__(self):
@@ -106,7 +107,9 @@ class Output:
 
 def pick_tokens(logits, cfg, s, noise=None):
     """logits, noise (..., V) -> token (never the mask), confidence, entropy in nats, score; all (...)."""
-    logits = logits.float()
+    logits = logits.float().clone() if s.no_eos else logits.float()
+    for i in cfg.eos_ids * s.no_eos:
+        logits[..., i] = -1e9  # a number: infinity times a probability of 0 is none
     lse = logits.logsumexp(-1, keepdim=True)
     entropy = lse[..., 0] - ((logits - lse).exp() * logits).sum(-1)
     choice = logits.clone()
@@ -125,6 +128,9 @@ def pick_tokens(logits, cfg, s, noise=None):
     if s.score == "margin":
         first, second = (logits.topk(2, -1).values - lse).exp().unbind(-1)
         score = first - second
+    if s.late_eos:
+        ends = sum(token[..., 0] == i for i in cfg.eos_ids).bool()
+        confidence, score = confidence.masked_fill(ends, 0), score.masked_fill(ends, -1e9)
     return token[..., 0], confidence, entropy, score
 
 
@@ -304,17 +310,18 @@ def reference(model, prompt, **settings):
     order, conf, revealed = torch.zeros_like(x), torch.ones(total), []
     key, threshold = torch.tensor([[row_key(s.seed, 0)]]), torch.tensor([[s.threshold]])
     memory = torch.zeros(1, policy.memory).long()
-    start = P - in_prompt(P, s, cfg)
+    positions = (torch.arange(total) + first_position(cfg, P))[None]
+    start = P - in_first_block(cfg, P)
     nfe, tries, refreshed = 0, 0, None
     while masked.any():
         end = total if policy.whole_response else min(start + s.block_len, total)
         if s.cache in ("none", "exact") or refreshed is None:
             refreshed, refreshed_at = x.clone(), nfe
-            h = model.hidden(x[None])[:, start:end]
+            h = model.hidden(x[None], positions=positions)[:, start:end]
         else:
             left = min(start, reach(s, cfg))
             stop = {"dual": end, "prefix": total, "vicinity": min(end + s.vicinity, total)}[s.cache]
-            h = stale_hidden(model, refreshed, x, start - left, stop)
+            h = stale_hidden(model, refreshed, x, positions, slice(start - left, stop))
             h = h[:, left:left + end - start]
         window = torch.arange(start, end)[None]
         token, now, chosen = choose(model, h, s, key, torch.tensor([[nfe]]), window, masked[window],
@@ -341,24 +348,17 @@ def reference(model, prompt, **settings):
     return check_finite(Output(x[P:], order[P:], rank, conf[P:], nfe), 0)
 
 
-def in_prompt(n_prompt, s, cfg):
-    """Prompt tokens in the first block: those of a block-causal model count from the first prompt token."""
-    return n_prompt % s.block_len if cfg.block_len else 0
-
-
 def reach(s, cfg):
     """Columns left of the block that a window takes along; a shifted model needs the left neighbour."""
     columns = {"vicinity": s.vicinity, "exact": s.block_len}.get(s.cache, 0)  # exact: keys to commit
     return max(columns, int(cfg.shift))
 
 
-def stale_hidden(model, old, new, start, end):
-    """Hidden states (1, end - start, C) of canvas `new` (T,); other keys are of the last refresh, `old`."""
+def stale_hidden(model, old, new, positions, inside):
+    """Hidden states of the slice `inside` of canvas `new` (T,); other keys are of the last refresh, `old`."""
     cfg = model.cfg
-    positions = torch.arange(len(new))[None]
     mask = attention_mask(cfg, positions, positions, positions, positions, positions >= 0)
     cos, sin = rope_angles(cfg, positions)
-    inside = slice(start, end)
     h_old, h = model.embed(old[None]), model.embed(new[None, inside])
     for block in model.blocks:
         _, k, v = block.qkv(h_old, cos, sin)
@@ -472,10 +472,11 @@ class Rows:
         for row, prompt in zip(canvas, prompts):
             row[P - len(prompt):P] = prompt
         zero, zeros = torch.zeros_like(length), torch.zeros_like(column)
-        return Rows(valid=used & (position >= 0), positions=position.clamp(min=0),
+        return Rows(valid=used & (position >= 0),
+                    positions=position.clamp(min=0) + first_position(cfg, length),
                     key=torch.tensor(keys), threshold=zero + float(s.threshold),
                     canvas=canvas, masked=masked, order=zeros, conf=zeros + 1.0, entropy=zeros + math.inf,
-                    start=zero + P - in_prompt(length, s, cfg), nfe=zero, tries=zero,
+                    start=zero + P - in_first_block(cfg, length), nfe=zero, tries=zero,
                     memory=zero.repeat(1, POLICIES[s.policy].memory), age=zero + STALE)
 
     def window(self, width, left=0):
@@ -583,12 +584,13 @@ class Batch:
             T = 32 * math.ceil(T / 32)
         n_rows = min(batch_size, n_rows)
         self.P = T - s.gen_len - 1  # where the responses begin
-        empty = Rows.new([torch.empty(0)] * n_rows, [[0]] * n_rows, s, model.cfg, T)
+        empty = Rows.new([torch.empty(0)] * n_rows, [[0]] * n_rows, s, self.model.cfg, T)
         self.rows = Rows(*(t.to(self.dev).clone() for t in vars(empty).values()))
         self.rows.masked.fill_(False)
         self.cache = None
         if s.cache != "none":
-            self.cache = KVCache(model.cfg, self.rows.valid, self.rows.positions, model.embed.weight.dtype)
+            dtype = model.embed.weight.dtype
+            self.cache = KVCache(self.model.cfg, self.rows.valid, self.rows.positions, dtype)
         self.owner = [None] * n_rows     # prompt in each row; None: the row is free
         self.fresh = [False] * n_rows    # its keys are as the cache wants them: no refresh now
         self.start = [self.P] * n_rows   # first column of the row's window
@@ -646,7 +648,7 @@ class Batch:
         for row, index in places.items():
             prompts.append(self.prompts[index])
             keys.append([row_key(s.seed, self.streams[index])])
-            shared = in_prompt(len(prompts[-1]), s, self.model.cfg)
+            shared = in_first_block(self.model.cfg, len(prompts[-1]))
             self.owner[row], self.fresh[row] = index, False
             self.start[row] = self.P - shared
             self.left[row] = min(s.block_len - shared, s.gen_len)
@@ -741,9 +743,8 @@ def page(outs, tok, eos_ids, prompt, path):
     """Decodings {name: Output} of a prompt -> one HTML file to step through, which needs no network."""
     sides = [dict(
         name=name, nfe=out.nfe, n=out.n_tokens(eos_ids),
-        order=out.order.clamp(max=out.nfe - 1).tolist(),  # of a record: early stopping left out the rest
-        tokens=[tok.decode([i]) for i in out.ids.tolist()],
-        conf=None if out.conf is None else out.conf.tolist()) for name, out in outs.items()]
+        order=out.order.tolist(), conf=out.conf.tolist(),
+        tokens=[tok.decode([i]) for i in out.ids.tolist()]) for name, out in outs.items()]
     # without < no text can end the script element that holds it
     held = json.dumps(dict(prompt=prompt, sides=sides)).replace("<", "\\u003c")
     template = cli.read_text(Path(__file__).with_name("assets") / "decoding.html")
@@ -760,6 +761,7 @@ class AdaptedModel(ModelOptions):
 class Options(AdaptedModel):
     """decode one prompt, a file of prompts, or what you type"""
     prompt: str = ""  # user turn [a problem of the tiny task]
+    system: str = ""  # system turn before it, and before each of --prompts
     show: str = option("", bare="confidence", choices=["confidence", "step"])  # draw each forward in colour
     html: str = ""  # page to write in which you step through the forwards; with --adapter also the base's
     prompts: str = ""  # file of prompts: .jsonl, or text with one per line
@@ -779,9 +781,10 @@ def load_both(args):
     return model, data.load_tokenizer(args.model, args.revision)
 
 
-def decode_one(model, tok, prompt, how, by="", path=""):
+def decode_one(model, tok, prompt, how, by="", path="", system=""):
     """Print the response to a prompt; by: show every forward; path: write a page there."""
-    (out,) = generate(model, [tok.prompt_ids(prompt)], **how)
+    ids = tok.prompt_ids(prompt, system)
+    (out,) = generate(model, [ids], **how)
     n = out.n_tokens(model.cfg.eos_ids)
     if by:
         words = [tok.decode([i]).strip() or "∅" for i in out.ids.tolist()]
@@ -792,7 +795,7 @@ def decode_one(model, tok, prompt, how, by="", path=""):
         outs = {"model": out}
         if lora.adapters(model):
             with lora.off(model):
-                (base,) = generate(model, [tok.prompt_ids(prompt)], **how)
+                (base,) = generate(model, [ids], **how)
             outs = {"base": base, "trained": out}
         page(outs, tok, model.cfg.eos_ids, prompt, path)
 
@@ -815,7 +818,8 @@ def decode_file(model, tok, args, settings, how):
     """--prompts: append a line per finished prompt to --to, or continue such a file, but no other one."""
     to = Path(args.to or Path(args.prompts).with_suffix(".responses.jsonl"))
     rows = read_prompts(Path(args.prompts))
-    made_by = dict(model=args.model, revision=model.revision, adapter=args.adapter, decoding=settings)
+    how_asked = settings | {"system": args.system} if args.system else settings
+    made_by = dict(model=args.model, revision=model.revision, adapter=args.adapter, decoding=how_asked)
     ours = {r["id"]: dict(prompt=r["prompt"], **made_by) for r in rows}  # what a line of this run says
     done = set()
     for r in cli.read_jsonl(to, ours=True) if to.exists() else []:
@@ -826,7 +830,7 @@ def decode_file(model, tok, args, settings, how):
     if to.exists():
         cli.read_jsonl(to, ours=True, mend=True)
     todo = [i for i, r in enumerate(rows) if r["id"] not in done]
-    prompts = [tok.prompt_ids(rows[i]["prompt"]) for i in todo]
+    prompts = [tok.prompt_ids(rows[i]["prompt"], args.system) for i in todo]
     for i, out in stream(model, prompts, args.batch_size, progress=True, streams=todo, **how):
         n = out.n_tokens(model.cfg.eos_ids)
         response = dict(response=tok.decode(out.ids[:n].tolist()), tokens=n, nfe=out.nfe)
@@ -852,7 +856,7 @@ def main():
         try:
             while line := input("> ").strip():
                 try:
-                    decode_one(model, tok, line, how)
+                    decode_one(model, tok, line, how, system=args.system)
                 except UserError as e:  # a prompt too long: the next one may fit
                     print(f"error: {e}")
         except EOFError:  # Ctrl-D
@@ -862,7 +866,7 @@ def main():
     else:
         prompt = args.prompt or data.load_problems("tiny", "test", 1)[0]["prompt"]
         print(f"prompt   {prompt}")
-        decode_one(model, tok, prompt, how, args.show, args.html)
+        decode_one(model, tok, prompt, how, args.show, args.html, args.system)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ import run
 from cli import UserError, run_cli
 from data import (TINY_TRAINING, example_rng, hidden_rows, load_problems, load_tokenizer, stacked,
                   teacher_rows)
-from model import by_chunks, n_content
+from model import by_chunks, in_first_block, n_content
 from rollout import collect
 
 
@@ -90,10 +90,9 @@ class Config(run.Options):
 
 PRESETS = {
     "tiny": dict(TINY_TRAINING, lr_floor=0.0),
-    "llada": dict(data="t3d-math", block_len=32),  # not in the paper
-    "dream": dict(data="t3d-math", block_len=32),  # not in the paper
     "sdar": dict(data="t3d-math", full=True, collect_cache="exact", gen_len=1024,  # code: --data t3d-code
                  eos_in_loss=2),  # (code)
+    "others": dict(data="t3d-math", block_len=None, train_block=0, collect_cache=None),  # not in the paper
 }
 
 
@@ -101,8 +100,7 @@ def t3d_loss(logp, logp_ref, logp_fake, logp_fake_ref, path_w, example, n_exampl
     """The T3D objective over the masked rows of a batch -> scalar fp32, dict of its parts.
     All (N,) fp32: log-probability of the trajectory's token under student and reference; the same of the
     reference's guess (--fake expected: minus their KL, and 0); path_w of Eq. 9. example (N,) int64: a row's
-    example. Means over an example's rows, then over the n_examples of the global batch.
-    """
+    example. Means over an example's rows, then over the n_examples of the global batch."""
     def total(values):
         return torch.zeros(int(example.max()) + 1, device=logp.device).index_add_(0, example, values)
     n = total(torch.ones_like(logp))
@@ -124,8 +122,7 @@ def t3d_loss(logp, logp_ref, logp_fake, logp_fake_ref, path_w, example, n_exampl
 
 def path_weights(pi, size, masked, cfg):
     """w (B, L) fp32 of Eq. 9. pi (B, L) 1-based rank within the block, size (B, L) of it, masked (B, L).
-    code: a block's masked first half weighs 3 as a group and the others 1; its tokens share it equally.
-    """
+    code: a block's masked first half weighs 3 as a group and the others 1; its tokens share it equally."""
     if cfg.path == "paper":
         return (size - pi + 1) / size  # Eq. 9
     early = masked & (2 * pi <= size)
@@ -136,10 +133,10 @@ def path_weights(pi, size, masked, cfg):
     return w * n / share.clamp(min=1)  # the mean over the masked tokens is the mean over groups
 
 
-def ranks_in_blocks(rank, n_prompt, block_len):
-    """rank (B, L), list of prompt lengths -> pi, size (B, L): 1-based rank within the block, its tokens."""
+def ranks_in_blocks(rank, first, block_len):
+    """rank (B, L); first: prompt tokens in block 0 -> pi, size (B, L): 1-based rank in block, its tokens."""
     L = rank.shape[1]
-    first = torch.tensor(n_prompt)[:, None] if block_len else 0
+    first = torch.tensor(first)[:, None] if block_len else 0
     block = (first + torch.arange(L).expand(rank.shape)) // (block_len or L)
     same = block[:, :, None] == block[:, None, :]
     pi = 1 + (same & (rank[:, None, :] < rank[:, :, None])).sum(-1)
@@ -164,11 +161,11 @@ def draw_mask(pi, size, block_len, cfg, rngs):
 
 def make_batch(records, rngs, cfg, model_cfg, vocabulary):
     """records -> dict: xt, x0 (B, L) int64, masked (B, L) bool, path_w (B, L) fp32, u (B, L) uniform numbers
-    that draw the fakes; prompts, lists of token ids; ids. vocabulary: what random tokens are drawn from.
-    """
+    that draw the fakes; prompts, lists of token ids; ids. vocabulary: what random tokens are drawn from."""
     x0, rank, names = stacked(records, "x0", "rank")
     L = x0.shape[1]
-    pi, size = ranks_in_blocks(rank, [len(p) for p in names["prompts"]], model_cfg.block_len)
+    pi, size = ranks_in_blocks(rank, [in_first_block(model_cfg, len(p)) for p in names["prompts"]],
+                               model_cfg.block_len)
     if cfg.eos_in_loss:  # what stands behind them is shown
         ends = torch.tensor([n_content(x, model_cfg.eos_ids) for x in x0])[:, None]
         behind = torch.arange(L) >= ends + cfg.eos_in_loss

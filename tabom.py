@@ -37,7 +37,7 @@ import eval as nt_eval
 import run
 from cli import UserError, run_cli
 from data import TINY_TRAINING, example_rng, hidden_rows, load_problems, load_tokenizer, stacked
-from model import by_chunks, n_content
+from model import by_chunks, in_first_block, n_content
 from rollout import collect, only_correct
 
 
@@ -83,15 +83,14 @@ PRESETS = {
     "dream": dict(data="prm12k", block_len=256, collect_score="entropy",  # as Dream decodes: no blocks
                   collect_temperature=0.1, collect_top_p=0.9, eos_in_window=True,
                   gamma=0.1),  # code: --data ling-coder --lam 2 --lr 1e-4
-    "sdar": dict(data="prm12k", block_len=None, collect_cache="exact"),  # not in the paper
+    "others": dict(data="prm12k", block_len=None, collect_cache=None),  # not in the paper
 }
 
 
 def tabom_loss(ce, entropy, in_segment, n_examples, cfg):
     """The TABOM objective over segments in the order they were revealed -> scalar fp32, dict of its parts.
     ce (N,) fp32: -log p(x0 | U_t) of the positions in a segment; entropy (N,) fp32, nats; in_segment (B, W),
-    N True. Means over a segment's tokens and its pairs, then over the n_examples of the global batch.
-    """
+    N True. Means over a segment's tokens and its pairs, then over the n_examples of the global batch."""
     zero = torch.zeros(in_segment.shape, device=ce.device)
     ce = zero.masked_scatter(in_segment, ce)  # (B, W)
     n_tokens = in_segment.sum(1).clamp(min=1)
@@ -119,8 +118,7 @@ def token_terms(logits, x0):
 
 def draw_segment(record, cfg, model_cfg, rng):
     """The positions of one segment in the order they were revealed: list of ints, at least one. The first is
-    drawn among those that leave a whole window; on block-causal models it is any, the block ends the segment.
-    """
+    drawn among those that leave a whole window; on block-causal models any; a block ends the segment."""
     L = len(record["x0"])  # the first EOS belongs to the content here
     n = L if cfg.eos_in_window else min(L, n_content(record["x0"], model_cfg.eos_ids) + 1)
     order = sorted(range(n), key=lambda i: record["rank"][i])
@@ -133,15 +131,15 @@ def draw_segment(record, cfg, model_cfg, rng):
         first = int(rng.integers(max(0, n - window) + 1)) if whole else int(rng.integers(n))
         chosen = order[first:first + window]
     if model_cfg.block_len:
-        block = [(len(record["prompt_ids"]) + i) // model_cfg.block_len for i in chosen]
+        shared = in_first_block(model_cfg, len(record["prompt_ids"]))
+        block = [(shared + i) // model_cfg.block_len for i in chosen]
         chosen = [i for i, b in zip(chosen, block) if b == block[0]]
     return chosen
 
 
 def make_batch(records, rngs, cfg, model_cfg):
     """records -> dict of xt, x0, rank (B, L); segment (B, W) int64 positions in reveal order (-1: none),
-    in_segment (B, W) bool; prompts; ids. What was not revealed before the segment is masked, EOS tail too.
-    """
+    in_segment (B, W) bool; prompts; ids. What was not revealed before the segment is masked, EOS tail too."""
     x0, rank, names = stacked(records, "x0", "rank")
     chosen = [draw_segment(r, cfg, model_cfg, rng) for r, rng in zip(records, rngs)]
     W = max(map(len, chosen))

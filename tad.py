@@ -39,7 +39,7 @@ import run
 from cli import UserError, run_cli, write_whole
 from data import (TINY_TRAINING, example_rng, hidden_rows, load_problems, load_tokenizer, pad_response,
                   privileged_prompt, stacked, state_at, teacher_rows)
-from model import by_chunks
+from model import by_chunks, in_first_block
 from rollout import collect, only_correct
 
 
@@ -89,7 +89,7 @@ PRESETS = {
     "llada": dict(data=PAPER, window="20", collect_temperature=0.7),  # speed; quality: --window 8
     "dream": dict(data=PAPER, collect_score="entropy", collect_temperature=0.2,
                   collect_top_p=0.95),  # quality: --window 6
-    "sdar": dict(data=PAPER, block_len=None, collect_cache="exact"),  # not in the paper
+    "others": dict(data=PAPER, block_len=None, collect_cache=None),  # not in the paper
 }
 RANDOM = ("traj_random", "gt_random")  # sources whose states are random masks
 LEVEL = {"auto-quality": 0.5, "auto-speed": 0.2}  # W: where the mean confidence falls below it
@@ -109,8 +109,7 @@ def token_terms(student, teacher, x0, cfg):
 def tad_loss(ce, kl, near, example, n_examples, cfg):
     """The TAD objective over the masked rows of a batch -> scalar fp32, dict of its parts.
     ce, kl (N,) fp32 of token_terms; near (N,) bool; example (N,) int64, which example a row belongs to. Means
-    over the tokens of an example, then over the n_examples of the global batch, whatever the micro-batches.
-    """
+    over the tokens of an example, then over n_examples of the global batch, whatever the micro-batches."""
     n = int(example.max()) + 1 if len(example) else 0  # a random mask may leave no row
 
     def mean_over_examples(values, rows):
@@ -127,8 +126,7 @@ def tad_loss(ce, kl, near, example, n_examples, cfg):
 
 def make_batch(examples, rngs, cfg, window, model_cfg):
     """[(record, t)] -> dict of xt, x0, masked, near (B, L); prompts, lists of token ids; ids. RANDOM sources
-    mask each position with probability u ~ U(0, 1], and all are near; their mean stands for the weight 1/u.
-    """
+    mask each position with probability u ~ U(0, 1]; all are near, their mean stands for the weight 1/u."""
     x0, order, names = stacked([r for r, _ in examples], "x0", "order")
     t = torch.tensor([t for _, t in examples])[:, None]
     if cfg.source in RANDOM:
@@ -140,14 +138,14 @@ def make_batch(examples, rngs, cfg, window, model_cfg):
         xt, masked = state_at(x0, order, t, model_cfg.mask_id)
         near = masked & (order < t + window)  # Eq. 10; the rest of `masked` is Eq. 11
         if model_cfg.block_len:
-            near = near & in_current_block(masked, names["prompts"], model_cfg.block_len)
+            near = near & in_current_block(masked, names["prompts"], model_cfg)
     return dict(names, xt=xt, x0=x0, masked=masked, near=near)
 
 
-def in_current_block(masked, prompts, block_len):
+def in_current_block(masked, prompts, model_cfg):
     """SDAR: a window ends with the block being decoded, the first that has a mask. (B, L) bool."""
-    first = torch.tensor([len(p) for p in prompts])[:, None]
-    block = (first + torch.arange(masked.shape[1])) // block_len
+    first = torch.tensor([in_first_block(model_cfg, len(p)) for p in prompts])[:, None]
+    block = (first + torch.arange(masked.shape[1])) // model_cfg.block_len
     current = torch.where(masked, block, block.max()).amin(1, keepdim=True)
     return block == current
 
@@ -283,7 +281,7 @@ def main():
         examples = [(records[n], t) for n, t in (pairs[i] for i in numbers)]
         rngs = [example_rng(cfg.seed, epoch, i) for i in numbers]
         batch = make_batch(examples, rngs, cfg, window, model.cfg)
-        if "kl" in (cfg.near, cfg.distant):
+        if r.teachers:
             batch["teacher_prompts"] = teacher_prompts([record for record, _ in examples], cfg, tok)
         return batch
 

@@ -13,12 +13,22 @@ import model as nt_model
 SPECIALS = {"llada": ["<|startoftext|>", "<|endoftext|>", "<|start_header_id|>", "<|end_header_id|>",
                       "<|eot_id|>", "<|mdm_mask|>"],
             "dream": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"],
-            "sdar": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|MASK|>"]}
+            "sdar": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|MASK|>"],
+            "illada": ["</s>", "<s>", "<mask>"],
+            "diffcoder": ["<[end▁of▁sentence]>", "<[begin▁of▁sentence]>", "<[MASK_TOKEN]>"]}
+SPECIALS |= dict.fromkeys(("a2d", "a2d-bd3lm"), ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"])
 HUB = Path(__file__).parent / "fixtures/hub"
 TEMPLATES = {  # the checkpoints' own
     "llada": json.loads(bz2.decompress((HUB / "llada/tokenizer_config.json.bz2").read_bytes()))["chat_template"],
     "dream": json.loads((HUB / "dream/tokenizer_config.json").read_text())["chat_template"],
-    "sdar": (HUB / "sdar-4b/chat_template.jinja").read_text()}
+    "sdar": (HUB / "sdar-4b/chat_template.jinja").read_text(),
+    "illada": None, "diffcoder": None}  # not known
+TEMPLATES |= dict.fromkeys(("a2d", "a2d-bd3lm"), TEMPLATES["sdar"])  # Qwen3's
+OWN_KEYS = {  # of config.json, beside Hugging Face's
+    "dream": dict(model_type="Dream"), "sdar": dict(model_type="sdar", head_dim=16, block_size=4), "illada": dict(model_type="illada"),
+    "diffcoder": dict(model_type="llama", architectures=["StableDiffcoderForCausalLM"]),
+    "a2d": dict(model_type="a2d-qwen3", head_dim=16, kind="mdlm", tie_word_embeddings=True),
+    "a2d-bd3lm": dict(model_type="a2d-qwen2", kind="bd3lm", block_size=4, tie_word_embeddings=True)}
 BYTES = {char: byte for byte, char in bytes_to_unicode().items()}  # a byte-level vocabulary without merges
 VOCAB = 272  # 256 bytes, specials, and rows that no token uses, as in the real checkpoints
 
@@ -33,13 +43,11 @@ def raw_config(family, **changes):
                    rope_theta=5e5, weight_tying=False, mask_token_id=mask, pad_token_id=at["<|endoftext|>"],
                    eos_token_id=[at["<|endoftext|>"], at["<|eot_id|>"]])
     else:
-        raw = dict(model_type={"dream": "Dream", "sdar": "sdar"}[family], vocab_size=VOCAB, hidden_size=32,
-                   intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        ends = [at[token] for token in (SPECIALS[family][0], "<|im_end|>") if token in at]
+        raw = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                    max_position_embeddings=512, rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=False,
-                   mask_token_id=mask, pad_token_id=at["<|endoftext|>"],
-                   eos_token_id=[at["<|endoftext|>"], at["<|im_end|>"]])
-        if family == "sdar":
-            raw.update(head_dim=16, block_size=4)
+                   mask_token_id=mask, pad_token_id=ends[0], eos_token_id=ends)
+        raw.update(OWN_KEYS[family])
     return {**raw, **changes}
 
 
@@ -57,13 +65,14 @@ def tokenizer_config(family):
     kind = dict(lstrip=False, rstrip=False, normalized=False, single_word=False, special=True)
     at = {256 + i: dict(content=token, **kind) for i, token in enumerate(SPECIALS[family])}
     bos = dict(bos_token=SPECIALS[family][0]) if family == "llada" else {}
-    return dict(chat_template=TEMPLATES[family], added_tokens_decoder=at, eos_token="<|endoftext|>", **bos)
+    eos = SPECIALS[family][1 if family == "llada" else 0]
+    return dict(chat_template=TEMPLATES[family], added_tokens_decoder=at, eos_token=eos, **bos)
 
 
 def write_tokenizer(folder, family):
     """256 bytes and the family's special tokens, in the family's own files."""
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(family)))
-    if family == "llada":
+    if family in ("llada", "illada", "diffcoder"):
         write_bpe(folder, SPECIALS[family])
     else:
         at = {token: 256 + i for i, token in enumerate(SPECIALS[family])}

@@ -36,6 +36,7 @@ CONFIGS = {
     "qk_norm": dict(qk_norm=True, head_dim=16),
     "shift": dict(shift=True, qkv_bias=True, num_key_value_heads=2),
     "block": dict(block_size=4, qk_norm=True, num_key_value_heads=2),
+    "whole": dict(block_size=4, whole_blocks=True, num_key_value_heads=2),
     "all": dict(block_size=2, qk_norm=True, qkv_bias=True, shift=True, num_key_value_heads=2, head_dim=16),
 }
 

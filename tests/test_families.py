@@ -26,6 +26,7 @@ from sample import generate, reference
 from teacher import load_teacher, token_nll
 
 FAMILIES = ["llada", "dream", "sdar"]
+NEWER = ["illada", "diffcoder", "a2d", "a2d-bd3lm"]  # the last: as checkpoints.py calls it
 TURN = {  # one user turn, rendered
     "llada": "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
              "<|start_header_id|>assistant<|end_header_id|>\n\n",
@@ -210,9 +211,10 @@ def test_a_new_dense_family_is_one_entry(tmp_path, monkeypatch):
     layer = {ours: "part_" + ours for ours in nt_model.HF_NAMES if ours not in ("embed", "norm", "head")}
     keys = {ours: "my_" + ours for ours in (*nt_model.HF_KEYS, "n_kv_head", "tied")}
     monkeypatch.setitem(nt_model.FAMILIES, "dummy", nt_model.Family(
-        presets={"dummy-1b": str(tmp_path)}, model_type="Dummy",
+        presets={"dummy-1b": str(tmp_path)},
+        networks={"Dummy": dict(qk_norm=True, shift=True, rope_fp32=True)},
         names=dict(layer, block="net.layers", embed="net.wte", norm="net.last", head="net.out"),
-        keys=keys, optional=dict(pad_id="my_pad"), facts=dict(qk_norm=True, shift=True, rope_fp32=True),
+        keys=keys, optional=dict(pad_id="my_pad"),
         extra_eos=(259,), decoding=dict(gen_len=8, block_len=4, cache="dual")))
     raw = dict(model_type="Dummy", my_vocab_size=272, my_n_layer=2, my_n_head=4, my_n_kv_head=2,
                my_d_model=32, my_d_mlp=48, my_max_len=64, my_norm_eps=1e-6, my_tied=False, my_mask_id=260,
@@ -245,7 +247,7 @@ def test_a_new_dense_family_is_one_entry(tmp_path, monkeypatch):
     assert tok.response_ids("yes")[-1] == tok.special["<|end|>"] == 259 and tok.eos_id == 256
     out = generate(adapted, [prompt], **settings)[0]
     assert out.ids.tolist() == reference(adapted, prompt, **settings).ids.tolist() and len(out.ids) == 8
-    with pytest.raises(UserError, match="supported are tiny, llada, Dream, sdar, a2d-qwen3, Dummy"):
+    with pytest.raises(UserError, match=r"supported are tiny, llada, illada, Dream, sdar, llama, a2d-qwen3, a2d-qwen2, Dummy"):
         nt_model.config_from_json({**raw, "model_type": "other"})
     with pytest.raises(UserError, match="one of .*, dummy-1b, a hub id"):
         nt_model.load("dummy-2b")
@@ -368,16 +370,46 @@ def test_sdar_as_the_hub_has_it(tmp_path, name, block_len):
             nt_model.read_config(folder)
 
 
-def test_a2d_is_told_by_its_name(tmp_path):
-    for name, words in [("a2d-mdlm-0.6b", None), ("mdlm/a2d-bd3lm-0.6b", "says 'bd3lm'"), ("a2d-bd3lm-0.6b", "says 'bd3lm'"), ("a2d-0.6b", "says None")]:
-        shutil.copytree(FIXTURES / "a2d_mdlm_A", tmp_path / name)
-        if words is None:
+@pytest.mark.parametrize("fixture", ["a2d_mdlm_A", "a2d_qwen2_mdlm_A"])
+def test_a2d_is_told_by_its_name(tmp_path, fixture):
+    for name, block_len in [("a2d-mdlm-0.6b", 0), ("mdlm/a2d-bd3lm-0.6b", 32), ("a2d-bd3lm-0.6b", 32),
+                            ("models--dllm-hub--Qwen3-bd3lm-v0.1/snapshots/1a2b", 32), ("a2d-0.6b", None), ("bd3/lm", None)]:
+        shutil.copytree(FIXTURES / fixture, tmp_path / name)
+        if block_len is not None:
             model = nt_model.load(tmp_path / name)
             nt_model.save(model, tmp_path / "saved")
             assert nt_model.load(tmp_path / "saved").cfg == model.cfg and model.cfg.mask_id == 250
+            assert (model.cfg.block_len, model.cfg.whole_blocks) == (block_len, block_len > 0)
         else:
-            with pytest.raises(UserError, match=words):
+            with pytest.raises(UserError, match="do not say whether it is mdlm or bd3lm: rename the folder"):
                 nt_model.load(tmp_path / name)
+
+
+def test_a_llama_is_stable_diffcoder_only_where_it_says_so(tmp_path):
+    raw = json.loads((FIXTURES / "diffcoder_A/config.json").read_text())
+    older = dict(architectures=["LlamaForCausalLM"], auto_map=dict(AutoModel="modeling_seed_diffcoder.SeedDiffcoderForCausalLM"))
+    for more in ({}, older, dict(auto_map=None), dict(architectures=None)):
+        assert nt_model.config_from_json({**raw, **more}).family == "diffcoder"
+    for more in (dict(architectures=["LlamaForCausalLM"], auto_map=None), dict(architectures=None, auto_map={}),
+                 dict(architectures="x", auto_map="y")):
+        with pytest.raises(UserError, match="model_type 'llama', and its architectures .* do not say whether it is diffcoder"):
+            nt_model.config_from_json({**raw, **more})
+
+
+def test_presets_by_name_are_repositories_of_one_family():
+    """The names that only differ by their id: each is decoded and trained as its family is."""
+    presets = nt_model.presets()
+    for name, (hub_id, family) in {
+            "llada-1.5": ("GSAI-ML/LLaDA-1.5", "llada"), "dream-coder": ("Dream-org/Dream-Coder-v0-Instruct-7B", "dream"),
+            "diffucoder": ("apple/DiffuCoder-7B-Instruct", "dream"), "trado-8b": ("Gen-Verse/TraDo-8B-Instruct", "sdar"),
+            "sdar-1.7b-b32": ("JetLM/SDAR-1.7B-Chat-b32", "sdar"), "sdar-8b": ("JetLM/SDAR-8B-Chat", "sdar"),
+            "illada": ("GSAI-ML/iLLaDA-8B-Instruct", "illada"), "a2d-0.5b-bd3lm": (
+                "dllm-hub/Qwen2.5-Coder-0.5B-Instruct-diffusion-bd3lm-v0.1", "a2d")}.items():
+        assert presets[name] == hub_id and nt_model.family_of(name) == family
+    assert len(set(presets.values())) == len(presets) and all(name == name.lower() for name in presets)
+    assert presets["a2d-0.6b"] == "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1"
+    for method in ("tad", "t3d", "tabom", "trims"):
+        assert "others" in importlib.import_module(method).PRESETS  # of the families that no paper trains
 
 
 def test_a_head_beside_a_tied_embedding(tmp_path):
@@ -410,12 +442,32 @@ def test_a_folder_above_says_nothing_about_a_model(tmp_path):
 
 @pytest.mark.parametrize("family, changes", [
     ("dream", dict(hidden_act="gelu")), ("llada", dict(scale_logits=True)), ("llada", dict(activation_type="gelu")),
+    ("dream", dict(block_size=32)), ("dream", dict(attention_bias=False)), ("sdar", dict(attention_bias=True)),
+    ("sdar", dict(layer_types=["full_attention", "sliding_attention"])), ("illada", dict(layer_norm_eps=1e-5)),
+    ("diffcoder", dict(mlp_bias=True)), ("a2d", dict(partial_rotary_factor=0.5)), ("llada", dict(include_qkv_bias=True)),
     ("llada", dict(alibi=True)), ("llada", dict(input_emb_norm=True)), ("llada", dict(rope=False)),
     ("sdar", dict(quantization_config=dict(quant_method="fp8"))), ("llada", dict(num_experts=8))])
 def test_another_network_is_refused_by_its_key(family, changes):
     (key, value), = changes.items()
     with pytest.raises(UserError, match=f"config.json has {key} {re.escape(repr(value))}: only"):
         nt_model.config_from_json(raw_config(family, **changes))
+
+
+def test_llada_moe_is_refused_by_the_key_that_makes_it_another_network():
+    """It has LLaDA's model_type and Hugging Face's names of keys."""
+    raw = {**raw_config("sdar"), "model_type": "llada", "num_experts": 64}
+    with pytest.raises(UserError, match="num_experts 64: only None is built"):
+        nt_model.config_from_json(raw)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "illada", "a2d"])
+def test_tensors_that_say_nothing_new_load(tmp_path, family):
+    folder = official_checkpoint(tmp_path, family)
+    want, file = nt_model.load(folder).state_dict(), folder / "model-1-of-2.safetensors"
+    tensors = {key: t.clone() for key, t in load_file(file).items()}
+    names = ("model.rotary_emb.inv_freq", "model.layers.1.self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq")
+    save_file({**tensors, **{name: torch.ones(4) for name in names}}, file)
+    assert all(torch.equal(t, want[key]) for key, t in nt_model.load(folder).state_dict().items())
 
 
 def test_rope_theta_where_newer_transformers_writes_it():
@@ -587,7 +639,7 @@ def test_adapters_load_in_peft_and_merged_models_in_transformers(tmp_path, famil
     assert close(got, want)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + NEWER)
 def test_save_load_save_of_the_families(tmp_path, family):
     model = nt_model.load(official_checkpoint(tmp_path / "a", family))
     nt_model.save(model, tmp_path / "b")
@@ -628,6 +680,32 @@ def test_tad_trains_two_steps_on_every_family(tmp_path, monkeypatch, family, ful
     prompt = data.load_tokenizer(folder).prompt_ids("1 + 1?")
     out = generate(trained, [prompt], gen_len=8, block_len=4, cache="none")[0]
     assert out.ids.tolist() == reference(trained, prompt, gen_len=8, block_len=4, cache="none").ids.tolist()
+
+
+@pytest.mark.parametrize("family", NEWER)
+@pytest.mark.parametrize("method", ["tad", "tabom", "t3d", "trims"])
+def test_every_method_makes_two_steps_on_the_newer_families(tmp_path, monkeypatch, method, family):
+    """With the family's own preset; the adapter loads, and decoding equals the reference decoder."""
+    folder = official_checkpoint(tmp_path / "base", family)
+    (tmp_path / "p.jsonl").write_text("".join(
+        json.dumps(dict(prompt="1" * n, solution="it is 4", answer="4")) + "\n" for n in range(1, 5)))
+    monkeypatch.setattr("grade.is_correct", lambda *_: True)
+    args = ["--model", folder, "--data", tmp_path / "p.jsonl", "--out", tmp_path / "run", "--gen_len", 16,
+            "--batch_size", 2, "--micro_batch", 2, "--max_steps", 2, "--lora_r", 4, "--lr", 1e-2]
+    args += {"trims": ["--trajectory_share", 0], "t3d": []}.get(method, ["--window", 2])
+    monkeypatch.setattr("sys.argv", [f"{method}.py", *map(str, args)])
+    importlib.import_module(method).main()
+    rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 2 and rows[-1]["grad_norm"] > 0
+    base, tok = nt_model.load(folder), data.load_tokenizer(folder)
+    model, settings = lora.load(nt_model.load(folder), tmp_path / "run/adapter"), nt_model.decoding_defaults(base.cfg)
+    settings |= dict(gen_len=10)
+    assert not close(model(torch.arange(9)[None]), base(torch.arange(9)[None]), 1e-5)
+    prompts = [tok.prompt_ids("1" * n) for n in (1, 6)]
+    for prompt, out in zip(prompts, generate(model, prompts, **settings)):
+        assert out.ids.tolist() == reference(model, prompt, **settings).ids.tolist()
+    blocks = {r["decoding"]["block_len"] for r in data.read_trajectories(tmp_path / "run/trajectories")}
+    assert blocks == (set() if method == "trims" else {base.cfg.block_len or 32})
 
 
 @pytest.mark.parametrize("block_len", [4, 8, 16])

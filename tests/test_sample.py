@@ -9,6 +9,7 @@ import torch
 from conftest import CONFIGS, FIXTURES, prompts_of, random_model
 
 import cli
+import data
 import model as nt_model
 import sample
 from model import UserError
@@ -416,6 +417,54 @@ def test_early_stop_fills_the_tail_at_the_forward_that_completed_the_answer():
     assert full.ids.tolist() == [1, 4, 3, 0] and full.nfe == 4 and full.n_tokens((4,)) == 1
 
 
+@torch.no_grad()
+def by_hand(model, prompt, L, K, no_eos, late_eos):
+    """LLaDA's generate(), a token per forward, with its two ways to put off the end of a response."""
+    eos, P = list(model.cfg.eos_ids), len(prompt)
+    x = torch.cat([prompt, torch.full((L,), model.cfg.mask_id)])
+    for first in range(P, P + L, K):
+        while (x[first:first + K] == model.cfg.mask_id).any():
+            logits = model(x[None])[0].double()
+            if no_eos:
+                logits[:, eos] = -torch.inf
+            p = logits.softmax(-1)
+            logits[:, model.cfg.mask_id] = -torch.inf
+            token = logits.argmax(-1)
+            confidence = p.gather(1, token[:, None])[:, 0]
+            if late_eos:
+                confidence[torch.isin(token, torch.tensor(eos))] = -1
+            inside = (torch.arange(len(x)) >= first) & (torch.arange(len(x)) < first + K)
+            confidence[(x != model.cfg.mask_id) | ~inside] = -2
+            best = confidence.argmax()
+            x[best] = token[best]
+    return x[P:]
+
+
+@pytest.mark.parametrize("no_eos, late_eos", [(False, False), (True, False), (False, True), (True, True)])
+def test_the_end_of_a_response_can_be_put_off(no_eos, late_eos):
+    """As LLaDA's generate() does, on the tiny model, alone and in batches; both decoders."""
+    tiny, tok = nt_model.load("tiny"), data.load_tokenizer("tiny")
+    problems = data.load_problems("tiny", "dev", 2)  # from 40 or 32 tokens of the solution on: 46 in all
+    prompts = [torch.tensor(tok.prompt_ids(p["prompt"]).tolist() + tok.encode(p["solution"])[:n]) for p, n in zip(problems, (40, 32))]
+    settings = dict(gen_len=16, block_len=8, policy="static", cache="none", early_stop=False, no_eos=no_eos, late_eos=late_eos)
+    outs, ends = generate(tiny, prompts, batch_size=2, **settings), 0
+    for prompt, out in zip(prompts, outs):
+        assert same(out, reference(tiny, prompt, **settings)) and same(out, generate(tiny, [prompt], **settings)[0])
+        want = by_hand(tiny, prompt, 16, 8, no_eos, late_eos)
+        assert out.ids.tolist() == want.tolist()
+        at = [i for i, token in enumerate(out.ids.tolist()) if token in tiny.cfg.eos_ids]
+        ends += len(at)
+        if late_eos:  # in its block, none before a token that ends nothing
+            for b in range(2):
+                orders = out.order[8 * b:8 * b + 8].tolist()
+                late = [o for i, o in enumerate(orders) if 8 * b + i in at]
+                assert not late or min(late) > max([o for i, o in enumerate(orders) if 8 * b + i not in at], default=-1)
+    assert (ends == 0) == no_eos
+    for rule in (dict(policy="threshold", threshold=0.7, cache="dual"), dict(policy="factor"), dict(policy="dream", steps=6)):
+        for prompt, out in zip(prompts, generate(tiny, prompts, **{**settings, **rule})):
+            assert same(out, reference(tiny, prompt, **{**settings, **rule})), rule
+
+
 def test_the_empty_prompt():
     """Every position is alike before the first reveal, so the first block is revealed at once: a choice among
     equal scores would hang on rounding.
@@ -505,21 +554,70 @@ def test_dreams_official_sampler(compiled, graphs):
     assert n == 13 and bool(graphs) == compiled
 
 
-def test_a2ds_official_sampler():
-    """dllm's MDLMSampler where its quota is LLaDA's: a block takes equal steps."""
-    model, n = nt_model.load(FIXTURES / "a2d_mdlm_A"), 0
-    for case in json.loads((FIXTURES / "a2d_mdlm_A/samplers.json").read_text())["cases"]:
-        was = case["settings"]
-        steps = was["steps"] * was["block_size"] // was["max_new_tokens"]  # of a block
-        if was["block_size"] % steps:
-            continue  # round(masks left / steps left) instead of base and remainder
-        prompts = [torch.tensor(p) for p in was["prompt"]]
-        outs = generate(model, prompts, gen_len=16, block_len=was["block_size"], policy="static", steps=steps,
-                        cache="none", early_stop=False)
-        for prompt, out, want in zip(prompts, outs, case["ids"]):
-            assert out.ids.tolist() == want[len(prompt):][:16] and out.nfe == case["forwards"], case["name"]
+def ranked_in_fp64(logits, cfg, s, noise=None, inner=pick_tokens):
+    """pick_tokens(), its score as precise as the official code's softmax in fp64: 1 - 1e-7 is below 1 - 1e-8."""
+    token, confidence, entropy, _ = inner(logits, cfg, s, noise)
+    others = (logits.double() - logits.double().gather(-1, token[..., None])).exp().scatter(-1, token[..., None], 0)
+    return token, confidence, entropy, -others.sum(-1)
+
+
+@pytest.mark.parametrize("fp64", [False, True])
+@pytest.mark.parametrize("name, n_cases, n_ties", [("a2d_mdlm_A", 5, 0), ("a2d_qwen2_mdlm_A", 5, 1), ("illada_A", 7, 0)])
+def test_samplers_of_whole_canvases(monkeypatch, name, n_cases, n_ties, fp64):
+    """dllm's MDLMSampler where its quota is LLaDA's (a block takes equal steps), LLaDA's generate() for iLLaDA.
+    Where confidences are equal in fp32 the leftmost goes first here: so do one case's, and none's in fp64.
+    """
+    if fp64:
+        monkeypatch.setattr(sample, "pick_tokens", ranked_in_fp64)
+    model, n, ties = nt_model.load(FIXTURES / name), 0, 0
+    for case in json.loads((FIXTURES / name / "samplers.json").read_text())["cases"]:
+        was, rows = case["settings"], case["settings"]["prompt"]
+        block_len = was.get("block_size") or was["block_length"]
+        steps = was["steps"] * block_len // 16  # of a block
+        if "var_generate" in case["name"] or ("block_size" in was and block_len % steps):
+            continue  # a canvas that grows; round(masks left / steps left) instead of base and remainder
+        real = was.get("attention_mask") or [[1] * len(p) for p in rows]
+        prompts = [torch.tensor([i for i, r in zip(p, m) if r]) for p, m in zip(rows, real)]
+        settings = dict(gen_len=16, block_len=block_len, policy="static", steps=steps, cache="none", early_stop=False)
+        outs = generate(model, prompts, **settings)
+        for i, (prompt, out) in enumerate(zip(prompts, outs)):
+            want = case["ids"][i][len(rows[i]):][:16]
+            assert out.nfe == case["forwards"] and same(out, reference(model, prompt, **settings)), case["name"]
+            ties += out.ids.tolist() != want
             n += 1
-    assert n == 5
+    assert n == n_cases and ties == (0 if fp64 else n_ties)
+
+
+@pytest.mark.parametrize("name, compiled, fp64", [
+    ("a2d_bd3lm_A", False, False), ("a2d_bd3lm_A", True, False), ("diffcoder_A", False, False), ("diffcoder_A", False, True)])
+def test_samplers_of_blocks(monkeypatch, name, compiled, fp64, graphs):
+    """dllm's BD3LMSampler and Stable-DiffCoder's generate_block(): same ids, unequal prompts in one batch too;
+    their forward over the prompt and the ones that commit a block are fused here.
+    """
+    if fp64:
+        monkeypatch.setattr(sample, "pick_tokens", ranked_in_fp64)
+    model, n, ties = nt_model.load(FIXTURES / name), 0, 0
+    for case in json.loads((FIXTURES / name / "samplers.json").read_text())["cases"]:
+        was = case["settings"]
+        rule = dict(policy="static", steps=was["steps"] // 4)
+        if was.get("threshold"):
+            rule = dict(policy="threshold", threshold=was["threshold"])
+        prompts = [torch.tensor(p) for p in was["prompt"]]
+        settings = dict(gen_len=16, block_len=4, early_stop=False, **rule)
+        for cache in ("exact", "none"):
+            outs = generate(model, prompts, cache=cache, compiled=compiled, **settings)
+            for prompt, out, ids in zip(prompts, outs, case["ids"]):
+                want = ids[-(-len(prompt) // 4) * 4 if model.cfg.whole_blocks else len(prompt):]
+                stop = want.index(was["eos_id"]) if "stop" in case["name"] else 16
+                ties += out.ids.tolist()[:stop] != want[:stop]
+                assert same(out, reference(model, prompt, cache=cache, **settings)), case["name"]
+                if stop == 16 and model.cfg.whole_blocks:
+                    assert out.nfe + 4 == case["forwards"], case["name"]
+                if stop == 16 and not model.cfg.whole_blocks:
+                    assert with_commits(out, len(prompt), 4) == case["forwards"], case["name"]
+                n += 1
+    assert n == (14 if model.cfg.whole_blocks else 12) and bool(graphs) == compiled
+    assert ties == (2 if name == "diffcoder_A" and not fp64 else 0)  # of one case, with either cache
 
 
 @pytest.mark.parametrize("compiled", [False, True])

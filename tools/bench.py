@@ -6,7 +6,6 @@
 
 `uncached` is the reference decoder, `fast_dllm` a plain loop with Fast-dLLM's dual cache: both eager, one
 prompt, the layers as they are. All reveal --per_step tokens per forward and stop at no EOS: as many forwards.
-The last line is all as one JSON object.
 """
 import json
 import math
@@ -96,13 +95,6 @@ def in_turns(what, n, **calls):
     return results, first, {name: statistics.median(times[1:]) for name, times in seconds.items()}
 
 
-def bandwidth(device):
-    """Bytes that a copy reads and writes per second."""
-    big = torch.ones(2**26 if device.type == "cpu" else 2**28, device=device)
-    other = torch.empty_like(big)
-    return 2 * big.nbytes / in_turns("copy", 5, it=lambda: other.copy_(big))[2]["it"]
-
-
 @torch.no_grad()
 def measure(model, prompts, args, s):
     """-> the facts that are printed, and a forward of the same work to look into. s: sample.Decoding."""
@@ -151,11 +143,8 @@ def measure(model, prompts, args, s):
     if batch.cache is not None:
         n_bytes += sum(t.nbytes for t in batch.cache.k + batch.cache.v)
     facts.update(gb_per_s=n_bytes / ms / 1e6, tflop_per_s=n_flop / ms / 1e9)
-    facts["bandwidth_share"] = 1e9 * facts["gb_per_s"] / bandwidth(device)
     if re.search("H[12]00", nt_eval.device_name()):
         facts["mfu"] = facts["tflop_per_s"] / 989  # dense bf16, by the data sheet
-    if torch.cuda.is_available():
-        facts["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return facts, forward
 
 

@@ -4,8 +4,8 @@
     python tools/sweep.py paper TRIMS-fig8 --quick    # the same on the tiny model, small: minutes
     python tools/sweep.py       # the tiny comparison of docs/results.md; --only TAD T3D: some of its rows
 
-Interrupted, the same command continues. The rows of the tiny comparison, docs/papers-tiny.md, differ in their
-data, masks and loss; COMMON is the same, nothing is tuned. Seed s has --n test problems of its own.
+The same command continues. The rows of the tiny comparison, docs/papers-tiny.md, share COMMON: nothing is
+tuned. Seed s has --n test problems of its own.
 """
 import os
 import re
@@ -154,7 +154,6 @@ class Options:
     n: int = 251  # test problems per seed
     only: list[str] | None = option(None, choices=lambda: METHODS)  # some of the rows; base always is
     out: str = "out/sweep"  # directory of the runs, compare.md, compare.png and comparison.jsonl.gz
-    dry_run: bool = False  # print the training commands and stop
 
 
 def main():
@@ -165,10 +164,6 @@ def main():
     labels = [label for label in METHODS if label == "base" or label in (args.only or METHODS)]
     names = {label: label.lower().replace(": ", "-").replace(" ", "_") for label in labels}
     jobs = [(label, seed, root / f"{names[label]}-{seed}") for seed in range(args.seeds) for label in labels]
-    if args.dry_run:
-        for label, *run in jobs:
-            print("python", *command(label, *run) if METHODS[label] else ["(base: no training)"])
-        return
     every, left = data.load_problems("tiny", "test", args.seeds * args.n), []
     problems = [every[seed * args.n:(seed + 1) * args.n] for seed in range(args.seeds)]
     for label, seed, folder in jobs:
