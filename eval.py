@@ -48,7 +48,7 @@ def read_protocols(file):
     """{NAME, NAME/FAMILY or NAME/FAMILY/TASK: its settings}; the file says what they are."""
     protocols = tomllib.loads(cli.read_text(file))
     for name, settings in protocols.items():
-        protocols[name] = protocols.get(settings.pop("like", None), {}) | settings
+        protocols[name] = protocols[settings.pop("like")] | settings if "like" in settings else settings
     return protocols
 
 
@@ -230,7 +230,7 @@ def curve(model, tok, problems, protocol, label, batch_size=64, allow_code=False
             nfe=columns["nfe"], responses=columns["response"],
             seconds=wall_seconds(rows),
             ms_per_forward=1000 * sum(columns["seconds"]) / sum(columns["forwards"]),
-            device=device_name(), dtype=dtype_name(model), batch_size=batch_size,
+            device=device_name(), dtype=str(model.embed.weight.dtype)[6:], batch_size=batch_size,
             ranks=len({row.get("shard") for row in rows}))
         if kept:
             point.update(key=key, provenance=provenance(**kept.config))
@@ -296,10 +296,6 @@ def device_name():
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
 
 
-def dtype_name(model):
-    return str(model.embed.weight.dtype).removeprefix("torch.")
-
-
 def made_of(args, model):
     """The facts about a model that decide what it answers. Files of a hub id are what its revision says."""
     weights = nt_model.checkpoint_dir(args.model, args.revision).glob("*.safetensors")
@@ -309,7 +305,7 @@ def made_of(args, model):
         revision=model.revision,
         weights=None if model.revision else checksum(weights),
         adapter=args.adapter and checksum(Path(args.adapter).glob("adapter_*")),
-        dtype=dtype_name(model),
+        dtype=str(model.embed.weight.dtype)[6:],
         code=checksum(nt_model.HERE / f"{name}.py" for name in code),
         device=device_name(),
         **versions("torch", "math-verify", "lm_eval"))
@@ -495,7 +491,7 @@ class ProblemOptions(AdaptedModel):
 
 @dataclass
 class ProtocolOptions:
-    protocol: str = option("", choices=[x for x in PROTOCOLS if "/" not in x])  # of PROTOCOLS in eval.py
+    protocol: str = option("", choices=[x for x in PROTOCOLS if "/" not in x])  # of assets/protocols.toml
     points: list[int] | None = None  # which points of the protocol, from 0 [all; of lm_eval: 0]
     thresholds: list[float] | None = None  # the points, instead of the protocol's
     label: str = ""  # name in tables and plots [base, or the run's directory]

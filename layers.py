@@ -68,28 +68,28 @@ def with_linear(module, kind):
         return kind(module.weight, module.bias)
     twin, parts = copy.copy(module), dict(module._modules)
     joined = {"+".join(names): Joined([parts.pop(name) for name in names], kind)
-              for names in getattr(module, "JOINED", ())}
+              for names in getattr(module, "JOINED", ()) if names[0] in parts}
     twin._modules = {name: with_linear(part, kind) for name, part in parts.items()} | joined
     return twin
 
 
 def state_of(model):
-    """What changes with a weight or an adapter's switch; .data.mul_() and its like show in a few values."""
-    state = [layer.enabled for layer in model.modules() if hasattr(layer, "enabled")]
-    for p in model.parameters():
-        some = p.flatten()[::max(1, p.numel() // 8)]
-        state += [id(p), p.data_ptr(), p._version, some.sum().item()]
-    return state
+    """What a decoder is made from. Sums of weights, since fused optimizers and .data count no version."""
+    adapters = [(m.enabled, m.alpha, m.r) for m in model.modules() if hasattr(m, "merged")]
+    sums = torch.stack([p.sum(dtype=torch.float64) for p in model.parameters()])
+    return model.cfg, adapters, sums.tolist()
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
-def for_decoding(model, compiled=False):
-    """The model as the decoder runs it, made again when it has changed; its blocks may be compiled."""
-    made_from, decoder = DECODERS.get(model, (None, None))
-    if made_from != (compiled, state_of(model)):
-        decoder = with_linear(model, PackedLinear if can_pack(model.embed.weight) else linear)
-        DECODERS[model] = (compiled, state_of(model)), decoder  # joining moves weights
-    return decoder
+def for_decoding(model):
+    """The model as the decoder runs it, made again only when the model has changed."""
+    state = state_of(model)
+    if DECODERS.get(model, [None])[0] != state:
+        DECODERS.pop(model, None)  # first: there may be no room for two
+        kind = PackedLinear if can_pack(model.embed.weight) else linear
+        DECODERS[model] = state, with_linear(model, kind)
+    return DECODERS[model][1]
 
 
 def can_pack(weight):

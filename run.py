@@ -4,6 +4,7 @@ How its parts follow each other is main() of a method. A batch is a dict that ha
 token ids) and `xt` (B, L), whatever else it holds.
 """
 import fcntl
+import gc
 import json
 import math
 import os
@@ -161,7 +162,7 @@ def unsharded(model, keep=True):
 
 def compile_blocks(model):
     """For training: once for batches and lengths of any size, again for what is another computation."""
-    torch._dynamo.config.recompile_limit = 64  # beyond it blocks would run uncompiled
+    torch._dynamo.config.recompile_limit = 1000  # the decoder's count too; beyond it they run uncompiled
     for block in model.blocks:
         block.compile(dynamic=True)
 
@@ -280,6 +281,7 @@ class Run:
     def load(self, to_train=False):
         """The model that the run starts from. to_train: on the CPU where it will be sharded, see shard()."""
         device = "cpu" if to_train and self.shards else self.device
+        gc.collect()  # of a model that has decoded: its compiled blocks are cycles
         return nt_model.load(self.cfg.model, device, self.dtype, self.cfg.revision)
 
     def for_training(self, model, frozen=False):

@@ -38,7 +38,7 @@ import cli
 import data
 import lora
 from cli import UserError, option, run_cli
-from layers import for_decoding
+from layers import for_decoding, linear, with_linear
 from model import (KVCache, ModelOptions, attention_mask, config_of, decoding_defaults, default_device,
                    first_position, in_first_block, load, n_content, rope_angles)
 
@@ -575,9 +575,10 @@ class Batch:
         self.prompts = [p.cpu() for p in prompts]
         self.streams = streams or range(len(prompts))
         self.dev = model.embed.weight.device
+        cli.check_numbers(dict(sync_every=sync_every))
         self.sync_every = sync_every or (4 if self.dev.type == "cuda" else 1)
         self.compiled = self.dev.type == "cuda" if compiled is None else compiled
-        self.model, self.s = in_blocks(for_decoding(model, self.compiled), s.block_len), s
+        self.model, self.s = in_blocks(for_decoding(model), s.block_len), s
         n_rows, T = len(prompts), max(map(len, prompts)) + reach(s, model.cfg) + s.gen_len + 1
         if self.compiled:  # prompts in any number and of many lengths, few shapes
             n_rows = 1 << (n_rows - 1).bit_length()  # the next power of two
@@ -602,6 +603,7 @@ class Batch:
             torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
         if self.capture:  # its parts, in seconds instead of minutes; a CUDA graph holds the whole step
             end = torch.compile(conclude, **COMPILE)
+            self.model = with_linear(self.model, linear)  # a copy: others may decode eagerly
             for block in self.model.blocks:
                 block.compile(**COMPILE)
         elif self.compiled:

@@ -254,5 +254,7 @@ def test_bench_prints_what_was_measured_and_json(tmp_path):
     assert ok.returncode == 0 and facts["nfe"] == 32 and facts["forwards"] == 16 and facts["looks"] == 1
     assert facts["tok_per_s"] > 0 and facts["time_of_uncached"] > 0 and "aten::" in ok.stdout
     assert 1 <= facts["flop_of_fast_dllm"] < 1.5 < facts["flop_of_uncached"]  # never more than the others
-    bad = command(tmp_path, "tools/bench.py", "llada-9b")
-    assert bad.returncode == 2 and "llada-8b" in bad.stderr
+    bad = command(tmp_path, "tools/bench.py", "--model", "llada-9b")
+    assert bad.returncode == 2 and "llada-9b" in bad.stderr
+    bad = command(tmp_path, "tools/bench.py", "--policy", "threshold")
+    assert bad.returncode == 2 and "--per_step" in bad.stderr

@@ -1,8 +1,8 @@
 """What decoding costs, measured in turns with what a user would take instead, on the same weights.
 
     python tools/bench.py --batch_size 1                             # the embedded model
-    python tools/bench.py llada-8b --batch_size 32                   # random weights of a real shape
-    python tools/bench.py llada-60m --batch_size 1 --compiled --profile   # where the time goes
+    python tools/bench.py --model llada-8b --batch_size 32           # random weights of a real shape
+    python tools/bench.py --model llada-60m --batch_size 1 --compiled --profile   # where the time goes
 
 `uncached` is the reference decoder, `fast_dllm` a plain loop with Fast-dLLM's dual cache: both eager, one
 prompt, the layers as they are. All reveal --per_step tokens per forward and stop at no EOS: as many forwards.
@@ -23,7 +23,7 @@ import compare  # noqa: F401, first: it puts the folder above on the path
 import cli
 import eval as nt_eval
 import sample
-from cli import UserError, option, run_cli
+from cli import UserError, run_cli
 from model import Config, KVCache, Transformer, decoding_defaults, default_device
 
 _LLADA = dict(rope_theta=5e5, norm_eps=1e-5, rope_fp32=True)
@@ -123,8 +123,7 @@ def measure(model, prompts, args, s):
     flop_of_ours = flop_of(lambda: decode(False))
     facts = dict(
         **nt_eval.provenance(),
-        dtype=nt_eval.dtype_name(model),
-        model=args.shape or args.model,
+        model=args.model,
         batch=n, prompt_len=args.prompt_len,
         **vars(s),
         compiled=batch.compiled,
@@ -150,7 +149,7 @@ def measure(model, prompts, args, s):
 
 @dataclass
 class Options(nt_eval.AdaptedModel):
-    shape: str = option("", positional=True)  # llada-8b, dream-7b, sdar-4b, llada-60m [--model instead]
+    model: str = "tiny"  # preset, hub id, directory; random: llada-8b, dream-7b, sdar-4b, llada-60m
     batch_size: int = 32  # prompts decoded at once
     prompt_len: int = 128  # of random prompts
     compiled: bool | None = None  # torch.compile [on a GPU]
@@ -159,16 +158,17 @@ class Options(nt_eval.AdaptedModel):
 
 def main():
     args, given = cli.parse(__doc__, Options, sample.Decoding)
-    if args.shape and args.shape not in SHAPES:
-        raise UserError(f"no shape {args.shape}: choose one of {', '.join(SHAPES)}, or give --model instead")
-    if args.shape:
-        model = random_weights(SHAPES[args.shape], *default_device())
+    if args.model in SHAPES and not (args.revision or args.adapter):
+        model = random_weights(SHAPES[args.model], *default_device())
     else:
         model, _ = nt_eval.load_both(args)
     torch.manual_seed(0)
     prompts = torch.randint(model.cfg.vocab_size, (args.batch_size, args.prompt_len))
     settings = decoding_defaults(model.cfg) | dict(policy="static", early_stop=False) | given
-    facts, forward = measure(model, list(prompts), args, sample.Decoding(**settings))
+    s = sample.Decoding(**settings)
+    if s.policy != "static" or s.steps or s.early_stop:
+        raise UserError("--policy, --steps, --early_stop: all decoders here reveal --per_step per forward")
+    facts, forward = measure(model, list(prompts), args, s)
     for key, value in facts.items():
         shown = f"{value:.4g}" if isinstance(value, float) else value
         print(f"{key:>26}  {shown}")
