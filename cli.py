@@ -35,7 +35,7 @@ def run_cli(main):
     if "RANK" not in os.environ:  # a rank may be waiting for another, and then only the signal itself ends it
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     if hasattr(sys.stdout, "reconfigure"):  # a log then has the lines of both streams as they came
-        sys.stdout.reconfigure(line_buffering=True)
+        sys.stdout.reconfigure(line_buffering=True, errors="replace")  # half a character can be printed
     try:
         code = main()
     except (UserError, OSError, SafetensorError) as e:  # the last two: a disk that is full, say
@@ -105,13 +105,6 @@ def option(default=dataclasses.MISSING, **about):
     return dataclasses.field(default=None if about["required"] else default, metadata=about)
 
 
-def shown(value):
-    """A default as --help prints it: nothing for a value that says nothing."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "" if value is None else str(value)
-
-
 def add_options(parser, cls, presets={}):
     """The fields of a dataclass as options. presets: {family: {field: value}}, shown by --help."""
     hints, comments = get_type_hints(cls), {}
@@ -123,8 +116,9 @@ def add_options(parser, cls, presets={}):
             kind = get_args(kind)[0]
         names = ["--" + field.name] + ["-n", "--n_problems"] * (field.name == "n")  # --n is torchrun's, too
         text, name = comments.get(field.name, ""), field.name
-        differ = [f"{family} {shown(own[name])}" for family, own in presets.items() if name in own]
-        values = "; ".join(filter(None, [shown(field.default), ", ".join(differ)]))
+        shown = {False: "no", True: "yes"} if kind is bool else {None: ""}  # a default as --help prints it
+        differ = [f"{of} {shown.get(own[name], own[name])}" for of, own in presets.items() if name in own]
+        values = "; ".join(filter(None, [str(shown.get(field.default, field.default)), ", ".join(differ)]))
         text += f" [{values}]" if values and not text.endswith("]") else ""
         settings = dict(default=argparse.SUPPRESS, help=text.replace("%", "%%"))  # absent unless given
         if about.get("positional"):
@@ -192,7 +186,7 @@ def read_text(path, errors="strict"):
     """The text of a file, unpacked where its name ends in .gz."""
     try:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as f:
-            return f.read().decode("utf-8", errors).replace("\r\n", "\n")
+            return f.read().decode("utf-8", errors).removeprefix("\ufeff").replace("\r\n", "\n")
     except FileNotFoundError:
         raise UserError(f"no file {path}") from None
     except UnicodeDecodeError:

@@ -7,11 +7,8 @@
 Wherever a script takes data: tiny; a NAME of the list; NAME=FILE, a local copy of that set (.jsonl, .json,
 .parquet, also .gz; a quoted pattern for several files); your own FILE with the fields prompt, solution and
 answer or tests; FILE:prompt=question,answer=target, the same with other field names; several joined by +.
-
-The tiny task is the shell game: a ball under a cup, nine swaps, where does it go? Each step of the solution
-needs the one before it and is phrased in one of three ways at random. Tokens revealed together are chosen
-without knowing each other: a step may mix two phrasings, or name a cup that nothing has established yet.
 """
+import glob
 import os
 import re
 import sys
@@ -40,7 +37,8 @@ TINY_TRAINING = dict(  # what the methods that collect train the tiny model with
     gen_len=TINY_LEN, block_len=TINY_BLOCK, lora_r=32, lora_alpha=32, lr=1e-3, lr_schedule="tail",
     warmup_steps=10, batch_size=64, micro_batch=64, max_steps=150, save_every=50, eval_problems=128)
 CUPS = "red blue green gold pink gray".split()
-PHRASES = ["now under {r} .", "then in {r} .", "ball at {r} ."]  # four tokens, like a swap in the prompt
+# four tokens, like a swap in the prompt; one is drawn: tokens that are revealed together may mix two of them
+PHRASES = ["now under {r} .", "then in {r} .", "ball at {r} ."]
 STEP, RESULT = 4, 2  # tokens of a step, and where in it the result stands
 N_SWAPS = 9
 MOVE_SHARE = 0.65  # share of the swaps that move the ball
@@ -149,7 +147,8 @@ def load_problems(source, split="train", n=None):
     if source == "tiny":
         return tiny_problems(split, 1000 if n is None else n)
     name, local, path = source.partition("=")
-    if "+" in source and not os.path.exists(path or source):
+    place = path if name in RECIPES else re.sub(r":\w+=[^/]*$", "", source)  # a + may be in a path
+    if "+" in source and not glob.glob(place):
         problems = [p for part in source.split("+") for p in load_problems(part, split, n)]
     elif name in RECIPES:
         return recipe_problems(name, split, n, path if local else None)
@@ -187,8 +186,13 @@ def own_problems(source):
         for key in TEXTS:
             if not isinstance(p.get(key, ""), str):
                 raise UserError(f"{where}: {key} must be text, it is {str(p[key])[:40]!r}")
-        if not all(isinstance(t, str) for t in listed(p.get("tests"))):
-            raise UserError(f"{where}: tests must be text or a list of texts")
+        if not all(isinstance(t, str) for t in listed(p.get("tests")) + listed(p.get("setup"))):
+            raise UserError(f"{where}: tests and setup must be text or lists of texts")
+        kind = type(p.get("answer", ""))
+        if kind not in (str, int, float):
+            raise UserError(f"{where}: answer must be text or a number, it is {str(p['answer'])[:40]!r}")
+        if kind is float:  # with all of its digits: str() may write an exponent
+            p["answer"] = np.format_float_positional(p["answer"], trim="-")
         if not p.get("prompt", "").strip():
             raise UserError(f"{where} has no field 'prompt' or it is empty")
         problems.append({**p, "id": str(p["id"])})
@@ -230,6 +234,11 @@ class Tokenizer:
         return self.encode(text.strip() if self.chat.trims else text) + [self.chat.end_id]
 
 
+def whole(text):
+    """A text in which half a character, which JSON can hold, is U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 class OwnChat:
     """A checkpoint's own chat template, run in Jinja's sandbox. hf: its tokeniser; encode: of a text."""
     def __init__(self, name, hf, encode, thinks, eos_id):
@@ -248,23 +257,23 @@ class OwnChat:
         said = [dict(role=role, content=text) for role, text in turns]
         settings = dict(tokenize=False, enable_thinking=self.thinks) | settings
         try:
-            return self.hf.apply_chat_template(said, **settings)
+            return whole(self.hf.apply_chat_template(said, **settings))
         except Exception as e:  # whatever a template raises
             raise UserError(f"{self.name}: its chat_template fails ({e}): repair or remove it") from None
 
     @property
     def system(self):
         """The system text that the template adds by itself."""
+        before, _, behind = self.render([("system", "(here)"), ("user", "a")]).partition("(here)")
         own = self.render([("user", "a")])
-        marked = self.render([("system", "(here)"), ("user", "a")])
-        before, _, behind = marked.partition("(here)")
         fits = own.startswith(before) and own.endswith(behind)
         return own[len(before):len(own) - len(behind)] if fits else ""
 
     def prompt_ids(self, turns):
         """Turns, the answer open -> list of ids; a text writes no special token."""
         if not self.hf.chat_template:  # a base model: the texts, on lines of their own
-            return self.hf.encode("".join(text + "\n" for _, text in turns), split_special_tokens=True)
+            text = "".join(text + "\n" for _, text in turns)
+            return self.hf.encode(whole(text), split_special_tokens=True)
         hidden = [(role, self.added.sub(MARK, text)) for role, text in turns]
         first, *rest = self.render(hidden, add_generation_prompt=True).split(MARK)
         ids = self.hf.encode(first, add_special_tokens=False)
@@ -327,7 +336,7 @@ def bpe_tokens(folder, cfg):
                         f"a byte-level BPE ({e})") from None
 
     def encode(text):
-        return bare.encode(text, add_special_tokens=False).ids
+        return bare.encode(whole(text), add_special_tokens=False).ids
     chat = OwnChat(folder, hf, encode, FAMILIES[cfg.family].thinks, cfg.eos_ids[0])
     if chat.end_id not in cfg.eos_ids:
         raise UserError(f"{folder}: its chat_template ends an answer with the id {chat.end_id}, which is no "
@@ -432,14 +441,12 @@ def check_record(r, where):
 
 def list_sets():
     """the data sets by name"""
-    cells = [("name", "problems", "grader", "licence", "on the hub", "note"),
-             ("tiny", "any number", "final", "Apache-2.0", "-", "the shell game, built in")]
+    line = "{:<10}  {:<15}  {:<6}  {:<12}  {:<32}  {}"
+    print("name        problems         grader  licence       on the hub                        note\n"
+          "tiny        any number       final   Apache-2.0    -                                 shell game")
     for name, r in RECIPES.items():
         read = f"; streamed, {r.n:,} unless told otherwise" if r.n else ""
-        cells.append((name, r.size, r.grader, r.licence, r.hub, r.note + read))
-    line = "  ".join(f"{{:{max(map(len, column))}}}" for column in zip(*cells))
-    for row in cells:
-        print(line.format(*row).rstrip())
+        print(line.format(name, r.size, r.grader, r.licence, r.hub, r.note + read).rstrip())
     print("\nproblems: train / dev / test; without a dev split, one in 50 of train is dev. "
           "licence: as the hub's page says, ? where it says nothing.")
 

@@ -6,19 +6,8 @@
     torchrun --nproc_per_node=8 eval.py curve ...                      # problems are split over the ranks
     python eval.py nll --n 40                                          # TRIMS Fig. 7
     python eval.py tds --trajectories out/tabom-tiny/trajectories      # TABOM Fig. 2
-    python eval.py log out/tad-tiny                                    # loss and speed of training
 
-Tables of runs: tools/compare.py; tasks of lm_eval: tools/harness.py. Definitions, used everywhere:
-    acc     share of problems whose final answer is right, percent; +- is the binomial standard error
-    nfe     forwards of the model spent on a sample while it was unfinished, cache refreshes included
-    tokens  response ids before the first EOS; TPF: their sum / sum of nfe over the problems
-    tok/s   tokens / wall time of decoding; s/sample: that time / problems; ms/forward: that time / forwards
-            of the batch. The speeds depend on what is printed beside them
-    AUP     (d3LLM; TAD Eq. 26) points (rho_i = TPF, y_i = acc) sorted by rho, those with y < y_1 - 5 dropped:
-            rho_1 y_1 + sum_i (rho_i - rho_{i-1}) (y_i W(y_i) + y_{i-1} W(y_{i-1})) / 2,
-            W(y) = min(exp(-3 (1 - y / y_max)), 1), y_max the best accuracy of any compared model
-    TDS     (TABOM Eq. 10, 11) at each forward of a trajectory, the variance of the predictive entropies of
-            what is still masked, in nats^2; its mean over trajectories and forwards
+docs/evaluation.md defines all measures. Tables of runs: tools/compare.py; tasks of lm_eval: tools/harness.py.
 """
 import hashlib
 import json
@@ -78,7 +67,6 @@ PROTOCOLS = {
     "tiny-static": dict(
         TINY, rules=tokens_per_forward(1, 2, 4, 8) + tokens_per_forward(48, block_len=48)),  # all at once
     "thresholds": dict(FAST_DLLM, thresholds=(0.9, 0.95, 0.8, 0.7)),  # no paper's, for any model
-    **{f"thresholds/{family}": dict(cache="exact") for family in ("sdar", "diffcoder", "a2d-bd3lm")},
     # TAD, section 4.1 and Table 8: entropy 0.5. Its curves are that point and ANCHOR; the others are ours.
     # Not published: the cache (its H200 figures: none), and whether it stops at EOS (its code does not)
     "tad": dict(MULTIBLOCK, thresholds=(0.5, 0.4, 0.3, 0.2, 0.1)),
@@ -115,19 +103,16 @@ PROTOCOLS = {
     "t3d/sdar/mbpp": dict(prompt=recipes.T3D_CODE.replace("question", "prompt")),  # which has the tests
 }
 # a method has one colour in every picture; of the names in a label the longest counts, "" is in all
-METHODS = ("TAD", "T3D", "TABOM", "TRIMS", "SFT", "SFT-SD", "SFT-SD privileged", "Naive TD", "dInfer", "")
+METHODS = "TAD|T3D|TABOM|TRIMS|SFT|SFT-SD|SFT-SD privileged|Naive TD|dInfer|".split("|")
 COLORS = {"base": "black"} | {name: f"C{i}" for i, name in enumerate(METHODS)}
 HOW = ("compiled", "sync_every")  # of the decoder: how it computes, not what
 
 
-def protocol_of(name, family, task="", points=None, thresholds=None, blocks=0, **own):
-    """PROTOCOLS[name] for a family and a task, under `own` settings; `rules`: its points, or `thresholds`.
-    blocks: the length of a block-causal model's own, which only a rule may change.
-    """
+def protocol_of(name, family, task="", points=None, thresholds=None, **own):
+    """PROTOCOLS[name] for a family and a task, under `own` settings; `rules`: its points, or `thresholds`."""
     chosen = {}
     for part in (name, f"{name}/{family}", f"{name}/{family}/{known_task(task)}"):
         chosen |= PROTOCOLS.get(part, {})
-    chosen |= dict(block_len=blocks) if blocks else {}
     rules = chosen.pop("rules", []) + [dict(threshold=value) for value in chosen.pop("thresholds", ())]
     if not rules:
         others = sorted({key.split("/")[1] for key in PROTOCOLS if key.startswith(f"{name}/")})
@@ -372,7 +357,7 @@ def dtype_name(model):
 def made_of(args, model):
     """The facts about a model that decide what it answers. Files of a hub id are what its revision says."""
     weights = nt_model.checkpoint_dir(args.model, args.revision).glob("*.safetensors")
-    code = ("model", "sample", "layers", "lora", "data", "recipes", "grade", "runner")
+    code = "model sample layers lora data recipes grade runner".split()
     return dict(
         model=str(args.model),
         revision=model.revision,
@@ -424,7 +409,7 @@ def show(curves, y_max, out):
 
 
 def draw(panels, x, y, path):
-    """panels: {title: {label: [(x, y) or (x, y, error)]}}, side by side -> a PNG. No y: one per panel."""
+    """panels: {title: {label: [(x, y) or (x, y, error)]}}, side by side -> a PNG."""
     try:
         from matplotlib import pyplot as plt  # slow to import
     except ImportError:
@@ -432,7 +417,7 @@ def draw(panels, x, y, path):
         return
     plt.switch_backend("Agg")  # no window
     fig, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels) + 1.8, 4.2), dpi=140,
-                             sharey=bool(y), squeeze=False, layout="constrained")
+                             sharey=True, squeeze=False, layout="constrained")
     for ax, (title, lines) in zip(axes[0], panels.items()):
         used = Counter()
         for label, points in lines.items():
@@ -440,7 +425,7 @@ def draw(panels, x, y, path):
             dashes = ("-", "--", ":", "-.")[used[color] % 4]
             used[color] += 1
             xs, ys, *errors = zip(*points)
-            style = dict(marker="o", markersize=4 if errors else 2, capsize=2, linewidth=1.5)
+            style = dict(marker="o", markersize=4 if errors else 2, capsize=2)
             ax.errorbar(xs, ys, *errors, label=label, color=color, linestyle=dashes, **style)
         ax.set(xlabel=x, title=title, ylim=(0, None))
         ax.grid(alpha=0.3)
@@ -585,12 +570,6 @@ class NllOptions(ProblemOptions):
 
 
 @dataclass
-class LogOptions:
-    """loss and speed of training runs, drawn from their log.jsonl"""
-    runs: list[str] = option(positional=True)  # their folders; the first gets log.png
-
-
-@dataclass
 class TdsOptions(AdaptedModel):
     """how much the entropies of masked tokens differ (TABOM Eq. 10, 11)"""
     trajectories: str = option()  # folder that rollout or a method collected
@@ -604,13 +583,14 @@ def problems_of(args):
 
 def settle(args, tasks, given):
     """The protocol of curve or lm_eval; given: options of Decoding. Fills in args.protocol and args.label."""
-    cfg = nt_model.config_of(args.model, args.revision)
-    family = cfg.family
+    family = nt_model.family_of(args.model, args.revision)
     args.protocol = args.protocol or nt_model.FAMILIES[family].task or "thresholds"
     trained = Path(args.adapter or args.model).resolve()  # out/RUN/adapter or out/RUN/model
     args.label = args.label or (trained.parent.name if trained.is_dir() else "base")
-    protocol, *others = (protocol_of(args.protocol, family, task, args.points, args.thresholds, cfg.block_len,
-                                     **given) for task in tasks)
+    if args.protocol == "thresholds":  # a block-causal model decodes in blocks of its own
+        given = nt_model.decoding_defaults(nt_model.config_of(args.model, args.revision)) | given
+    protocol, *others = (protocol_of(args.protocol, family, task, args.points, args.thresholds, **given)
+                         for task in tasks)
     if any(other != protocol for other in others):
         raise UserError(f"protocol {args.protocol} differs between these tasks: run them one at a time")
     return protocol
@@ -669,23 +649,10 @@ def tds_command(args):
     report_by_step(label, mean_tds(model, records, label), "TDS", "nats^2", Path(args.out) / "tds.png")
 
 
-def log_command(args):
-    panels, path = {"loss": {}, "tok_per_s": {}}, Path(args.runs[0]) / "log.png"
-    for run in args.runs:
-        rows = read_jsonl(Path(run) / "log.jsonl", ours=True)
-        if not rows:
-            raise UserError(f"{run}/log.jsonl is empty: its first line comes after --log_every steps")
-        for key, lines in panels.items():
-            lines[run] = [(row["step"], row[key]) for row in rows]
-    draw(panels, "step", "", path)
-    print(f"written: {path}")
-
-
 COMMANDS = {
     "curve": (curve_command, CurveOptions, sample.Decoding),
     "nll": (nll_command, NllOptions, sample.Decoding),
     "tds": (tds_command, TdsOptions),
-    "log": (log_command, LogOptions),
 }
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 problem["grader"] names it; without one it is "code" where the problem has `tests`, else "final":
 
-    final    what follows the last '####', else the last \\boxed{}, else the last number: same text or number
+    final    the line behind the last '####', or the last \\boxed{}, or the last number: same text or number
     number   the last number of the response is the last number of the answer (GSM8K's flexible-extract)
     math     math-verify compares the whole response with the answer (LaTeX or plain text)
     code     the program in the response passes the tests (runner.py); needs --allow_code_execution
@@ -15,6 +15,7 @@ import re
 import threading
 from concurrent import futures
 from decimal import Decimal
+from textwrap import dedent
 
 from cli import UserError, package, progress_bar
 from runner import run_program
@@ -22,9 +23,12 @@ from runner import run_program
 MATH = ("math_verify", "grader math needs math-verify: pip install math-verify")
 MANY = 100  # formulas from which on processes are worth their start
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-NUMBER = re.compile(r"(?<![\w.)])-?(?:\$\s?)?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?"
-                    r"|(?<![\w.)])-?\$?\.[0-9]+|[0-9]+(?:\.[0-9]+)?")
-FENCE = re.compile(r"```[ \t]*(\w*)[^\n]*\n(.*?)(?:```|\Z)", re.S)  # a last block may be cut off
+NUMBER = re.compile(r"(?<!\^{)(?:(?<![\w.)^])-?(?:\$\s?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
+                    r"|(?<![\w.)])-?\$?\.\d+|(?<![\d^])\d+(?:\.\d+)?)")  # no exponent
+UNIT = r"\\?%|(?:\s|\\[,;: ])*\\(?:text|mathrm){[^{}0-9]*}|\s[^0-9=+*^\\-]*"
+THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|,?\\[,!]|[\u00a0\u2009\u202f])(?=[0-9]{3}(?![0-9]))")
+FENCE = re.compile(r"((?:^[ \t]*)?)(`{3,}|~{3,})[ \t]*(\w*)[^\n]*\n(.*?)"  # a docstring may hold one
+                   r"(?:^\1\2|(?<=\S)\2|\Z)", re.M | re.S)  # a last block may be cut off
 PROGRAMS = futures.ThreadPoolExecutor(CORES)  # its threads start with the first program
 
 
@@ -83,9 +87,14 @@ def grade_all(problems, texts, allow_code=False, progress=False):
             pool.shutdown(cancel_futures=True)  # ctrl-c does not wait for what has not begun
 
 
+def typed(text):
+    """A minus and thousands as a keyboard has them, however they are set."""
+    return THOUSANDS.sub(",", text.replace("\N{MINUS SIGN}", "-"))
+
+
 def last_number(text):
     """-> Decimal or None. '$1,234.50' is one number; a minus after a digit, a letter or a bracket is none."""
-    found = NUMBER.findall(re.sub(r"\{,\}|,\\!", ",", text.replace("\N{MINUS SIGN}", "-")))
+    found = NUMBER.findall(typed(text))
     return Decimal(re.sub(r"[$,\s]", "", found[-1])) if found else None
 
 
@@ -105,20 +114,27 @@ def boxed(text):
 def final_answer(text):
     """What grader final compares, without spaces around it or a trailing period; '' if there is nothing."""
     head, mark, tail = text.rpartition("####")
-    found = tail if mark else boxed(text)
+    found = boxed(tail) or tail.strip().partition("\n")[0] if mark else boxed(text)
     if found is None:
         number = last_number(text)
         found = "" if number is None else f"{number:f}"
     return found.strip().rstrip(".").strip()
 
 
+def amount(text):
+    """'$1,234.50' or '15\\text{ km}' -> number, letters of its unit; other text: NaN, equal to nothing."""
+    plain = typed(text).replace("\\$", "$").strip("*_ ")
+    found = re.fullmatch(rf"\$?({NUMBER.pattern})({UNIT})?\$?", plain)
+    unit = found and re.sub(r"\\text|\\mathrm|[^a-z]", "", (found[2] or "").lower())
+    return (last_number(found[1]), unit) if found else (Decimal("NaN"), "")
+
+
 def final_correct(problem, text):
-    """Same text, or both are a number and nothing else ('1,234.50' and '$1234.5')."""
+    """Same text, or the same number ('1,234.50' and '$1234.5 in all'), and not of two units."""
     given, wanted = final_answer(text), str(problem["answer"])
     wanted = final_answer(wanted) if "####" in wanted else wanted.strip()
-    plain = [re.sub(r"\\?%$", "", x).replace("\\$", "$").strip() for x in (given, wanted)]
-    same_number = all(map(NUMBER.fullmatch, plain)) and last_number(plain[0]) == last_number(plain[1])
-    return given != "" and (given == wanted or same_number)
+    (a, unit), (b, other) = amount(given), amount(wanted)
+    return given != "" and (given == wanted or a == b and (not unit or not other or unit == other))
 
 
 def math_correct(problem, text):
@@ -160,14 +176,16 @@ def joined(source):
 def programs(problem, text):
     """The programs a reply may mean, best first: the last fenced block that defines what the tests ask for,
     the longest, the bare text; each first behind the prompt's head (HumanEval): it may be the body alone."""
-    blocks = [code for tag, code in FENCE.findall(text) if tag.lower() in ("", "py", "python", "python3")]
+    text = re.sub(r"^\[/?(?:BEGIN|DONE|PYTHON)\]", "", text, flags=re.M)
+    blocks = [dedent(code) for *_, tag, code in FENCE.findall(text)
+              if tag.lower() in ("", "py", "python", "python3")]
     entry, prompt = problem.get("entry_point"), problem.get("prompt", "")
     tests = joined(problem["tests"])
     called = set(re.findall(r"\b([A-Za-z_]\w*)\(", tests)) - set(re.findall(r"\bdef +(\w+)", tests))
     name = "|".join(map(re.escape, [entry] if entry else called)) or "(?!)"  # (?!) matches nothing
     defines = re.compile(rf"^(?:(?:async )?def|class) +(?:{name})\b|^(?:{name}) *=", re.M).search
     wanted = [code for code in reversed(blocks) if defines(code)]  # not parsed: it is generated code
-    heads = [code for _, code in FENCE.findall(prompt)] + [prompt]
+    heads = [dedent(code) for *_, code in FENCE.findall(prompt)] + [prompt]
     head = next((code for code in heads if entry and defines(code)), None)
     before = [f"{head}\n", f"{head}\n    ", ""] if head else [""]  # the first line's indentation may be lost
     blocks.sort(key=len, reverse=True)  # those of `wanted` come twice: what did not compile will not

@@ -23,7 +23,7 @@ import model as nt_model
 from cli import UserError, check_sums, option, run_cli, run_command, whole_folder
 from model import FAMILIES, official_name
 
-ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ALL = tuple("q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split())
 HARMLESS = (  # of PEFT's settings: beside the tensors they change nothing
     "r lora_alpha lora_dropout target_modules exclude_modules layers_to_transform task_type auto_mapping "
     "peft_version base_model_name_or_path revision inference_mode fan_in_fan_out megatron_core loftq_config "

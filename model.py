@@ -66,93 +66,81 @@ class Family:
     keys: dict = field(default_factory=lambda: HF_KEYS)  # field of Config -> key of config.json
     optional: dict = field(default_factory=lambda: HF_OPTIONAL)  # the same; may be absent or null
     refused: dict = field(default_factory=dict)  # see REFUSED
-    kind: str = ""  # what the folder's name or the architecture must say, where model_type does not tell
+    kinds: dict = field(default_factory=lambda: {"": {}})  # what name or architectures must say -> the same
     thinks: bool = True  # what its chat template is told
     extra_eos: tuple = ()  # ids that end a response beside those of config.json
     decoding: dict = field(default_factory=dict)  # fields of sample.Decoding, unless told otherwise
     task: str = ""        # the built-in task that it was trained on: what a training run measures at its end
 
+def pairs(text):
+    """'a=b c=d' -> {'a': 'b', 'c': 'd'}"""
+    return dict(pair.split("=") for pair in text.split())
 
-HF_KEYS = dict(
-    vocab_size="vocab_size", n_layer="num_hidden_layers", n_head="num_attention_heads",
-    d_model="hidden_size", d_mlp="intermediate_size", max_len="max_position_embeddings",
-    norm_eps="rms_norm_eps", mask_id="mask_token_id", eos_ids="eos_token_id")
-HF_OPTIONAL = dict(
-    n_kv_head="num_key_value_heads", head_dim="head_dim", tied="tie_word_embeddings", pad_id="pad_token_id")
-HF_NAMES = dict(
-    embed="model.embed_tokens", norm="model.norm", head="lm_head", block="model.layers",
-    attn_norm="input_layernorm", mlp_norm="post_attention_layernorm",
-    q_proj="self_attn.q_proj", k_proj="self_attn.k_proj", v_proj="self_attn.v_proj",
-    o_proj="self_attn.o_proj", q_norm="self_attn.q_norm", k_norm="self_attn.k_norm",
-    gate_proj="mlp.gate_proj", up_proj="mlp.up_proj", down_proj="mlp.down_proj")
 
-A2D = {"a2d-qwen3": dict(qk_norm=True), "a2d-qwen2": dict(qkv_bias=True)}  # dllm's: what they were before
+HF_KEYS = pairs("""
+    vocab_size=vocab_size n_layer=num_hidden_layers n_head=num_attention_heads d_model=hidden_size
+    d_mlp=intermediate_size max_len=max_position_embeddings norm_eps=rms_norm_eps mask_id=mask_token_id
+    eos_ids=eos_token_id""")
+HF_OPTIONAL = pairs("n_kv_head=num_key_value_heads head_dim=head_dim tied=tie_word_embeddings "
+                    "pad_id=pad_token_id block_len=block_size")
+HF_NAMES = pairs("""
+    embed=model.embed_tokens norm=model.norm head=lm_head block=model.layers attn_norm=input_layernorm
+    mlp_norm=post_attention_layernorm q_proj=self_attn.q_proj k_proj=self_attn.k_proj v_proj=self_attn.v_proj
+    o_proj=self_attn.o_proj q_norm=self_attn.q_norm k_norm=self_attn.k_norm gate_proj=mlp.gate_proj
+    up_proj=mlp.up_proj down_proj=mlp.down_proj""")
+
 FAMILIES = {
     "tiny": Family(
-        presets={"tiny": str(HERE / "weights" / "tiny"), "tiny-ar": str(HERE / "weights" / "tiny-ar")},
+        presets={name: str(HERE / "weights" / name) for name in ("tiny", "tiny-ar")},
         networks=dict(tiny={}),
-        optional=dict(qkv_bias="qkv_bias", qk_norm="qk_norm", shift="shift", block_len="block_size",
-                      whole_blocks="whole_blocks", **HF_OPTIONAL),  # every fact, so that tests can mix them
+        optional=HF_OPTIONAL | {fact: fact for fact in "qkv_bias qk_norm shift whole_blocks".split()},
         decoding=dict(gen_len=48, block_len=16, cache="none"),  # stale caches cost accuracy here
         task="tiny"),
     "llada": Family(
-        presets={"llada": "GSAI-ML/LLaDA-8B-Instruct", "llada-1.5": "GSAI-ML/LLaDA-1.5"},
+        presets=pairs("llada=GSAI-ML/LLaDA-8B-Instruct llada-1.5=GSAI-ML/LLaDA-1.5"),
         networks=dict(llada=dict(rope_fp32=True)),
-        names=dict(
-            embed="model.transformer.wte", norm="model.transformer.ln_f", head="model.transformer.ff_out",
-            block="model.transformer.blocks", attn_norm="attn_norm", mlp_norm="ff_norm",
-            q_proj="q_proj", k_proj="k_proj", v_proj="v_proj", o_proj="attn_out",
-            gate_proj="ff_proj", up_proj="up_proj", down_proj="ff_out"),
-        keys={**HF_KEYS, **dict(
-            n_layer="n_layers", n_head="n_heads", d_model="d_model", d_mlp="mlp_hidden_size",
-            max_len="max_sequence_length", tied="weight_tying")},
-        optional=dict(vocab_size="embedding_size", n_kv_head="n_kv_heads", pad_id="pad_token_id"),
+        names=pairs("""
+            embed=model.transformer.wte norm=model.transformer.ln_f head=model.transformer.ff_out
+            block=model.transformer.blocks attn_norm=attn_norm mlp_norm=ff_norm q_proj=q_proj k_proj=k_proj
+            v_proj=v_proj o_proj=attn_out gate_proj=ff_proj up_proj=up_proj down_proj=ff_out"""),
+        keys=HF_KEYS | pairs("n_layer=n_layers n_head=n_heads d_model=d_model d_mlp=mlp_hidden_size "
+                             "max_len=max_sequence_length tied=weight_tying"),
+        optional=pairs("vocab_size=embedding_size n_kv_head=n_kv_heads pad_id=pad_token_id"),
         extra_eos=(126348,)),  # <|eot_id|>
     "illada": Family(
         presets={"illada": "GSAI-ML/iLLaDA-8B-Instruct"},
         networks=dict(illada=dict(mask_id=5, pad_id=1))),
     "dream": Family(
-        presets={"dream": "Dream-org/Dream-v0-Instruct-7B", "diffucoder": "apple/DiffuCoder-7B-Instruct",
-                 "dream-coder": "Dream-org/Dream-Coder-v0-Instruct-7B"},
+        presets=pairs("dream=Dream-org/Dream-v0-Instruct-7B diffucoder=apple/DiffuCoder-7B-Instruct "
+                      "dream-coder=Dream-org/Dream-Coder-v0-Instruct-7B"),
         networks=dict(Dream=dict(qkv_bias=True, shift=True)),
         refused=dict(attention_bias=True, block_size=None),  # DreamReasoner is another network
         extra_eos=(151645,)),  # <|im_end|>
     "sdar": Family(
-        presets={**{f"sdar-{size.lower()}{block}": f"JetLM/SDAR-{size}-Chat{block}"
-                    for size in ("1.7B", "4B", "8B") for block in ("", "-b8", "-b16", "-b32", "-b64")},
-                 "trado-4b": "Gen-Verse/TraDo-4B-Instruct", "trado-8b": "Gen-Verse/TraDo-8B-Instruct"},
+        presets={f"sdar-{size.lower()}{block}": f"JetLM/SDAR-{size}-Chat{block}"
+                 for size in "1.7B 4B 8B".split() for block in ["", *"-b8 -b16 -b32 -b64".split()]}
+        | pairs("trado-4b=Gen-Verse/TraDo-4B-Instruct trado-8b=Gen-Verse/TraDo-8B-Instruct"),
         networks=dict(sdar=dict(qk_norm=True, block_len=4, mask_id=151669)),
-        optional=dict(block_len="block_size", **HF_OPTIONAL),
-        extra_eos=(151645,),
-        decoding=dict(cache="exact")),
+        extra_eos=(151645,)),
     "diffcoder": Family(
         presets={"diffcoder": "ByteDance-Seed/Stable-DiffCoder-8B-Instruct"},
         networks=dict(llama=dict(block_len=4, mask_id=5, pad_id=1)),
-        optional=dict(block_len="block_size", **HF_OPTIONAL),
-        kind="diffcoder",
-        decoding=dict(cache="exact")),
-    "a2d": Family(
-        presets={"a2d-0.6b": "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1",
-                 "a2d-0.5b": "dllm-hub/Qwen2.5-Coder-0.5B-Instruct-diffusion-mdlm-v0.1"},
-        networks=A2D,
-        kind="mdlm",
+        kinds=dict(diffcoder={})),
+    "a2d": Family(  # dllm's
+        presets={f"a2d-{size}{kind}": f"dllm-hub/{base}-diffusion-{kind.strip('-') or 'mdlm'}-v0.1"
+                 for size, base in (("0.6b", "Qwen3-0.6B"), ("0.5b", "Qwen2.5-Coder-0.5B-Instruct"))
+                 for kind in ("", "-bd3lm")},
+        networks={"a2d-qwen3": dict(qk_norm=True), "a2d-qwen2": dict(qkv_bias=True)},
+        kinds=dict(mdlm={}, bd3lm=dict(block_len=32, whole_blocks=True)),
         thinks=False),
-    "a2d-bd3lm": Family(
-        presets={"a2d-0.6b-bd3lm": "dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1",
-                 "a2d-0.5b-bd3lm": "dllm-hub/Qwen2.5-Coder-0.5B-Instruct-diffusion-bd3lm-v0.1"},
-        networks={name: dict(facts, block_len=32, whole_blocks=True) for name, facts in A2D.items()},
-        optional=dict(block_len="block_size", **HF_OPTIONAL),
-        kind="bd3lm",
-        thinks=False,
-        decoding=dict(cache="exact")),
 }
-REFUSED = dict(  # key of config.json -> the value that is built, in a list too; another is another network
-    hidden_act="silu", activation_type="silu", use_sliding_window=False, quantization_config=None,
-    alibi=False, rope=True, block_type="llama", layer_norm_type="rms", input_emb_norm=False,
-    attention_layer_norm=False, scale_logits=False, clip_qkv=None, include_bias=False, num_experts=None,
-    include_qkv_bias=False, bias_for_layer_norm=False, block_group_size=1, multi_query_attention=False,
-    attention_bias=False, mlp_bias=False, layer_norm_eps=None, layer_types="full_attention",
-    partial_rotary_factor=1, num_local_experts=None, final_logit_softcapping=None)
+REFUSED = {key: built for built, keys in [  # of config.json, and what is built: others are other networks
+    (None, "quantization_config num_experts num_local_experts clip_qkv layer_norm_eps logit_softcapping"),
+    (False, "use_sliding_window alibi scale_logits input_emb_norm attention_layer_norm bias_for_layer_norm "
+            "include_bias include_qkv_bias attention_bias mlp_bias multi_query_attention"),
+    (True, "rope"), (1, "block_group_size partial_rotary_factor"), ("silu", "hidden_act activation_type"),
+    ("llama", "block_type"), ("rms", "layer_norm_type"), ("full_attention", "layer_types"),
+] for key in keys.split()}
 
 
 def presets():
@@ -162,7 +150,7 @@ def presets():
 
 def decoding_defaults(cfg):
     """What a model decodes with unless told otherwise: fields of sample.Decoding."""
-    own_blocks = dict(block_len=cfg.block_len) if cfg.block_len else {}
+    own_blocks = dict(block_len=cfg.block_len, cache="exact") if cfg.block_len else {}
     return {**own_blocks, **FAMILIES[cfg.family].decoding}
 
 
@@ -199,27 +187,23 @@ def read_config(folder):
 def config_from_json(raw):
     """config.json (dict) -> Config. Raises UserError for what is missing, wrong or not built."""
     network = raw.get("model_type") if isinstance(raw, dict) else None
-    near = {name: entry for name, entry in FAMILIES.items() if network in [*entry.networks]}
-    if not near:
-        known = [f"{each} ({entry.kind})" if entry.kind else each
-                 for entry in FAMILIES.values() for each in entry.networks]
+    known = {each: name for name, entry in FAMILIES.items() for each in entry.networks}
+    if network not in [*known]:
         raise UserError(f"config.json has model_type {network!r}; supported are {', '.join(known)}")
+    name, family = known[network], FAMILIES[known[network]]
     told = str([raw.get(key) for key in ("kind", "architectures", "auto_map")]).lower()
-    near = {name: entry for name, entry in near.items() if entry.kind in told} or near
-    (name, family), *_ = near.items()
-    if family.kind not in told:
-        kinds = " or ".join(entry.kind for entry in near.values())
-        raise UserError(f"config.json has model_type {network!r}, and neither its architectures nor its "
-                        f"folder's name says {kinds}: rename the folder")
+    kinds = [kind for kind in family.kinds if kind in told]
+    if len(kinds) != 1:
+        raise UserError(f"config.json has model_type {network!r}, and its architectures and its folder's "
+                        f"name do not say whether it is {' or '.join(family.kinds)}: rename the folder")
     for key, built in (REFUSED | family.refused).items():
         if not all(value in (built, None) for value in listed(raw.get(key))):
             raise UserError(f"config.json has {key} {raw[key]!r}: only {built!r} is built")
     try:
-        facts = dict(family.networks[network])
-        facts.update({ours: raw[theirs] for ours, theirs in family.keys.items()
-                      if theirs in raw or ours not in facts})
-        given = {ours: raw.get(theirs) for ours, theirs in family.optional.items()}
-        facts.update({ours: value for ours, value in given.items() if value is not None})
+        facts = family.networks[network] | family.kinds[kinds[0]]
+        facts |= {ours: raw[theirs] for ours, theirs in family.keys.items()
+                  if theirs in raw or ours not in facts}
+        facts |= {ours: raw[key] for ours, key in family.optional.items() if raw.get(key) is not None}
         theta = raw.get("rope_theta") or (raw.get("rope_parameters") or {})["rope_theta"]
         eos = listed(facts["eos_ids"])
         more = [i for i in family.extra_eos if i < facts["vocab_size"] and i not in eos]
@@ -231,7 +215,7 @@ def config_from_json(raw):
     except (TypeError, ValueError, ZeroDivisionError, IndexError) as e:
         raise UserError(f"config.json of a {name} model holds a value of the wrong type ({e})") from None
     cfg = Config(name, raw=raw, **{**defaults, **facts, "eos_ids": (*eos, *more)})
-    for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "head_dim", "d_model", "d_mlp", "max_len"):
+    for name in "vocab_size n_layer n_head n_kv_head head_dim d_model d_mlp max_len".split():
         value = getattr(cfg, name)
         if type(value) is not int or value < 1:
             raise UserError(f"config.json: {name} is {value!r}, not a positive whole number")
@@ -365,9 +349,9 @@ def attention_mask(cfg, q_pos, q_col, k_pos, k_col, k_valid):
     return keep | (q_col[:, :, None] == k_col[:, None, :])  # itself, or a padded query would spread NaN
 
 
-def in_first_block(cfg, n_prompt):
-    """Of n_prompt tokens of a prompt, those that share a block with the first token of the response."""
-    return n_prompt % (1 if cfg.whole_blocks else cfg.block_len or 1)
+def in_first_block(cfg, n_prompt, block_len=None):
+    """Of n_prompt tokens, those that share a block [of the model's length] with the first of the response."""
+    return n_prompt % ((block_len or cfg.block_len) if cfg.block_len and not cfg.whole_blocks else 1)
 
 
 def first_position(cfg, n_prompt):
@@ -378,8 +362,7 @@ def first_position(cfg, n_prompt):
 def block_diffusion_layout(cfg, prompts, xt, x0):
     """Training layout of block-causal models, [prompt blocks | noisy response | clean response]: one forward
     scores every noisy block behind clean earlier ones (SDAR; T3D). xt, x0 (B, L) -> hidden()'s arguments;
-    cols (B, L) of the noisy response. A partial prompt block stands in both halves and is never noised.
-    """
+    cols (B, L) of the noisy response. A partial prompt block stands in both halves and is never noised."""
     if cfg.shift or not cfg.block_len:
         raise UserError("this layout is for block-causal models without a shift (SDAR)")
     K, L = cfg.block_len, xt.shape[1]
@@ -502,8 +485,6 @@ def load(name, device="cpu", dtype=torch.float32, revision=None):
         for key, t in read_tensors(file).items():
             if key in tensors:
                 raise UserError(f"{folder}: tensor {key} stands in two files")
-            if t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-                raise UserError(f"{file}: tensor {key} is {t.dtype}: quantised weights are not built")
             if not key.endswith("rotary_emb.inv_freq"):  # follows from config.json
                 tensors[key] = t.to(device=device, dtype=dtype)
     own = {official_name(cfg, name): (name, p.shape) for name, p in model.named_parameters()}
@@ -566,8 +547,8 @@ def config_of(name, revision=None):
 
 def family_of(name, revision=None):
     """The name in FAMILIES of a preset (without a download), a hub id or a directory."""
-    found = [family for family, entry in FAMILIES.items() if name in entry.presets]
-    return found[0] if found else config_of(name, revision).family
+    found = (family for family, entry in FAMILIES.items() if name in entry.presets)
+    return next(found, None) or config_of(name, revision).family
 
 
 def weight_files(folder):
@@ -613,8 +594,8 @@ def copy_tokenizer(name, folder, revision=None):
     source, folder = checkpoint_dir(name, revision, weights=False), Path(folder)
     if source.resolve() == folder.resolve():
         return
-    for pattern in ("vocab.json", "merges.txt", "token*.json", "added_tokens.json", "special_tokens_map.json",
-                    "generation_config.json", "chat_template.jinja"):
+    for pattern in ("vocab.json merges.txt token*.json added_tokens.json special_tokens_map.json "
+                    "generation_config.json chat_template.jinja").split():
         for old in folder.glob(pattern):
             old.unlink()
         for file in source.glob(pattern):

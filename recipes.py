@@ -115,8 +115,8 @@ class Recipe:
 
 
 IN_MATH = "PRM12K holds 4,500 of MATH's test problems: report MATH-500, which is disjoint"
-MATH_CONFIGS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
-                "prealgebra", "precalculus")
+MATH_CONFIGS = ("algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra "
+                "precalculus").split()
 TRAIN, TEST = dict(train="train"), dict(test="test")
 RECIPES = {
     "gsm8k": Recipe(gsm8k_row, "openai/gsm8k", TRAIN | TEST, "number", "7,473 / 1,319", "MIT",

@@ -24,7 +24,7 @@ from data import (CARRIED, SCHEMA, load_tokenizer, privileged_prompt, problems_a
                   spread)
 from model import ModelOptions, config_of, decoding_defaults, n_content
 from run import barrier, check_alike, mend_shards
-from sample import Decoding, Output, load_both, page, stream
+from sample import Decoding, load_both, stream
 
 
 class Shard:
@@ -101,8 +101,10 @@ def collect(cfg, model, tok, problems, folder, **changes):
         return finished(folder.split("+"), cfg, {p["id"] for p in problems})
     how = {key.removeprefix("collect_"): value for key, value in vars(cfg).items()
            if key.startswith("collect_")}
+    cfg.block_len = cfg.block_len or model.cfg.block_len or Decoding.block_len  # the model's own
+    how["cache"] = how["cache"] or ("exact" if model.cfg.block_len else "none")
     how.update(batch_size=how.pop("batch"), allow_code=cfg.allow_code_execution, gen_len=cfg.gen_len,
-               block_len=cfg.block_len or model.cfg.block_len, policy="static", per_step=1)
+               block_len=cfg.block_len, policy="static", per_step=1)
     return rollout(model, tok, problems, folder, cfg.model, **how | changes)
 
 
@@ -191,7 +193,6 @@ class Stats(ModelOptions):
 class Inspect(Stats):
     """trajectories in the order they were decoded"""
     n: int = 3  # how many
-    html: str = ""  # page to write in which you step through the first one
 
 
 def collect_command(args, given):
@@ -219,18 +220,12 @@ def records_asked_for(args):
 
 def inspect_command(args):
     """Tokens in the order they were revealed, ∅ for what is written as nothing."""
-    cli.check_place("html", args.html, ".html")
     records = records_asked_for(args)
     tok = load_tokenizer(args.model, args.revision)
     for r in records[:args.n]:
         words = [tok.decode([i]) or "∅" for i in r["x0"]]
         print(f"{r['id']} correct={r['correct']} nfe={r['nfe']}\n  {r['prompt']}\n  {' '.join(words)}")
         print("  order of reveal: " + " ".join(f"{words[i]}@{i}" for i in np.argsort(r["rank"])))
-    if args.html:
-        r = records[0]
-        known = [torch.tensor(r[key]) for key in ("x0", "order", "rank")]
-        eos_ids = config_of(args.model, args.revision).eos_ids
-        page({r["id"]: Output(*known, None, r["nfe"])}, tok, eos_ids, r["prompt"], args.html)
 
 
 def stats_command(args):

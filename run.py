@@ -1,14 +1,7 @@
 """One training run: ranks and devices, its folder, micro-batches, the optimizer's step, checkpoints, the log.
 
-    r = Run(parse(Config, PRESETS, __doc__))              # a new folder, or one to be continued
-    model = r.for_training(lora.add(r.load(to_train=True), ...))  # compiled, sharded, as the settings ask
-    for step in r.steps(model, [optimizer], n_steps):     # resumes, logs, saves; SIGTERM ends it after a step
-        for batch in r.micro_batches(chosen, length, build):
-            r.backward(*training_loss(model, batch, cfg))
-        r.update()                                        # sum over ranks, clip, step at this step's rate
-    plain = r.save(model)
-
-A batch is a dict that has `ids`, `prompts` (lists of token ids) and `xt` (B, L), whatever else it holds.
+How its parts follow each other is main() of a method. A batch is a dict that has `ids`, `prompts` (lists of
+token ids) and `xt` (B, L), whatever else it holds.
 """
 import fcntl
 import json
@@ -77,10 +70,7 @@ def parse(Config, presets, doc):
     given = cli.given_to(parser)
     name = given.get("model", Config.model)
     family = nt_model.family_of(name, given.get("revision"))
-    if family not in presets:
-        raise UserError(f"--model {name}: there is no preset for its family {family}, only for "
-                        f"{', '.join(presets)}: add one to PRESETS")
-    cfg = Config(**{**presets[family], **given})
+    cfg = Config(**presets.get(family, presets["others"]) | given)
     lora.named(cfg.lora_targets)  # an error before anything long
     return cfg
 

@@ -69,6 +69,8 @@ class Decoding:
     top_p: float = 1.0      # nucleus of the token choice
     top_k: int = 0          # the token choice is among the k best (0: all)
     seed: int = 0           # of the token choice; prompt i draws from its own stream (seed, i)
+    no_eos: bool = False    # never choose an id that ends a response (LLaDA's logits_eos_inf)
+    late_eos: bool = False  # static, threshold, factor, dream: such an id is revealed behind all others
     early_stop: bool = True  # end a row once everything before its first EOS is revealed
 
     def __post_init__(self):
@@ -106,7 +108,9 @@ class Output:
 
 def pick_tokens(logits, cfg, s, noise=None):
     """logits, noise (..., V) -> token (never the mask), confidence, entropy in nats, score; all (...)."""
-    logits = logits.float()
+    logits = logits.float().clone() if s.no_eos else logits.float()
+    for i in cfg.eos_ids * s.no_eos:
+        logits[..., i] = -1e9  # a number: infinity times a probability of 0 is none
     lse = logits.logsumexp(-1, keepdim=True)
     entropy = lse[..., 0] - ((logits - lse).exp() * logits).sum(-1)
     choice = logits.clone()
@@ -125,6 +129,9 @@ def pick_tokens(logits, cfg, s, noise=None):
     if s.score == "margin":
         first, second = (logits.topk(2, -1).values - lse).exp().unbind(-1)
         score = first - second
+    if s.late_eos:
+        ends = sum(token[..., 0] == i for i in cfg.eos_ids).bool()
+        confidence, score = confidence.masked_fill(ends, 0), score.masked_fill(ends, -1e9)
     return token[..., 0], confidence, entropy, score
 
 
@@ -466,8 +473,8 @@ class Rows:
         for row, prompt in zip(canvas, prompts):
             row[P - len(prompt):P] = prompt
         zero, zeros = torch.zeros_like(length), torch.zeros_like(column)
-        first = first_position(cfg, length)
-        return Rows(valid=used & (position >= 0), positions=position.clamp(min=0) + first,
+        return Rows(valid=used & (position >= 0),
+                    positions=position.clamp(min=0) + first_position(cfg, length),
                     key=torch.tensor(keys), threshold=zero + float(s.threshold),
                     canvas=canvas, masked=masked, order=zeros, conf=zeros + 1.0, entropy=zeros + math.inf,
                     start=zero + P - in_first_block(cfg, length), nfe=zero, tries=zero,
@@ -733,9 +740,8 @@ def page(outs, tok, eos_ids, prompt, path):
     """Decodings {name: Output} of a prompt -> one HTML file to step through, which needs no network."""
     sides = [dict(
         name=name, nfe=out.nfe, n=out.n_tokens(eos_ids),
-        order=out.order.clamp(max=out.nfe - 1).tolist(),  # of a record: early stopping left out the rest
-        tokens=[tok.decode([i]) for i in out.ids.tolist()],
-        conf=None if out.conf is None else out.conf.tolist()) for name, out in outs.items()]
+        order=out.order.tolist(), conf=out.conf.tolist(),
+        tokens=[tok.decode([i]) for i in out.ids.tolist()]) for name, out in outs.items()]
     # without < no text can end the script element that holds it
     held = json.dumps(dict(prompt=prompt, sides=sides)).replace("<", "\\u003c")
     template = cli.read_text(Path(__file__).with_name("assets") / "decoding.html")
@@ -752,6 +758,7 @@ class AdaptedModel(ModelOptions):
 class Options(AdaptedModel):
     """decode one prompt, a file of prompts, or what you type"""
     prompt: str = ""  # user turn [a problem of the tiny task]
+    system: str = ""  # system turn before it, and before each of --prompts
     show: str = option("", bare="confidence", choices=["confidence", "step"])  # draw each forward in colour
     html: str = ""  # page to write in which you step through the forwards; with --adapter also the base's
     prompts: str = ""  # file of prompts: .jsonl, or text with one per line
@@ -772,9 +779,10 @@ def load_both(args):
     return model, data.load_tokenizer(args.model, args.revision)
 
 
-def decode_one(model, tok, prompt, how, by="", path=""):
+def decode_one(model, tok, prompt, how, by="", path="", system=""):
     """Print the response to a prompt; by: show every forward; path: write a page there."""
-    (out,) = generate(model, [tok.prompt_ids(prompt)], **how)
+    ids = tok.prompt_ids(prompt, system)
+    (out,) = generate(model, [ids], **how)
     n = out.n_tokens(model.cfg.eos_ids)
     if by:
         words = [tok.decode([i]).strip() or "∅" for i in out.ids.tolist()]
@@ -785,7 +793,7 @@ def decode_one(model, tok, prompt, how, by="", path=""):
         outs = {"model": out}
         if lora.adapters(model):
             with lora.off(model):
-                (base,) = generate(model, [tok.prompt_ids(prompt)], **how)
+                (base,) = generate(model, [ids], **how)
             outs = {"base": base, "trained": out}
         page(outs, tok, model.cfg.eos_ids, prompt, path)
 
@@ -808,7 +816,8 @@ def decode_file(model, tok, args, settings, how):
     """--prompts: append a line per finished prompt to --to, or continue such a file, but no other one."""
     to = Path(args.to or Path(args.prompts).with_suffix(".responses.jsonl"))
     rows = read_prompts(Path(args.prompts))
-    made_by = dict(model=args.model, revision=model.revision, adapter=args.adapter, decoding=settings)
+    how_asked = settings | {"system": args.system} if args.system else settings
+    made_by = dict(model=args.model, revision=model.revision, adapter=args.adapter, decoding=how_asked)
     ours = {r["id"]: dict(prompt=r["prompt"], **made_by) for r in rows}  # what a line of this run says
     done = set()
     for r in cli.read_jsonl(to, ours=True) if to.exists() else []:
@@ -819,7 +828,7 @@ def decode_file(model, tok, args, settings, how):
     if to.exists():
         cli.read_jsonl(to, ours=True, mend=True)
     todo = [i for i, r in enumerate(rows) if r["id"] not in done]
-    prompts = [tok.prompt_ids(rows[i]["prompt"]) for i in todo]
+    prompts = [tok.prompt_ids(rows[i]["prompt"], args.system) for i in todo]
     for i, out in stream(model, prompts, args.batch_size, progress=True, streams=todo, **how):
         n = out.n_tokens(model.cfg.eos_ids)
         response = dict(response=tok.decode(out.ids[:n].tolist()), tokens=n, nfe=out.nfe)
@@ -845,7 +854,7 @@ def main():
         try:
             while line := input("> ").strip():
                 try:
-                    decode_one(model, tok, line, how)
+                    decode_one(model, tok, line, how, system=args.system)
                 except UserError as e:  # a prompt too long: the next one may fit
                     print(f"error: {e}")
         except EOFError:  # Ctrl-D
@@ -855,7 +864,7 @@ def main():
     else:
         prompt = args.prompt or data.load_problems("tiny", "test", 1)[0]["prompt"]
         print(f"prompt   {prompt}")
-        decode_one(model, tok, prompt, how, args.show, args.html)
+        decode_one(model, tok, prompt, how, args.show, args.html, args.system)
 
 
 if __name__ == "__main__":

@@ -93,10 +93,7 @@ PRESETS = {
     "tiny": dict(TINY_TRAINING, lr_floor=0.0),
     "sdar": dict(data="t3d-math", full=True, collect_cache="exact", gen_len=1024,  # code: --data t3d-code
                  eos_in_loss=2),  # (code)
-    # not in the paper
-    **dict.fromkeys(["llada", "illada", "dream", "a2d"], dict(data="t3d-math", block_len=32)),
-    **dict.fromkeys(["diffcoder", "a2d-bd3lm"],
-                    dict(data="t3d-math", block_len=None, train_block=0, collect_cache="exact")),
+    "others": dict(data="t3d-math", block_len=None, train_block=0, collect_cache=None),  # not in the paper
 }
 
 
@@ -104,8 +101,7 @@ def t3d_loss(logp, logp_ref, logp_fake, logp_fake_ref, path_w, example, n_exampl
     """The T3D objective over the masked rows of a batch -> scalar fp32, dict of its parts.
     All (N,) fp32: log-probability of the trajectory's token under student and reference; the same of the
     reference's guess (--fake expected: minus their KL, and 0); path_w of Eq. 9. example (N,) int64: a row's
-    example. Means over an example's rows, then over the n_examples of the global batch.
-    """
+    example. Means over an example's rows, then over the n_examples of the global batch."""
     def total(values):
         return torch.zeros(int(example.max()) + 1, device=logp.device).index_add_(0, example, values)
     n = total(torch.ones_like(logp))
@@ -127,8 +123,7 @@ def t3d_loss(logp, logp_ref, logp_fake, logp_fake_ref, path_w, example, n_exampl
 
 def path_weights(pi, size, masked, cfg):
     """w (B, L) fp32 of Eq. 9. pi (B, L) 1-based rank within the block, size (B, L) of it, masked (B, L).
-    code: a block's masked first half weighs 3 as a group and the others 1; its tokens share it equally.
-    """
+    code: a block's masked first half weighs 3 as a group and the others 1; its tokens share it equally."""
     if cfg.path == "paper":
         return (size - pi + 1) / size  # Eq. 9
     early = masked & (2 * pi <= size)
@@ -167,8 +162,7 @@ def draw_mask(pi, size, block_len, cfg, rngs):
 
 def make_batch(records, rngs, cfg, model_cfg, vocabulary):
     """records -> dict: xt, x0 (B, L) int64, masked (B, L) bool, path_w (B, L) fp32, u (B, L) uniform numbers
-    that draw the fakes; prompts, lists of token ids; ids. vocabulary: what random tokens are drawn from.
-    """
+    that draw the fakes; prompts, lists of token ids; ids. vocabulary: what random tokens are drawn from."""
     x0, rank, names = stacked(records, "x0", "rank")
     L = x0.shape[1]
     pi, size = ranks_in_blocks(rank, [in_first_block(model_cfg, len(p)) for p in names["prompts"]],

@@ -84,18 +84,14 @@ PRESETS = {
     "dream": dict(data="prm12k", block_len=256, collect_score="entropy",  # as Dream decodes: no blocks
                   collect_temperature=0.1, collect_top_p=0.9, eos_in_window=True,
                   gamma=0.1),  # code: --data ling-coder --lam 2 --lr 1e-4
-    # not in the paper
-    **dict.fromkeys(["illada", "a2d"], dict(data="prm12k")),
-    **dict.fromkeys(["sdar", "diffcoder", "a2d-bd3lm"],
-                    dict(data="prm12k", block_len=None, collect_cache="exact")),
+    "others": dict(data="prm12k", block_len=None, collect_cache=None),  # not in the paper
 }
 
 
 def tabom_loss(ce, entropy, in_segment, n_examples, cfg):
     """The TABOM objective over segments in the order they were revealed -> scalar fp32, dict of its parts.
     ce (N,) fp32: -log p(x0 | U_t) of the positions in a segment; entropy (N,) fp32, nats; in_segment (B, W),
-    N True. Means over a segment's tokens and its pairs, then over the n_examples of the global batch.
-    """
+    N True. Means over a segment's tokens and its pairs, then over the n_examples of the global batch."""
     zero = torch.zeros(in_segment.shape, device=ce.device)
     ce = zero.masked_scatter(in_segment, ce)  # (B, W)
     n_tokens = in_segment.sum(1).clamp(min=1)
@@ -123,8 +119,7 @@ def token_terms(logits, x0):
 
 def draw_segment(record, cfg, model_cfg, rng):
     """The positions of one segment in the order they were revealed: list of ints, at least one. The first is
-    drawn among those that leave a whole window; on block-causal models it is any, the block ends the segment.
-    """
+    drawn among those that leave a whole window; on block-causal models any; a block ends the segment."""
     L = len(record["x0"])  # the first EOS belongs to the content here
     n = L if cfg.eos_in_window else min(L, n_content(record["x0"], model_cfg.eos_ids) + 1)
     order = sorted(range(n), key=lambda i: record["rank"][i])
@@ -145,8 +140,7 @@ def draw_segment(record, cfg, model_cfg, rng):
 
 def make_batch(records, rngs, cfg, model_cfg):
     """records -> dict of xt, x0, rank (B, L); segment (B, W) int64 positions in reveal order (-1: none),
-    in_segment (B, W) bool; prompts; ids. What was not revealed before the segment is masked, EOS tail too.
-    """
+    in_segment (B, W) bool; prompts; ids. What was not revealed before the segment is masked, EOS tail too."""
     x0, rank, names = stacked(records, "x0", "rank")
     chosen = [draw_segment(r, cfg, model_cfg, rng) for r, rng in zip(records, rngs)]
     W = max(map(len, chosen))

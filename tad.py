@@ -89,10 +89,7 @@ PRESETS = {
     "llada": dict(data=PAPER, window="20", collect_temperature=0.7),  # speed; quality: --window 8
     "dream": dict(data=PAPER, collect_score="entropy", collect_temperature=0.2,
                   collect_top_p=0.95),  # quality: --window 6
-    # not in the paper
-    **dict.fromkeys(["illada", "a2d"], dict(data=PAPER)),
-    **dict.fromkeys(["sdar", "diffcoder", "a2d-bd3lm"],
-                    dict(data=PAPER, block_len=None, collect_cache="exact")),
+    "others": dict(data=PAPER, block_len=None, collect_cache=None),  # not in the paper
 }
 RANDOM = ("traj_random", "gt_random")  # sources whose states are random masks
 LEVEL = {"auto-quality": 0.5, "auto-speed": 0.2}  # W: where the mean confidence falls below it
@@ -112,8 +109,7 @@ def token_terms(student, teacher, x0, cfg):
 def tad_loss(ce, kl, near, example, n_examples, cfg):
     """The TAD objective over the masked rows of a batch -> scalar fp32, dict of its parts.
     ce, kl (N,) fp32 of token_terms; near (N,) bool; example (N,) int64, which example a row belongs to. Means
-    over the tokens of an example, then over the n_examples of the global batch, whatever the micro-batches.
-    """
+    over the tokens of an example, then over n_examples of the global batch, whatever the micro-batches."""
     n = int(example.max()) + 1 if len(example) else 0  # a random mask may leave no row
 
     def mean_over_examples(values, rows):
@@ -130,8 +126,7 @@ def tad_loss(ce, kl, near, example, n_examples, cfg):
 
 def make_batch(examples, rngs, cfg, window, model_cfg):
     """[(record, t)] -> dict of xt, x0, masked, near (B, L); prompts, lists of token ids; ids. RANDOM sources
-    mask each position with probability u ~ U(0, 1], and all are near; their mean stands for the weight 1/u.
-    """
+    mask each position with probability u ~ U(0, 1]; all are near, their mean stands for the weight 1/u."""
     x0, order, names = stacked([r for r, _ in examples], "x0", "order")
     t = torch.tensor([t for _, t in examples])[:, None]
     if cfg.source in RANDOM:

@@ -64,8 +64,7 @@ def load_teacher_tokenizer(name):
 @torch.no_grad()
 def token_nll(teacher, ids, valid=None, metric="nll"):
     """-log p(ids[:, t] | ids[:, :t]) under a causal LM, or the entropy there, in nats: (B, T) fp32, 0 where
-    nothing predicts. ids (B, T) int64; valid (B, T) bool, False = padding on either side.
-    """
+    nothing predicts. ids (B, T) int64; valid (B, T) bool, False = padding on either side."""
     from transformers.modeling_outputs import BaseModelOutputWithPast
     rows = teacher.get_input_embeddings().num_embeddings
     if ids.max() >= rows:

@@ -28,7 +28,7 @@ LoRA alpha = r = 32 and weight decay 0.01 (neither changed its accuracy).
     torchrun --nproc_per_node=8 trims.py --model dream           # s1K, by preset
 """
 import unicodedata
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -90,12 +90,8 @@ class Config(run.Options):
 PRESETS = {
     "tiny": dict(gen_len=48, block_len=16, teacher="tiny-ar", lr=1e-3, max_steps=200, batch_size=64,
                  micro_batch=64),
-    "llada": dict(data="s1k", gen_len=1024, warmup_ratio=0.03),
-    "dream": dict(data="s1k", gen_len=1024, warmup_ratio=0.03),
-    # not in the paper
-    **dict.fromkeys(["illada", "a2d"], dict(data="s1k", gen_len=1024, warmup_ratio=0.03)),
-    **dict.fromkeys(["sdar", "diffcoder", "a2d-bd3lm"],
-                    dict(data="s1k", gen_len=1024, warmup_ratio=0.03, block_len=None)),
+    **dict.fromkeys(["llada", "dream"], dict(data="s1k", gen_len=1024, warmup_ratio=0.03)),
+    "others": dict(data="s1k", gen_len=1024, warmup_ratio=0.03, block_len=None),  # not in the paper
 }
 
 
@@ -148,8 +144,7 @@ def mask_response(example, cfg, rng, origin=0):
 def make_batch(examples, rngs, cfg, model_cfg):
     """-> dict of xt, x0 (B, L) int64, masked (B, L) bool, loss_w (B, L) fp32; prompts, lists of ids; ids."""
     x0, names = stacked(examples, "x0")
-    in_blocks = replace(model_cfg, block_len=model_cfg.block_len and cfg.block_len)
-    origins = [nt_model.in_first_block(in_blocks, len(e["prompt_ids"])) for e in examples]
+    origins = [nt_model.in_first_block(model_cfg, len(e["prompt_ids"]), cfg.block_len) for e in examples]
     noise = [mask_response(e, cfg, rng, o) for e, rng, o in zip(examples, rngs, origins)]
     masked = torch.tensor(np.array([m for m, _ in noise]))
     loss_w = torch.tensor(np.array([w for _, w in noise])).float()
@@ -189,14 +184,16 @@ def load_examples(cfg, tok):
     for p in problems:
         text = f"{p['thinking']}\n{p['solution']}" if cfg.with_thinking else p["solution"]
         ids = tok.response_ids(unicodedata.normalize("NFC", text))
-        if len(ids) <= cfg.gen_len:
+        if p["solution"].strip() and len(ids) <= cfg.gen_len:
             fits.append(dict(id=p["id"], prompt=p["prompt"], prompt_ids=tok.prompt_ids(p["prompt"]).tolist(),
                              x0=pad_response(ids, cfg.gen_len, tok.eos_id)))
+    bare = [p["id"] for p in problems if not p["solution"].strip()]
     if len(fits) < len(problems):
-        print(f"{len(problems) - len(fits)} of {len(problems)} responses are longer than --gen_len "
-              f"{cfg.gen_len} tokens: left out")
+        print(f"{len(problems) - len(fits)} of {len(problems)} rows are left out: {len(bare)} have no "
+              f"solution {bare[:1]}, the others one of more than {cfg.gen_len} tokens (--gen_len)")
     if not fits:
-        raise UserError(f"no response of {cfg.data} has at most {cfg.gen_len} tokens: raise --gen_len")
+        raise UserError(f"{cfg.data} has no solution of at most {cfg.gen_len} tokens, and {len(bare)} rows "
+                        f"without any {bare[:1]}: raise --gen_len, or fill in the field solution")
     return fits
 
 
@@ -232,7 +229,7 @@ def main():
         model = nt_model.Transformer(nt_model.config_of(cfg.model, cfg.revision)).init_weights().to(r.device)
     else:
         model = r.load(to_train=True)
-    cfg.block_len = cfg.block_len or model.cfg.block_len
+    cfg.block_len = cfg.block_len or model.cfg.block_len or Config.block_len
     if not whole:
         lora.add(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets)
 

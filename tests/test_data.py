@@ -99,7 +99,7 @@ def test_order_rebuilds_every_state():
 
 
 def test_responses_are_aligned():
-    inputs, cols = data.response_inputs(SimpleNamespace(pad_id=0), [[1, 2, 3], [4]],
+    inputs, cols = data.response_inputs(SimpleNamespace(pad_id=0, block_len=0), [[1, 2, 3], [4]],
                                         torch.tensor([[7, 8], [9, 9]]))
     ids, valid = inputs["ids"], inputs["valid"]
     assert cols.tolist() == [[3, 4]] * 2

@@ -1,12 +1,13 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import ranks
 import torch
-from checkpoints import official_checkpoint
+from checkpoints import official_checkpoint, raw_config
 from conftest import ROOT
 
 import compare
@@ -206,7 +207,6 @@ def test_protocols_fix_what_the_papers_say():
         "block 8: 2 per forward", "block 8: 4 per forward", "block 8: 1 per forward", "block 8: 8 per forward",
         "threshold 0.9"]
     assert nt_eval.rule_name({**nt_eval.protocol_of("tabom", "dream"), "steps": 128}) == "2 per forward"
-    assert nt_eval.protocol_of("thresholds", "sdar")["cache"] == "exact"
     assert nt_eval.protocol_of("t3d", "sdar", block_len=16)["rules"][3].get("block_len") is None
     with pytest.raises(UserError, match="protocol t3d has no settings for family llada: it is for sdar"):
         nt_eval.protocol_of("t3d", "llada")
@@ -217,6 +217,18 @@ def test_protocols_fix_what_the_papers_say():
                     nt_eval.protocol_of(name, family, task)
                 except UserError as e:
                     assert "no settings for family" in str(e)
+
+
+@pytest.mark.parametrize("family, changes, block_len, cache", [
+    ("sdar", {}, 4, "exact"), ("sdar", dict(block_size=8), 8, "exact"), ("a2d-bd3lm", dict(block_size=None), 32, "exact"),
+    ("diffcoder", {}, 4, "exact"), ("a2d", {}, 32, "none"), ("illada", {}, 32, "none")])
+def test_thresholds_are_decoded_in_the_blocks_that_the_model_names(tmp_path, family, changes, block_len, cache):
+    (tmp_path / "config.json").write_text(json.dumps(raw_config(family, **changes)))
+    args = SimpleNamespace(model=tmp_path, revision="", protocol="", adapter="", label="", points=None, thresholds=None)
+    for given in ({}, dict(gen_len=64), dict(block_len=16)):
+        protocol = nt_eval.settle(args, ["gsm8k", "mine.jsonl"], given)
+        assert (protocol["block_len"], protocol["cache"]) == (given.get("block_len", block_len), cache)
+        assert args.protocol == "thresholds" and len(protocol["rules"]) == 4
 
 
 def test_protocols_word_the_benchmarks_as_the_papers_do():
@@ -412,26 +424,3 @@ def test_a_method_has_one_colour_in_every_picture(tmp_path, monkeypatch):
     assert len(set(seen["b.png"].values())) == len(sweep)
     assert seen["c.png"]["TAD: near only"] == ("C0", "--")
     assert len(set(seen["c.png"].values())) == 4
-
-
-def test_the_log_of_runs_is_drawn(tmp_path, monkeypatch, capsys):
-    figures = drawn(monkeypatch)
-    rows = {"tad-tiny": [dict(step=s, loss=1 / s, tok_per_s=100.0 + s) for s in (10, 20, 30)],
-            "t3d-tiny": [dict(step=s, loss=2 / s, tok_per_s=50.0) for s in (10, 20)], "new": []}
-    for name, lines in rows.items():
-        (tmp_path / name).mkdir()
-        text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4'  # a line being written
-        (tmp_path / name / "log.jsonl").write_text(text)
-
-    def log(*names):
-        monkeypatch.setattr("sys.argv", ["eval.py", "log", *(str(tmp_path / name) for name in names)])
-        run_command(nt_eval.__doc__, nt_eval.COMMANDS)
-    log("tad-tiny", "t3d-tiny")
-    assert capsys.readouterr().out == f"written: {tmp_path / 'tad-tiny' / 'log.png'}\n"
-    loss, speed = figures["log.png"].axes
-    assert (loss.get_title(), speed.get_title()) == ("loss", "tok_per_s")
-    assert loss.containers[0][0].get_xydata().tolist() == [[10, 0.1], [20, 0.05], [30, 1 / 30]]
-    assert speed.containers[1][0].get_xydata().tolist() == [[10, 50], [20, 50]]
-    for name, words in (("new", "is empty: its first line comes after --log_every steps"), ("none", "no file")):
-        with pytest.raises(UserError, match=words):
-            log(name)

@@ -26,7 +26,7 @@ from sample import generate, reference
 from teacher import load_teacher, token_nll
 
 FAMILIES = ["llada", "dream", "sdar"]
-NEWER = ["illada", "diffcoder", "a2d", "a2d-bd3lm"]
+NEWER = ["illada", "diffcoder", "a2d", "a2d-bd3lm"]  # the last: as checkpoints.py calls it
 TURN = {  # one user turn, rendered
     "llada": "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
              "<|start_header_id|>assistant<|end_header_id|>\n\n",
@@ -247,7 +247,7 @@ def test_a_new_dense_family_is_one_entry(tmp_path, monkeypatch):
     assert tok.response_ids("yes")[-1] == tok.special["<|end|>"] == 259 and tok.eos_id == 256
     out = generate(adapted, [prompt], **settings)[0]
     assert out.ids.tolist() == reference(adapted, prompt, **settings).ids.tolist() and len(out.ids) == 8
-    with pytest.raises(UserError, match=r"supported are tiny, llada, illada, Dream, sdar, llama \(diffcoder\), a2d-qwen3 \(mdlm\), .*, Dummy"):
+    with pytest.raises(UserError, match=r"supported are tiny, llada, illada, Dream, sdar, llama, a2d-qwen3, a2d-qwen2, Dummy"):
         nt_model.config_from_json({**raw, "model_type": "other"})
     with pytest.raises(UserError, match="one of .*, dummy-1b, a hub id"):
         nt_model.load("dummy-2b")
@@ -372,16 +372,16 @@ def test_sdar_as_the_hub_has_it(tmp_path, name, block_len):
 
 @pytest.mark.parametrize("fixture", ["a2d_mdlm_A", "a2d_qwen2_mdlm_A"])
 def test_a2d_is_told_by_its_name(tmp_path, fixture):
-    for name, family in [("a2d-mdlm-0.6b", "a2d"), ("mdlm/a2d-bd3lm-0.6b", "a2d-bd3lm"), ("a2d-bd3lm-0.6b", "a2d-bd3lm"),
-                         ("models--dllm-hub--Qwen3-bd3lm-v0.1/snapshots/1a2b", "a2d-bd3lm"), ("a2d-0.6b", None), ("bd3/lm", None)]:
+    for name, block_len in [("a2d-mdlm-0.6b", 0), ("mdlm/a2d-bd3lm-0.6b", 32), ("a2d-bd3lm-0.6b", 32),
+                            ("models--dllm-hub--Qwen3-bd3lm-v0.1/snapshots/1a2b", 32), ("a2d-0.6b", None), ("bd3/lm", None)]:
         shutil.copytree(FIXTURES / fixture, tmp_path / name)
-        if family:
+        if block_len is not None:
             model = nt_model.load(tmp_path / name)
             nt_model.save(model, tmp_path / "saved")
             assert nt_model.load(tmp_path / "saved").cfg == model.cfg and model.cfg.mask_id == 250
-            assert (model.cfg.family, model.cfg.block_len) == (family, 32 if "bd3lm" in family else 0)
+            assert (model.cfg.block_len, model.cfg.whole_blocks) == (block_len, block_len > 0)
         else:
-            with pytest.raises(UserError, match="folder's name says mdlm or bd3lm: rename the folder"):
+            with pytest.raises(UserError, match="do not say whether it is mdlm or bd3lm: rename the folder"):
                 nt_model.load(tmp_path / name)
 
 
@@ -392,26 +392,24 @@ def test_a_llama_is_stable_diffcoder_only_where_it_says_so(tmp_path):
         assert nt_model.config_from_json({**raw, **more}).family == "diffcoder"
     for more in (dict(architectures=["LlamaForCausalLM"], auto_map=None), dict(architectures=None, auto_map={}),
                  dict(architectures="x", auto_map="y")):
-        with pytest.raises(UserError, match="model_type 'llama', and neither its architectures .* says diffcoder"):
+        with pytest.raises(UserError, match="model_type 'llama', and its architectures .* do not say whether it is diffcoder"):
             nt_model.config_from_json({**raw, **more})
 
 
 def test_presets_by_name_are_repositories_of_one_family():
     """The names that only differ by their id: each is decoded and trained as its family is."""
-    from eval import PROTOCOLS
     presets = nt_model.presets()
     for name, (hub_id, family) in {
             "llada-1.5": ("GSAI-ML/LLaDA-1.5", "llada"), "dream-coder": ("Dream-org/Dream-Coder-v0-Instruct-7B", "dream"),
             "diffucoder": ("apple/DiffuCoder-7B-Instruct", "dream"), "trado-8b": ("Gen-Verse/TraDo-8B-Instruct", "sdar"),
             "sdar-1.7b-b32": ("JetLM/SDAR-1.7B-Chat-b32", "sdar"), "sdar-8b": ("JetLM/SDAR-8B-Chat", "sdar"),
             "illada": ("GSAI-ML/iLLaDA-8B-Instruct", "illada"), "a2d-0.5b-bd3lm": (
-                "dllm-hub/Qwen2.5-Coder-0.5B-Instruct-diffusion-bd3lm-v0.1", "a2d-bd3lm")}.items():
+                "dllm-hub/Qwen2.5-Coder-0.5B-Instruct-diffusion-bd3lm-v0.1", "a2d")}.items():
         assert presets[name] == hub_id and nt_model.family_of(name) == family
     assert len(set(presets.values())) == len(presets) and all(name == name.lower() for name in presets)
-    for family in set(nt_model.FAMILIES) - {"tiny"}:
-        assert all(family in importlib.import_module(method).PRESETS for method in ("tad", "t3d", "tabom", "trims"))
-    causal = {family for family, entry in nt_model.FAMILIES.items() if entry.decoding.get("cache") == "exact"}
-    assert causal == {name.split("/")[1] for name in PROTOCOLS if name.startswith("thresholds/")}
+    assert presets["a2d-0.6b"] == "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1"
+    for method in ("tad", "t3d", "tabom", "trims"):
+        assert "others" in importlib.import_module(method).PRESETS  # of the families that no paper trains
 
 
 def test_a_head_beside_a_tied_embedding(tmp_path):
@@ -463,18 +461,13 @@ def test_llada_moe_is_refused_by_the_key_that_makes_it_another_network():
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "illada", "a2d"])
-def test_tensors_that_say_nothing_new_load_and_quantised_ones_do_not(tmp_path, family):
+def test_tensors_that_say_nothing_new_load(tmp_path, family):
     folder = official_checkpoint(tmp_path, family)
     want, file = nt_model.load(folder).state_dict(), folder / "model-1-of-2.safetensors"
     tensors = {key: t.clone() for key, t in load_file(file).items()}
     names = ("model.rotary_emb.inv_freq", "model.layers.1.self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq")
     save_file({**tensors, **{name: torch.ones(4) for name in names}}, file)
     assert all(torch.equal(t, want[key]) for key, t in nt_model.load(folder).state_dict().items())
-    key = sorted(tensors)[0]
-    for dtype in (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.int32):
-        save_file({**tensors, key: tensors[key].to(dtype)}, file)
-        with pytest.raises(UserError, match=f"tensor {re.escape(key)} is {dtype}: quantised"):
-            nt_model.load(folder)
 
 
 def test_rope_theta_where_newer_transformers_writes_it():

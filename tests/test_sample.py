@@ -8,6 +8,7 @@ import torch
 from conftest import CONFIGS, FIXTURES, prompts_of, random_model
 
 import cli
+import data
 import model as nt_model
 import sample
 from model import UserError
@@ -388,6 +389,54 @@ def test_early_stop_fills_the_tail_at_the_forward_that_completed_the_answer():
     assert out.rank.tolist() == [1, 0, 2, 3] and out.n_tokens((4,)) == 1
     full = generate(Scripted(table), [torch.tensor([0, 0])], early_stop=False, **settings)[0]
     assert full.ids.tolist() == [1, 4, 3, 0] and full.nfe == 4 and full.n_tokens((4,)) == 1
+
+
+@torch.no_grad()
+def by_hand(model, prompt, L, K, no_eos, late_eos):
+    """LLaDA's generate(), a token per forward, with its two ways to put off the end of a response."""
+    eos, P = list(model.cfg.eos_ids), len(prompt)
+    x = torch.cat([prompt, torch.full((L,), model.cfg.mask_id)])
+    for first in range(P, P + L, K):
+        while (x[first:first + K] == model.cfg.mask_id).any():
+            logits = model(x[None])[0].double()
+            if no_eos:
+                logits[:, eos] = -torch.inf
+            p = logits.softmax(-1)
+            logits[:, model.cfg.mask_id] = -torch.inf
+            token = logits.argmax(-1)
+            confidence = p.gather(1, token[:, None])[:, 0]
+            if late_eos:
+                confidence[torch.isin(token, torch.tensor(eos))] = -1
+            inside = (torch.arange(len(x)) >= first) & (torch.arange(len(x)) < first + K)
+            confidence[(x != model.cfg.mask_id) | ~inside] = -2
+            best = confidence.argmax()
+            x[best] = token[best]
+    return x[P:]
+
+
+@pytest.mark.parametrize("no_eos, late_eos", [(False, False), (True, False), (False, True), (True, True)])
+def test_the_end_of_a_response_can_be_put_off(no_eos, late_eos):
+    """As LLaDA's generate() does, on the tiny model, alone and in batches; both decoders."""
+    tiny, tok = nt_model.load("tiny"), data.load_tokenizer("tiny")
+    problems = data.load_problems("tiny", "dev", 2)  # from 40 or 32 tokens of the solution on: 46 in all
+    prompts = [torch.tensor(tok.prompt_ids(p["prompt"]).tolist() + tok.encode(p["solution"])[:n]) for p, n in zip(problems, (40, 32))]
+    settings = dict(gen_len=16, block_len=8, policy="static", cache="none", early_stop=False, no_eos=no_eos, late_eos=late_eos)
+    outs, ends = generate(tiny, prompts, batch_size=2, **settings), 0
+    for prompt, out in zip(prompts, outs):
+        assert same(out, reference(tiny, prompt, **settings)) and same(out, generate(tiny, [prompt], **settings)[0])
+        want = by_hand(tiny, prompt, 16, 8, no_eos, late_eos)
+        assert out.ids.tolist() == want.tolist()
+        at = [i for i, token in enumerate(out.ids.tolist()) if token in tiny.cfg.eos_ids]
+        ends += len(at)
+        if late_eos:  # in its block, none before a token that ends nothing
+            for b in range(2):
+                orders = out.order[8 * b:8 * b + 8].tolist()
+                late = [o for i, o in enumerate(orders) if 8 * b + i in at]
+                assert not late or min(late) > max([o for i, o in enumerate(orders) if 8 * b + i not in at], default=-1)
+    assert (ends == 0) == no_eos
+    for rule in (dict(policy="threshold", threshold=0.7, cache="dual"), dict(policy="factor"), dict(policy="dream", steps=6)):
+        for prompt, out in zip(prompts, generate(tiny, prompts, **{**settings, **rule})):
+            assert same(out, reference(tiny, prompt, **{**settings, **rule})), rule
 
 
 def test_the_empty_prompt():

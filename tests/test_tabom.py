@@ -93,7 +93,7 @@ def test_other_segments():
     order = [2, 0, 4, 3, 1]
     assert two <= {tuple(order[i:j]) for i in range(5) for j in range(i + 1, 6)} and len(two) == 15
     # blocks of 4 from the prompt's start (3 tokens): position 0 is alone in its block, 1 to 4 share the next
-    block = SimpleNamespace(**{**vars(FACTS), "block_len": 4})
+    block = SimpleNamespace(**vars(FACTS) | dict(block_len=4, whole_blocks=False))
     cut = {tuple(draw_segment(r, Config(window=3), block, g)) for g in rngs}
     assert cut == {(2, 4), (0,), (4, 3, 1), (3, 1), (1,)}
     long = record(range(10, 60), range(50))  # a window longer than the response: every position is reached
@@ -164,10 +164,10 @@ def test_tds_by_hand():
     want = [0.2, 0.5, 1.1, 0.4]
 
     class Fixed(torch.nn.Module):
-        cfg = SimpleNamespace(eos_ids=(2,), mask_id=3, pad_id=2)
+        cfg = SimpleNamespace(eos_ids=(2,), mask_id=3, pad_id=2, block_len=0)
         embed = torch.nn.Embedding(1, 1)
 
-        def hidden(self, ids, valid):
+        def hidden(self, ids, valid, positions):
             return torch.tensor([[[h] for h in [0.0] * (ids.shape[1] - 4) + want]] * len(ids))
 
         def head(self, h):  # a distribution over 8 ids with entropy h: bisection in the share of the first

@@ -99,6 +99,30 @@ def test_prompts_from_a_file_continue_where_they_stopped(tmp_path):
         assert refused.returncode == 2 and words in refused.stderr, refused.stderr
 
 
+def test_a_system_turn_stands_before_every_prompt(tmp_path, monkeypatch, capsys):
+    """--system, with --prompt, --prompts, --interactive and --html: the ids are those of both turns."""
+    seen, inner = [], sample.stream
+    monkeypatch.setattr(sample, "stream", lambda model, prompts, *a, **kw: seen.extend(prompts) or inner(model, prompts, *a, **kw))
+    tok, how = data.load_tokenizer("tiny"), ["--gen_len", "8", "--block_len", "8"]
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    answers = iter(["a", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(answers))
+    for args in (["--prompt", "a"], ["--prompts", str(tmp_path / "p.jsonl")], ["--interactive"]):
+        for system in ("", "be brief"):
+            if args == ["--interactive"] and not system:
+                continue
+            to = ["--to", str(tmp_path / f"{system}.jsonl")] * (args[0] == "--prompts")
+            monkeypatch.setattr("sys.argv", ["sample.py", *args, *to, *how, *["--system", system] * bool(system)])
+            sample.main()
+            want = torch.tensor(tok.chat.prompt_ids([("system", system)] * bool(system) + [("user", "a")]))
+            assert torch.equal(seen[0], want) and torch.equal(seen[0], tok.prompt_ids("a", system))
+            seen.clear()
+    monkeypatch.setattr("sys.argv", ["sample.py", "--prompts", str(tmp_path / "p.jsonl"), "--to", str(tmp_path / "be brief.jsonl"), *how])
+    with pytest.raises(cli.UserError, match="other settings or other prompts"):  # without its system turn
+        sample.main()
+    capsys.readouterr()
+
+
 @pytest.mark.parametrize("last", ["", EOFError, KeyboardInterrupt])
 def test_interactive(last, monkeypatch, capsys):
     prompts = [p["prompt"] for p in data.load_problems("tiny", "dev", 2)]
@@ -173,7 +197,6 @@ def test_nothing_that_a_page_shows_runs(text, tmp_path):
     shown = json.loads(Page(page).scripts[0])
     assert shown["prompt"] == shown["sides"][0]["name"] == text
     assert shown["sides"][0]["tokens"] == [f"[{i}]{text}" for i in range(L)]
-    assert max(shown["sides"][0]["order"]) < 7  # what is behind the last forward is revealed by it
     assert Page(page).opened == Page(plain).opened and Page(page).scripts[1:] == Page(plain).scripts[1:]
     assert page.count("<") == plain.count("<")
 

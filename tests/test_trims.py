@@ -135,16 +135,16 @@ def test_presets_and_command_line(monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["tad", "t3d", "tabom", "trims"])
-def test_a_family_without_a_preset_is_an_error(tmp_path, monkeypatch, method):
-    """Never another family's preset: an 8B model must not train on the shell game."""
+def test_a_family_that_no_paper_trains_has_the_preset_of_others(tmp_path, monkeypatch, method):
+    """Never another family's: an 8B model must not train on the shell game."""
     module = importlib.import_module(method)
     for name, family in (("tiny", "tiny"), (official_checkpoint(tmp_path / "a", "dream"), "dream"),
-                         (official_checkpoint(tmp_path / "b", "sdar"), "sdar")):
+                         (official_checkpoint(tmp_path / "b", "sdar"), "sdar"), ("a2d-0.6b", "a2d"), ("illada", "illada")):
         monkeypatch.setattr("sys.argv", [f"{method}.py", "--model", str(name)])
-        assert training.parse(module.Config, module.PRESETS, "").model == str(name)
-        presets = {known: preset for known, preset in module.PRESETS.items() if known != family}
-        with pytest.raises(nt_model.UserError, match=f"--model .* no preset for its family {family}"):
-            training.parse(module.Config, presets, "")
+        want = module.PRESETS.get(family, module.PRESETS["others"])
+        cfg = training.parse(module.Config, module.PRESETS, "")
+        assert cfg.model == str(name) and {key: getattr(cfg, key) for key in want} == want
+        assert (cfg.data == "tiny") == (family == "tiny")
 
 
 def test_optimizers_cover_every_parameter_once():

@@ -19,9 +19,9 @@ import cli  # noqa: E402
 import eval as nt_eval  # noqa: E402
 from cli import UserError, option, read_jsonl, run_cli  # noqa: E402
 
-COLUMNS = ("token by token, %", "2 per forward, %", "4 per forward, %", "at 0.9, %", "TPF at 0.9", "AUP",
-           "first point, %", "TPF there",  # of a protocol that begins with none of these rules
-           "TDS, nats^2", "tok/s at 0.9", "training, min", "collecting, min")
+COLUMNS = ("token by token, %|2 per forward, %|4 per forward, %|at 0.9, %|TPF at 0.9|AUP|"
+           "first point, %|TPF there|"  # of a protocol that begins with none of these rules
+           "TDS, nats^2|tok/s at 0.9|training, min|collecting, min").split("|")
 ACCURACY_AT = dict(zip(("1 per forward", "2 per forward", "4 per forward", "threshold 0.9"), COLUMNS))
 COUNTS = ("correct", "tokens", "nfe")  # per problem
 

@@ -35,8 +35,7 @@ def before_stop(text, until):
 
 def bridge(model, tok, settings, batch_size=32, kept=None):
     """The model as an LM of lm_eval, whose wishes about decoding lose against `settings`; kept: an eval.Kept.
-    Every rank sees all requests and decodes its share: few-shots do not depend on the number of ranks.
-    """
+    Every rank sees all requests and decodes its share: few-shots do not depend on the number of ranks."""
     class MaskedDiffusion(lm_eval_package().api.model.LM):
         tokenizer_name = f"nanotraj-{model.cfg.family}"
         chats = {}  # a rendered text -> its ids: not every special token in it is one
@@ -127,7 +126,7 @@ def main():
     out = args.out or f"out/lm_eval-{args.label}-{'-'.join(Path(name).stem for name in names)[:60]}"
     kept = nt_eval.Kept(out, config, rank, world)
     asking = bridge(model, tok, settings, args.batch_size, kept)
-    same = ("num_fewshot", "limit", "apply_chat_template", "system_instruction", "fewshot_as_multiturn")
+    same = "num_fewshot limit apply_chat_template system_instruction fewshot_as_multiturn".split()
     results = lm_eval_package().simple_evaluate(
         model=asking, tasks=tasks, task_manager=manager, confirm_run_unsafe_code=args.allow_code_execution,
         **{name: getattr(args, name) for name in same})

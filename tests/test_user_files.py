@@ -1,0 +1,170 @@
+"""Files, answers and replies as people have them: of each kind several, right and wrong ones."""
+import json
+import os
+import stat
+
+import pytest
+import torch
+from checkpoints import official_checkpoint
+from conftest import command, random_model
+
+import data
+import grade
+import lora
+import model as nt_model
+import trims
+from cli import UserError
+
+
+def problems(folder, *rows, name="mine.jsonl", before=b""):
+    text = json.dumps(list(rows)) if ".json" == name[-5:] else "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / name).write_bytes(before + text.encode())
+    return data.load_problems(str(folder / name))
+
+
+def right(answer, text, grader="final"):
+    return grade.is_correct(dict(id=1, prompt="q", answer=answer, grader=grader), text)
+
+
+# ------------------------------------------------------------------------------------------------------- answers
+@pytest.mark.parametrize("answer, text, want", [
+    # a sentence behind the line of the answer
+    ("24", "2*12 = 24\n#### 24\nSo the class needs 24 boxes.", True), ("24", "#### 24\n\nThat is 2 * 12.", True),
+    ("24", "####\n24\nDone: 3 steps.", True), ("24", "#### 12\nand not 24", False),
+    # units, with a space or as TeX has them
+    ("24", "#### 24 boxes", True), ("15", r"\boxed{15\text{ km}}", True), ("15", r"\boxed{15\ \mathrm{km}}", True),
+    ("5", "#### 5 km/h", True), ("15 km", "#### 15", True), ("15 km", "#### 15 miles", False), ("15 km", r"\boxed{15\text{km}}", True),
+    ("24", "#### 25 boxes", False), ("50", r"#### 50\%", True),
+    # and not every text that holds the number
+    ("7", "#### 7 of 9", False), ("2", r"\boxed{2x}", False), ("2", r"\boxed{\sqrt{2}}", False), ("2", r"\boxed{x^2}", False),
+    ("3", r"\boxed{3 + x}", False), ("3", r"\boxed{3\pi}", False), ("1", r"\boxed{\frac{1}{2}}", False), ("3", "#### x = 3", False),
+    # signs and thousands as typesetters have them
+    ("-7", "#### −7", True), ("-7", "\\boxed{−7}", True), ("7", "#### −7", False), ("-7.5", "#### −7.50", True),
+    ("12000", r"\boxed{12{,}000}", True), ("12000", r"\boxed{12,\!000}", True), ("1234567", r"\boxed{1{,}234{,}567}", True),
+    ("12000", "#### 12\u202f000", True), ("12000", r"\boxed{12\,000}", True), ("12000", "#### 12 000", False),
+    # markup
+    ("24", "#### **24**", True), ("24", "#### $24$", True), ("24", r"#### \$24", True), ("24", r"#### \boxed{24}", True),
+    ("blue", "#### *blue*", False)])
+def test_what_may_stand_around_a_final_answer(answer, text, want):
+    assert right(answer, text) is want
+
+
+@pytest.mark.parametrize("answer, text, want", [
+    ("12000", "It is 12\\,000 dollars.", True), ("12000", "It is 12\u00a0000 dollars.", True), ("12000", "12\u202f000", True),
+    ("12000", "12\u2009000 in all", True), ("12000", "It is 12 000 dollars.", False), ("0", "12\\,000", False),
+    ("50", "The area is 50 cm^2.", True), ("50", "50 m^{2}", True), ("3", "50 cm^3", False), ("1024", "2^10 = 1024", True)])
+def test_number_reads_thousands_and_no_exponents(answer, text, want):
+    assert right(answer, text, "number") is want
+
+
+def test_numbers_of_json_are_answers(tmp_path):
+    rows = [dict(prompt="q", answer=value, grader=grader) for value in (0, 0.0, 12, 1e-05, 1e16, 2.5)
+            for grader in ("final", "number", "math")]
+    said = {0: "0", 12: "12", 1e-05: "0.00001", 1e16: "10000000000000000", 2.5: "2.5"}
+    for row, p in zip(rows, problems(tmp_path, *rows)):
+        grade.check_gradable(p, False)
+        assert grade.is_correct(p, rf"\boxed{{{said[row['answer']]}}}") and not grade.is_correct(p, r"\boxed{7}"), p
+    for value in (["12"], {"a": 1}, True, [], [0]):
+        with pytest.raises(UserError, match="mine.jsonl line 2: answer must be text or a number, it is"):
+            problems(tmp_path, dict(prompt="q", answer=1), dict(prompt="r", answer=value))
+
+
+CODE = dict(id=1, prompt='def double(n):\n    """Twice n."""\n', entry_point="double", grader="code",
+            tests="def check(f):\n    assert f(2) == 4\n")
+
+
+@pytest.mark.parametrize("text, want", [
+    ('```python\ndef double(n):\n    """Like\n    ```\n    double(2)\n    ```\n    """\n    return n * 2\n```', True),
+    ("~~~python\ndef double(n):\n    return n * 2\n~~~\nDone.", True), ("````\ndef double(n):\n    return n * 2\n````", True),
+    ("1. so\n   ```python\n   def double(n):\n       return n * 2\n   ```\n2. done", True),
+    ("So: ```python\ndef double(n):\n    return n * 2```", True), ("```py\ndef double(n):\n    return n * 2", True),
+    ("[BEGIN]\ndef double(n):\n    return n * 2\n[DONE]", True), ("[PYTHON]\ndef double(n):\n    return n * 2\n[/PYTHON]", True),
+    ("```python\ndef double(n):\n    return n * 3\n```", False), ("~~~\ndef double(n):\n    return n\n~~~", False)])
+def test_fences_as_markdown_allows_them(text, want):
+    assert grade.is_correct(CODE, text, allow_code=True) is want
+
+
+# ---------------------------------------------------------------------------------------------------------- rows
+def test_rows_without_a_response_are_never_trained_on(tmp_path, capsys):
+    tok, cfg = data.load_tokenizer("tiny"), trims.Config(data=str(tmp_path / "mine.jsonl"), gen_len=64)
+    for bare in (dict(prompt="q", answer="1"), dict(prompt="q", solution=""), dict(prompt="q", solution=" \n"), dict(prompt="q", solution=None)):
+        problems(tmp_path, bare)
+        with pytest.raises(UserError, match=r"mine.jsonl has no solution of at most 64 tokens, and 1 rows without any \['mine-0'\]"):
+            trims.load_examples(cfg, tok)
+        problems(tmp_path, dict(prompt="a", solution="b"), bare, dict(prompt="c", solution="d " * 70))
+        (example,) = trims.load_examples(cfg, tok)
+        assert example["id"] == "mine-0"
+        assert "2 of 3 rows are left out: 1 have no solution ['mine-1']" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", ["llada", "dream", "sdar", "illada"])
+def test_half_a_character_is_read_as_the_replacement_character(tmp_path, family):
+    tok, tiny = data.load_tokenizer(official_checkpoint(tmp_path, family)), data.load_tokenizer("tiny")
+    for text, want in (("a\ud83db", "a\ufffdb"), ("\udc00", "\ufffd"), ("x\ud83d\ud83d", "x\ufffd\ufffd"), ("\ud83d\ude00", "\U0001f600")):
+        for each in (tok, tiny):
+            assert want in each.decode(each.prompt_ids(text).tolist()) and want in each.decode(each.response_ids(text))
+    assert "\ufffd" in tok.decode(tok.prompt_ids("q", system="\ud83d").tolist())
+
+
+def test_half_a_character_can_be_decoded_and_printed(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "ball under \\ud83d"}\n')
+    done = command(tmp_path, "sample.py", "--prompts", "p.jsonl", "--gen_len", 4, "--block_len", 4)
+    assert done.returncode == 0 and "1 responses written" in done.stdout
+    assert command(tmp_path, "sample.py", "--prompt", "ball \udcff", "--gen_len", 4, "--block_len", 4).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["mine.jsonl", "mine.json"])
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path, name):
+    row = dict(prompt="q", answer="1")
+    assert problems(tmp_path, row, name=name, before=b"\xef\xbb\xbf") == problems(tmp_path, row, name=name)
+    (tmp_path / "p.txt").write_bytes("\ufeffone\ntwo\n".encode())
+    from sample import read_prompts
+    assert [r["prompt"] for r in read_prompts(tmp_path / "p.txt")] == ["one", "two"]
+    folder = tmp_path / "tiny"
+    nt_model.save(random_model(), folder)
+    config = (folder / "config.json").read_bytes()
+    (folder / "config.json").write_bytes(b"\xef\xbb\xbf" + config)
+    assert nt_model.load(folder).cfg == random_model().cfg
+
+
+def test_a_plus_may_be_in_a_path(tmp_path):
+    (tmp_path / "c++").mkdir()
+    mine = tmp_path / "c++/y.jsonl"
+    mine.write_text('{"prompt": "a", "answer": "1", "ask": "b", "target": "2"}\n')
+    assert data.load_problems(str(mine))[0]["prompt"] == "a"
+    assert data.load_problems(f"{mine}:prompt=ask,answer=target")[0]["answer"] == "2"
+    (tmp_path / "c++/g1.jsonl").write_text('{"question": "a", "answer": "x #### 1"}\n')
+    (tmp_path / "c++/g2.jsonl").write_text('{"question": "b", "answer": "x #### 1"}\n')
+    assert len(data.load_problems(f"gsm8k={tmp_path}/c++/g*.jsonl")) == 2
+    (tmp_path / "z.jsonl").write_text('{"prompt": "z", "answer": "1"}\n')
+    assert len(data.load_problems(f"tiny+{tmp_path}/z.jsonl", n=3)) == 4
+
+
+@pytest.mark.parametrize("key", ["setup", "tests", "entry_point", "prompt", "solution", "grader", "question", "thinking"])
+def test_fields_of_another_type_are_named_with_their_line(tmp_path, key):
+    for value in (3, True, [1], {"a": 1}, 2.5):
+        with pytest.raises(UserError, match=rf"mine.jsonl line 2.*{key}"):
+            problems(tmp_path, dict(prompt="q"), {"prompt": "r", key: value})
+
+
+def test_adapters_and_models_can_be_read_by_others(tmp_path):
+    for mask in (0o022, 0o002, 0o077):
+        before = os.umask(mask)
+        try:
+            nt_model.save(random_model(), tmp_path / f"{mask}/model")
+            lora.save(lora.add(random_model(), 2, 2), tmp_path / f"{mask}/adapter")
+        finally:
+            os.umask(before)
+        for file in (tmp_path / str(mask)).rglob("*.*"):
+            assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~mask, file
+
+
+def test_what_was_just_saved_is_what_is_read(tmp_path):
+    """Over a sharded folder: its index and shards do not win."""
+    for family in ("dream", "llada", "a2d"):
+        folder = official_checkpoint(tmp_path / family, family)
+        model = nt_model.load(folder)
+        with torch.no_grad():
+            model.norm.weight.add_(1)
+        nt_model.save(model, folder)
+        assert torch.equal(nt_model.load(folder).norm.weight, model.norm.weight)
