@@ -257,7 +257,7 @@ class OwnChat:
         said = [dict(role=role, content=text) for role, text in turns]
         settings = dict(tokenize=False, enable_thinking=self.thinks) | settings
         try:
-            return self.hf.apply_chat_template(said, **settings)
+            return whole(self.hf.apply_chat_template(said, **settings))
         except Exception as e:  # whatever a template raises
             raise UserError(f"{self.name}: its chat_template fails ({e}): repair or remove it") from None
 
@@ -271,9 +271,9 @@ class OwnChat:
 
     def prompt_ids(self, turns):
         """Turns, the answer open -> list of ids; a text writes no special token."""
-        turns = [(role, whole(text)) for role, text in turns]
         if not self.hf.chat_template:  # a base model: the texts, on lines of their own
-            return self.hf.encode("".join(text + "\n" for _, text in turns), split_special_tokens=True)
+            text = "".join(text + "\n" for _, text in turns)
+            return self.hf.encode(whole(text), split_special_tokens=True)
         hidden = [(role, self.added.sub(MARK, text)) for role, text in turns]
         first, *rest = self.render(hidden, add_generation_prompt=True).split(MARK)
         ids = self.hf.encode(first, add_special_tokens=False)

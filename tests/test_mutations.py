@@ -52,12 +52,12 @@ def survives(read, what):
         pytest.fail(f"{what}: {type(e).__name__}: {e}")
 
 
-@pytest.mark.parametrize("family", ["llada", "dream", "sdar"])
+@pytest.mark.parametrize("family", ["llada", "dream", "sdar", "diffcoder", "a2d-bd3lm"])
 def test_mutated_checkpoints(tmp_path, family):
     folder, rng = official_checkpoint(tmp_path, family), random.Random(family)
     (folder / "generation_config.json").write_text(json.dumps(dict(eos_token_id=[256, 258], temperature=0.1)))
     names = ["config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer_config.json",
-             "tokenizer.json" if family == "llada" else "vocab.json", "added_tokens.json"]
+             "tokenizer.json" if family in ("llada", "diffcoder") else "vocab.json", "added_tokens.json"]
     for name in [n for n in names if (folder / n).exists()]:
         file = folder / name
         good = file.read_bytes()
