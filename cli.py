@@ -90,7 +90,7 @@ BOUNDS = {name: (least, most) for least, most, names in [  # of every numeric op
     (1, 2**17, "lora_r gen_len block_len per_step prompt_len max_prompt n_buckets"),
     (1, 10**7, "n batch_size micro_batch score_batch collect_batch save_every log_every epochs limit seeds"),
     (0, 10**7, "max_steps steps warmup_steps drill_steps eval_problems n_problems points n_examples window "
-               "states_per_trajectory train_block vicinity top_k cache_delay refresh sync_every"),
+               "states_per_trajectory train_block vicinity top_k cache_delay refresh"),
     (0, 2**31, "seed collect_seed num_fewshot eos_in_loss"),
     (0, 1, "lr_floor warmup_ratio trajectory_share block_share p_context p_future rand_p"),
     (0, 0.999999, "lora_dropout beta2"),

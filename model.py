@@ -489,6 +489,7 @@ def token_positions(valid):
 def load(name, device="cpu", dtype=torch.float32, revision=None):
     """Preset name, hub id or directory -> a model in eval mode, every tensor used, every parameter filled."""
     folder = checkpoint_dir(name, revision)
+    cli.check_sums(folder)
     cfg = read_config(folder)
     with torch.device("meta"):  # nothing is allocated twice
         model = Transformer(cfg)

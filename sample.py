@@ -575,8 +575,7 @@ class Batch:
         self.prompts = [p.cpu() for p in prompts]
         self.streams = streams or range(len(prompts))
         self.dev = model.embed.weight.device
-        cli.check_numbers(dict(sync_every=sync_every))
-        self.sync_every = sync_every or (4 if self.dev.type == "cuda" else 1)
+        self.sync_every = sync_every if sync_every > 0 else 4 if self.dev.type == "cuda" else 1
         self.compiled = self.dev.type == "cuda" if compiled is None else compiled
         self.model, self.s = in_blocks(for_decoding(model), s.block_len), s
         n_rows, T = len(prompts), max(map(len, prompts)) + reach(s, model.cfg) + s.gen_len + 1

@@ -152,7 +152,7 @@ def test_an_empty_or_missing_adapter_is_an_error(tmp_path, monkeypatch):
     import eval as nt_eval
     import sample
     for module, args in ((sample, ["--prompt", "x"]), (nt_eval, ["curve", "--n", "1"])):
-        for folder, words in (("", "--adapter '' or"), (str(tmp_path), "no file .*adapter_config.json")):
+        for folder, words in (("", "--adapter is empty"), (str(tmp_path), "no file .*adapter_config.json")):
             monkeypatch.setattr("sys.argv", ["x.py", *args, "--adapter", folder])
             with pytest.raises(UserError, match=words):
                 sample.main() if module is sample else nt_eval.cli.run_command("", nt_eval.COMMANDS)
@@ -202,7 +202,7 @@ def test_files_have_the_modes_that_the_umask_asks_for(tmp_path, mask, mode):
     finally:
         os.umask(before)
     files = [f for f in tmp_path.rglob("*") if f.is_file()]
-    assert len(files) == 6 and {f.stat().st_mode & 0o777 for f in files} == {mode}
+    assert len(files) == 5 and {f.stat().st_mode & 0o777 for f in files} == {mode}
 
 
 def test_errors(tmp_path):

@@ -62,7 +62,7 @@ def test_numbers_of_json_are_answers(tmp_path):
             for grader in ("final", "number", "math")]
     said = {0: "0", 12: "12", 1e-05: "0.00001", 1e16: "10000000000000000", 2.5: "2.5"}
     for row, p in zip(rows, problems(tmp_path, *rows)):
-        grade.check_gradable(p, False)
+        grade.check_gradable([p], False)
         assert grade.is_correct(p, rf"\boxed{{{said[row['answer']]}}}") and not grade.is_correct(p, r"\boxed{7}"), p
     for value in (["12"], {"a": 1}, True, [], [0]):
         with pytest.raises(UserError, match="mine.jsonl line 2: answer must be text or a number, it is"):
