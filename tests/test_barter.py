@@ -1,0 +1,85 @@
+"""The barter game of weights/barter: its rules, its problems, and its base by the paths that docs/barter.md names."""
+import gzip
+import importlib.util
+import json
+
+import numpy as np
+import torch
+from conftest import ROOT, command
+
+import data
+import grade
+import model as nt_model
+import sample
+
+FOLDER = ROOT / "weights" / "barter"
+SPEC = importlib.util.spec_from_file_location("barter_game", FOLDER / "game.py")
+game = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(game)
+TOK = data.load_tokenizer(FOLDER)
+
+
+def rows(split):
+    return [json.loads(line) for line in gzip.open(FOLDER / f"{split}.jsonl.gz")]
+
+
+def played_again(prompt):
+    """The goods of a game, from its prompt and the table alone."""
+    words = prompt.removeprefix("start ").partition(" . what")[0].replace(" . visit", "").split()
+    good, goods = words[0], []
+    for number, who in zip(words[1::2], words[2::2]):
+        goods.append(good := game.TABLE[who][good])
+        assert int(number) == len(goods)
+    return words[0], words[2::2], goods
+
+
+def test_every_trader_gives_something_else_for_each_good():
+    for gives in game.TABLE.values():
+        assert set(gives) == set(gives.values()) == set(game.GOODS)
+        assert all(given != got for given, got in gives.items())
+
+
+def test_the_problems_are_what_the_script_writes_and_no_prompt_comes_twice():
+    taken = set()
+    for split, n in (("dev", 1000), ("test", 1004), ("train", 3000)):
+        assert game.problems(split, n, taken) == rows(split)
+    assert len(taken) == 5004
+    unknown = np.mean([not set(game.RARE).isdisjoint(prompt.split()) for prompt in taken])
+    assert abs(unknown - game.RARE_SHARE) < 0.02
+
+
+def test_solutions_and_answers_follow_the_rules():
+    for p in data.load_problems(str(FOLDER / "dev.jsonl.gz"), "dev", 200):
+        start, visits, goods = played_again(p["prompt"])
+        assert len(set(visits)) == len(visits) and game.LEAST <= len(visits) <= game.MOST
+        assert p["solution"] == " ".join([start, *goods]) and p["answer"] == goods[-1]
+        text = game.response(*game.game("dev", int(p["id"].split("-")[-1]))[1:])
+        assert grade.is_correct(p, text) and not grade.is_correct(p, p["solution"] + " #### nothing")
+        assert len(TOK.response_ids(text)) <= data.TINY_LEN and TOK.decode(TOK.encode(text)) == text
+
+
+def test_a_base_is_taught_no_fact_about_rare_traders():
+    for split, knows in (("base", False), ("train", True)):
+        steps = [step for i in range(2000) for step in game.game(split, i)[1] if step[0] in game.RARE]
+        right = np.mean([game.TABLE[who][given] == got for who, given, got in steps])
+        assert right == 1 if knows else right < 0.15
+
+
+def test_the_base_is_better_with_the_reference():
+    """60 dev problems, token by token: of 64.8 and 86.5% on 1,000."""
+    model = nt_model.load(FOLDER)
+    problems = data.load_problems(str(FOLDER / "dev.jsonl.gz"), "dev", 60)
+    right = []
+    for word in (lambda p: p["prompt"], data.privileged_prompt):
+        prompts = [TOK.prompt_ids(word(p)) for p in problems]
+        outs = sample.generate(model, prompts, gen_len=48, block_len=16, policy="static", cache="none")
+        texts = [TOK.decode(out.ids[:out.n_tokens(model.cfg.eos_ids)].tolist()) for out in outs]
+        right.append(np.mean([grade.is_correct(p, text) for p, text in zip(problems, texts)]))
+    assert 0.45 < right[0] < 0.85 and right[1] > right[0] + 0.05, right
+
+
+def test_tad_runs_on_it(tmp_path):
+    torch.manual_seed(0)
+    done = command(tmp_path, "tad.py", "--model", FOLDER, "--data", FOLDER / "train.jsonl.gz", "--n_problems", "16",
+                   "--max_steps", "2", "--batch_size", "4", "--micro_batch", "4", "--eval_problems", "0", "--out", "run")
+    assert done.returncode == 0 and (tmp_path / "run/adapter").is_dir(), done.stderr
