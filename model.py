@@ -73,6 +73,7 @@ class Family:
     decoding: dict = field(default_factory=dict)  # fields of sample.Decoding, unless told otherwise
     task: str = ""        # the built-in task that it was trained on: what a training run measures at its end
 
+
 def pairs(text):
     """'a=b c=d' -> {'a': 'b', 'c': 'd'}"""
     return dict(pair.split("=") for pair in text.split())
