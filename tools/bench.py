@@ -51,7 +51,7 @@ def fast_dllm(model, prompt, s):
     """Fast-dLLM's dual cache (arXiv 2505.22618), s.per_step tokens per forward -> ids (L,), nfe."""
     cfg, nfe = model.cfg, 0
     x = F.pad(prompt[None], (0, s.gen_len), value=cfg.mask_id)
-    column = torch.arange(x.shape[1])[None]
+    column = torch.arange(x.shape[1], device=x.device)[None]
     cache = KVCache(cfg, column >= 0, column, model.embed.weight.dtype)
     for block in column[:, len(prompt):].split(s.block_len, 1):
         fresh = False
@@ -59,7 +59,7 @@ def fast_dllm(model, prompt, s):
             if fresh:
                 logits = model(x.gather(1, block), cache=cache, cols=block)
             else:  # the published code scores the whole canvas here
-                logits = model(x, cache=cache, rows=torch.tensor([0]))[:, block[0]]
+                logits = model(x, cache=cache, rows=column[0, :1])[:, block[0]]
             token, confidence, *_ = sample.pick_tokens(logits, cfg, s)
             best = masked & (sample.place_of(confidence, masked) < s.per_step)
             x[0, block[best]] = token[best]
@@ -71,9 +71,15 @@ def packed_linear_flop(x, tag, *_, **__):
     return 2 * math.prod(x) * tag[0]
 
 
+def attention_flop(query, key, *_, **__):  # torch's own wants as many heads in key
+    return 4 * math.prod(query) * key[2]
+
+
 def flop_of(call):
-    """Of its products: those of oneDNN's attention are in no table of torch, and count for none."""
-    own = {torch.ops.nanotraj.packed_linear: packed_linear_flop}
+    """Of its products."""
+    own = {torch.ops.nanotraj.packed_linear: packed_linear_flop} | {
+        getattr(torch.ops.aten, f"_scaled_dot_product_{kind}"): attention_flop
+        for kind in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")}
     with FlopCounterMode(display=False, custom_mapping=own) as counter:
         call()
     return counter.get_total_flops()
@@ -98,9 +104,12 @@ def in_turns(what, n, **calls):
 def measure(model, prompts, args, s):
     """-> the facts that are printed, and a forward of the same work to look into. s: sample.Decoding."""
     cfg, n = model.cfg, len(prompts)
-    device = model.embed.weight.device
-    one, uncached = prompts[0].to(device), vars(s) | {"cache": "none"}
-    others = {"uncached": lambda: sample.reference(model, one, **uncached)}
+    one = prompts[0].to(model.embed.weight.device)
+
+    def uncached():
+        with one.device:
+            return sample.reference(model, one, **vars(s) | {"cache": "none"})
+    others = {"uncached": uncached}
     if not (cfg.shift or cfg.block_len):  # it is for LLaDA
         others["fast_dllm"] = lambda: fast_dllm(model, one, s)
 
@@ -115,9 +124,8 @@ def measure(model, prompts, args, s):
         if batch.cache is not None:
             found["window_ms"] = lambda: batch.forward(None, width)
         return found
-    with device:
-        results, first, seconds = in_turns("decode", 5, ours=lambda: decode(args.compiled), **others)
-        flop = {name: flop_of(call) for name, call in others.items()}
+    results, first, seconds = in_turns("decode", 5, ours=lambda: decode(args.compiled), **others)
+    flop = {name: flop_of(call) for name, call in others.items()}
     batch, outs = results["ours"]
     flop_of_ours = flop_of(lambda: decode(False))
     facts = dict(
