@@ -4,6 +4,7 @@ whose fields are options with their defaults and the comments behind them as hel
 import argparse
 import ctypes
 import dataclasses
+import fcntl
 import gc
 import gzip
 import hashlib
@@ -65,6 +66,16 @@ def run_cli(main):
         distributed.destroy_process_group()
     if isinstance(code, (int, str)):
         sys.exit(code)
+
+
+def say_interrupted(kind, error, trace, usual=sys.excepthook):
+    """For Ctrl-C while a script still imports, if it imports this first."""
+    if kind is not KeyboardInterrupt:
+        return usual(kind, error, trace)
+    print("interrupted; the same command continues", file=sys.stderr)
+
+
+sys.excepthook = say_interrupted
 
 
 def come_again(lost, usual=sys.unraisablehook):
@@ -151,9 +162,13 @@ def add_options(parser, cls, presets={}):
         parser.add_argument(*names, **settings)
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; --help lists what there is")
+
+
 def new_parser(doc):
-    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                   allow_abbrev=False)
+    return Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
 
 def given_to(parser):
@@ -225,11 +240,12 @@ def read_object(path, optional=True):
     return table
 
 
-def read_jsonl(path, ours=False, mend=False, **kinds):
-    """The objects of a .jsonl. ours: made by line_of(), the last may be torn. mend: cut damaged lines off."""
+def read_jsonl(path, ours=False, mend=False, growing=False, **kinds):
+    """The objects of a .jsonl. ours: made by line_of(). mend: cut damaged lines off. growing: another process
+    may be writing the last one."""
     lines, rows, whole = read_text(path, "replace" if ours else "strict").split("\n"), [], []
     sealed = False  # lines of before checksums do not stand behind those with one
-    for i, line in enumerate(lines[:-1] if ours else lines, 1):
+    for i, line in enumerate(lines[:-1] if mend or growing else lines, 1):
         try:
             rows += [row_of(line, kinds, sealed) if ours else json.loads(line)] if line.strip() else []
             whole.append(line)
@@ -334,6 +350,18 @@ def check_sums(folder):
         if not (folder / name).is_file() or sha256(folder / name) != checksum:
             raise UserError(f"{folder / name} is not as it was written: make it again; or remove "
                             f"{folder / SUMS} if you changed it")
+
+
+def lock(file):
+    """-> what to keep while no other process may lock it; UserError if one has."""
+    held = open(file, "a")
+    try:
+        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"{file.parent} is in use by another run: wait for it, or choose another --out") from None
+    except OSError as e:
+        print(f"warning: {file} cannot be locked ({e}): start no second run there", file=sys.stderr)
+    return held
 
 
 def sync(path):

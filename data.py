@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable, Literal
 
+from cli import UserError, option, read_jsonl, read_object, read_rows, run_cli, run_command  # first
 import numpy as np
 import tiktoken
 import tokenizers
@@ -26,7 +27,6 @@ import torch
 import torch.nn.functional as F
 
 import grade
-from cli import UserError, option, read_jsonl, read_object, read_rows, run_cli, run_command
 from model import (FAMILIES, LENGTHS, ModelOptions, block_diffusion_layout, checkpoint_dir, config_of,
                    first_position, listed, token_positions)
 from recipes import RECIPES, TEST, recipe_problems, same_question
@@ -421,11 +421,11 @@ def state_at(x0, order, t, mask_id):
     return torch.where(masked, mask_id, x0), masked
 
 
-def read_trajectories(path):
+def read_trajectories(path, growing=False):
     """All records of a folder (every rank's shard) or of one .jsonl, checked, in a fixed order (by id)."""
     records, path = {}, Path(path)
     for shard in [path] if path.is_file() else sorted(path.glob("*.jsonl")):
-        for i, r in enumerate(read_jsonl(shard, ours=True, **RECORD_FIELDS)):
+        for i, r in enumerate(read_jsonl(shard, ours=True, growing=growing, **RECORD_FIELDS)):
             check_record(r, f"{shard} record {i + 1}")
             records[r["id"]] = r
     return [records[key] for key in sorted(records)]
@@ -439,6 +439,16 @@ def check_record(r, where):
     if not valid or len(r["order"]) != L:
         raise UserError(f"{where} is inconsistent: "
                         f"x0, order and rank must have one length and rank be a permutation")
+
+
+def check_tokens(records, cfg):
+    """UserError if the model of a config has no such tokens."""
+    for r in records:
+        largest = max(r["x0"] + r["prompt_ids"])
+        if largest >= cfg.vocab_size:
+            raise UserError(f"trajectory {r['id']} is of another model: it holds token {largest}, this one has "
+                            f"{cfg.vocab_size}")
+    return records
 
 
 def list_sets():

@@ -28,10 +28,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+import cli  # first
 import numpy as np
 import torch
 
-import cli
 import data
 import grade
 import model as nt_model
@@ -39,7 +39,7 @@ import recipes
 import sample
 from cli import UserError, append_line, option, read_jsonl, run_cli, write_whole
 from layers import for_decoding
-from run import agreed, barrier, mend_shards, sha256
+from run import agreed, read_shards, sha256
 from sample import AdaptedModel, load_both
 from teacher import load_teacher, load_teacher_tokenizer, token_nll
 
@@ -261,6 +261,7 @@ class Kept:
             raise UserError(f"{out} holds results already, of another run ({differ} differ): choose another "
                             f"--out or remove it")
         self.out.mkdir(parents=True, exist_ok=True)
+        self.lock = cli.lock(self.out / f"lock-{rank}")
         if rank == 0:
             write_whole(file, json.dumps(config, indent=1) + "\n")
         rows = []
@@ -270,12 +271,7 @@ class Kept:
 
     def rows(self, name):
         """{id: row} of the shards that all ranks wrote under a name, when all have come here."""
-        mend_shards(self.out.glob(f"{name}.rank*.jsonl"), self.rank, self.world)
-        rows = {row["id"]: row | {"shard": shard.name}
-                for shard in sorted(self.out.glob(f"{name}.rank*.jsonl"))
-                for row in read_jsonl(shard, ours=True, id=str, seconds=float)}
-        barrier()  # nobody writes before all have read
-        return rows
+        return read_shards(self.out, f"{name}.rank*.jsonl", "id", self.rank, self.world, seconds=float)
 
 
 def digest(value):
@@ -593,13 +589,14 @@ def tds_command(args):
         raise UserError(f"{args.trajectories} holds no trajectory")
     model, _ = load_both(args)
     label = args.adapter or args.model
+    data.check_tokens(records, model.cfg)
     report_by_step(label, mean_tds(model, records, label), "TDS", "nats^2", Path(args.out) / "tds.png")
 
 
 def log_command(args):
     panels, path = {"loss": {}, "tok_per_s": {}}, Path(args.runs[0]) / "log.png"
     for run in args.runs:
-        rows = read_jsonl(Path(run) / "log.jsonl", ours=True)
+        rows = read_jsonl(Path(run) / "log.jsonl", True, growing=True, step=int, loss=float, tok_per_s=float)
         if not rows:
             raise UserError(f"{run}/log.jsonl is empty: its first line comes after --log_every steps")
         for key, lines in panels.items():

@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import cli  # first
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import cli
 import model as nt_model
 from cli import UserError, check_sums, option, run_cli, run_command, whole_folder
 from layers import linear

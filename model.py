@@ -16,6 +16,7 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import cli  # first
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -24,7 +25,6 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-import cli
 from cli import UserError, read_object, run_cli
 
 HERE = Path(__file__).resolve().parent

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import cli  # first
 import numpy as np
 import torch
 
-import cli
 import grade
 from cli import UserError, option, run_cli
-from data import (CARRIED, SCHEMA, load_tokenizer, privileged_prompt, problems_asked_for, read_trajectories,
-                  spread)
+from data import (CARRIED, SCHEMA, check_tokens, load_tokenizer, privileged_prompt, problems_asked_for,
+                  read_trajectories, spread)
 from model import ModelOptions, config_of, decoding_defaults, n_content
 from run import barrier, check_alike, mend_shards
 from sample import Decoding, load_both, stream
@@ -30,7 +30,7 @@ from sample import Decoding, load_both, stream
 class Shard:
     """This rank's file in a folder of rows, and FILE.seconds: the time of each append; rank 0 shows a bar."""
     def __init__(self, folder, rank, n_left, unit, what):
-        self.file = Path(folder) / f"rank{rank}.jsonl"
+        self.file, self.lock = Path(folder) / f"rank{rank}.jsonl", cli.lock(Path(folder) / f"lock-{rank}")
         self.bar = cli.progress_bar(None, what, n_left, unit=unit, smoothing=0)
         self.last = time.perf_counter()
 
@@ -51,7 +51,7 @@ def rollout(model, tok, problems, folder, model_name, privileged=False, batch_si
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     mend_shards(folder.glob("rank*.jsonl"), rank, world)
-    done = {r["id"]: r for r in read_trajectories(folder)}
+    done = {r["id"]: r for r in read_trajectories(folder, growing=True)}
     facts = dict(model=str(model_name), revision=model.revision, decoding=settings, schema=SCHEMA)
     prompts = {p["id"]: p["prompt"] for p in problems}
     for r in done.values():  # none may be of another model, of other settings or prompts
@@ -76,7 +76,7 @@ def rollout(model, tok, problems, folder, model_name, privileged=False, batch_si
         shard = Shard(folder, rank, len(todo), "sample", "collect")
         decode_into(shard, model, tok, todo, facts, batch_size, allow_code)
     barrier()
-    records = [r for r in read_trajectories(folder) if r["id"] in prompts]
+    records = [r for r in read_trajectories(folder, growing=True) if r["id"] in prompts]
     check_alike(folder, [r["id"] for r in records])
     return records
 
@@ -97,14 +97,14 @@ def collect(cfg, model, tok, problems, out, **changes):
     """A method's trajectories, a token per forward; cfg.collect_X is field X of Decoding, under `changes`."""
     folder = cfg.trajectories or out / "trajectories"
     if "+" in cfg.trajectories and not Path(folder).exists():  # --trajectories A+B
-        return finished(folder.split("+"), cfg, {p["id"] for p in problems})
+        return check_tokens(finished(folder.split("+"), cfg, {p["id"] for p in problems}), model.cfg)
     how = {key.removeprefix("collect_"): value for key, value in vars(cfg).items()
            if key.startswith("collect_")}
     cfg.block_len = cfg.block_len or model.cfg.block_len or Decoding.block_len  # the model's own
     how["cache"] = how["cache"] or ("exact" if model.cfg.block_len else "none")
     how.update(batch_size=how.pop("batch"), allow_code=cfg.allow_code_execution, gen_len=cfg.gen_len,
                block_len=cfg.block_len, policy="static", per_step=1)
-    return rollout(model, tok, problems, folder, cfg.model, **how | changes)
+    return check_tokens(rollout(model, tok, problems, folder, cfg.model, **how | changes), model.cfg)
 
 
 def decode_into(shard, model, tok, todo, facts, batch_size, allow_code):
@@ -146,8 +146,13 @@ def graded(outputs, problems, tok, eos_ids, allow_code):
 
 def collection_seconds(folder):
     """Wall time that a folder's trajectories took: the slowest rank's; 0 where nothing is known."""
-    files = Path(folder).glob("*.seconds")
-    return max((sum(map(float, f.read_text().split())) for f in files), default=0.0)
+    longest = 0.0
+    for file in Path(folder).glob("*.seconds"):
+        try:
+            longest = max(longest, sum(map(float, file.read_text().split())))
+        except ValueError as e:
+            raise UserError(f"{file} must hold numbers ({e}): remove it, it is only for show") from None
+    return longest
 
 
 def consecutive_tail(out, n):

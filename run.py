@@ -3,7 +3,6 @@
 How its parts follow each other is main() of a method. A batch is a dict that has `ids`, `prompts` (lists of
 token ids) and `xt` (B, L), whatever else it holds.
 """
-import fcntl
 import gc
 import json
 import math
@@ -58,7 +57,7 @@ class Options(nt_model.ModelOptions):
 
 
 STEP_TIMEOUT = timedelta(minutes=4)  # within which all ranks come to the same place of a step
-MADE = ("checkpoints adapter model adapter.unfinished model.unfinished trajectories difficulty results.jsonl "
+MADE = ("adapter model checkpoints results.jsonl adapter.unfinished model.unfinished trajectories difficulty "
         "log.jsonl* nonfinite-rank*.json window.* curve.png log.png wandb tds.* trajectory_nll.*").split()
 FREE = [f.name for f in fields(Options)][7:]
 
@@ -75,9 +74,9 @@ def parse(Config, presets, doc):
     return cfg
 
 
-def barrier():
+def barrier(group=None):
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group)
 
 
 def mend_shards(files, rank, world):
@@ -87,6 +86,15 @@ def mend_shards(files, rank, world):
         if number and int(number[1]) % world == rank:
             cli.read_jsonl(file, True, mend=True)
     barrier()
+
+
+def read_shards(folder, pattern, key, rank, world, **kinds):
+    """{row[key]: row, its shard added} of all ranks' files; none of them goes on before all have read."""
+    mend_shards(folder.glob(pattern), rank, world)
+    rows = {row[key]: row | {"shard": shard.name} for shard in sorted(folder.glob(pattern))
+            for row in cli.read_jsonl(shard, ours=True, **kinds, **{key: str})}
+    barrier()
+    return rows
 
 
 def agreed(value):
@@ -236,7 +244,10 @@ class Run:
         self.task = nt_model.FAMILIES[nt_model.family_of(cfg.model, cfg.revision)].task
         self.evaluates = bool(self.task and cfg.eval_problems)  # at the end, see eval.closing
         last = self.out / "results.jsonl" if self.evaluates else self.final
-        if agreed(last.exists()):
+        done = last.exists() and self.final.exists()
+        if done and self.rank == 0:
+            cli.check_sums(self.final)
+        if agreed(done):
             if self.rank == 0:
                 print(f"{self.out} is finished already; --overwrite starts anew")
             raise SystemExit
@@ -254,18 +265,17 @@ class Run:
                             "from a start; remove the directory instead")
         now = {k: v for k, v in vars(cfg).items() if k not in FREE}
         made = [path for name in MADE for path in out.glob(name)]
-        trained = any((out / name).exists() for name in MADE[:3])
+        trained = any((out / name).exists() for name in MADE[:4])
         old = cli.read_json(file) if file.exists() else {} if trained else now
         if not isinstance(old, dict) or not {"model", "seed", "micro_batch"} <= old.keys():
             raise UserError(f"{file} is absent or not that of a run: choose another --out")
+        for part in "+".join(map(str, vars(cfg).values())).split("+"):  # --model, --data, --trajectories A+B
+            given = Path(os.path.realpath(part))
+            for path in made if cfg.overwrite else [out / "adapter", out / "model"]:
+                if given.is_relative_to(os.path.realpath(path)):
+                    raise UserError(f"{part} lies in what this run would replace: choose another --out")
         out.mkdir(parents=True, exist_ok=True)
-        self.lock = open(out / "lock", "a")  # held until the process ends
-        try:
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise UserError(f"{out} is in use by another run: wait for it, or choose another --out") from None
-        except OSError as e:
-            print(f"warning: {out} cannot be locked ({e}): start no second run in it", file=sys.stderr)
+        self.lock = cli.lock(out / "lock")
         restarts = [int(os.environ.get(f"{by}_RESTART_COUNT", 0)) for by in ("TORCHELASTIC", "SLURM")]
         if cfg.overwrite and not any(restarts) and file.exists():
             old = now
@@ -306,6 +316,8 @@ class Run:
         if self.rank == 0:  # without the lines of steps that will be repeated
             rows = cli.read_jsonl(log, True, mend=True, step=int) if log.exists() else []
             cli.write_whole(log, "".join(cli.line_of(row) for row in rows if row["step"] <= first))
+        if self.rank == 0 and cfg.warmup_steps > n_steps:
+            print(f"warning: --warmup_steps {cfg.warmup_steps} of {n_steps} steps: --lr is never reached", file=sys.stderr)
         model.train()
         logged = time.perf_counter()
         before = signal.signal(signal.SIGTERM, lambda *_: self.stop_asked.set())
@@ -328,7 +340,7 @@ class Run:
             if done % cfg.save_every == 0 or done == n_steps or self.stops:
                 self.save_checkpoint(done)
             if self.stops:  # a preempted job; all ranks are at this step
-                self.finish_writing()
+                self.finish_writing(self.group)
                 if self.rank == 0:
                     bar.write(f"SIGTERM: stopped after step {done}; the same command goes on", sys.stderr)
                 raise SystemExit(128 + signal.SIGTERM)
@@ -409,12 +421,12 @@ class Run:
 
     def save_checkpoint(self, step):
         """A thread writes it while training goes on: every rank its rows, or rank 0 everything."""
-        self.finish_writing()
+        self.finish_writing(self.group)
         root = self.out / "checkpoints"
         if self.rank == 0:
             shutil.rmtree(root / "tmp", ignore_errors=True)
             (root / "tmp").mkdir(parents=True)
-        barrier()
+        barrier(self.group)
         n_files = self.world if self.split else 1
         if self.rank >= n_files:
             return
@@ -424,13 +436,13 @@ class Run:
         self.check_finite("sum of the weights", total)
         self.writing = self.writer.submit(write_checkpoint, root, step, tensors, self.rank, n_files)
 
-    def finish_writing(self):
-        """Wait until the last checkpoint is on disk, on every rank."""
+    def finish_writing(self, group=None):
+        """Wait until the last checkpoint is on disk, on every rank. group: it says for how long."""
         try:
             self.writing.result()
         except Exception as e:
             raise UserError(f"a checkpoint could not be written: {e}") from None
-        barrier()
+        barrier(group)
 
     def resume(self):
         """Fill all from the newest intact checkpoint, whatever its number of ranks -> the next step, or 0."""
@@ -461,7 +473,7 @@ class Run:
 
     def save(self, model):
         """Write what was trained. Every rank calls it; rank 0 gets a plain copy of the model, others None."""
-        self.finish_writing()
+        self.finish_writing(self.group)
         plain, final = unsharded(model, keep=self.rank == 0), self.final
         if self.rank != 0:
             return None
@@ -524,7 +536,10 @@ def write_checkpoint(root, step, tensors, rank, n_files):
     file.rename(tmp / file_name(file, rank, n_files))
     if rank:
         return
+    end = time.monotonic() + STEP_TIMEOUT.total_seconds()
     while len(list(tmp.glob("rank-*"))) < n_files:
+        if time.monotonic() > end:
+            raise TimeoutError(f"after {STEP_TIMEOUT} the files of other ranks are not in {tmp}")
         time.sleep(0.05)
     sync(tmp)
     shutil.rmtree(folder, ignore_errors=True)

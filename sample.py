@@ -31,10 +31,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import cli  # first
 import torch
 import torch.nn.functional as F
 
-import cli
 import data
 import lora
 from cli import UserError, option, run_cli
@@ -823,7 +823,7 @@ def decode_file(model, tok, args, settings, how):
     made_by = dict(model=args.model, revision=model.revision, adapter=args.adapter, decoding=how_asked)
     ours = {r["id"]: dict(prompt=r["prompt"], **made_by) for r in rows}  # what a line of this run says
     done = set()
-    for r in cli.read_jsonl(to, ours=True) if to.exists() else []:
+    for r in cli.read_jsonl(to, ours=True, growing=True) if to.exists() else []:
         if r.get("id") not in ours or {**r, **ours[r["id"]]} != r:
             raise UserError(f"{to} holds responses of another model, other settings or other prompts: "
                             f"choose another --to or remove it")

@@ -30,13 +30,13 @@ not depend on the length; alpha is 0.5 as in the code (--alpha 1 --logratio sum 
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from cli import UserError, run_cli  # first
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 import eval as nt_eval
 import run
-from cli import UserError, run_cli
 from data import (TINY_TRAINING, example_rng, hidden_rows, load_problems, load_tokenizer, stacked,
                   teacher_rows)
 from model import by_chunks, in_first_block, n_content

@@ -30,12 +30,12 @@ be taken at each token's own step, as Eq. 5 has it. TDS, Eq. 10 and 11, is `pyth
 from dataclasses import dataclass
 from typing import Literal
 
+from cli import UserError, run_cli  # first
 import torch
 import torch.nn.functional as F
 
 import eval as nt_eval
 import run
-from cli import UserError, run_cli
 from data import TINY_TRAINING, example_rng, hidden_rows, load_problems, load_tokenizer, stacked
 from model import by_chunks, in_first_block, n_content
 from rollout import collect, only_correct

@@ -29,6 +29,7 @@ import json
 from dataclasses import dataclass
 from typing import Literal
 
+from cli import UserError, run_cli, write_whole  # first
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,6 @@ import torch.nn.functional as F
 import eval as nt_eval
 import lora
 import run
-from cli import UserError, run_cli, write_whole
 from data import (TINY_TRAINING, example_rng, hidden_rows, load_problems, load_tokenizer, pad_response,
                   privileged_prompt, stacked, state_at, teacher_rows)
 from model import by_chunks, in_first_block

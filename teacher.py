@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 
-from cli import UserError, read_jsonl
+from cli import UserError
 from data import OwnChat, Tokenizer, byte_table, left_padded, tiny_tokens
 from lora import changed
 from model import by_chunks, checkpoint_dir, n_content, token_positions
 from rollout import Shard
-from run import barrier, check_alike, mend_shards
+from run import check_alike, read_shards
 
 PROBE = "Aé 中🙂\n  x\t<b> ²12"  # a tokeniser that keeps this keeps any text
 
@@ -138,8 +138,7 @@ def score_examples(examples, tok, teacher_tok, cfg, r):
     folder.mkdir(exist_ok=True)
 
     def read():
-        return {row["key"]: row["scores"] for f in sorted(folder.glob("rank*.jsonl"))
-                for row in read_jsonl(f, True, key=str, scores=list)}
+        return read_shards(folder, "rank*.jsonl", "key", r.rank, r.world, scores=list)
 
     def key(e):  # everything the scores depend on
         what = json.dumps([cfg.teacher, cfg.metric, e["prompt"], e["x0"]])
@@ -147,9 +146,7 @@ def score_examples(examples, tok, teacher_tok, cfg, r):
     examples = [examples[i] for i in range(len(examples))]
     keys = list(map(key, examples))
     check_alike("the examples", keys)
-    mend_shards(folder.glob("rank*.jsonl"), r.rank, r.world)
     done = read()
-    barrier()  # all ranks have read the same shards before one appends
     left = [(k, e) for k, e in zip(keys, examples) if k not in done]
     todo = left[r.rank::r.world]
     if todo:
@@ -161,6 +158,5 @@ def score_examples(examples, tok, teacher_tok, cfg, r):
             rounded = [[None if math.isnan(v) else round(v, 6) for v in scores] for scores in scored]
             shard.append([dict(key=k, scores=scores) for k, scores in zip(some_keys, rounded)])
         shard.bar.close()
-    barrier()
     done = read()
-    return [np.array(done[k], dtype=float).tolist() for k in keys]  # null is NaN
+    return [np.array(done[k]["scores"], dtype=float).tolist() for k in keys]  # null is NaN

@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from cli import UserError, run_cli  # first
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -39,9 +40,8 @@ import torch.nn.functional as F
 import eval as nt_eval
 import model as nt_model
 import run
-from cli import UserError, run_cli
-from data import (TinySFT, example_rng, hidden_rows, load_problems, load_tokenizer, pad_response,
-                  read_trajectories, stacked)
+from data import (TinySFT, check_tokens, example_rng, hidden_rows, load_problems, load_tokenizer,
+                  pad_response, read_trajectories, stacked)
 from teacher import load_teacher_tokenizer, score_examples
 
 
@@ -168,7 +168,8 @@ def load_examples(cfg, tok):
         return TinySFT(tok, cfg.n_examples or cfg.max_steps * cfg.batch_size,
                        cfg.drill_steps * cfg.batch_size)
     if Path(cfg.data).is_dir():
-        records = [r for r in read_trajectories(cfg.data) if r["correct"] or not cfg.only_correct]
+        records = check_tokens(read_trajectories(cfg.data), nt_model.config_of(cfg.model, cfg.revision))
+        records = [r for r in records if r["correct"] or not cfg.only_correct]
         if not records:
             raise UserError(f"{cfg.data} holds no correct trajectory: nothing to train on "
                             f"(--no-only_correct takes the others too)")

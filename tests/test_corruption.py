@@ -15,6 +15,7 @@ import cli
 import compare
 import lora
 import model as nt_model
+import rollout
 import run as training
 import tabom
 from cli import UserError
@@ -66,7 +67,9 @@ def test_a_line_is_whole_or_made_again(tmp_path):
 
 def test_lines_of_before_are_read(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"id": "a", "x0": [1]}\n{"id": "b", "x0": [2]}\n{"id": "torn')
-    assert [row["id"] for row in cli.read_jsonl(tmp_path / "a.jsonl", ours=True)] == ["a", "b"]
+    assert [row["id"] for row in cli.read_jsonl(tmp_path / "a.jsonl", True, growing=True)] == ["a", "b"]
+    with pytest.raises(UserError, match="line 3 is not valid JSON or is damaged"):
+        cli.read_jsonl(tmp_path / "a.jsonl", ours=True)
     cli.read_jsonl(tmp_path / "a.jsonl", ours=True, mend=True)
     cli.append_line(tmp_path / "a.jsonl", {"id": "c"})
     assert [row["id"] for row in cli.read_jsonl(tmp_path / "a.jsonl", ours=True)] == ["a", "b", "c"]
@@ -119,7 +122,7 @@ def test_results_of_an_evaluation(tmp_path):
     kept = nt_eval.Kept(tmp_path, config, 0, 1)
     cli.append_line(kept.results, *points)
     cli.append_line(tmp_path / "rows-k.rank0.jsonl", *rows)
-    files = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    files = {file: file.read_bytes() for file in tmp_path.glob("*.json*")}
     for _ in range(60):
         file = draw.choice(sorted(files))
         file.write_bytes(damage(files[file], draw))
@@ -132,6 +135,75 @@ def test_results_of_an_evaluation(tmp_path):
         for file, raw in files.items():
             file.write_bytes(raw)
     assert nt_eval.Kept(tmp_path, config, 0, 1).points.keys() == {"k0", "k1", "k2"}
+
+
+def test_weights_are_as_they_were_written_or_refused(tmp_path):
+    """Of a model that --full, `lora.py merge` or save() made; whole_folder() wrote their checksums."""
+    with cli.whole_folder(tmp_path / "model") as folder:
+        nt_model.save(random_model(max_position_embeddings=160, **VOCAB), folder)
+        nt_model.copy_tokenizer("tiny", folder)
+    files, draw = {file: file.read_bytes() for file in (tmp_path / "model").iterdir()}, random.Random(0)
+    nt_model.load(tmp_path / "model")
+    for _ in range(40):
+        file = draw.choice(sorted(files))
+        broken = damage(files[file], draw)
+        file.write_bytes(broken)
+        if broken.splitlines() != files[file].splitlines():
+            with pytest.raises(UserError) as refused:
+                nt_model.load(tmp_path / "model")
+            assert "\n" not in str(refused.value) and str(tmp_path) in str(refused.value)
+        file.write_bytes(files[file])
+
+
+def test_trajectories_of_several_folders(runs):
+    """--trajectories A+B mends nothing: what is damaged is refused."""
+    assert runs("tabom", "whole", "--max_steps", "2") == (0, [])
+    want, draw = runs.adapter("whole"), random.Random(0)
+    first, second = (runs.folder / name / "rank0.jsonl" for name in "ab")
+    lines = (runs.folder / "whole/trajectories/rank0.jsonl").read_bytes().splitlines(keepends=True)
+    for file, some in ((first, lines[:4]), (second, lines[4:])):
+        file.parent.mkdir()
+        file.write_bytes(b"".join(some))
+    options = "--max_steps", "2", "--trajectories", f"{first.parent}+{second.parent}"
+    assert runs("tabom", "both", *options) == (0, []) and runs.adapter("both") == want
+    for number in range(12):
+        raw = draw.choice([first, second]).read_bytes()
+        file = first if raw == first.read_bytes() else second
+        file.write_bytes(raw[:-1 - draw.randrange(60)] if number < 4 else damage(raw, draw))  # torn, four times
+        code, said = runs("tabom", f"run-{number}", *options)
+        if code or file.read_bytes().splitlines() != raw.splitlines():
+            assert code == 2 and len(said) == 1 and said[0].startswith("error: "), said
+        else:
+            assert runs.adapter(f"run-{number}") == want
+        file.write_bytes(raw)
+    assert not list(runs.folder.glob("[ab]/*.damaged"))
+
+
+def test_what_is_only_shown(tmp_path, monkeypatch):
+    """Results to compare, the log to draw, the seconds of a collection: as written, or refused in one line."""
+    points = [GOOD, GOOD | dict(rule="1 per forward", run=dict(tds=0.5), provenance=dict(task="tiny"))]
+    rows = [dict(step=i, loss=1.5, tok_per_s=2.0) for i in range(5)]
+    drawn = []
+    monkeypatch.setattr(nt_eval, "draw", lambda panels, *_: drawn.append(panels["loss"]))
+    cli.append_line(tmp_path / "results.jsonl", *points)
+    cli.append_line(tmp_path / "log.jsonl", *rows)
+    (tmp_path / "rank0.seconds").write_text("1.2500\n0.5000\n")
+    readers = {"results.jsonl": lambda: len(compare.read_points(tmp_path)), "log.jsonl": lambda: (
+        nt_eval.log_command(nt_eval.LogOptions([tmp_path])) or len(drawn.pop()[tmp_path])),
+        "rank0.seconds": lambda: rollout.collection_seconds(tmp_path)}
+    draw, refused = random.Random(0), 0
+    for name, reader in readers.items():
+        file = tmp_path / name
+        raw, want = file.read_bytes(), reader()
+        for _ in range(30):
+            file.write_bytes(damage(raw, draw))
+            try:
+                assert reader() <= want or name == "rank0.seconds"  # whole lines may be cut off
+            except UserError as e:
+                refused += 1
+                assert "\n" not in str(e) and name in str(e)
+        file.write_bytes(raw)
+    assert refused > 45
 
 
 # --------------------------------------------------------------------------------------- what is left alone
@@ -147,6 +219,56 @@ def test_overwrite_removes_only_what_a_run_made(runs):
     assert runs("tabom", "run", "--max_steps", "2", "--lr", "1e-3", "--overwrite") == (0, [])
     assert len((out / "log.jsonl").read_text().splitlines()) == 2 and not (out / "difficulty").exists()
     assert all((out / name).read_text() == "mine" for name in [*mine, "../elsewhere/rank0.jsonl"])
+
+
+@pytest.mark.parametrize("given, option", [
+    ("run/model", "--model"), ("run/trajectories", "--trajectories"), ("run/trajectories+other", "--trajectories"),
+    ("linked", "--model"), ("run/difficulty/rank0.jsonl", "--data")])
+def test_a_run_does_not_replace_what_it_reads(runs, given, option):
+    assert runs("tabom", "run", "--max_steps", "1") == (0, [])
+    shutil.copytree(runs.folder / "base", runs.folder / "run/model")
+    (runs.folder / "linked").symlink_to("run/model")
+    shutil.copytree(runs.folder / "run/trajectories", runs.folder / "run/difficulty")
+    before = {file: file.read_bytes() for file in runs.folder.rglob("*") if file.is_file()}
+    given = "+".join(str(runs.folder / part) for part in given.split("+"))
+    code, said = runs("tabom", "run", "--max_steps", "1", option, given, "--overwrite")
+    assert code == 2 and len(said) == 1 and "lies in what this run would replace" in said[0], said
+    assert before == {file: file.read_bytes() for file in before}
+
+
+def test_finished_means_whole(runs):
+    """What is damaged is not called finished; results that another program wrote are not ours."""
+    assert runs("tabom", "run", "--max_steps", "1") == (0, []) == runs("tabom", "run", "--max_steps", "1")
+    for file in sorted((runs.folder / "run/adapter").iterdir()):
+        raw = file.read_bytes()
+        for broken in (raw[:-1], raw[:20] + b"#" + raw[21:], None):
+            file.unlink() if broken is None else file.write_bytes(broken)
+            code, said = runs("tabom", "run", "--max_steps", "1")
+            if file.name != cli.SUMS or broken:
+                assert code == 2 and len(said) == 1 and "is not as it was written" in said[0], (file, said)
+        file.write_bytes(raw)
+    (runs.folder / "foreign").mkdir()
+    (runs.folder / "foreign/results.jsonl").write_text("mine")
+    for more in ([], ["--overwrite"]):
+        code, said = runs("tabom", "foreign", *more)
+        assert code == 2 and "config.json is absent or not that of a run" in said[0], said
+    assert (runs.folder / "foreign/results.jsonl").read_text() == "mine"
+
+
+def test_trajectories_of_another_model(runs):
+    """Their tokens are beyond this one's vocabulary."""
+    assert runs("tabom", "run", "--max_steps", "1") == (0, [])
+    file = runs.folder / "run/trajectories/rank0.jsonl"
+    rows = cli.read_jsonl(file, ours=True)
+    for key, token in (("x0", 298), ("x0", 2**40), ("prompt_ids", 298), ("prompt_ids", 999999)):
+        (runs.folder / "other").mkdir(exist_ok=True)
+        wrong = rows[3] | {key: [token, *rows[3][key][1:]]}
+        lines = map(cli.line_of, [*rows[:3], wrong, *rows[4:]])
+        (runs.folder / "other/rank0.jsonl").write_text("".join(lines))
+        for folders in ("other", "other+other"):
+            given = "+".join(str(runs.folder / part) for part in folders.split("+"))
+            code, said = runs("tabom", f"new-{key}-{token}-{len(given)}", "--trajectories", given)
+            assert code == 2 and len(said) == 1 and f"it holds token {token}" in said[0], said
 
 
 @pytest.mark.parametrize("made", [["model/model.safetensors"], ["adapter/x"], ["checkpoints/step-000009/x"]])
@@ -206,7 +328,8 @@ GOOD = dict(label="base", rule="threshold 0.9", ids=["a", "b"], correct=[1, 0], 
 
 @pytest.mark.parametrize("change", [
     None, {"ids": []}, {"ids": ["a"]}, {"ids": [[1], "b"]}, {"correct": []}, {"correct": ["x", "y"]}, {"nfe": [None, 1]},
-    {"tokens": 5}, {"tokens": [5, 6, 7]}, {"label": None}, {"rule": 3}, {"seconds": "x"}, {"nfe": [[4], 4]}])
+    {"tokens": 5}, {"tokens": [5, 6, 7]}, {"label": None}, {"rule": 3}, {"seconds": "x"}, {"nfe": [[4], 4]},
+    {"run": [1]}, {"run": "x"}, {"run": None}, {"provenance": 3}])
 def test_results_that_compare_cannot_read(tmp_path, change):
     (tmp_path / "results.jsonl").write_text("" if change is None else json.dumps(GOOD | change) + "\n")
     with pytest.raises(UserError) as refused:

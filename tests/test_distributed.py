@@ -108,28 +108,37 @@ def test_the_guards_see_what_is_broken(runs):
             test_worlds_agree({**runs, 2: {**runs[2], "trims-full": broken}}, "trims-full")
 
 
-@pytest.mark.parametrize("full", [False, True])
-def test_a_rank_that_hangs_ends_the_training(tmp_path, full):
-    """The other one says so within the bound of a step, which is short here."""
+HANG = """import datetime, os, signal, cli, run, trims
+assert run.STEP_TIMEOUT < datetime.timedelta(minutes=5)
+run.STEP_TIMEOUT = datetime.timedelta(seconds=8)
+if os.environ["AT"] and os.environ["RANK"] == "1":
+    owner = run.Run if hasattr(run.Run, os.environ["AT"]) else run
+    setattr(owner, os.environ["AT"], lambda *_: os.kill(os.getpid(), signal.SIGSTOP))
+cli.run_cli(trims.main)"""
+
+
+@pytest.mark.parametrize("full, at", [(False, ""), (True, ""), (True, "save_tensors"), (False, "save_checkpoint")])
+def test_a_rank_that_hangs_ends_the_training(tmp_path, full, at):
+    """The other one says so within the bound of a step, which is short here. at: inside of what it hangs."""
     nt_model.save(random_model(**{**CONFIGS["qk_norm"], **VOCAB, "max_position_embeddings": 512}),
                   tmp_path / "base")
     nt_model.copy_tokenizer("tiny", tmp_path / "base")
-    code = ("import datetime, cli, run, trims; run.STEP_TIMEOUT = datetime.timedelta(seconds=8); "
-            "cli.run_cli(trims.main)")
-    (tmp_path / "hang.py").write_text(code)
+    (tmp_path / "hang.py").write_text(HANG)
     options = ["--model", tmp_path / "base", "--out", tmp_path / "run", "--n_examples", "64",
                "--trajectory_share", "0", "--batch_size", "4", "--epochs", "10000", "--log_every", "1",
-               "--eval_problems", "0", "--full" if full else "--no-full"]
-    pair = ranks.start(2, tmp_path / "hang.py", *options, log=tmp_path / "said")
+               "--eval_problems", "0", "--full" if full else "--no-full", "--save_every", "3" if at else "100"]
+    pair = ranks.start(2, tmp_path / "hang.py", *options, log=tmp_path / "said", AT=at)
     try:
         log, end = tmp_path / "run/log.jsonl", time.monotonic() + 120
         while not log.exists() or log.read_text().count("\n") < 3:
             assert time.monotonic() < end and all(rank.is_alive() for rank in pair)
             time.sleep(0.1)
-        os.kill(pair[1].pid, signal.SIGSTOP)
+        if not at:
+            os.kill(pair[1].pid, signal.SIGSTOP)
         pair[0].join(100)
         said = (tmp_path / "said").read_text()
-        assert pair[0].exitcode == 1 and "another rank has ended or did not answer" in said, said
+        assert pair[0].exitcode in (1, 2), said
+        assert "another rank has ended or did not answer" in said or "the files of other ranks are not in" in said, said
         assert "Traceback" not in said
     finally:
         for rank in pair:

@@ -4,11 +4,13 @@ import json
 import os
 import random
 import signal
+import sys
 import threading
 import time
 
 import pytest
 import torch
+from conftest import ROOT
 from small_runs import METHODS, Runs
 
 import cli
@@ -201,6 +203,20 @@ def test_a_lost_interrupt_comes_again():
     finally:
         for number, handler in zip((signal.SIGINT, signal.SIGTERM), before):
             signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("script", ["tad.py", "t3d.py", "trims.py", "tabom.py", "eval.py", "rollout.py", "sample.py",
+                                    "data.py", "lora.py", "model.py"])
+def test_ctrl_c_while_a_script_imports(script, monkeypatch, capsys):
+    """The ground floor comes before the packages that take seconds, and brings a hook that says one line."""
+    lines = (ROOT / script).read_text().splitlines()
+    names = [line.split()[1] for line in lines if line.startswith(("import ", "from "))]
+    assert all(name.split(".")[0] in sys.stdlib_module_names for name in names[:names.index("cli")]), names
+    cli.say_interrupted(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert capsys.readouterr().err == "interrupted; the same command continues\n"
+    usual = []
+    cli.say_interrupted(ValueError, "x", None, usual=lambda *all: usual.append(all))
+    assert usual == [(ValueError, "x", None)] and sys.excepthook.__module__ != "sys"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

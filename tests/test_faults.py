@@ -1,5 +1,6 @@
 """Processes that die, checkpoints that are cut: nothing is lost or comes twice, the result is the same."""
 import ctypes
+import importlib
 import json
 import os
 import random
@@ -20,10 +21,12 @@ from small_runs import VOCAB as SMALL
 
 import lora
 import model as nt_model
+import rollout
 import run as training
 import tad
 from model import UserError
 
+nt_eval = importlib.import_module("eval")
 VOCAB = dict(vocab_size=300, mask_token_id=279, eos_token_id=278, pad_token_id=278)
 OPTIONS = ["--n_problems", "8", "--gen_len", "8", "--block_len", "4", "--batch_size", "4", "--micro_batch",
            "1", "--collect_batch", "2", "--max_steps", "10", "--refresh", "5", "--save_every", "5", "--lr",
@@ -183,6 +186,28 @@ input()"""
         training.Run(tad.Config(out=str(tmp_path)))
     holder.communicate(b"\n")
     training.Run(tad.Config(out=str(tmp_path)))
+
+
+def test_a_collection_or_an_evaluation_has_its_folder_alone(tmp_path):
+    hold = """import fcntl, sys
+files = [open(name, "a") for name in sys.argv[1:]]
+[fcntl.lockf(file, fcntl.LOCK_EX) for file in files]
+print("held", flush=True)
+input()"""
+    collected, evaluated = tmp_path / "collected", tmp_path / "evaluated"
+    for folder in (collected, evaluated):
+        folder.mkdir()
+    holder = subprocess.Popen([sys.executable, "-c", hold, collected / "lock-0", evaluated / "lock-0"],
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    with pytest.raises(UserError, match="in use by another run"):
+        rollout.Shard(collected, 0, 1, "", "")
+    with pytest.raises(UserError, match="in use by another run"):
+        nt_eval.Kept(evaluated, {}, 0, 1)
+    rollout.Shard(collected, 1, 1, "", "")  # another rank
+    holder.communicate(b"\n")
+    rollout.Shard(collected, 0, 1, "", "")
+    nt_eval.Kept(evaluated, {}, 0, 1)
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path):

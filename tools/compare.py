@@ -37,6 +37,8 @@ def read_points(source):
     for row in rows:
         problems = zip_longest(row["ids"], *map(row.get, COUNTS))
         kinds |= {tuple(map(type, problem)) for problem in problems}
+        if not all(isinstance(row.get(key, {}), dict) for key in ("run", "provenance")):
+            raise UserError(f"{file}: run and provenance of a point must be objects")
     if kinds != {(str, int, int, int)}:
         raise UserError(f"{file} holds no results, or not an id and three counts for every problem")
     return [{"folder": source.name, **row} for row in rows]

@@ -120,7 +120,7 @@ def costs(folder):
     """Seconds of training and of collecting, from the run's own log and its trajectories."""
     config = read_json(folder / "config.json")
     sources = [config.get("trajectories") or config["data"], folder / "difficulty"]  # TRIMS scores instead
-    return dict(train_s=sum(row["seconds"] for row in read_jsonl(folder / "log.jsonl")),
+    return dict(train_s=sum(row["seconds"] for row in read_jsonl(folder / "log.jsonl", True, seconds=float)),
                 collect_s=sum(map(rollout.collection_seconds, sources)))
 
 
@@ -170,7 +170,7 @@ def main():
         results = folder / "results.jsonl"
         if not results.exists():
             left.append((label, seed, folder))
-        elif read_jsonl(results)[0]["ids"] != [p["id"] for p in problems[seed]]:
+        elif compare.read_points(folder)[0]["ids"] != [p["id"] for p in problems[seed]]:
             raise UserError(f"{results} is of other problems: repeat its --n, or another --out")
     if left:
         tok, model = data.load_tokenizer("tiny"), nt_model.load("tiny").requires_grad_(False)
