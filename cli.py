@@ -2,7 +2,6 @@
 whose fields are options with their defaults and the comments behind them as help.
 """
 import argparse
-import ctypes
 import dataclasses
 import fcntl
 import gc
@@ -33,7 +32,6 @@ class UserError(ValueError):
 
 def run_cli(main):
     """Bad input is one line on stderr and exit code 2, never a traceback; main may return an exit code."""
-    keep_freed_memory()
     sys.unraisablehook = come_again
     if "RANK" not in os.environ:  # a rank may be waiting for another, and then only the signal itself ends it
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -68,14 +66,14 @@ def run_cli(main):
         sys.exit(code)
 
 
-def say_interrupted(kind, error, trace, usual=sys.excepthook):
-    """For Ctrl-C while a script still imports, if it imports this first."""
+def uncaught(kind, *error):
+    """Ctrl-C while a script that imports this first still imports."""
     if kind is not KeyboardInterrupt:
-        return usual(kind, error, trace)
+        return sys.__excepthook__(kind, *error)
     print("interrupted; the same command continues", file=sys.stderr)
 
 
-sys.excepthook = say_interrupted
+sys.excepthook = uncaught
 
 
 def come_again(lost, usual=sys.unraisablehook):
@@ -83,15 +81,6 @@ def come_again(lost, usual=sys.unraisablehook):
     if lost.exc_type is not KeyboardInterrupt:
         return usual(lost)
     threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
-
-
-def keep_freed_memory():
-    """Let glibc keep 1 GiB: giving it back was a third of the tiny model's decoding time on a CPU."""
-    chosen = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
-    libc = ctypes.CDLL(None) if sys.platform == "linux" and not chosen else None
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD no longer adapts by itself; larger blocks go back at once
 
 
 CRC = ', "crc": "01234567"}'  # how a line of ours ends
@@ -358,7 +347,8 @@ def lock(file):
     try:
         fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise UserError(f"{file.parent} is in use by another run: wait for it, or choose another --out") from None
+        raise UserError(f"{file.parent} is in use by another run: wait for it, or choose another "
+                        f"folder") from None
     except OSError as e:
         print(f"warning: {file} cannot be locked ({e}): start no second run there", file=sys.stderr)
     return held

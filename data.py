@@ -4,11 +4,12 @@
     python data.py show gsm8k -n 3                # problems as the model and its privileged teacher see them
     python data.py stats prm12k --against math    # lengths, and problems that the two share
 
-Wherever a script takes data: tiny; a NAME of the list; NAME=FILE, a local copy of that set (.jsonl, .json,
+Wherever a script takes data: tiny or barter; a NAME of the list; NAME=FILE, a local copy of that set (.jsonl, .json,
 .parquet, also .gz; a quoted pattern for several files); your own FILE with the fields prompt, solution and
 answer or tests; FILE:prompt=question,answer=target, the same with other field names; several joined by +.
 """
 import glob
+import importlib
 import os
 import re
 import sys
@@ -36,16 +37,9 @@ TINY_LEN, TINY_BLOCK = TINY_DECODING["gen_len"], TINY_DECODING["block_len"]  # o
 TINY_TRAINING = dict(  # what the methods that collect train the tiny model with
     gen_len=TINY_LEN, block_len=TINY_BLOCK, lora_r=32, lora_alpha=32, lr=1e-3, lr_schedule="tail",
     warmup_steps=10, batch_size=64, micro_batch=64, max_steps=150, save_every=50, eval_problems=128)
-CUPS = "red blue green gold pink gray".split()
-# four tokens, like a swap in the prompt; one is drawn: tokens that are revealed together may mix two of them
-PHRASES = ["now under {r} .", "then in {r} .", "ball at {r} ."]
-STEP, RESULT = 4, 2  # tokens of a step, and where in it the result stands
-N_SWAPS = 9
-MOVE_SHARE = 0.65  # share of the swaps that move the ball
-SPLITS = {"train": 1, "dev": 2, "test": 3}  # seeds
+GAMES = FAMILIES["tiny"].tasks  # weights/NAME/game.py makes the problems of an embedded task
 AVOIDED = {"train": ("dev", "test"), "dev": (), "test": ("dev",)}  # whose held-out prompts do not occur
-HELD_OUT = 4096  # problems each of dev and test
-DRILL_SHARE, PRIVILEGED_SHARE = 0.35, 0.15  # of the base model's training examples
+SPLITS = tuple(AVOIDED)
 
 TEXTS = "prompt question solution thinking entry_point grader".split()  # fields that hold text
 OWN_FIELDS = ("id", *TEXTS, "answer", "tests", "setup")  # of a problem
@@ -57,43 +51,26 @@ SCHEMA = 1
 MARK = "\ue000"  # in the place of a special token that a text spells out
 
 
-def tiny_solution(visited, rng):
-    """visited: the ball's cup after every swap -> 'now under blue . ball at gold . #### blue gold'."""
-    steps = [PHRASES[rng.integers(len(PHRASES))].format(r=cup) for cup in visited]
-    return " ".join([*steps, "####", *visited])  # all the cups: one guess must not be enough
+def game(name):
+    """The module of an embedded task: problem(split, index), example(index, drills, only_drills), HELD_OUT."""
+    return importlib.import_module(f"weights.{name}.game")
 
 
-def tiny_game(split, index):
-    """Game `index` of a split -> (prompt, visited as in tiny_solution, the rng that phrases solutions)."""
-    rng = np.random.default_rng([SPLITS[split], index])
-    ball = start = CUPS[rng.integers(len(CUPS))]
-    told, visited = "", []
-    for _ in range(N_SWAPS):
-        others = [cup for cup in rng.permutation(CUPS).tolist() if cup != ball]
-        pair = [ball, others[0]] if rng.random() < MOVE_SHARE else others[:2]
-        ball = others[0] if ball in pair else ball
-        x, y = pair if rng.random() < 0.5 else pair[::-1]
-        told += f"swap {x} {y} . "
-        visited.append(ball)
-    return f"ball under {start} . {told}where does it go ?", visited, rng
-
-
-def tiny_problems(split, n):
-    """The first n problems of a split: {id, source, prompt, solution, answer}; no prompt occurs twice."""
-    problems, avoided, index = {}, frozenset().union(*map(held_out, AVOIDED[split])), 0
+def game_problems(name, split, n):
+    """The first n problems of an embedded task's split; no prompt occurs twice."""
+    problems, avoided, index = {}, held_out(name, AVOIDED[split]), 0
     while len(problems) < n:
-        prompt, visited, rng = tiny_game(split, index)
-        if prompt not in avoided and prompt not in problems:
-            problems[prompt] = dict(id=f"tiny-{split}-{index}", source="tiny", prompt=prompt,
-                                    solution=tiny_solution(visited, rng), answer=" ".join(visited))
+        row = game(name).problem(split, index)
+        if row["prompt"] not in avoided:
+            problems.setdefault(row["prompt"], row | dict(id=f"{name}-{split}-{index}", source=name))
         index += 1
     return list(problems.values())
 
 
 @lru_cache
-def held_out(split):
-    """The prompts of dev or test that other splits avoid."""
-    return frozenset(p["prompt"] for p in tiny_problems(split, HELD_OUT))
+def held_out(name, splits):
+    """The prompts that other splits, and the base, avoid."""
+    return {p["prompt"] for split in splits for p in game_problems(name, split, game(name).HELD_OUT)}
 
 
 # what the published collector says around a problem (TAD): math, and code where a problem has tests
@@ -110,42 +87,35 @@ def privileged_prompt(problem):
     if not problem["solution"]:
         raise UserError(f"problem {problem['id']} has no solution: a privileged prompt needs one")
     code = grade.grader_of(problem) in ("code", "parses")
-    kind = "tiny" if problem["source"] == "tiny" else "code" if code else "math"
+    kind = "tiny" if problem["source"] in GAMES else "code" if code else "math"
     return REFERENCE[kind].format(q=problem.get("question", problem["prompt"]), a=problem["solution"])
 
 
-class TinySFT:
-    """Seeded examples of the base: a share privileged; the first n_drill, then a share, mask only results."""
-    def __init__(self, tok, n, n_drill=0):
-        self.tok, self.n, self.n_drill, self.skip = tok, n, n_drill, held_out("dev") | held_out("test")
+class GameExamples:
+    """n seeded examples that the base of an embedded task learns from; the first n_drill, then some, are drills."""
+    def __init__(self, tok, name, n, n_drill=0):
+        self.tok, self.game, self.n, self.n_drill = tok, game(name), n, n_drill
+        self.skip = held_out(name, ("dev", "test"))
 
     def __len__(self):
         return self.n
 
     def __getitem__(self, index):
-        prompt, visited, rng = tiny_game("train", index)
-        if prompt in self.skip:  # practically never; an index that is not drawn otherwise takes its place
-            prompt, visited, rng = tiny_game("train", self.n + index)
-        drill = index < self.n_drill or (self.n_drill and rng.random() < DRILL_SHARE)
-        if not drill and rng.random() < PRIVILEGED_SHARE:
-            prompt = REFERENCE["tiny"].format(q=prompt, a=tiny_solution(visited, rng))
-        response = self.tok.response_ids(tiny_solution(visited, rng))
-        example = dict(id=index, prompt=prompt, prompt_ids=self.tok.prompt_ids(prompt).tolist(),
-                       x0=pad_response(response, TINY_LEN, self.tok.eos_id))
-        if drill:
-            at = np.arange(TINY_LEN)
-            results = (at % STEP == RESULT) & (rng.random(TINY_LEN) < rng.random())
-            answer = (at > STEP * N_SWAPS) & (at <= (STEP + 1) * N_SWAPS)  # it repeats the results
-            example["masked"] = np.where(at < STEP * N_SWAPS, results, answer).tolist()
-        return example
+        prompt, shown, response, masked = self.game.example(index, self.n_drill > 0, index < self.n_drill)
+        if prompt in self.skip:  # an index that is not drawn otherwise takes its place
+            return self[index + self.n]
+        prompt = REFERENCE["tiny"].format(q=prompt, a=shown) if shown else prompt
+        x0 = pad_response(self.tok.response_ids(response), TINY_LEN, self.tok.eos_id)
+        example = dict(id=index, prompt=prompt, prompt_ids=self.tok.prompt_ids(prompt).tolist(), x0=x0)
+        return example | ({"masked": masked} if masked else {})
 
 
 def load_problems(source, split="train", n=None):
     """Problems {id, source, prompt, ...} of a source, see the top; n of each joined one. A file is whole."""
     if split not in SPLITS:
         raise UserError(f"no split {split!r}: choose one of {', '.join(SPLITS)}")
-    if source == "tiny":
-        return tiny_problems(split, 1000 if n is None else n)
+    if source in GAMES:
+        return game_problems(source, split, 1000 if n is None else n)
     name, local, path = source.partition("=")
     place = path if name in RECIPES else re.sub(r":\w+=[^/]*$", "", source)  # a + may be in a path
     if "+" in source and not glob.glob(place):
@@ -167,7 +137,7 @@ def own_problems(source):
     if given and not os.path.isfile(source):
         path, names = given[1], dict(pair.split("=") for pair in given[2].split(","))
     if not os.path.isfile(path):
-        raise UserError(f"no data {source!r}: give 'tiny', one of {', '.join(RECIPES)}, "
+        raise UserError(f"no data {source!r}: give one of {', '.join([*GAMES, *RECIPES])}, "
                         f"or the path of a .jsonl file with prompt, solution, answer"
                         + " (rollout.py stats and inspect read trajectories)" * os.path.isdir(path))
     unknown = sorted(names.keys() - set(OWN_FIELDS))
@@ -391,7 +361,8 @@ def response_inputs(model_cfg, prompts, xt, x0=None):
     """Lists of ids, noisy xt (B, L) -> hidden()'s arguments; cols (B, L) of xt. x0: clean blocks to see."""
     if x0 is not None:
         return block_diffusion_layout(model_cfg, prompts, xt, x0)
-    rows = [torch.cat([torch.tensor(p, dtype=torch.long), row]) for p, row in zip(prompts, xt.cpu())]
+    heads = [torch.tensor(prompt, dtype=torch.long) for prompt in prompts]
+    rows = [torch.cat(pair) for pair in zip(heads, xt.cpu())]
     ids, valid = left_padded(rows, model_cfg.pad_id)
     cols = torch.arange(ids.shape[1])[-xt.shape[1]:].expand(xt.shape)
     first = torch.tensor([first_position(model_cfg, len(p)) for p in prompts])[:, None]
@@ -443,20 +414,16 @@ def check_record(r, where):
 
 def check_tokens(records, cfg):
     """UserError if the model of a config has no such tokens."""
-    for r in records:
-        largest = max(r["x0"] + r["prompt_ids"])
-        if largest >= cfg.vocab_size:
-            raise UserError(f"trajectory {r['id']} is of another model: it holds token {largest}, this one has "
-                            f"{cfg.vocab_size}")
+    largest = max((max(r["x0"] + r["prompt_ids"]) for r in records), default=0)
+    if largest >= cfg.vocab_size:
+        raise UserError(f"the trajectories are of another model: they hold token {largest} of {cfg.vocab_size}")
     return records
 
 
 def list_sets():
     """the data sets by name"""
-    print("name          grader  on the hub                           note")
     for name, recipe in RECIPES.items():
         print(f"{name:13} {recipe.grader:7} {recipe.hub:36} {recipe.note}")
-    print("\ntiny, the shell game, is built in. Sizes, splits and licences: docs/data.md")
 
 
 @dataclass

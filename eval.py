@@ -328,7 +328,7 @@ def write_results(curves, out):
 
 
 def show(curves, y_max, out):
-    """Print a table of curves and draw them as curve.png -> y_max in percent, the best if None, and AUPs."""
+    """Print a table of curves and draw them as curve.png; y_max: in percent, None: the best."""
     y_max = y_max or max(accuracy(point)[0] for _, points in curves for point in points)
     print("model      decoding rule             accuracy %    TPF  forwards    tok/s  s/sample ms/forward")
     row = ("{label:<10} {rule:<22} {acc:6.1f} +- {se:3.1f} {tpf:6.2f} {nfe:9.1f} "
@@ -336,14 +336,13 @@ def show(curves, y_max, out):
     for label, points in curves:
         for point in points:
             print(row.format(label=label, **summary_of(point)))
-    areas = [area_of([(rho(p), accuracy(p)[0]) for p in points], y_max) for _, points in curves]
-    for (label, points), area in zip(curves, areas):
+    for label, points in curves:
+        area = area_of([(rho(p), accuracy(p)[0]) for p in points], y_max)
         print(f"AUP {label}: {area:.1f}   (y_max {y_max:.1f}, {len(points[0]['correct'])} problems)")
     place = "speed: {device}, {dtype}, batch {batch_size}, {ranks} rank(s), up to {settings[gen_len]} tokens"
     places = {place.format(**point) for _, points in curves for point in points}
     print(anchor_warning(curves) + "\n".join(sorted(places)))
     plot({"accuracy against parallelism": curves}, out / "curve.png")
-    return y_max, areas
 
 
 def draw(panels, x, y, path):
@@ -386,17 +385,17 @@ def closing(r, model, tok, label):
     """The curves of base and trained model on the tiny task, or the command for one."""
     cfg = r.cfg
     if r.rank == 0 and r.evaluates:
-        problems = data.load_problems(r.task, "dev", cfg.eval_problems)
+        problems = data.load_problems(cfg.data, "dev", cfg.eval_problems)
         scratch = getattr(cfg, "init", "model") == "scratch"
         models = [("base", model)] if scratch else [("base", r.load()), (label, model)]
-        curves = [(name, curve(m, tok, problems, protocol_of(r.task, r.task), name)) for name, m in models]
+        curves = [(name, curve(m, tok, problems, protocol_of("tiny", "tiny"), name)) for name, m in models]
         write_results(curves, r.out)
         show(curves, None, r.out)
         print(f"written: {r.out / 'results.jsonl'}, {r.out / 'curve.png'}")
     elif r.rank == 0:
         base = f"--model {cfg.model}" + (f" --revision {cfg.revision}" if cfg.revision else "")
         which = f"--model {r.final}" if r.whole else f"{base} --adapter {r.final}"
-        task = "" if cfg.data == "tiny" else " --task problems.jsonl"
+        task = f" --task {cfg.data}" if cfg.data in data.GAMES else " --task problems.jsonl"
         print(f"evaluate: python eval.py curve {which}{task} --gen_len {cfg.gen_len} "
               f"--block_len {model.cfg.block_len or cfg.block_len}")
 
@@ -458,7 +457,8 @@ def confidence_decay(model, records):
         steps = torch.linspace(0, max(r["order"]), 8).long().unique()
         for ids, offset, logp in along_trajectory(model, r, steps):
             offsets.append(offset)
-            values.append(logp.gather(1, ids[:, None].to(logp.device))[:, 0].double().exp().cpu())
+            picked = logp.gather(1, ids[:, None].to(logp.device))[:, 0]
+            values.append(picked.double().exp().cpu())
     offsets = torch.cat(offsets)
     return (offsets.bincount(torch.cat(values)) / offsets.bincount()).numpy()
 
@@ -478,7 +478,7 @@ def trajectory_nll(teacher, teacher_tok, tok, prompt, out, eos_ids):
 
 @dataclass
 class ProblemOptions(AdaptedModel):
-    task: str = "tiny"  # tiny, gsm8k, math500, ... (python data.py list), or a .jsonl with prompt and answer
+    task: str = "tiny"  # tiny, barter, gsm8k, ... (docs/data.md), or a .jsonl with prompt and answer
     split: Literal["train", "dev", "test"] = "test"  # of the task
     n: int | None = None  # number of problems [500 of tiny, else all]
     batch_size: int = 64  # problems decoded at once, per rank
@@ -522,13 +522,13 @@ class TdsOptions(AdaptedModel):
 
 
 def problems_of(args):
-    return data.load_problems(args.task, args.split, args.n or (500 if args.task == "tiny" else None))
+    return data.load_problems(args.task, args.split, args.n or (500 if args.task in data.GAMES else None))
 
 
 def settle(args, tasks, given):
     """The protocol of curve or lm_eval; given: options of Decoding. Fills in args.protocol and args.label."""
     family = nt_model.family_of(args.model, args.revision)
-    args.protocol = args.protocol or nt_model.FAMILIES[family].task or "thresholds"
+    args.protocol = args.protocol or ("tiny" if family == "tiny" else "thresholds")
     trained = Path(args.adapter or args.model).resolve()  # out/RUN/adapter or out/RUN/model
     args.label = args.label or (trained.parent.name if trained.is_dir() else "base")
     if args.protocol == "thresholds":  # a block-causal model decodes in blocks of its own
@@ -541,15 +541,14 @@ def settle(args, tasks, given):
 
 
 def curve_command(args, given):
-    """results.jsonl, summary.json and curve.png in the folder, and the table in print."""
+    """results.jsonl and curve.png in the folder, and the table in print."""
     protocol = settle(args, [args.task], given)
     problems = problems_of(args)
     grade.check_gradable(problems, args.allow_code_execution)  # before anything is loaded or decoded
     rank, world = join_ranks()
     model, tok = load_both(args)
-    about = {k: getattr(args, k) for k in ("label", "task", "protocol")}
-    config = dict(made_of(args, model), **about, batch_size=args.batch_size, problems=digest(problems),
-                  decoding=given)
+    config = dict(made_of(args, model), label=args.label, task=args.task, protocol=args.protocol,
+                  batch_size=args.batch_size, problems=digest(problems), decoding=given)
     task = re.sub(r"\W+", "-", Path(re.split("[=:]", args.task)[0]).stem)
     name = f"{args.label}-{Path(args.model).name}-{task}-{args.protocol}-{args.split}-{len(problems)}"
     kept = Kept(args.out or f"out/eval-{name}", config, rank, world)
@@ -557,14 +556,9 @@ def curve_command(args, given):
         model, tok, problems, protocol, args.label, args.batch_size, args.allow_code_execution, kept)
     if rank:
         return
-    y_max, (area,) = show([(args.label, points)], args.y_max, kept.out)
-    summary = dict(
-        about, n=len(problems), y_max=y_max, alpha=3.0, aup=None if math.isnan(area) else area,
-        y_max_from="--y_max" if args.y_max else "the best of these points",
-        points=list(map(summary_of, points)))
-    write_whole(kept.out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    show([(args.label, points)], args.y_max, kept.out)
     print(contamination_warning(args.task), end="")
-    print(f"written: {kept.results}, {kept.out / 'summary.json'}, {kept.out / 'curve.png'}")
+    print(f"written: {kept.results}, {kept.out / 'curve.png'}")
 
 
 def nll_command(args, given):

@@ -71,7 +71,7 @@ class Family:
     thinks: bool = True  # what its chat template is told
     extra_eos: tuple = ()  # ids that end a response beside those of config.json
     decoding: dict = field(default_factory=dict)  # fields of sample.Decoding, unless told otherwise
-    task: str = ""        # the built-in task that it was trained on: what a training run measures at its end
+    tasks: tuple = ()     # embedded ones: what a training run on them measures at its end
 
 
 def pairs(text):
@@ -93,11 +93,11 @@ HF_NAMES = pairs("""
 
 FAMILIES = {
     "tiny": Family(
-        presets={name: str(HERE / "weights" / name) for name in ("tiny", "tiny-ar")},
+        presets={name: str(HERE / "weights" / name) for name in ("tiny", "tiny-ar", "barter")},
         networks=dict(tiny={}),
         optional=HF_OPTIONAL | {fact: fact for fact in "qkv_bias qk_norm shift whole_blocks".split()},
         decoding=dict(gen_len=48, block_len=16, cache="none"),  # stale caches cost accuracy here
-        task="tiny"),
+        tasks=("tiny", "barter")),
     "llada": Family(
         presets=pairs("llada=GSAI-ML/LLaDA-8B-Instruct llada-1.5=GSAI-ML/LLaDA-1.5"),
         networks=dict(llada=dict(rope_fp32=True)),

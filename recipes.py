@@ -2,7 +2,7 @@
 
 A row becomes prompt, solution, answer or tests (None: left out). `question` is the bare question, where the
 user turn says more. The turn is that of the paper that trains on the set, or of the benchmark's usual 0-shot
-evaluation. Field names are from the sets' pages on the hub. `python data.py list` prints the table.
+evaluation. Field names are from the sets' pages on the hub. docs/data.md has the table.
 """
 import glob
 import os

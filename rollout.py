@@ -37,8 +37,8 @@ class Shard:
     def append(self, rows):
         cli.append_line(self.file, *rows)
         before, self.last = self.last, time.perf_counter()
-        with open(self.file.with_suffix(".seconds"), "a") as f:  # apart: records are the same in every run
-            f.write(f"{self.last - before:.4f}\n")
+        # apart: records are the same in every run
+        cli.append_line(self.file.with_suffix(".seconds"), dict(seconds=round(self.last - before, 4)))
         self.bar.update(len(rows))
 
 
@@ -146,13 +146,8 @@ def graded(outputs, problems, tok, eos_ids, allow_code):
 
 def collection_seconds(folder):
     """Wall time that a folder's trajectories took: the slowest rank's; 0 where nothing is known."""
-    longest = 0.0
-    for file in Path(folder).glob("*.seconds"):
-        try:
-            longest = max(longest, sum(map(float, file.read_text().split())))
-        except ValueError as e:
-            raise UserError(f"{file} must hold numbers ({e}): remove it, it is only for show") from None
-    return longest
+    ranks = [cli.read_jsonl(file, ours=True, seconds=float) for file in Path(folder).glob("*.seconds")]
+    return max((sum(row["seconds"] for row in rows) for rows in ranks), default=0.0)
 
 
 def consecutive_tail(out, n):

@@ -49,7 +49,7 @@ class Options(nt_model.ModelOptions):
     overwrite: bool = False  # start anew in a directory that already holds a run
     save_every: int = 100  # steps between checkpoints
     log_every: int = 10  # steps between log lines
-    eval_problems: int = 300  # problems of the closing evaluation (tiny models only; 0: none)
+    eval_problems: int = 300  # problems of the closing evaluation (embedded tasks only; 0: none)
     fsdp: bool = False  # LoRA: shard the frozen base over ranks, where it does not fit (--full always does)
     checkpoint_blocks: bool = False  # keep only the inputs of blocks, compute the rest again: less memory
     compile: bool | None = None  # compile every block for training [on a GPU]
@@ -69,7 +69,8 @@ def parse(Config, presets, doc):
     given = cli.given_to(parser)
     name = given.get("model", Config.model)
     family = nt_model.family_of(name, given.get("revision"))
-    cfg = Config(**presets.get(family, presets["others"]) | given)
+    own_task = {"data": name} if name in nt_model.FAMILIES[family].tasks else {}
+    cfg = Config(**presets.get(family, presets["others"]) | own_task | given)
     lora.named(cfg.lora_targets)  # an error before anything long
     return cfg
 
@@ -241,8 +242,8 @@ class Run:
             self.open_folder()
         barrier()
         self.final = self.out / ("model" if self.whole else "adapter")
-        self.task = nt_model.FAMILIES[nt_model.family_of(cfg.model, cfg.revision)].task
-        self.evaluates = bool(self.task and cfg.eval_problems)  # at the end, see eval.closing
+        family = nt_model.FAMILIES[nt_model.family_of(cfg.model, cfg.revision)]
+        self.evaluates = cfg.data in family.tasks and cfg.eval_problems > 0  # at the end, see eval.closing
         last = self.out / "results.jsonl" if self.evaluates else self.final
         done = last.exists() and self.final.exists()
         if done and self.rank == 0:
@@ -269,7 +270,8 @@ class Run:
         old = cli.read_json(file) if file.exists() else {} if trained else now
         if not isinstance(old, dict) or not {"model", "seed", "micro_batch"} <= old.keys():
             raise UserError(f"{file} is absent or not that of a run: choose another --out")
-        for part in "+".join(map(str, vars(cfg).values())).split("+"):  # --model, --data, --trajectories A+B
+        values = "+".join(map(str, vars(cfg).values()))  # of --model, --data, --trajectories A+B
+        for part in values.split("+"):
             given = Path(os.path.realpath(part))
             for path in made if cfg.overwrite else [out / "adapter", out / "model"]:
                 if given.is_relative_to(os.path.realpath(path)):
@@ -317,7 +319,8 @@ class Run:
             rows = cli.read_jsonl(log, True, mend=True, step=int) if log.exists() else []
             cli.write_whole(log, "".join(cli.line_of(row) for row in rows if row["step"] <= first))
         if self.rank == 0 and cfg.warmup_steps > n_steps:
-            print(f"warning: --warmup_steps {cfg.warmup_steps} of {n_steps} steps: --lr is never reached", file=sys.stderr)
+            print(f"warning: --warmup_steps {cfg.warmup_steps} of {n_steps} steps: --lr is never reached",
+                  file=sys.stderr)
         model.train()
         logged = time.perf_counter()
         before = signal.signal(signal.SIGTERM, lambda *_: self.stop_asked.set())

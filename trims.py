@@ -40,7 +40,7 @@ import torch.nn.functional as F
 import eval as nt_eval
 import model as nt_model
 import run
-from data import (TinySFT, check_tokens, example_rng, hidden_rows, load_problems, load_tokenizer,
+from data import (GAMES, GameExamples, check_tokens, example_rng, hidden_rows, load_problems, load_tokenizer,
                   pad_response, read_trajectories, stacked)
 from teacher import load_teacher_tokenizer, score_examples
 
@@ -53,7 +53,7 @@ class Config(run.Options):
     only_correct: bool = True  # leave out a folder's wrong trajectories (--no-only_correct: ReDi, SFT-SD)
     with_thinking: bool = False  # s1K: a problem's "thinking" (the reasoning trace) before its solution
     n_examples: int = 2000  # how many of the tiny examples there are; 0: every step draws new ones
-    drill_steps: int = 0  # opening steps on drills of the tiny task (see data.TinySFT)
+    drill_steps: int = 0  # opening steps on drills of the tiny task (see data.GameExamples)
     gen_len: int = 256  # response length L, tokens, EOS-filled
     # --- trajectory-aware masks
     trajectory_share: float = 0.5  # share of samples with such a mask (0 = standard MDLM); not published
@@ -164,9 +164,9 @@ def training_loss(model, b, cfg):
 
 def load_examples(cfg, tok):
     """The data as a sequence of {id, prompt_ids, x0}."""
-    if cfg.data == "tiny":
-        return TinySFT(tok, cfg.n_examples or cfg.max_steps * cfg.batch_size,
-                       cfg.drill_steps * cfg.batch_size)
+    if cfg.data in GAMES:
+        return GameExamples(tok, cfg.data, cfg.n_examples or cfg.max_steps * cfg.batch_size,
+                            cfg.drill_steps * cfg.batch_size)
     if Path(cfg.data).is_dir():
         records = check_tokens(read_trajectories(cfg.data), nt_model.config_of(cfg.model, cfg.revision))
         records = [r for r in records if r["correct"] or not cfg.only_correct]
@@ -212,7 +212,7 @@ def build_optimizers(cfg, model):
 
 def main():
     cfg = run.parse(Config, PRESETS, __doc__)
-    if cfg.trajectory_share and cfg.data == "tiny" and not cfg.n_examples:
+    if cfg.trajectory_share and cfg.data in GAMES and not cfg.n_examples:
         raise UserError("--n_examples 0 draws new examples at every step, which no teacher can rank "
                         "beforehand: give --trajectory_share 0, or a number of examples")
     tok = load_tokenizer(cfg.model, cfg.revision)
@@ -237,7 +237,7 @@ def main():
         examples = [{**examples[i], "bucket": b} for i, b in enumerate(ranked)]
 
     # 2. training
-    endless = cfg.data == "tiny" and not cfg.n_examples  # new data need no shuffling
+    endless = cfg.data in GAMES and not cfg.n_examples  # new data need no shuffling
     epoch = 0
 
     def build(numbers):  # a micro-batch

@@ -1,26 +1,16 @@
-"""The barter game of weights/barter: its rules, its problems, and its base by the paths that docs/barter.md names."""
-import gzip
-import importlib.util
+"""The barter game of weights/barter: its rules, its problems, and its base as docs/barter.md says."""
 import json
 
 import numpy as np
 import torch
-from conftest import ROOT, command
+from conftest import command
 
 import data
 import grade
 import model as nt_model
 import sample
 
-FOLDER = ROOT / "weights" / "barter"
-SPEC = importlib.util.spec_from_file_location("barter_game", FOLDER / "game.py")
-game = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(game)
-TOK = data.load_tokenizer(FOLDER)
-
-
-def rows(split):
-    return [json.loads(line) for line in gzip.open(FOLDER / f"{split}.jsonl.gz")]
+game, TOK = data.game("barter"), data.load_tokenizer("barter")
 
 
 def played_again(prompt):
@@ -39,17 +29,21 @@ def test_every_trader_gives_something_else_for_each_good():
         assert all(given != got for given, got in gives.items())
 
 
-def test_the_problems_are_what_the_script_writes_and_no_prompt_comes_twice():
-    taken = set()
-    for split, n in (("dev", 1000), ("test", 1004), ("train", 3000)):
-        assert game.problems(split, n, taken) == rows(split)
+def test_no_prompt_comes_twice_and_the_base_meets_none_of_dev_and_test():
+    splits = {split: {p["prompt"] for p in data.load_problems("barter", split, n)}
+              for split, n in (("dev", 1000), ("test", 1004), ("train", 3000))}
+    taken = set.union(*splits.values())
     assert len(taken) == 5004
-    unknown = np.mean([not set(game.RARE).isdisjoint(prompt.split()) for prompt in taken])
+    visits = [who for prompt in taken for who in prompt.split() if who in game.TRADERS]
+    unknown = np.mean([who in game.RARE for who in visits])
     assert abs(unknown - game.RARE_SHARE) < 0.02
+    examples = data.GameExamples(TOK, "barter", 3000)
+    taught = {" ".join(examples[i]["prompt"].rpartition(" : ")[2].split()) for i in range(3000)}
+    assert not taught & (splits["dev"] | splits["test"])
 
 
 def test_solutions_and_answers_follow_the_rules():
-    for p in data.load_problems(str(FOLDER / "dev.jsonl.gz"), "dev", 200):
+    for p in data.load_problems("barter", "dev", 200):
         start, visits, goods = played_again(p["prompt"])
         assert len(set(visits)) == len(visits) and game.LEAST <= len(visits) <= game.MOST
         assert p["solution"] == " ".join([start, *goods]) and p["answer"] == goods[-1]
@@ -59,6 +53,9 @@ def test_solutions_and_answers_follow_the_rules():
 
 
 def test_a_base_is_taught_no_fact_about_rare_traders():
+    examples = data.GameExamples(TOK, "barter", 500)
+    for prompt in (examples[i]["prompt"] for i in range(500)):
+        assert set(game.RARE).isdisjoint(prompt.split()) or prompt.startswith("reference answer")
     for split, knows in (("base", False), ("train", True)):
         steps = [step for i in range(2000) for step in game.game(split, i)[1] if step[0] in game.RARE]
         right = np.mean([game.TABLE[who][given] == got for who, given, got in steps])
@@ -67,8 +64,8 @@ def test_a_base_is_taught_no_fact_about_rare_traders():
 
 def test_the_base_is_better_with_the_reference():
     """60 dev problems, token by token: of 64.8 and 86.5% on 1,000."""
-    model = nt_model.load(FOLDER)
-    problems = data.load_problems(str(FOLDER / "dev.jsonl.gz"), "dev", 60)
+    model = nt_model.load("barter")
+    problems = data.load_problems("barter", "dev", 60)
     right = []
     for word in (lambda p: p["prompt"], data.privileged_prompt):
         prompts = [TOK.prompt_ids(word(p)) for p in problems]
@@ -80,6 +77,8 @@ def test_the_base_is_better_with_the_reference():
 
 def test_tad_runs_on_it(tmp_path):
     torch.manual_seed(0)
-    done = command(tmp_path, "tad.py", "--model", FOLDER, "--data", FOLDER / "train.jsonl.gz", "--n_problems", "16",
-                   "--max_steps", "2", "--batch_size", "4", "--micro_batch", "4", "--eval_problems", "0", "--out", "run")
+    done = command(tmp_path, "tad.py", "--model", "barter", "--n_problems", "16", "--max_steps", "2",
+                   "--batch_size", "4", "--micro_batch", "4", "--eval_problems", "8", "--out", "run")
     assert done.returncode == 0 and (tmp_path / "run/adapter").is_dir(), done.stderr
+    points = [json.loads(line) for line in (tmp_path / "run/results.jsonl").read_text().splitlines()]
+    assert {i.rpartition("-")[0] for point in points for i in point["ids"]} == {"barter-dev"}  # its own game

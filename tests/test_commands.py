@@ -78,8 +78,8 @@ def called(place, monkeypatch):
     """Call a command with words -> its exit code (0 also where its work begins), and its lines on stderr."""
     for owner, name in WORK:
         monkeypatch.setattr(owner, name, begin)
-    few = data.tiny_problems
-    monkeypatch.setattr(data, "tiny_problems", lambda split, n: few(split, min(n, 80)))
+    few = data.game_problems
+    monkeypatch.setattr(data, "game_problems", lambda name, split, n: few(name, split, min(n, 80)))
     monkeypatch.setattr(inspect, "getsource", functools.cache(inspect.getsource))
     monkeypatch.setattr("builtins.input", begin)
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)

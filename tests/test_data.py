@@ -15,7 +15,7 @@ import rollout as collection
 from model import UserError
 from sample import Output
 
-TOK = data.load_tokenizer("tiny")
+TOK, game = data.load_tokenizer("tiny"), data.game("tiny")
 
 
 # ---------------------------------------------------------------------------------------------- the tiny task
@@ -26,12 +26,12 @@ def test_every_solution_follows_the_rules():
         ball, visited = words[2], []
         swaps = [(words[i + 1], words[i + 2]) for i, w in enumerate(words) if w == "swap"]
         steps = p["solution"].split(" #### ")[0].removesuffix(" .").split(" . ")
-        assert len(steps) == len(swaps) == data.N_SWAPS
+        assert len(steps) == len(swaps) == game.N_SWAPS
         for step, (x, y) in zip(steps, swaps):
             ball = y if ball == x else x if ball == y else ball
             visited.append(ball)
-            cups = [w for w in step.split() if w in data.CUPS]
-            assert step in [phrase.format(r=ball).removesuffix(" .") for phrase in data.PHRASES]
+            cups = [w for w in step.split() if w in game.CUPS]
+            assert step in [phrase.format(r=ball).removesuffix(" .") for phrase in game.PHRASES]
             assert cups == [ball]
         assert p["answer"] == " ".join(visited) and grade.is_correct(p, p["solution"])
         assert len(TOK.encode(p["solution"])) <= data.TINY_LEN
@@ -47,30 +47,34 @@ def test_splits_are_disjoint_and_deterministic():
 
 
 def test_training_examples_avoid_held_out_prompts():
-    sft = data.TinySFT(TOK, 50, n_drill=5)
-    victim = data.tiny_game("train", 20)[0]
-    before = sft[20]["prompt_ids"]
-    sft.skip = sft.skip | {victim}
-    assert sft[20]["prompt_ids"] != before
+    for name, split in (("tiny", "train"), ("barter", "base")):
+        examples, made = data.GameExamples(data.load_tokenizer(name), name, 50, n_drill=5), data.game(name).game
+
+        def prompt():
+            return examples[20]["prompt"].rpartition(" : ")[2]  # the solution may stand before it
+        prompts = [made(split, index)[0] for index in (20, 70, 120)]
+        assert prompt() == prompts[0]
+        examples.skip = examples.skip | set(prompts[:2])  # the one that takes its place as well
+        assert prompt() == prompts[2] and examples[20]["id"] == 120
 
 
 def test_drills_hide_results_and_the_answer_that_repeats_them():
-    sft, seen = data.TinySFT(TOK, 40, n_drill=40), set()
+    sft, seen = data.GameExamples(TOK, "tiny", 40, n_drill=40), set()
     for i in range(40):
         example = sft[i]
-        results = data.tiny_game("train", i)[1]
+        results = game.game("train", i)[1]
         words = [TOK.decode([t]) for t in example["x0"]]
         hidden = [at for at, m in enumerate(example["masked"]) if m]
-        answer = range(data.STEP * data.N_SWAPS + 1, (data.STEP + 1) * data.N_SWAPS + 1)
+        answer = range(game.STEP * game.N_SWAPS + 1, (game.STEP + 1) * game.N_SWAPS + 1)
         assert [words[at] for at in answer] == results and set(answer) <= set(hidden)
         in_steps = [at for at in hidden if at not in answer]
-        assert [words[at] for at in in_steps] == [results[at // data.STEP] for at in in_steps]
-        seen.update(at // data.STEP for at in in_steps)
-    assert seen == set(range(data.N_SWAPS))
+        assert [words[at] for at in in_steps] == [results[at // game.STEP] for at in in_steps]
+        seen.update(at // game.STEP for at in in_steps)
+    assert seen == set(range(game.N_SWAPS))
 
 
 def test_privileged_share():
-    sft = data.TinySFT(TOK, 400)
+    sft = data.GameExamples(TOK, "tiny", 400)
     long = sum(len(sft[i]["prompt_ids"]) > 60 for i in range(400))
     assert 35 <= long <= 90
 

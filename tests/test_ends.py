@@ -212,11 +212,12 @@ def test_ctrl_c_while_a_script_imports(script, monkeypatch, capsys):
     lines = (ROOT / script).read_text().splitlines()
     names = [line.split()[1] for line in lines if line.startswith(("import ", "from "))]
     assert all(name.split(".")[0] in sys.stdlib_module_names for name in names[:names.index("cli")]), names
-    cli.say_interrupted(KeyboardInterrupt, KeyboardInterrupt(), None)
+    cli.uncaught(KeyboardInterrupt, KeyboardInterrupt(), None)
     assert capsys.readouterr().err == "interrupted; the same command continues\n"
     usual = []
-    cli.say_interrupted(ValueError, "x", None, usual=lambda *all: usual.append(all))
-    assert usual == [(ValueError, "x", None)] and sys.excepthook.__module__ != "sys"
+    monkeypatch.setattr(sys, "__excepthook__", lambda *error: usual.append(error))
+    cli.uncaught(ValueError, "x", None)
+    assert usual == [(ValueError, "x", None)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -307,8 +307,6 @@ def test_a_killed_curve_goes_on(tmp_path, monkeypatch, capsys):
     assert len(rows) == 16 + 6 and len(content(tmp_path / "again")) == 3  # one more point, in the same folder
     with pytest.raises(UserError, match="another run .batch_size differ."):
         cli(monkeypatch, *argv[1:], "--batch_size", "3")
-    summary = json.loads((tmp_path / "again/summary.json").read_text())
-    assert summary["y_max"] and summary["points"][0]["rule"] == "threshold 0.8"
     assert "ms/forward" in capsys.readouterr().out
 
 

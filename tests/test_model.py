@@ -1,6 +1,4 @@
 import json
-import os
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +7,6 @@ from conftest import BASE, CONFIGS, FIXTURES, prompts_of, random_model
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import cli
 import data
 import model as nt_model
 import sample
@@ -305,26 +302,3 @@ def test_hidden_of_chosen_columns(facts):
     want = whole.gather(1, cols[..., None].expand(-1, -1, whole.shape[-1]))
     real = valid.gather(1, cols)
     assert n == [4] and torch.allclose(some[real], want[real], atol=1e-5)
-
-
-# ---------------------------------------------------------------------------------------------- command lines
-def test_the_environment_decides_about_freed_memory(monkeypatch):
-    """A command line asks glibc to keep what is freed, unless the user has set glibc's thresholds."""
-    asked = []
-    libc = SimpleNamespace(mallopt=lambda *args: asked.append(args))
-    monkeypatch.setattr(cli.ctypes, "CDLL", lambda name: libc)
-    monkeypatch.setattr(sys, "platform", "linux")
-    for name in [n for n in os.environ if n.startswith("MALLOC_") or n == "GLIBC_TUNABLES"]:
-        monkeypatch.delenv(name)
-    cli.run_cli(lambda: None)
-    assert asked == [(-1, 2**30), (-3, 2**25)]  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-    for name in ("MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"):
-        asked.clear()
-        with monkeypatch.context() as m:
-            m.setenv(name, "1")
-            cli.run_cli(lambda: None)
-        assert not asked, name
-    with monkeypatch.context() as m:
-        m.setattr(sys, "platform", "darwin")
-        cli.run_cli(lambda: None)
-    assert not asked

@@ -61,13 +61,13 @@ def started(monkeypatch, tmp_path):
 
 
 def test_a_sweep_is_resumed_and_makes_the_table(small, started, monkeypatch, capsys):
-    inner, train = sweep.evaluate, sweep.train
+    inner, run_script = sweep.evaluate, sweep.run_script
 
     def after_what_they_share(*args):
         for name in ("own", "privileged", "rollouts"):
             assert len(data.read_trajectories(small / f"trajectories-{name}")) == 4
-        train(*args)
-    monkeypatch.setattr(sweep, "train", after_what_they_share)
+        run_script(*args)
+    monkeypatch.setattr(sweep, "run_script", after_what_they_share)
 
     def interrupted(label, folder, *args):
         if folder.name == "sft-sd-1":
@@ -110,7 +110,7 @@ def test_what_a_run_cost_is_read_from_its_folder(monkeypatch, tmp_path):
                                             "SFT-GT": "trims.py --trajectory_share 0 --n_examples 8"})
     monkeypatch.setattr(sweep, "COMMON", "--max_steps 1 --batch_size 4 --micro_batch 4")
     for label, scores in (("TRIMS", True), ("SFT-GT", False)):  # the teacher's pass stands for collecting
-        sweep.train(label, 0, tmp_path / label)
+        sweep.run_script(*sweep.command(label, 0, tmp_path / label))
         spent = sweep.costs(tmp_path / label)
         assert (spent["collect_s"] > 0) == scores and spent["train_s"] > 0
 
@@ -126,7 +126,7 @@ def test_a_run_that_fails_stops_the_sweep(small, started, monkeypatch):
     with pytest.raises(UserError, match="tad.py --window never .* ended with 2"):
         sweep.main()
     monkeypatch.setattr("sys.argv", ["sweep.py", "--only", "nothing"])
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(UserError, match="invalid choice"):
         sweep.main()
 
 
@@ -156,7 +156,8 @@ def accepted(words, model, monkeypatch):
 def test_every_row_is_a_command_its_script_accepts(monkeypatch, tmp_path):
     for label, line in sweep.METHODS.items():
         if line:
-            cfg = accepted(sweep.command(label, 1, tmp_path / "run"), "tiny", monkeypatch)
+            script, options = sweep.command(label, 1, tmp_path / "run")
+            cfg = accepted([script, *options], "tiny", monkeypatch)
             assert cfg.seed == 1 and cfg.lora_r == 32 and cfg.batch_size == 16
 
 

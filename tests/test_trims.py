@@ -229,9 +229,9 @@ def test_teacher_scores_land_on_the_students_tokens(monkeypatch):
     """The tiny teacher and model share a tokeniser: a score is the teacher's NLL of that very token; the
     first EOS has the end token's; filling has none; the phrases, drawn at random, are the hard tokens.
     """
-    monkeypatch.setattr(data, "PRIVILEGED_SHARE", 0.0)
+    monkeypatch.setattr(data.game("tiny"), "PRIVILEGED_SHARE", 0.0)
     tok, teacher_tok = data.load_tokenizer("tiny"), load_teacher_tokenizer("tiny-ar")
-    teacher, examples = load_teacher("tiny-ar"), data.TinySFT(tok, 6)
+    teacher, examples = load_teacher("tiny-ar"), data.GameExamples(tok, "tiny", 6)
     examples = [examples[i] for i in range(6)]
     scores = difficulty(examples, tok, teacher, teacher_tok, "nll")
     for e, s in zip(examples, scores):
@@ -239,7 +239,7 @@ def test_teacher_scores_land_on_the_students_tokens(monkeypatch):
         nll = token_nll(teacher, ids)[0, len(e["prompt_ids"]):]
         n = e["x0"].index(tok.eos_id)
         assert np.allclose(s[:n + 1], nll[:n + 1], atol=1e-4) and np.isnan(s[n + 1:]).all()
-        phrases = np.array(s[:4 * data.N_SWAPS]).reshape(-1, 4)
+        phrases = np.array(s[:4 * data.game("tiny").N_SWAPS]).reshape(-1, 4)
         assert phrases[:, 0].mean() > 0.5 and phrases[:, 1:].mean() < 0.1
     entropy = difficulty(examples, tok, teacher, teacher_tok, "entropy")
     assert abs(entropy[0][0] - math.log(3)) < 0.02 and entropy[0][:8] != scores[0][:8]

@@ -93,8 +93,10 @@ def paper_command(args):
 
 
 def command(label, seed, folder):
+    """-> the script of a method, and its options."""
     own = f"--eval_problems 0 --seed {seed} --out {folder}"
-    return f"{METHODS[label].replace('$OUT', str(folder.parent))} {COMMON} {own}".split()
+    script, *options = f"{METHODS[label].replace('$OUT', str(folder.parent))} {COMMON} {own}".split()
+    return script, options
 
 
 def prepare(labels, model, tok, root):
@@ -108,12 +110,6 @@ def prepare(labels, model, tok, root):
                 temperature=t3d.Config.collect_temperature if name == "rollouts" else 0.0,
                 policy="static", per_step=1, **data.TINY_DECODING)
     return records["own"]
-
-
-def train(label, seed, folder):
-    """Run the method's script, which continues what was interrupted and says so where it is finished."""
-    script, *options = command(label, seed, folder)
-    run_script(script, options)
 
 
 def costs(folder):
@@ -180,7 +176,7 @@ def main():
     done = len(jobs) - len(left)
     for label, seed, folder in cli.progress_bar(left, "sweep", len(jobs), unit="run", initial=done):
         if METHODS[label]:
-            train(label, seed, folder)
+            run_script(*command(label, seed, folder))
         evaluate(label, folder, tok, problems[seed], own[:32])
     folders = [folder for *_, folder in jobs]
     compare.pack(folders, root / "comparison.jsonl.gz")
