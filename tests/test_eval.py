@@ -200,6 +200,15 @@ def test_protocols_fix_what_the_papers_say():
     lengths = [(first("tabom", "llada", t).gen_len, first("tabom", "llada", t).block_len)
                for t in ("gsm8k", "math500", "mbpp", "humaneval")]
     assert lengths == [(512, 8), (512, 64), (256, 256), (512, 512)]
+    eos = [(s.no_eos, s.late_eos) for s in (first(name, "llada", task) for name in ("tabom", "tabom-code")
+                                            for task in ("gsm8k", "math500", "mbpp", "humaneval", "ifeval"))]
+    assert eos == 2 * [(False, False), (False, False), (False, True), (True, False), (False, False)]
+    assert first("tabom-code", "llada", "gsm8k").gen_len == 256 and first("tabom-code", "llada").gen_len == 512
+    for task, n in dict(gsm8k=256, math500=512, mbpp=512, humaneval=768, ifeval=512).items():
+        protocol = nt_eval.protocol_of("tabom-code", "dream", task)
+        one, two = (nt_eval.decoding_of({**protocol, **rule}) for rule in protocol["rules"])
+        assert (one.policy, one.steps, one.gen_len) == ("dream", n, n)
+        assert (two.policy, two.per_step, two.block_len, two.score, two.top_p) == ("static", 2, n, "entropy", 0.9)
     dream = first("tabom", "dream", "humaneval")
     assert (dream.policy, dream.steps, dream.temperature, dream.top_p) == ("dream", 768, 0.1, 0.9)
     t3d = nt_eval.protocol_of("t3d", "sdar")

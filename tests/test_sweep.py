@@ -105,7 +105,7 @@ def test_a_sweep_is_resumed_and_makes_the_table(small, started, monkeypatch, cap
     assert config["data"] == str(small / "trajectories-own") and config["seed"] == 0
 
 
-def test_what_a_run_cost_is_read_from_its_folder(monkeypatch, tmp_path):
+def test_what_a_run_cost_is_read_from_its_folder(monkeypatch, tmp_path, started):
     monkeypatch.setattr(sweep, "METHODS", {"TRIMS": "trims.py --n_examples 8",
                                             "SFT-GT": "trims.py --trajectory_share 0 --n_examples 8"})
     monkeypatch.setattr(sweep, "COMMON", "--max_steps 1 --batch_size 4 --micro_batch 4")
