@@ -30,7 +30,7 @@ import trims
 
 nt_eval, bench, harness = (importlib.import_module(name) for name in ("eval", "bench", "harness"))
 WORK = [(rollout, "decode_into"), (trims, "score_examples"), (training.Run, "steps"), (sample, "generate"),
-        (sample, "stream"), (nt_eval, "curve"), (nt_eval, "load_teacher_tokenizer"), (nt_eval, "mean_tds"),
+        (sample, "stream"), (nt_eval, "curve"), (nt_eval, "load_teacher_tokenizer"), (nt_eval, "mean_of"),
         (nt_eval, "draw"), (compare, "compare"), (bench, "measure"), (harness, "lm_eval_package"),
         (sweep, "prepare"), (sweep, "run_script"), (lora, "merge")]
 COMMANDS = {**COMMANDS, "model": (nt_model, [], [nt_model.ModelOptions]), "lora merge": (lora, [], [lora.Merge])}
