@@ -391,9 +391,8 @@ def closing(r, model, tok, label):
     cfg = r.cfg
     if r.rank == 0 and r.evaluates:
         problems = data.load_problems(r.task, "dev", cfg.eval_problems)
-        scratch = getattr(cfg, "init", "model") == "scratch"
-        models = [("base", model)] if scratch else [("base", r.load()), (label, model)]
-        curves = [(name, curve(m, tok, problems, protocol_of(r.task, r.task), name)) for name, m in models]
+        curves = [(name, curve(m, tok, problems, protocol_of(r.task, r.task), name))
+                  for name, m in (("base", r.load()), (label, model))]
         write_results(curves, r.out)
         show(curves, None, r.out)
         print(f"written: {r.out / 'results.jsonl'}, {r.out / 'curve.png'}")
@@ -474,7 +473,7 @@ def confidence_decay(model, records):
 
 @torch.no_grad()
 def masked_ce(model, record):
-    """Mean -log p of a record's tokens when 0, 1, ... 10 tenths of them, drawn at random, are masked: (11,)."""
+    """Mean -log p of a record's tokens where 0, 1, ... 10 tenths of them are masked at random: (11,)."""
     n = nt_model.n_content(record["x0"], model.cfg.eos_ids)
     order = np.zeros(len(record["x0"]), int)
     order[:n] = 1 + np.random.default_rng(0).permutation(n)
@@ -613,8 +612,10 @@ def tds_command(args):
     label = args.adapter or args.model
     texts, what = {label: records}, (tds, "TDS", "nats^2", "tds.png", "forward")
     if args.ce:
-        solved = [r | {"x0": (ids := tok.response_ids(r["solution"])) + [tok.eos_id] * (len(r["x0"]) - len(ids))}
-                  for r in records]
+        solved = []
+        for r in records:
+            ids = tok.response_ids(r["solution"])
+            solved.append(r | {"x0": ids + [tok.eos_id] * (len(r["x0"]) - len(ids))})
         texts = {f"own text, {label}": records, f"solutions, {label}": solved}
         what = masked_ce, "cross-entropy", "nats", "ce.png", "masked tenth"
     measure, *what, file, x = what

@@ -183,7 +183,7 @@ def test_a_changed_command_line(command, called):
 @pytest.mark.parametrize("command, words, why", [
     ("tad", "--near none --distant none", "nothing is left"), ("tabom", "--window 1", "two tokens"),
     ("tabom", "--segment two_steps", "not ranked"), ("t3d", "--save_every 7 --refresh 2", "a multiple of"),
-    ("t3d", "--variant code --fake expected", "one by one"), ("trims", "--n_examples 0", "no teacher can rank"),
+    ("t3d", "--variant code --fake expected", "one by one"), ("trims", "--n_examples 0", "exceeds the data"),
     ("trims", "--n_examples 0 --trajectory_share 0 --max_steps 0", "exceeds the data"),
     ("sample", "--html a.html --prompts rows.jsonl", "is for one prompt"),
     ("eval curve", "--points 99", "has 0 to"),
