@@ -39,13 +39,13 @@ TINY_TRAINING = dict(  # what the methods that collect train the tiny model with
 CUPS = "red blue green gold pink gray".split()
 # four tokens, like a swap in the prompt; one is drawn: tokens that are revealed together may mix two of them
 PHRASES = ["now under {r} .", "then in {r} .", "ball at {r} ."]
-STEP, RESULT = 4, 2  # tokens of a step, and where in it the result stands
+STEP = 4  # tokens of a step
 N_SWAPS = 9
 MOVE_SHARE = 0.65  # share of the swaps that move the ball
 SPLITS = {"train": 1, "dev": 2, "test": 3}  # seeds
 AVOIDED = {"train": ("dev", "test"), "dev": (), "test": ("dev",)}  # whose held-out prompts do not occur
 HELD_OUT = 4096  # problems each of dev and test
-DRILL_SHARE, PRIVILEGED_SHARE = 0.35, 0.15  # of the base model's training examples
+PRIVILEGED_SHARE = 0.15  # of the base model's training examples
 
 TEXTS = "prompt question solution thinking entry_point grader".split()  # fields that hold text
 OWN_FIELDS = ("id", *TEXTS, "answer", "tests", "setup")  # of a problem
@@ -115,9 +115,9 @@ def privileged_prompt(problem):
 
 
 class TinySFT:
-    """Seeded examples of the base: a share privileged; the first n_drill, then a share, mask only results."""
-    def __init__(self, tok, n, n_drill=0):
-        self.tok, self.n, self.n_drill, self.skip = tok, n, n_drill, held_out("dev") | held_out("test")
+    """Seeded examples of the tiny task with solutions, as the base learned them: a share privileged."""
+    def __init__(self, tok, n):
+        self.tok, self.n, self.skip = tok, n, held_out("dev") | held_out("test")
 
     def __len__(self):
         return self.n
@@ -126,18 +126,14 @@ class TinySFT:
         prompt, visited, rng = tiny_game("train", index)
         if prompt in self.skip:  # practically never; an index that is not drawn otherwise takes its place
             prompt, visited, rng = tiny_game("train", self.n + index)
-        drill = index < self.n_drill or (self.n_drill and rng.random() < DRILL_SHARE)
-        if not drill and rng.random() < PRIVILEGED_SHARE:
+        return self.example(index, prompt, visited, rng)
+
+    def example(self, index, prompt, visited, rng):
+        if rng.random() < PRIVILEGED_SHARE:
             prompt = REFERENCE["tiny"].format(q=prompt, a=tiny_solution(visited, rng))
         response = self.tok.response_ids(tiny_solution(visited, rng))
-        example = dict(id=index, prompt=prompt, prompt_ids=self.tok.prompt_ids(prompt).tolist(),
-                       x0=pad_response(response, TINY_LEN, self.tok.eos_id))
-        if drill:
-            at = np.arange(TINY_LEN)
-            results = (at % STEP == RESULT) & (rng.random(TINY_LEN) < rng.random())
-            answer = (at > STEP * N_SWAPS) & (at <= (STEP + 1) * N_SWAPS)  # it repeats the results
-            example["masked"] = np.where(at < STEP * N_SWAPS, results, answer).tolist()
-        return example
+        return dict(id=index, prompt=prompt, prompt_ids=self.tok.prompt_ids(prompt).tolist(),
+                    x0=pad_response(response, TINY_LEN, self.tok.eos_id))
 
 
 def load_problems(source, split="train", n=None):

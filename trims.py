@@ -123,9 +123,6 @@ def mask_response(example, cfg, rng, origin=0):
     if "bucket" in example and rng.random() < cfg.trajectory_share:
         return trajectory_mask(example["bucket"], cfg, rng)
     L, t = len(example["x0"]), cfg.t_min + (1 - cfg.t_min) * rng.random()
-    if "masked" in example:  # a drill says itself what is hidden; its mean cross-entropy counts
-        masked = np.array(example["masked"])
-        return masked, np.full(L, L / masked.sum())
     masked, loss_w = rng.random(L) < t, np.full(L, 1 / t)
     if rng.random() < cfg.block_share:
         # the loss then counts the current block only, scaled up to the whole length

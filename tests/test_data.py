@@ -1,4 +1,5 @@
 import json
+import runpy
 import time
 from types import SimpleNamespace
 
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 import ranks
 import torch
-from conftest import random_model
+from conftest import ROOT, random_model
 
 import cli
 import data
@@ -47,7 +48,7 @@ def test_splits_are_disjoint_and_deterministic():
 
 
 def test_training_examples_avoid_held_out_prompts():
-    sft = data.TinySFT(TOK, 50, n_drill=5)
+    sft = data.TinySFT(TOK, 50)
     victim = data.tiny_game("train", 20)[0]
     before = sft[20]["prompt_ids"]
     sft.skip = sft.skip | {victim}
@@ -55,7 +56,8 @@ def test_training_examples_avoid_held_out_prompts():
 
 
 def test_drills_hide_results_and_the_answer_that_repeats_them():
-    sft, seen = data.TinySFT(TOK, 40, n_drill=40), set()
+    train = runpy.run_path(str(ROOT / "weights/tiny/train.py"))  # not as __main__
+    sft, seen = train["Examples"](TOK, 40, 40), set()
     for i in range(40):
         example = sft[i]
         results = data.tiny_game("train", i)[1]

@@ -390,8 +390,6 @@ def drawn_mask(example, cfg, rng, prompt, model_cfg):
         masked = [u < chance for u, chance in zip(rng.random(L), p)]
         return masked, [1 / max(1, sum(masked)) if cfg.trajectory_weight == "mean" else 1 / L] * L
     t = cfg.t_min + (1 - cfg.t_min) * rng.random()
-    if "masked" in example:
-        return example["masked"], [1 / sum(example["masked"])] * L
     masked = [u < t for u in rng.random(L)]
     if rng.random() >= cfg.block_share:
         return masked, [1 / t / L] * L
@@ -428,8 +426,6 @@ def test_trims(monkeypatch, first):
         for record, of_record in zip(records, found := trims.buckets(scores, cfg.n_buckets, cfg.ordering, seed)):
             if cfg.trajectory_share:
                 record["bucket"] = of_record
-            elif pick.random() < 0.2:
-                record["masked"] = [i % 2 == 0 for i in range(len(of_record))]
         equal_mass(scores, found, cfg)
         loops, loss = Loops(model), 0
         for part in micro_batches(pick, records):

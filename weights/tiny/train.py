@@ -1,5 +1,6 @@
 """How weights/tiny was made: standard masked-diffusion training from fresh weights, on new examples of the tiny task
-at every step, the first of them drills (data.TinySFT). Muon for the blocks' matrices, where it learns in fewer steps.
+at every step. The first, then a share of them, are drills, which hide results only. Muon for the blocks' matrices, where
+it learns in fewer steps.
 
     python weights/tiny/train.py --out out/tiny        # resumable: the same command continues
 """
@@ -7,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
@@ -15,6 +17,28 @@ import model as nt_model  # noqa: E402
 import run  # noqa: E402
 import trims  # noqa: E402
 from cli import run_cli  # noqa: E402
+
+
+RESULT = 2  # where in a step the result stands
+DRILL_SHARE = 0.35
+
+
+class Examples(data.TinySFT):
+    """The first n_drill are drills; they say in `masked` what is hidden."""
+    def __init__(self, tok, n, n_drill):
+        super().__init__(tok, n)
+        self.n_drill = n_drill
+
+    def example(self, index, prompt, visited, rng):
+        if index >= self.n_drill and not (self.n_drill and rng.random() < DRILL_SHARE):
+            return super().example(index, prompt, visited, rng)
+        response = self.tok.response_ids(data.tiny_solution(visited, rng))
+        at, n, step = np.arange(data.TINY_LEN), data.N_SWAPS, data.STEP
+        results = (at % step == RESULT) & (rng.random(len(at)) < rng.random())
+        answer = (at > step * n) & (at <= (step + 1) * n)  # it repeats the results
+        return dict(id=index, prompt=prompt, prompt_ids=self.tok.prompt_ids(prompt).tolist(),
+                    x0=data.pad_response(response, len(at), self.tok.eos_id),
+                    masked=torch.tensor(np.where(at < step * n, results, answer)))
 
 
 @dataclass
@@ -48,11 +72,18 @@ def main():
     rest = [p for name, p in params.items() if name not in matrices]
     muon = torch.optim.Muon(matrices.values(), lr=cfg.muon_lr, weight_decay=cfg.weight_decay)
     optimizers = [run.adamw(rest, cfg, (0.9, cfg.beta2)), muon]
-    examples = data.TinySFT(tok, cfg.max_steps * cfg.batch_size, cfg.drill_steps * cfg.batch_size)
+    examples = Examples(tok, cfg.max_steps * cfg.batch_size, cfg.drill_steps * cfg.batch_size)
 
     def build(numbers):
         rngs = [data.example_rng(cfg.seed, 0, n) for n in numbers]
-        return trims.make_batch([drawn[n] for n in numbers], rngs, cfg, model.cfg)
+        b = trims.make_batch([drawn[n] for n in numbers], rngs, cfg, model.cfg)
+        for row, n in enumerate(numbers):
+            if "masked" in drawn[n]:  # the mean of its cross-entropies counts
+                b["masked"][row] = masked = drawn[n]["masked"]
+                b["xt"][row] = torch.where(masked, model.cfg.mask_id, b["x0"][row])
+                weight = torch.full(masked.shape, len(masked) / int(masked.sum()))
+                b["loss_w"][row] = weight / (len(masked) * cfg.batch_size)
+        return b
 
     for step in r.steps(model, optimizers, cfg.max_steps):
         chosen = range(step * cfg.batch_size, (step + 1) * cfg.batch_size)
