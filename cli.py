@@ -387,9 +387,3 @@ def progress_bar(rows=None, what="", total=None, asked=True, **settings):
         settings.update(file=LogLines(), ncols=0, miniters=1, mininterval=30, delay=30)
     shown = asked and os.environ.get("RANK", "0") == "0"
     return tqdm(rows, what, total, leave=False, disable=not shown, **settings)
-
-
-def check_place(option, path, suffix=""):
-    """UserError, before anything long, if a file cannot be written there."""
-    if path and not (path.endswith(suffix) and Path(path).absolute().parent.is_dir()):
-        raise UserError(f"--{option} {path}: give a file{suffix and ' *'}{suffix} in a folder that exists")

@@ -52,7 +52,7 @@ MARK = "\ue000"  # in the place of a special token that a text spells out
 
 
 def game(name):
-    """The module of an embedded task: problem(split, index), example(index, drills, only_drills), HELD_OUT."""
+    """The module of an embedded task: problem(split, index), example(index, n_drill), HELD_OUT."""
     return importlib.import_module(f"weights.{name}.game")
 
 
@@ -92,8 +92,8 @@ def privileged_prompt(problem):
 
 
 class GameExamples:
-    """n seeded examples that the base of an embedded task learns from; the first n_drill, then some, are drills."""
-    def __init__(self, tok, name, n, n_drill=0):
+    """n seeded examples of an embedded task, with right responses. n_drill: for training its base."""
+    def __init__(self, tok, name, n, n_drill=None):
         self.tok, self.game, self.n, self.n_drill = tok, game(name), n, n_drill
         self.skip = held_out(name, ("dev", "test"))
 
@@ -101,13 +101,13 @@ class GameExamples:
         return self.n
 
     def __getitem__(self, index):
-        prompt, shown, response, masked = self.game.example(index, self.n_drill > 0, index < self.n_drill)
+        prompt, shown, response, masked = self.game.example(index, self.n_drill)
         if prompt in self.skip:  # an index that is not drawn otherwise takes its place
             return self[index + self.n]
         prompt = REFERENCE["tiny"].format(q=prompt, a=shown) if shown else prompt
         x0 = pad_response(self.tok.response_ids(response), TINY_LEN, self.tok.eos_id)
-        example = dict(id=index, prompt=prompt, prompt_ids=self.tok.prompt_ids(prompt).tolist(), x0=x0)
-        return example | ({"masked": masked} if masked else {})
+        prompt_ids = self.tok.prompt_ids(prompt).tolist()
+        return dict(id=index, prompt=prompt, prompt_ids=prompt_ids, x0=x0, masked=masked)
 
 
 def load_problems(source, split="train", n=None):

@@ -5,7 +5,7 @@
     python eval.py curve --model llada --task gsm8k --protocol tad     # or math500, humaneval, my.jsonl
     torchrun --nproc_per_node=8 eval.py curve ...                      # problems are split over the ranks
     python eval.py nll --n 40                                          # TRIMS Fig. 7
-    python eval.py tds --trajectories out/tabom-tiny/trajectories      # TABOM Fig. 2
+    python eval.py tds --trajectories out/tabom-tiny/trajectories      # TABOM Fig. 2; --ce: Fig. 3
     python eval.py log out/tad-tiny                                    # loss and speed of training
 
 docs/evaluation.md defines all measures. Tables of runs: tools/compare.py; tasks of lm_eval: tools/harness.py.
@@ -406,15 +406,20 @@ def mean_by_step(rows):
     return padded.nanmean(1).numpy()
 
 
-def report_by_step(label, values, what, unit, path):
-    """values (T,), one per forward: their mean is printed, and they are drawn over those of before."""
-    print(f"{what} {label}: {np.nanmean(values):.4f} {unit}, mean over the forwards; "
-          f"{values[np.isfinite(values)][-1]:.4f} at the end")
+def report(lines, x, y, path):
+    """Draw lines {label: values (T,)} over those of before, which a .json beside the PNG keeps."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = path.with_suffix(".json")
-    every = cli.read_object(kept) | {label: list(map(float, values))}
+    every = cli.read_object(kept) | {label: list(map(float, values)) for label, values in lines.items()}
     write_whole(kept, json.dumps(every) + "\n")
-    draw({"": {k: enumerate(v) for k, v in every.items()}}, "forward", f"{what}, {unit}", path)
+    draw({"": {label: enumerate(values) for label, values in every.items()}}, x, y, path)
+
+
+def report_by_step(label, values, what, unit, path, x="forward"):
+    """values (T,), one per forward: their mean is printed, and they are drawn over those of before."""
+    print(f"{what} {label}: {np.nanmean(values):.4f} {unit}, mean over the {x}s; "
+          f"{values[np.isfinite(values)][-1]:.4f} at the end")
+    report({label: values}, x, f"{what}, {unit}", path)
 
 
 def along_trajectory(model, record, steps):
@@ -441,11 +446,11 @@ def tds(model, record):
     return np.array(variances, dtype=np.float32)
 
 
-def mean_tds(model, records, label):
-    """TDS of a model on trajectories at every step: (T,), nats^2."""
+def mean_of(measure, model, records, label):
+    """tds or masked_ce of a model, the mean over records: (T,)."""
     model = for_decoding(model.eval())
-    bar = cli.progress_bar(records, f"TDS {label}", unit="trajectory")
-    return mean_by_step([tds(model, record) for record in bar])  # Eq. 11
+    bar = cli.progress_bar(records, f"{measure.__name__} {label}", unit="trajectory")
+    return mean_by_step([measure(model, record) for record in bar])  # Eq. 11
 
 
 @torch.no_grad()
@@ -461,6 +466,17 @@ def confidence_decay(model, records):
             values.append(picked.double().exp().cpu())
     offsets = torch.cat(offsets)
     return (offsets.bincount(torch.cat(values)) / offsets.bincount()).numpy()
+
+
+@torch.no_grad()
+def masked_ce(model, record):
+    """Mean -log p of a record's tokens where 0, 1, ... 10 tenths of them are masked at random: (11,)."""
+    n = nt_model.n_content(record["x0"], model.cfg.eos_ids)
+    order = np.zeros(len(record["x0"]), int)
+    order[:n] = 1 + np.random.default_rng(0).permutation(n)
+    steps = 1 + n - (n * torch.arange(1, 11) + 9) // 10
+    states = along_trajectory(model, record | {"order": order}, steps)
+    return [math.nan, *(-logp.gather(1, ids[:, None].to(logp.device)).mean() for ids, _, logp in states)]
 
 
 def trajectory_nll(teacher, teacher_tok, tok, prompt, out, eos_ids):
@@ -518,7 +534,8 @@ class TdsOptions(AdaptedModel):
     """how much the entropies of masked tokens differ (TABOM Eq. 10, 11)"""
     trajectories: str = option()  # folder that rollout or a method collected
     n: int = 64  # how many of them
-    out: str = "out"  # directory of tds.png
+    ce: bool = False  # instead: cross-entropy of them and of the solutions over mask ratios (TABOM Fig. 3)
+    out: str = "out"  # directory of tds.png or ce.png
 
 
 def problems_of(args):
@@ -578,13 +595,24 @@ def nll_command(args, given):
 
 
 def tds_command(args):
-    records = data.read_trajectories(args.trajectories)[:args.n]
+    every = data.read_trajectories(args.trajectories)
+    records = [r for r in every if r["solution"] or not args.ce][:args.n]
     if not records:
-        raise UserError(f"{args.trajectories} holds no trajectory")
-    model, _ = load_both(args)
+        raise UserError(f"{args.trajectories} holds no trajectory" + " with a solution" * args.ce)
+    model, tok = load_both(args)
     label = args.adapter or args.model
     data.check_tokens(records, model.cfg)
-    report_by_step(label, mean_tds(model, records, label), "TDS", "nats^2", Path(args.out) / "tds.png")
+    texts, what = {label: records}, (tds, "TDS", "nats^2", "tds.png", "forward")
+    if args.ce:
+        solved = []
+        for r in records:
+            ids = tok.response_ids(r["solution"])
+            solved.append(r | {"x0": ids + [tok.eos_id] * (len(r["x0"]) - len(ids))})
+        texts = {f"own text, {label}": records, f"solutions, {label}": solved}
+        what = masked_ce, "cross-entropy", "nats", "ce.png", "masked tenth"
+    measure, *what, file, x = what
+    for label, records in texts.items():
+        report_by_step(label, mean_of(measure, model, records, label), *what, Path(args.out) / file, x)
 
 
 def log_command(args):

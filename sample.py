@@ -793,6 +793,7 @@ def decode_one(model, tok, prompt, how, by="", path="", system=""):
     print(f"response {tok.decode(out.ids[:n].tolist())}")
     print(f"{n} tokens in {out.nfe} forwards: {n / out.nfe:.2f} tokens per forward")
     if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         outs = {"model": out}
         if lora.adapters(model):
             with lora.off(model):
@@ -831,6 +832,7 @@ def decode_file(model, tok, args, settings, how):
     if to.exists():
         cli.read_jsonl(to, ours=True, mend=True)
     todo = [i for i, r in enumerate(rows) if r["id"] not in done]
+    to.parent.mkdir(parents=True, exist_ok=True)
     prompts = [tok.prompt_ids(rows[i]["prompt"], args.system) for i in todo]
     for i, out in stream(model, prompts, args.batch_size, progress=True, streams=todo, **how):
         n = out.n_tokens(model.cfg.eos_ids)
@@ -841,8 +843,6 @@ def decode_file(model, tok, args, settings, how):
 
 def main():
     args, given = cli.parse(__doc__, Options, Decoding)
-    cli.check_place("html", args.html, ".html")
-    cli.check_place("to", args.to)
     if args.html and (args.prompts or args.interactive):
         raise UserError("--html is for one prompt: leave out --prompts and --interactive")
     defaults = decoding_defaults(config_of(args.model, args.revision))

@@ -25,11 +25,10 @@ are divided by accumulation steps; the paper's window rule is built (--window au
     python tad.py --model llada --data problems.jsonl          # one GPU
     torchrun --nproc_per_node=8 tad.py --model dream --allow_code_execution   # the paper's data, by preset
 """
-import json
 from dataclasses import dataclass
 from typing import Literal
 
-from cli import UserError, run_cli, write_whole  # first
+from cli import UserError, run_cli  # first
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -211,13 +210,14 @@ def choose_window(cfg, model, records, r):
         shown = " ".join(f"{p:.2f}" for p in decay[:16])
         print(f"confidence by forwards ahead: {shown} ...  W = {window}"
               + " (never below the level: all tokens are near)" * never)
-        rounded = [None if np.isnan(p) else round(float(p), 4) for p in decay]
-        write_whole(r.out / "window.json", json.dumps(dict(window=window, decay=rounded)) + "\n")
-        lines = {f"decay, W = {window}": enumerate(decay)}
-        for mode, level in LEVEL.items():
-            lines[f"{mode}: {level}"] = enumerate([level] * len(decay))
-        nt_eval.draw({"": lines}, "forwards until the token is revealed", "student's mean confidence in it",
-                     r.out / "window.png")
+        lines = {f"student, W = {window}": decay}
+        key = "privileged_prompt_ids"
+        asked = [x | {"prompt_ids": x[key]} for x in records if key in x]
+        if asked:  # Fig. 3(a)
+            lines["teacher, shown the solution"] = nt_eval.confidence_decay(model, asked)
+        lines |= {f"{mode}: {level}": [level] * len(decay) for mode, level in LEVEL.items()}
+        nt_eval.report(lines, "forwards until the token is revealed", "mean confidence in it",
+                       r.out / "window.png")
     return run.agreed(window)
 
 

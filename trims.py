@@ -52,8 +52,7 @@ class Config(run.Options):
     data: str = "tiny"  # data set by name or a .jsonl with solutions, see data.py --help; or trajectories
     only_correct: bool = True  # leave out a folder's wrong trajectories (--no-only_correct: ReDi, SFT-SD)
     with_thinking: bool = False  # s1K: a problem's "thinking" (the reasoning trace) before its solution
-    n_examples: int = 2000  # how many of the tiny examples there are; 0: every step draws new ones
-    drill_steps: int = 0  # opening steps on drills of the tiny task (see data.GameExamples)
+    n_examples: int = 2000  # how many of the tiny examples there are
     gen_len: int = 256  # response length L, tokens, EOS-filled
     # --- trajectory-aware masks
     trajectory_share: float = 0.5  # share of samples with such a mask (0 = standard MDLM); not published
@@ -74,11 +73,9 @@ class Config(run.Options):
     lora_dropout: float = 0.0  # LoRA dropout
     lora_targets: str = "all"  # matrices of a block that carry adapters, with commas, or all
     lr: float = 1e-4  # peak learning rate
-    muon_lr: float = 0.0  # Muon's learning rate for the blocks' matrices; 0: AdamW everywhere
     warmup_steps: int = 20  # linear warm-up
     warmup_ratio: float = 0.0  # share of all steps, instead of warmup_steps
     weight_decay: float = 0.01  # AdamW (not published)
-    beta2: float = 0.999  # AdamW
     batch_size: int = 128  # examples per optimizer step over all ranks
     micro_batch: int = 32  # examples per forward
     epochs: int = 30  # passes over the data
@@ -127,9 +124,6 @@ def mask_response(example, cfg, rng, origin=0):
     if "bucket" in example and rng.random() < cfg.trajectory_share:
         return trajectory_mask(example["bucket"], cfg, rng)
     L, t = len(example["x0"]), cfg.t_min + (1 - cfg.t_min) * rng.random()
-    if "masked" in example:  # a drill says itself what is hidden; its mean cross-entropy counts
-        masked = np.array(example["masked"])
-        return masked, np.full(L, L / masked.sum())
     masked, loss_w = rng.random(L) < t, np.full(L, 1 / t)
     if rng.random() < cfg.block_share:
         # the loss then counts the current block only, scaled up to the whole length
@@ -165,8 +159,7 @@ def training_loss(model, b, cfg):
 def load_examples(cfg, tok):
     """The data as a sequence of {id, prompt_ids, x0}."""
     if cfg.data in GAMES:
-        return GameExamples(tok, cfg.data, cfg.n_examples or cfg.max_steps * cfg.batch_size,
-                            cfg.drill_steps * cfg.batch_size)
+        return GameExamples(tok, cfg.data, cfg.n_examples)
     if Path(cfg.data).is_dir():
         records = check_tokens(read_trajectories(cfg.data), nt_model.config_of(cfg.model, cfg.revision))
         records = [r for r in records if r["correct"] or not cfg.only_correct]
@@ -197,24 +190,8 @@ def load_examples(cfg, tok):
     return fits
 
 
-def build_optimizers(cfg, model):
-    """AdamW; from scratch, Muon for the matrices inside the blocks, where it learns in fewer steps."""
-    params, betas = run.trainable(model), (0.9, cfg.beta2)
-    muon = {n: p for n, p in params.items() if cfg.muon_lr and p.ndim == 2 and n.startswith("blocks")}
-    rest = [p for n, p in params.items() if n not in muon]
-    optimizers = [run.adamw(rest, cfg, betas)]
-    if muon:
-        if run.is_sharded(model):
-            raise UserError("--muon_lr needs whole matrices on every rank: leave out --full")
-        optimizers.append(torch.optim.Muon(muon.values(), lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
-    return optimizers
-
-
 def main():
     cfg = run.parse(Config, PRESETS, __doc__)
-    if cfg.trajectory_share and cfg.data in GAMES and not cfg.n_examples:
-        raise UserError("--n_examples 0 draws new examples at every step, which no teacher can rank "
-                        "beforehand: give --trajectory_share 0, or a number of examples")
     tok = load_tokenizer(cfg.model, cfg.revision)
     teacher_tok = load_teacher_tokenizer(cfg.teacher) if cfg.trajectory_share else None
     examples = load_examples(cfg, tok)
@@ -237,22 +214,20 @@ def main():
         examples = [{**examples[i], "bucket": b} for i, b in enumerate(ranked)]
 
     # 2. training
-    endless = cfg.data in GAMES and not cfg.n_examples  # new data need no shuffling
+    optimizer = run.adamw(run.trainable(model).values(), cfg)
     epoch = 0
 
     def build(numbers):  # a micro-batch
         rngs = [example_rng(cfg.seed, epoch, n) for n in numbers]
         return make_batch([drawn[n] for n in numbers], rngs, cfg, model.cfg)
 
-    for step in r.steps(model, build_optimizers(cfg, model), n_steps):
+    for step in r.steps(model, [optimizer], n_steps):
         epoch, chosen = run.batch_of(step, len(examples), cfg)
-        if endless:
-            chosen = range(step * cfg.batch_size, (step + 1) * cfg.batch_size)
         drawn = {int(n): examples[int(n)] for n in chosen}  # once: tiny examples are made when asked for
         for batch in r.micro_batches(chosen, lambda n: len(drawn[n]["prompt_ids"]), build):
             loss, parts = training_loss(model, batch, cfg)
             r.backward(loss, parts)
-        r.update()  # sum over ranks, clip, the optimizers at this step's learning rate
+        r.update()  # sum over ranks, clip, AdamW at this step's learning rate
 
     # 3. the same problems, the same decoding rules: base against TRIMS
     nt_eval.closing(r, r.save(model), tok, "TRIMS" if cfg.trajectory_share else "SFT")

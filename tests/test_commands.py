@@ -30,7 +30,7 @@ import trims
 
 nt_eval, bench, harness = (importlib.import_module(name) for name in ("eval", "bench", "harness"))
 WORK = [(rollout, "decode_into"), (trims, "score_examples"), (training.Run, "steps"), (sample, "generate"),
-        (sample, "stream"), (nt_eval, "curve"), (nt_eval, "load_teacher_tokenizer"), (nt_eval, "mean_tds"),
+        (sample, "stream"), (nt_eval, "curve"), (nt_eval, "load_teacher_tokenizer"), (nt_eval, "mean_of"),
         (nt_eval, "draw"), (compare, "compare"), (bench, "measure"), (harness, "lm_eval_package"),
         (sweep, "prepare"), (sweep, "run_script"), (lora, "merge")]
 COMMANDS = {**COMMANDS, "model": (nt_model, [], [nt_model.ModelOptions]), "lora merge": (lora, [], [lora.Merge])}
@@ -183,7 +183,7 @@ def test_a_changed_command_line(command, called):
 @pytest.mark.parametrize("command, words, why", [
     ("tad", "--near none --distant none", "nothing is left"), ("tabom", "--window 1", "two tokens"),
     ("tabom", "--segment two_steps", "not ranked"), ("t3d", "--save_every 7 --refresh 2", "a multiple of"),
-    ("t3d", "--variant code --fake expected", "one by one"), ("trims", "--n_examples 0", "no teacher can rank"),
+    ("t3d", "--variant code --fake expected", "one by one"), ("trims", "--n_examples 0", "exceeds the data"),
     ("trims", "--n_examples 0 --trajectory_share 0 --max_steps 0", "exceeds the data"),
     ("sample", "--html a.html --prompts rows.jsonl", "is for one prompt"),
     ("eval curve", "--points 99", "has 0 to"),

@@ -147,6 +147,7 @@ def unknown_options(text):
     for line in command_lines(text):
         for script, command, found in uses(line):
             name = {"mine.py": "tad.py"}.get(Path(script).name, Path(script).name)  # the fork of README
+            name = script if script.startswith("weights/") else name
             if script and not any((ROOT / folder / name).exists() for folder in ("", "tools", "tests")):
                 wrong.append(script)
             elif found:

@@ -1,4 +1,5 @@
 import json
+import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ import pytest
 import ranks
 import torch
 from checkpoints import official_checkpoint, raw_config
-from conftest import ROOT
+from conftest import ROOT, random_model
 
 import compare
 import data
@@ -200,6 +201,15 @@ def test_protocols_fix_what_the_papers_say():
     lengths = [(first("tabom", "llada", t).gen_len, first("tabom", "llada", t).block_len)
                for t in ("gsm8k", "math500", "mbpp", "humaneval")]
     assert lengths == [(512, 8), (512, 64), (256, 256), (512, 512)]
+    eos = [(s.no_eos, s.late_eos) for s in (first(name, "llada", task) for name in ("tabom", "tabom-code")
+                                            for task in ("gsm8k", "math500", "mbpp", "humaneval", "ifeval"))]
+    assert eos == 2 * [(False, False), (False, False), (False, True), (True, False), (False, False)]
+    assert first("tabom-code", "llada", "gsm8k").gen_len == 256 and first("tabom-code", "llada").gen_len == 512
+    for task, n in dict(gsm8k=256, math500=512, mbpp=512, humaneval=768, ifeval=512).items():
+        protocol = nt_eval.protocol_of("tabom-code", "dream", task)
+        one, two = (nt_eval.decoding_of({**protocol, **rule}) for rule in protocol["rules"])
+        assert (one.policy, one.steps, one.gen_len) == ("dream", n, n)
+        assert (two.policy, two.per_step, two.block_len, two.score, two.top_p) == ("static", 2, n, "entropy", 0.9)
     dream = first("tabom", "dream", "humaneval")
     assert (dream.policy, dream.steps, dream.temperature, dream.top_p) == ("dream", 768, 0.1, 0.9)
     t3d = nt_eval.protocol_of("t3d", "sdar")
@@ -388,6 +398,47 @@ def test_tds_command(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "o/tds.png").stat().st_size > 5000
     with pytest.raises(UserError, match="no trajectory"):
         cli(monkeypatch, "tds", "--trajectories", tmp_path / "none")
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 7, 8])
+def test_cross_entropy_over_mask_ratios_by_hand(n):
+    """Against a plain loop: k tenths of the text, rounded up, are masked; the EOS tail is shown and not counted."""
+    model = random_model(vocab_size=298, mask_token_id=297, eos_token_id=296, pad_token_id=296)
+    rng = np.random.default_rng(n)
+    x0 = [*rng.integers(0, 296, n).tolist(), *[296] * (8 - n)]
+    record = dict(x0=x0, prompt_ids=[5, 6, 7], order=[9] * 8)
+    got = nt_eval.masked_ce(model, record)
+    place = np.random.default_rng(0).permutation(n)  # the last places are masked first
+    assert len(got) == 11 and math.isnan(got[0])
+    for k in range(1, 11):
+        hidden = [i for i in range(n) if place[i] >= n - math.ceil(n * k / 10)]
+        xt = torch.tensor([297 if i in hidden else x for i, x in enumerate(x0)])
+        logp = model(torch.cat([torch.tensor([5, 6, 7]), xt])[None])[0, -8:].log_softmax(-1)
+        want = np.mean([-logp[i, x0[i]].item() for i in hidden]) if hidden else math.nan
+        assert got[k] == pytest.approx(want, abs=1e-5, nan_ok=True)
+
+
+def test_cross_entropy_of_own_text_and_solutions(tmp_path, monkeypatch, capsys):
+    tok, problems = data.load_tokenizer("tiny"), data.load_problems("tiny", "train", 3)
+    lines = []
+    for p, solution in zip(problems, (problems[0]["solution"], problems[1]["solution"], "")):
+        ids = data.pad_response(tok.response_ids(problems[2]["solution"]), 48, tok.eos_id)  # of another problem
+        lines.append(dict(id=p["id"], source="tiny", prompt=p["prompt"], prompt_ids=tok.prompt_ids(p["prompt"]).tolist(),
+                          x0=ids, order=list(range(48)), rank=list(range(48)), nfe=48, solution=solution, answer="",
+                          correct=True, model="tiny", decoding={}, schema=1))
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t/rank0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    cli(monkeypatch, "tds", "--ce", "--trajectories", tmp_path / "t", "--out", tmp_path / "o")
+    said = json.loads((tmp_path / "o/ce.json").read_text())
+    assert list(said) == ["own text, tiny", "solutions, tiny"] and (tmp_path / "o/ce.png").exists()
+    own, solutions = ([v for v in values if v == v] for values in said.values())
+    assert len(own) == len(solutions) == 10 and solutions[-1] < 1 < own[-1]  # the wrong text is unlikely
+    assert np.allclose(solutions, np.mean([nt_eval.masked_ce(nt_model.load("tiny"), line | dict(x0=data.pad_response(
+        tok.response_ids(line["solution"]), 48, tok.eos_id))) for line in lines[:2]], 0)[1:], atol=1e-4)
+    (tmp_path / "t/rank0.jsonl").write_text(json.dumps(lines[2]) + "\n")
+    with pytest.raises(UserError, match="no trajectory with a solution"):
+        cli(monkeypatch, "tds", "--ce", "--trajectories", tmp_path / "t", "--out", tmp_path / "o")
+
 
 
 def drawn(monkeypatch):

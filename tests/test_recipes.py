@@ -14,7 +14,9 @@ from conftest import ROOT, random_model
 
 import cli
 import data
+import eval as nt_eval
 import grade
+import model as nt_model
 import recipes
 import rollout
 from cli import UserError
@@ -378,6 +380,10 @@ def test_tad_trains_on_a_local_copy(tmp_path, monkeypatch):
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     records = data.read_trajectories(tmp_path / "run/trajectories")
     assert log[-1]["step"] == 2 and len(records) == 6
+    decay = json.loads((tmp_path / "run/window.json").read_text())
+    assert list(decay)[:2] == ["student, W = 2", "teacher, shown the solution"]
+    asked = [records[3] | {"prompt_ids": records[3]["privileged_prompt_ids"]}]
+    assert decay["teacher, shown the solution"] == pytest.approx(nt_eval.confidence_decay(nt_model.load(folder), asked))
     assert [r["id"] for r in records if r["correct"]] == ["gsm8k-local-3"]
     r, tok = records[3], data.load_tokenizer(folder)
     assert (r["prompt"], r["question"], r["grader"]) == ("Question: 3 + 3?", "3 + 3?", "number")

@@ -105,7 +105,7 @@ def test_a_sweep_is_resumed_and_makes_the_table(small, started, monkeypatch, cap
     assert config["data"] == str(small / "trajectories-own") and config["seed"] == 0
 
 
-def test_what_a_run_cost_is_read_from_its_folder(monkeypatch, tmp_path):
+def test_what_a_run_cost_is_read_from_its_folder(monkeypatch, tmp_path, started):
     monkeypatch.setattr(sweep, "METHODS", {"TRIMS": "trims.py --n_examples 8",
                                             "SFT-GT": "trims.py --trajectory_share 0 --n_examples 8"})
     monkeypatch.setattr(sweep, "COMMON", "--max_steps 1 --batch_size 4 --micro_batch 4")
@@ -170,7 +170,7 @@ def test_the_index_has_every_table_and_figure():
     """Of TAD 1 to 10 (no 5), of T3D 1 to 7, of TABOM 1 to 9, of TRIMS 1 to 3, and their figures with data."""
     want = [f"{paper}-{n}" for paper, last in (("TAD", 10), ("T3D", 7), ("TABOM", 9), ("TRIMS", 3))
             for n in range(1, last + 1) if (paper, n) != ("TAD", 5)]
-    want += ["TAD-fig1", "TAD-fig3", "TABOM-fig2", *(f"TRIMS-fig{n}" for n in range(3, 10))]
+    want += ["TAD-fig1", "TAD-fig3", "TABOM-fig2", "TABOM-fig3", *(f"TRIMS-fig{n}" for n in range(3, 10))]
     assert sorted(TABLES) == sorted(want)
     index = (ROOT / "docs/papers.md").read_text()
     for table in TABLES:
@@ -216,7 +216,7 @@ def in_process(monkeypatch, fail=()):
     ran = []
 
     def call(words):
-        ran.append(words[2:] if "tools" not in str(words[1]) else [Path(words[1]).name, *words[2:]])
+        ran.append([Path(words[1]).name, *words[2:]])
         if any(bad in words for bad in fail):
             return Ended(subprocess.CompletedProcess(words, 2))
         module = importlib.import_module(Path(words[1]).stem)
@@ -233,13 +233,66 @@ def paper(monkeypatch, *words):
     sweep.main()
 
 
-def test_a_table_runs_small_and_continues(tmp_path, monkeypatch, capsys):
-    """TABOM-5 with one task and a window: train per row, evaluate, compare; the failed command comes again."""
-    block = sweep.block_of("TABOM-5").replace("for window in 0 32", "for window in 32")
-    block = block.replace("gsm8k math500 humaneval mbpp", "gsm8k").replace("{gsm8k,math500,humaneval,mbpp}", "gsm8k")
-    block = block.replace("{0,32}-", "32-")
-    monkeypatch.setattr(sweep, "block_of", lambda table: block)
-    monkeypatch.setattr(nt_eval, "PROTOCOLS", {**nt_eval.PROTOCOLS, "tiny": nt_eval.PROTOCOLS["tiny-static"]})
+ONE_OF_EACH = {  # a training table, an ablation with its curves, a figure of eval.py: fewer rows and tasks
+    "T3D-2": {"math500 gsm8k mbpp humaneval": "gsm8k", "{math500,gsm8k,mbpp,humaneval}": "gsm8k",
+              "redi naive-td t3d": "redi t3d", "redi,naive-td,t3d": "redi,t3d",
+              "python t3d.py --model $MODEL --loss naive_td --lam 0 $shared": "true"},
+    "TABOM-5": {"for window in 0 32": "for window in 32", "gsm8k math500 humaneval mbpp": "gsm8k",
+                "{gsm8k,math500,humaneval,mbpp}": "gsm8k", "{0,32}-": "32-"},
+    "TRIMS-fig7": {"descending ascending random": "descending"}}
+
+
+@pytest.fixture
+def small_tables(monkeypatch):
+    """The blocks of ONE_OF_EACH, and what the tiny model then does on two problems each."""
+    inner, commands = sweep.block_of, sweep.paper_commands
+
+    def block_of(table):
+        block = inner(table)
+        for long, short in ONE_OF_EACH[table].items():
+            assert long in block
+            block = block.replace(long, short)
+        return block
+
+    def few(*args):
+        for words in commands(*args):
+            at = "--n_problems" in words and words[0] not in ("t3d.py", "tabom.py")
+            yield [*words, "--n_problems", "2"] if at else words
+    monkeypatch.setattr(sweep, "block_of", block_of)
+    monkeypatch.setattr(sweep, "paper_commands", few)
+    monkeypatch.setattr(compare.compare, "__defaults__", (20, None))  # redraws
+    protocols = {**nt_eval.PROTOCOLS, "tiny": nt_eval.PROTOCOLS["tiny-static"] | dict(compiled=False)}
+    monkeypatch.setattr(nt_eval, "PROTOCOLS", protocols)
+
+
+def rows_of(folder):
+    """The first column of compare.md."""
+    return [line.split(" | ")[0][2:] for line in (folder / "compare.md").read_text().splitlines() if "| " in line]
+
+
+def test_a_training_table_runs_end_to_end(tmp_path, monkeypatch, small_tables, capsys):
+    """T3D-2: collect, two trainings of all weights, a curve of each, and the table."""
+    ran = in_process(monkeypatch)
+    paper(monkeypatch, "T3D-2", "--quick", "--out", tmp_path)
+    assert [words[0] for words in ran] == ["t3d.py", "trims.py", *3 * ["eval.py"], "compare.py"]
+    assert rows_of(tmp_path) == ["model", "base", "redi", "t3d"]
+    for row in ("redi", "t3d"):
+        assert (tmp_path / row / "model/model.safetensors").exists()
+        assert len(read_jsonl(tmp_path / f"{row}-gsm8k/results.jsonl")) == 1
+
+
+def test_a_figure_runs_end_to_end(tmp_path, monkeypatch, small_tables):
+    """TRIMS-fig7: the teacher's likelihood of the base and of a trained model, in one picture and one file."""
+    in_process(monkeypatch)
+    paper(monkeypatch, "TRIMS-fig7", "--quick", "--out", tmp_path)
+    lines = json.loads((tmp_path / "trajectory_nll.json").read_text())
+    assert list(lines) == ["tiny", f"{tmp_path}/descending/adapter"]
+    assert all(len(values) == 48 for values in lines.values())
+    assert (tmp_path / "trajectory_nll.png").stat().st_size > 5000
+
+
+def test_an_ablation_runs_and_continues(tmp_path, monkeypatch, small_tables, capsys):
+    """TABOM-5: train per row, evaluate, compare; a command that failed comes again."""
     with monkeypatch.context() as m:
         in_process(m, fail=["32-1"])
         with pytest.raises(UserError, match="eval.py curve .* ended with 2;"):
@@ -249,8 +302,7 @@ def test_a_table_runs_small_and_continues(tmp_path, monkeypatch, capsys):
     ran = in_process(monkeypatch)
     paper(monkeypatch, "TABOM-5", "--quick", "--out", tmp_path)
     assert len(ran) == 2 and "compare.md" in capsys.readouterr().out  # the last curve and the table
-    rows = [line.split(" | ")[0] for line in (tmp_path / "compare.md").read_text().splitlines() if "| " in line]
-    assert rows == ["| model", "| base", "| 32-0", "| 32-1"]
+    assert rows_of(tmp_path) == ["model", "base", "32-0", "32-1"]
     paper(monkeypatch, "TABOM-5", "--quick", "--out", tmp_path)
     assert len(ran) == 2  # nothing is left
     with pytest.raises(UserError, match="no table 'TAD-5' in docs/papers-.\\.md: there are"):

@@ -5,6 +5,7 @@ import pytest
 from conftest import ROOT, command
 from html.parser import HTMLParser
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 
@@ -15,6 +16,7 @@ import lora
 import model as nt_model
 import sample
 from sample import generate, reference, show
+from teacher import load_teacher
 
 TINY = nt_model.load("tiny")
 TOK = data.load_tokenizer("tiny")
@@ -68,8 +70,7 @@ def test_sample_command(tmp_path):
                         (["--policy", "greedy"], "invalid choice"), (["--gen_len", "0"], "at least 1"),
                         (["--top_p", "0", "--temperature", "1"], "top_p is 0.0: it must be at least"),
                         (["--temperature", "-1"], "temperature is -1.0: it must be at least 0"),
-                        (["--to", "none/x.jsonl"], "in a folder that exists"),
-                        (["--html", "x.png"], "give a file *.html"), (["--html", "none/x.html"], "that exists"),
+                        (["--html", "/dev/null/x.html"], "Not a directory"),
                         (["--adapter", "nowhere"], "no file")):
         bad = command(tmp_path, "sample.py", *args)
         assert bad.returncode == 2 and words in bad.stderr and "Traceback" not in bad.stderr, bad.stderr
@@ -235,17 +236,22 @@ def test_the_whole_story_in_small(tmp_path):
     assert again.returncode == 0 and again.stdout == curve.stdout  # read, not measured again
 
 
-def test_trims_baseline_in_small(tmp_path):
-    few = ["--max_steps", "3", "--batch_size", "8", "--eval_problems", "0", "--out", "base"]
-    made = command(tmp_path, "trims.py", "--init", "scratch", "--n_examples", "0", "--drill_steps", "1",
-               "--trajectory_share", "0", "--muon_lr", "0.02", "--block_share", "0.5", *few)
+def test_how_the_tiny_models_were_made_and_a_baseline_in_small(tmp_path):
+    few = ["--max_steps", "3", "--batch_size", "8", "--drill_steps", "1", "--out", "base"]
+    made = command(tmp_path, "weights/train.py", *few)
     assert made.returncode == 0, made.stderr
     assert nt_model.load(tmp_path / "base/model").cfg == TINY.cfg
+    again = command(tmp_path, "weights/train.py", *few)
+    assert again.returncode == 0 and "finished already" in again.stdout
     tuned = command(tmp_path, "trims.py", "--model", "base/model", "--max_steps", "2", "--batch_size", "8",
                 "--n_examples", "16", "--eval_problems", "0", "--out", "sft")
     assert tuned.returncode == 0 and (tmp_path / "sft/adapter/adapter_config.json").exists(), tuned.stderr
     refused = command(tmp_path, "trims.py", "--trajectory_share", "1.5", "--out", "x")
     assert refused.returncode == 2 and "trajectory_share is 1.5: it must be at most 1" in refused.stderr
+    with mock.patch.object(data.game("tiny"), "PRIVILEGED_SHARE"):  # which it sets
+        teacher = command(tmp_path, "weights/tiny-ar/train.py", "--steps", "2", "--batch_size", "4", "--out", "ar")
+    assert teacher.returncode == 0 and "nats per token" in teacher.stdout, teacher.stderr
+    assert load_teacher(str(tmp_path / "ar")).config.vocab_size == 298
 
 
 def test_bench_prints_what_was_measured_and_json(tmp_path):

@@ -67,19 +67,12 @@ def fast_dllm(model, prompt, s):
     return x[0, len(prompt):], nfe
 
 
-def packed_linear_flop(x, tag, *_, **__):
-    return 2 * math.prod(x) * tag[0]
-
-
-def attention_flop(query, key, *_, **__):  # torch's own wants as many heads in key
-    return 4 * math.prod(query) * key[2]
-
-
 def flop_of(call):
-    """Of its products."""
-    own = {torch.ops.nanotraj.packed_linear: packed_linear_flop} | {
-        getattr(torch.ops.aten, f"_scaled_dot_product_{kind}"): attention_flop
-        for kind in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")}
+    """Of its products; torch's own formula for attention wants as many heads in key as in query."""
+    own = {torch.ops.nanotraj.packed_linear: lambda x, tag, *_, **__: 2 * math.prod(x) * tag[0]}
+    for kind in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu"):
+        operator = getattr(torch.ops.aten, f"_scaled_dot_product_{kind}")
+        own[operator] = lambda query, key, *_, **__: 4 * math.prod(query) * key[2]
     with FlopCounterMode(display=False, custom_mapping=own) as counter:
         call()
     return counter.get_total_flops()

@@ -126,7 +126,7 @@ def evaluate(label, folder, tok, problems, records):
     if METHODS[label]:
         lora.load(model, folder / "adapter")
         cost = costs(folder)
-    cost["tds"] = float(np.nanmean(nt_eval.mean_tds(model, records, label)))
+    cost["tds"] = float(np.nanmean(nt_eval.mean_of(nt_eval.tds, model, records, label)))
     points = nt_eval.curve(model, tok, problems, nt_eval.protocol_of(*PROTOCOL), label, BATCH)
     nt_eval.write_results([(label, [point | {"run": cost} for point in points])], folder)
 

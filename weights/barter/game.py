@@ -69,10 +69,11 @@ def problem(split, index):
     return dict(prompt=prompt, solution=reference(steps), answer=steps[-1][2])
 
 
-def example(index, drills, only_drills):
-    """What the base learns from -> (prompt, solution to show with it or "", response, which of its 48 tokens are masked
-    or None: any)."""
-    prompt, steps, rng = game(BASE, index)
-    shown = rng.random() < SHOWN_SHARE or any(who in RARE for who, *_ in steps)
+def example(index, n_drill=None):
+    """What a model learns from -> (prompt, solution to show with it or "", response, which of its 48 tokens are masked
+    or None: any). n_drill, for the base, whose games are others: so many drills come first."""
+    base = n_drill is not None
+    prompt, steps, rng = game(BASE if base else "train", index)
+    shown = base and (rng.random() < SHOWN_SHARE or any(who in RARE for who, *_ in steps))
     text = response(steps, rng)
-    return prompt, reference(steps) * shown, text, drill(text.split(), rng) if only_drills else None
+    return prompt, reference(steps) * shown, text, drill(text.split(), rng) if base and index < n_drill else None

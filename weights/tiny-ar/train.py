@@ -23,7 +23,7 @@ from model import token_positions  # noqa: E402
 def batch_at(examples, step, size):
     """Left-padded ids, which are real, and which carry loss: the response up to its first EOS."""
     rows = [examples[step * size + i] for i in range(size)]
-    ids, valid = data.collate([r["prompt_ids"] for r in rows], torch.tensor([r["x0"] for r in rows]), EOS)
+    ids, valid = data.left_padded([torch.tensor(r["prompt_ids"] + r["x0"]) for r in rows], EOS)
     answer = torch.zeros_like(valid)
     answer[:, -data.TINY_LEN:] = True
     tail = (ids == EOS) & answer
@@ -57,7 +57,8 @@ def main():
         model.load_state_dict(state["model"])
         opt.load_state_dict(state["opt"])
         first = state["step"]
-    examples = data.TinySFT(TOK, args.steps * args.batch_size, privileged_share=0.0)
+    data.game("tiny").PRIVILEGED_SHARE = 0.0  # no solution in a prompt
+    examples = data.GameExamples(TOK, "tiny", args.steps * args.batch_size)
     bar, seen = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step"), []
     for step in bar:
         frac = min(1, (step + 1) / 100, (args.steps - step) / (0.4 * args.steps))
@@ -74,7 +75,7 @@ def main():
             torch.save(dict(model=model.state_dict(), opt=opt.state_dict(), step=step + 1), half)
     model.bfloat16().save_pretrained(out)
     print(f"last 50 steps: {np.mean(seen[-50:]):.4f} nats per token; the phrases alone cost "
-          f"{data.N_SWAPS * math.log(3) / 46:.4f}")
+          f"{data.game("tiny").N_SWAPS * math.log(3) / 46:.4f}")
 
 
 if __name__ == "__main__":

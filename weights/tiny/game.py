@@ -44,11 +44,11 @@ def problem(split, index):
     return dict(prompt=prompt, solution=solution(visited, rng), answer=" ".join(visited))
 
 
-def example(index, drills, only_drills):
-    """What the base learns from -> (prompt, solution to show with it or "", response, which of its 48 tokens are masked
-    or None: any). A drill masks only results."""
+def example(index, n_drill=None):
+    """What a model learns from -> (prompt, solution to show with it or "", response, which of its 48 tokens are masked
+    or None: any). n_drill, for the base: the first ones, then a share, are drills, which mask only results."""
     prompt, visited, rng = game("train", index)
-    drill, shown = only_drills or (drills and rng.random() < DRILL_SHARE), ""
+    drill, shown = n_drill and (index < n_drill or rng.random() < DRILL_SHARE), ""
     if not drill and rng.random() < PRIVILEGED_SHARE:
         shown = solution(visited, rng)
     response, masked = solution(visited, rng), None
