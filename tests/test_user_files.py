@@ -84,6 +84,26 @@ def test_fences_as_markdown_allows_them(text, want):
     assert grade.is_correct(CODE, text, allow_code=True) is want
 
 
+DOUBLE = "def double(n):\n    return n * 2\n"
+CALLED = dict(id=1, prompt="Write double.", grader="code", tests=["assert double(2) == 4"])
+
+
+@pytest.mark.parametrize("problem, text, want", [
+    # a body, and behind it what is no code, or code that is cut off
+    (CODE, "    return n * 2\n\nThis multiplies n by two.", True), (CODE, "    return n * 2\n\n\ndef other(x):\n    return x +\n", True),
+    (CODE, "return n * 2\n\nThis multiplies.", True), (CODE, "x = n\n    return x * 2\n\nThis multiplies.", True),
+    (CODE, "    return n * 2\n\ndef other(x):\n    return x\n\nThat is all.", True), (CODE, "    return n * 2\n\nprint(double(2)", True),
+    (CODE, "    return n * 3\n\nThis multiplies n by two.", False), (CODE, "pass\n\nno more", False),
+    # prose around definitions
+    (CODE, f"Here is the solution:\n\n{DOUBLE}", True), (CODE, f"{DOUBLE}\nThis multiplies n by two.", True),
+    (CALLED, f"Sure!\n\n{DOUBLE}\nNote: it doubles.", True), (CALLED, f"Sure:\n{DOUBLE}\nIt doubles.\n\ndef more(x):\n    return x(", True),
+    (CALLED, f"Sure! The idea:\nimport math\nTWO = (\n    2\n)\n\n{DOUBLE.replace('2', 'TWO')}\nDone now.", True),
+    (CALLED, "Use this:\ntable = {\n    2: 4,\n}\n\n@print\ndef no():\n    pass\n\nSo:\ndef double(n):\n    return table[n]\n", True),
+    (CALLED, f"Here:\n{DOUBLE.replace('2', '3')}\nDone now.", False), (CALLED, "I cannot do that.\n\nSorry.", False)])
+def test_prose_around_code_without_a_fence(problem, text, want):
+    assert grade.is_correct(problem, text, allow_code=True) is want
+
+
 # ---------------------------------------------------------------------------------------------------------- rows
 def test_rows_without_a_response_are_never_trained_on(tmp_path, capsys):
     tok, cfg = data.load_tokenizer("tiny"), trims.Config(data=str(tmp_path / "mine.jsonl"), gen_len=64)
