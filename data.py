@@ -1,9 +1,5 @@
 """What a problem, a prompt and a record are: the tiny task, problems, tokenisers, trajectories, batches.
 
-    python data.py list                           # the data sets by name
-    python data.py show gsm8k -n 3                # problems as the model and its privileged teacher see them
-    python data.py stats prm12k --against math    # lengths, and problems that the two share
-
 Wherever a script takes data: tiny; a NAME of the list; NAME=FILE, a local copy of that set (.jsonl, .json,
 .parquet, also .gz; a quoted pattern for several files); your own FILE with the fields prompt, solution and
 answer or tests; FILE:prompt=question,answer=target, the same with other field names; several joined by +.
@@ -154,6 +150,9 @@ def load_problems(source, split="train", n=None):
         return recipe_problems(name, split, n, path if local else None)
     else:
         problems = own_problems(source)[:n]
+    for p in problems:
+        if type(p.get("answer")) is float:  # with all of its digits: str() may write an exponent
+            p["answer"] = np.format_float_positional(p["answer"], trim="-")
     twice = [i for i, k in Counter(p["id"] for p in problems).items() if k > 1]
     if twice:
         raise UserError(f"{source} has the id {twice[0]!r} more than once: trajectories are kept by id")
@@ -188,17 +187,31 @@ def own_problems(source):
                 raise UserError(f"{where}: {key} must be text, it is {str(p[key])[:40]!r}")
         if not all(isinstance(t, str) for t in listed(p.get("tests")) + listed(p.get("setup"))):
             raise UserError(f"{where}: tests and setup must be text or lists of texts")
-        kind = type(p.get("answer", ""))
-        if kind not in (str, int, float):
+        if type(p.get("answer", "")) not in (str, int, float):
             raise UserError(f"{where}: answer must be text or a number, it is {str(p['answer'])[:40]!r}")
-        if kind is float:  # with all of its digits: str() may write an exponent
-            p["answer"] = np.format_float_positional(p["answer"], trim="-")
         if not p.get("prompt", "").strip():
             raise UserError(f"{where} has no field 'prompt' or it is empty")
         problems.append({**p, "id": str(p["id"])})
     if not problems:
         raise UserError(f"{source} is empty: at least one problem is needed")
     return problems
+
+
+def fitting(problems, tok, most, room, asked=None):
+    """The problems whose prompt (or asked(problem), which is shown instead) has at most `most` tokens (None:
+    any number). UserError, by its id, for one of more than `room`, what a response leaves of max_len."""
+    kept = []
+    for p in problems:
+        n = len(tok.prompt_ids(asked(p) if asked else p["prompt"]))
+        if room < n <= (most or n):
+            raise UserError(f"prompt {p['id']!r} has {n} tokens, of which the model and gen_len allow {room}: "
+                            f"shorten it, lower gen_len, or leave such out by --max_prompt {room}")
+        kept += [p] if n <= (most or n) else []
+    if len(kept) < len(problems):
+        print(f"{len(problems) - len(kept)} prompts are longer than --max_prompt {most}: left out")
+    if not kept:
+        raise UserError("no prompt is left: raise --max_prompt, or give others")
+    return kept
 
 
 @dataclass
@@ -459,15 +472,9 @@ class Show:
 
 def show(args):
     for p in problems_asked_for(args):
-        tests = listed(p.get("tests") or [])
-        shown = dict(
-            prompt=p["prompt"], solution=p["solution"], grader=grade.grader_of(p), answer=p.get("answer", ""),
-            privileged=privileged_prompt(p) if p["solution"] else "(there is no solution)",
-            tests="\n".join(tests))
-        print(p["id"])
-        del shown["answer" if tests else "tests"]
-        for name, value in shown.items():
-            print(f"  {name:<10} " + str(value).replace("\n", "\n" + 13 * " "))
+        privileged = privileged_prompt(p) if p["solution"] else "(there is no solution)"
+        for name, value in (p | dict(grader=grade.grader_of(p), privileged=privileged)).items():
+            print(f"  {name:<10} " + "\n".join(map(str, listed(value))).replace("\n", "\n" + 13 * " "))
 
 
 @dataclass

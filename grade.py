@@ -178,8 +178,7 @@ def joined(source):
 
 def programs(problem, text):
     """The programs a reply may mean, best first: the last fenced block that defines what the tests ask for,
-    the longest, the bare text; of that text the definitions, the last may be cut off, or a body up to the
-    margin. Each first behind the prompt's head (HumanEval): it may be the body alone."""
+    the longest, the text, its definitions, its body; each first behind the prompt's head (HumanEval)."""
     text = re.sub(r"^\[/?(?:BEGIN|DONE|PYTHON)\]", "", text, flags=re.M)
     fenced = FENCE.findall(text)
     blocks = [dedent(code) for *_, tag, code in fenced if tag.lower() in ("", "py", "python", "python3")]
@@ -193,7 +192,7 @@ def programs(problem, text):
     head = next((code for code in heads if entry and defines(code)), None)
     before = [f"{head}\n", f"{head}\n    ", ""] if head else [""]  # the first line's indentation may be lost
     blocks.sort(key=len, reverse=True)  # those of `wanted` come twice: what did not compile will not
-    parts = [] if fenced else CODE.findall(text)
+    parts = [] if fenced else CODE.findall(text)  # the last may be cut off
     loose = [code for code in ("".join(parts), "".join(parts[:-1])) if defines(code)]
     body = re.match(r".*(?:\n(?:[ \t].*)?)*", text)[0]
     return [start + code for code in [*wanted, *blocks, text, *loose, body] for start in before]

@@ -188,3 +188,45 @@ def test_what_was_just_saved_is_what_is_read(tmp_path):
             model.norm.weight.add_(1)
         nt_model.save(model, folder)
         assert torch.equal(nt_model.load(folder).norm.weight, model.norm.weight)
+
+
+# ------------------------------------------------------------------------------------------ one row that is too long
+LONG = [dict(id=i, prompt="1" * n, solution="2", answer="2") for i, n in (("a", 5), ("the-long-one", 600), ("b", 6), ("c", 7))]
+COMMANDS = {  # each with the place of its ids
+    "rollout.py": ("collect", "mine.jsonl", "--out", "run"), "trims.py": ("--data", "mine.jsonl", "--trajectory_share", 0),
+    "tad.py": ("--data", "mine.jsonl", "--window", 2), "t3d.py": ("--data", "mine.jsonl"),
+    "sample.py": ("--prompts", "mine.jsonl", "--to", "out.jsonl"), "eval.py": ("curve", "--task", "mine.jsonl", "--thresholds", 0.9)}
+
+
+@pytest.mark.parametrize("script", list(COMMANDS))
+def test_one_prompt_that_is_too_long_is_named_and_can_be_left_out(tmp_path, monkeypatch, script):
+    """By its id, before anything is decoded; --max_prompt goes on with the others, which are all there."""
+    monkeypatch.setattr("grade.is_correct", lambda *_: True)
+    official_checkpoint(tmp_path / "model", "sdar")  # of 512 tokens
+    problems(tmp_path, *LONG)
+    how = [*COMMANDS[script], "--model", "model", "--gen_len", 8, "--block_len", 4]
+    if "--data" in how:
+        how += ["--out", "run", "--max_steps", 1, "--batch_size", 3, "--micro_batch", 3, "--lora_r", 2]
+    limit = ["--max_prompt", 1000] * (script == "t3d.py")  # it has a limit of its own
+    done = command(tmp_path, script, *how, *limit)
+    assert done.returncode == 2 and "error: prompt 'the-long-one' has " in done.stderr and "leave such out by --max_prompt 504" in done.stderr
+    assert not list(tmp_path.glob("**/rank0.jsonl")) and not (tmp_path / "out.jsonl").exists()
+    done = command(tmp_path, script, *how, "--max_prompt", 504, *["--overwrite"] * ("--data" in how))
+    assert done.returncode == 0 and "1 prompts are longer than --max_prompt 504: left out" in done.stdout, done.stderr
+    texts = [f.read_text() for f in tmp_path.glob("**/*.jsonl") if f.name in ("rank0.jsonl", "out.jsonl", "results.jsonl")]
+    if script != "trims.py":
+        assert [text for text in texts if all(f'"{i}"' in text for i in "abc") and "the-long-one" not in text]
+
+
+def test_what_is_too_long_is_what_is_shown(tmp_path):
+    """With the solution in it where it is shown, and as the protocol words it."""
+    tok, problem = data.load_tokenizer("tiny"), dict(id="a", source="x", prompt="1 " * 9, solution="2 " * 50)
+    plain, privileged = (len(tok.prompt_ids(text)) for text in (problem["prompt"], data.privileged_prompt(problem)))
+    assert data.fitting([problem], tok, None, plain) == data.fitting([problem], tok, plain, plain) == [problem]
+    assert data.fitting([problem], tok, None, privileged, data.privileged_prompt) == [problem]
+    for room in (privileged - 1, plain):
+        with pytest.raises(UserError, match=f"prompt 'a' has {privileged} tokens, of which the model and gen_len allow {room}"):
+            data.fitting([problem], tok, None, room, data.privileged_prompt)
+    for none_left in ([problem], []):
+        with pytest.raises(UserError, match="no prompt is left: raise --max_prompt"):
+            data.fitting(none_left, tok, plain - 1, 99)
