@@ -23,8 +23,8 @@ import torch.nn.functional as F
 
 import grade
 from cli import UserError, option, read_jsonl, read_object, read_rows, run_cli, run_command
-from model import (FAMILIES, LENGTHS, ModelOptions, block_diffusion_layout, checkpoint_dir, config_of,
-                   first_position, listed, token_positions)
+from model import (FAMILIES, LENGTHS, ModelOptions, block_diffusion_layout, checkpoint_dir,
+                   first_position, listed, read_config, token_positions)
 from recipes import RECIPES, TEST, recipe_problems, same_question
 
 TINY_DECODING = FAMILIES["tiny"].decoding
@@ -147,7 +147,7 @@ def load_problems(source, split="train", n=None):
     if "+" in source and not glob.glob(place):
         problems = [p for part in source.split("+") for p in load_problems(part, split, n)]
     elif name in RECIPES:
-        return recipe_problems(name, split, n, path if local else None)
+        problems = recipe_problems(name, split, n, path if local else None)
     else:
         problems = own_problems(source)[:n]
     for p in problems:
@@ -204,7 +204,7 @@ def fitting(problems, tok, most, room, asked=None):
     for p in problems:
         n = len(tok.prompt_ids(asked(p) if asked else p["prompt"]))
         if room < n <= (most or n):
-            raise UserError(f"prompt {p['id']!r} has {n} tokens, of which the model and gen_len allow {room}: "
+            raise UserError(f"prompt {p['id']!r} has {n} tokens, of which model and gen_len allow {room}: "
                             f"shorten it, lower gen_len, or leave such out by --max_prompt {room}")
         kept += [p] if n <= (most or n) else []
     if len(kept) < len(problems):
@@ -301,7 +301,7 @@ class OwnChat:
 def load_tokenizer(name, revision=None):
     """A checkpoint's tokeniser; no remote code is run. Raises UserError if it is absent or does not fit."""
     folder = checkpoint_dir(name, revision, weights=False)
-    cfg = config_of(folder)
+    cfg = read_config(folder)
     tok = Tokenizer(*tiny_tokens(folder) or bpe_tokens(folder, cfg), cfg.eos_ids[0])
     if tok.n_vocab > cfg.vocab_size:
         raise UserError(f"{folder}: the tokeniser has ids up to {tok.n_vocab - 1}, "

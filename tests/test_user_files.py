@@ -2,11 +2,13 @@
 import json
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 import torch
 from checkpoints import official_checkpoint
-from conftest import command, random_model
+from conftest import ROOT, command, random_model
 
 import data
 import grade
@@ -67,6 +69,16 @@ def test_numbers_of_json_are_answers(tmp_path):
     for value in (["12"], {"a": 1}, True, [], [0]):
         with pytest.raises(UserError, match="mine.jsonl line 2: answer must be text or a number, it is"):
             problems(tmp_path, dict(prompt="q", answer=1), dict(prompt="r", answer=value))
+
+
+@pytest.mark.parametrize("name, row, grader", [
+    ("t3d-math", dict(question="q"), "ground_truth_answer"), ("prm12k", dict(question="q", answer="s"), "target")])
+def test_numbers_of_the_known_sets_are_answers(tmp_path, name, row, grader):
+    said = {0: "0", 12: "12", 1e16: "10000000000000000", 0.00001: "0.00001"}
+    for value, text in said.items():
+        (tmp_path / "rows.jsonl").write_text(json.dumps({**row, grader: value}) + "\n")
+        (p,) = data.load_problems(f"{name}={tmp_path}/rows.jsonl")
+        assert grade.is_correct(p, rf"\boxed{{{text}}}") and not grade.is_correct(p, r"\boxed{7}"), p
 
 
 CODE = dict(id=1, prompt='def double(n):\n    """Twice n."""\n', entry_point="double", grader="code",
@@ -167,6 +179,45 @@ def test_fields_of_another_type_are_named_with_their_line(tmp_path, key):
             problems(tmp_path, dict(prompt="q"), {"prompt": "r", key: value})
 
 
+@pytest.mark.parametrize("rows", [
+    [dict(id="a", prompt="x"), dict(id="a", prompt="y")], [dict(id=1, prompt="x"), dict(prompt="y"), dict(id="1", prompt="z")],
+    [dict(prompt="x"), dict(id="mine-0", prompt="y")], [dict(id="b", prompt="x")] * 2])
+def test_ids_that_come_twice_are_refused_before_anything_is_decoded(tmp_path, rows):
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = command(tmp_path, "sample.py", "--prompts", "mine.jsonl")
+    assert done.returncode == 2 and "mine.jsonl has the id " in done.stderr and " more than once" in done.stderr
+    with pytest.raises(UserError, match="more than once"):
+        data.load_problems(str(tmp_path / "mine.jsonl"))
+    assert not (tmp_path / "mine.responses.jsonl").exists()
+
+
+def test_files_are_utf8_whatever_the_locale(tmp_path):
+    """A process of another locale reads what people write with raw characters, and writes what it reads again."""
+    (tmp_path / "vocab.json").write_bytes('{"né": 1, "中": 2, "🙂": 3}'.encode())
+    (tmp_path / "p.jsonl").write_bytes('{"prompt": "né 中 🙂"}\n'.encode())
+    (tmp_path / "p.txt").write_bytes("né 中 🙂\n".encode())
+    code = ("import cli, sys; from pathlib import Path\nassert list(cli.read_json('vocab.json')) == ['n\\xe9', '\\u4e2d', '\\U0001f642']\n"
+            "(row,) = cli.read_rows('p.jsonl'); assert row['prompt'] == cli.read_text('p.txt').strip() == 'n\\xe9 \\u4e2d \\U0001f642'\n"
+            "cli.append_line('q.jsonl', row); assert cli.read_jsonl('q.jsonl', ours=True) == [row]; print(sys.getfilesystemencoding())")
+    env = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-X", "utf8=0", "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() != "utf-8", done.stderr
+
+
+def test_an_empty_prompt_is_no_problem_of_the_tiny_task(tmp_path):
+    for words in (["--prompt", ""], ["--prompt="], ["--prompts", ""], ["--system", "", "--prompt", "a"]):
+        done = command(tmp_path, "sample.py", *words)
+        assert done.returncode == 2 and not done.stdout and " is empty (an unset variable?)" in done.stderr
+
+
+def test_a_folder_may_be_called_like_a_preset(tmp_path, monkeypatch):
+    for name in ("tiny", "dream", "sdar-4b"):
+        official_checkpoint(tmp_path / name, "sdar")
+        monkeypatch.chdir(tmp_path)
+        tok = data.load_tokenizer(f"./{name}")
+        assert tok.eos_id == nt_model.load(f"./{name}").cfg.eos_ids[0] == 256 and tok.encode("a") == [97]
+
+
 def test_adapters_and_models_can_be_read_by_others(tmp_path):
     for mask in (0o022, 0o002, 0o077):
         before = os.umask(mask)
@@ -225,7 +276,7 @@ def test_what_is_too_long_is_what_is_shown(tmp_path):
     assert data.fitting([problem], tok, None, plain) == data.fitting([problem], tok, plain, plain) == [problem]
     assert data.fitting([problem], tok, None, privileged, data.privileged_prompt) == [problem]
     for room in (privileged - 1, plain):
-        with pytest.raises(UserError, match=f"prompt 'a' has {privileged} tokens, of which the model and gen_len allow {room}"):
+        with pytest.raises(UserError, match=f"prompt 'a' has {privileged} tokens, of which model and gen_len allow {room}"):
             data.fitting([problem], tok, None, room, data.privileged_prompt)
     for none_left in ([problem], []):
         with pytest.raises(UserError, match="no prompt is left: raise --max_prompt"):
