@@ -1,12 +1,8 @@
 """What a problem, a prompt and a record are: the tiny task, problems, tokenisers, trajectories, batches.
 
-    python data.py list                           # the data sets by name
-    python data.py show gsm8k -n 3                # problems as the model and its privileged teacher see them
-    python data.py stats prm12k --against math    # lengths, and problems that the two share
-
-Wherever a script takes data: tiny or barter; a NAME of the list; NAME=FILE, a local copy of that set (.jsonl, .json,
-.parquet, also .gz; a quoted pattern for several files); your own FILE with the fields prompt, solution and
-answer or tests; FILE:prompt=question,answer=target, the same with other field names; several joined by +.
+Wherever a script takes data: tiny or barter; a NAME of the list; NAME=FILE, a local copy of that set
+(.jsonl, .json, .parquet, also .gz; a quoted pattern for several files); your own FILE with the fields prompt,
+solution and answer or tests; FILE:prompt=question,answer=target, other field names; several joined by +.
 """
 import glob
 import importlib
@@ -28,8 +24,8 @@ import torch
 import torch.nn.functional as F
 
 import grade
-from model import (FAMILIES, LENGTHS, ModelOptions, block_diffusion_layout, checkpoint_dir, config_of,
-                   first_position, listed, token_positions)
+from model import (FAMILIES, LENGTHS, ModelOptions, block_diffusion_layout, checkpoint_dir,
+                   first_position, listed, read_config, token_positions)
 from recipes import RECIPES, TEST, recipe_problems, same_question
 
 TINY_DECODING = FAMILIES["tiny"].decoding
@@ -92,7 +88,7 @@ def privileged_prompt(problem):
 
 
 class GameExamples:
-    """n seeded examples of an embedded task, with right responses. n_drill: for training its base."""
+    """n seeded examples of an embedded task with right responses. n_drill: for training its base."""
     def __init__(self, tok, name, n, n_drill=None):
         self.tok, self.game, self.n, self.n_drill = tok, game(name), n, n_drill
         self.skip = held_out(name, ("dev", "test"))
@@ -121,9 +117,12 @@ def load_problems(source, split="train", n=None):
     if "+" in source and not glob.glob(place):
         problems = [p for part in source.split("+") for p in load_problems(part, split, n)]
     elif name in RECIPES:
-        return recipe_problems(name, split, n, path if local else None)
+        problems = recipe_problems(name, split, n, path if local else None)
     else:
         problems = own_problems(source)[:n]
+    for p in problems:
+        if type(p.get("answer")) is float:  # with all of its digits: str() may write an exponent
+            p["answer"] = np.format_float_positional(p["answer"], trim="-")
     twice = [i for i, k in Counter(p["id"] for p in problems).items() if k > 1]
     if twice:
         raise UserError(f"{source} has the id {twice[0]!r} more than once: trajectories are kept by id")
@@ -158,17 +157,31 @@ def own_problems(source):
                 raise UserError(f"{where}: {key} must be text, it is {str(p[key])[:40]!r}")
         if not all(isinstance(t, str) for t in listed(p.get("tests")) + listed(p.get("setup"))):
             raise UserError(f"{where}: tests and setup must be text or lists of texts")
-        kind = type(p.get("answer", ""))
-        if kind not in (str, int, float):
+        if type(p.get("answer", "")) not in (str, int, float):
             raise UserError(f"{where}: answer must be text or a number, it is {str(p['answer'])[:40]!r}")
-        if kind is float:  # with all of its digits: str() may write an exponent
-            p["answer"] = np.format_float_positional(p["answer"], trim="-")
         if not p.get("prompt", "").strip():
             raise UserError(f"{where} has no field 'prompt' or it is empty")
         problems.append({**p, "id": str(p["id"])})
     if not problems:
         raise UserError(f"{source} is empty: at least one problem is needed")
     return problems
+
+
+def fitting(problems, tok, most, room, asked=None):
+    """The problems whose prompt (or asked(problem), which is shown instead) has at most `most` tokens (None:
+    any number). UserError, by its id, for one of more than `room`, what a response leaves of max_len."""
+    kept = []
+    for p in problems:
+        n = len(tok.prompt_ids(asked(p) if asked else p["prompt"]))
+        if room < n <= (most or n):
+            raise UserError(f"prompt {p['id']!r} has {n} tokens, of which model and gen_len allow {room}: "
+                            f"shorten it, lower gen_len, or leave such out by --max_prompt {room}")
+        kept += [p] if n <= (most or n) else []
+    if len(kept) < len(problems):
+        print(f"{len(problems) - len(kept)} prompts are longer than --max_prompt {most}: left out")
+    if not kept:
+        raise UserError("no prompt is left: raise --max_prompt, or give others")
+    return kept
 
 
 @dataclass
@@ -258,7 +271,7 @@ class OwnChat:
 def load_tokenizer(name, revision=None):
     """A checkpoint's tokeniser; no remote code is run. Raises UserError if it is absent or does not fit."""
     folder = checkpoint_dir(name, revision, weights=False)
-    cfg = config_of(folder)
+    cfg = read_config(folder)
     tok = Tokenizer(*tiny_tokens(folder) or bpe_tokens(folder, cfg), cfg.eos_ids[0])
     if tok.n_vocab > cfg.vocab_size:
         raise UserError(f"{folder}: the tokeniser has ids up to {tok.n_vocab - 1}, "
@@ -416,7 +429,8 @@ def check_tokens(records, cfg):
     """UserError if the model of a config has no such tokens."""
     largest = max((max(r["x0"] + r["prompt_ids"]) for r in records), default=0)
     if largest >= cfg.vocab_size:
-        raise UserError(f"the trajectories are of another model: they hold token {largest} of {cfg.vocab_size}")
+        raise UserError(f"the trajectories are of another model: they hold token {largest}, it has "
+                        f"{cfg.vocab_size}")
     return records
 
 
@@ -436,15 +450,9 @@ class Show:
 
 def show(args):
     for p in problems_asked_for(args):
-        tests = listed(p.get("tests") or [])
-        shown = dict(
-            prompt=p["prompt"], solution=p["solution"], grader=grade.grader_of(p), answer=p.get("answer", ""),
-            privileged=privileged_prompt(p) if p["solution"] else "(there is no solution)",
-            tests="\n".join(tests))
-        print(p["id"])
-        del shown["answer" if tests else "tests"]
-        for name, value in shown.items():
-            print(f"  {name:<10} " + str(value).replace("\n", "\n" + 13 * " "))
+        privileged = privileged_prompt(p) if p["solution"] else "(there is no solution)"
+        for name, value in (p | dict(grader=grade.grader_of(p), privileged=privileged)).items():
+            print(f"  {name:<10} " + "\n".join(map(str, listed(value))).replace("\n", "\n" + 13 * " "))
 
 
 @dataclass

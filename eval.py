@@ -1,12 +1,7 @@
 """Evaluation: accuracy against tokens per forward (TPF), as curves over decoding settings.
 
-    python eval.py curve --model tiny --n 500                          # the base model
-    python eval.py curve --model tiny --adapter out/tad-tiny/adapter --label TAD --out out/tad-eval
-    python eval.py curve --model llada --task gsm8k --protocol tad     # or math500, humaneval, my.jsonl
-    torchrun --nproc_per_node=8 eval.py curve ...                      # problems are split over the ranks
-    python eval.py nll --n 40                                          # TRIMS Fig. 7
-    python eval.py tds --trajectories out/tabom-tiny/trajectories      # TABOM Fig. 2; --ce: Fig. 3
-    python eval.py log out/tad-tiny                                    # loss and speed of training
+    python eval.py curve --adapter out/tad-tiny/adapter --label TAD --n 500      # without --adapter: the base
+    torchrun --nproc_per_node=8 eval.py curve --model llada --task gsm8k --protocol tad        # or my.jsonl
 
 docs/evaluation.md defines all measures. Tables of runs: tools/compare.py; tasks of lm_eval: tools/harness.py.
 """
@@ -24,6 +19,7 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -497,6 +493,7 @@ class ProblemOptions(AdaptedModel):
     task: str = "tiny"  # tiny, barter, gsm8k, ... (docs/data.md), or a .jsonl with prompt and answer
     split: Literal["train", "dev", "test"] = "test"  # of the task
     n: int | None = None  # number of problems [500 of tiny, else all]
+    max_prompt: int | None = None  # leave out problems with a longer prompt, tokens
     batch_size: int = 64  # problems decoded at once, per rank
     allow_code_execution: bool = False  # run the programs that the model writes, see docs/code-runner.md
 
@@ -564,6 +561,8 @@ def curve_command(args, given):
     grade.check_gradable(problems, args.allow_code_execution)  # before anything is loaded or decoded
     rank, world = join_ranks()
     model, tok = load_both(args)
+    room = model.cfg.max_len - decoding_of(protocol).gen_len
+    problems = data.fitting(problems, tok, args.max_prompt, room, partial(wording, protocol=protocol))
     config = dict(made_of(args, model), label=args.label, task=args.task, protocol=args.protocol,
                   batch_size=args.batch_size, problems=digest(problems), decoding=given)
     task = re.sub(r"\W+", "-", Path(re.split("[=:]", args.task)[0]).stem)
@@ -586,6 +585,7 @@ def nll_command(args, given):
     label = args.adapter or args.model
     settings = dict(cache="none", policy="static", per_step=1, early_stop=False)
     settings |= nt_model.decoding_defaults(model.cfg) | given
+    problems = data.fitting(problems, tok, args.max_prompt, model.cfg.max_len - decoding_of(settings).gen_len)
     outs = sample.generate(model.eval(), [tok.prompt_ids(p["prompt"]) for p in problems], **settings)
     rows = []
     for p, out in zip(cli.progress_bar(problems, f"teacher NLL {label}", unit="decoding"), outs):

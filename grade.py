@@ -29,6 +29,8 @@ UNIT = r"\\?%|(?:\s|\\[,;: ])*\\(?:text|mathrm){[^{}0-9]*}|\s[^0-9=+*^\\-]*"
 THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|,?\\[,!]|[\u00a0\u2009\u202f])(?=[0-9]{3}(?![0-9]))")
 FENCE = re.compile(r"((?:^[ \t]*)?)(`{3,}|~{3,})[ \t]*(\w*)[^\n]*\n(.*?)"  # a docstring may hold one
                    r"(?:^\1\2|(?<=\S)\2|\Z)", re.M | re.S)  # a last block may be cut off
+CODE = re.compile(r"^(?:@|(?:async )?def |class |import \w|from \S+ import |\w+ *=[^=]).*"  # at the margin,
+                  r"(?:\n(?:[ \t)\]}].*)?)*", re.M)  # and what belongs to it
 PROGRAMS = futures.ThreadPoolExecutor(CORES)  # its threads start with the first program
 
 
@@ -176,10 +178,10 @@ def joined(source):
 
 def programs(problem, text):
     """The programs a reply may mean, best first: the last fenced block that defines what the tests ask for,
-    the longest, the bare text; each first behind the prompt's head (HumanEval): it may be the body alone."""
+    the longest, the text, its definitions, its body; each first behind the prompt's head (HumanEval)."""
     text = re.sub(r"^\[/?(?:BEGIN|DONE|PYTHON)\]", "", text, flags=re.M)
-    blocks = [dedent(code) for *_, tag, code in FENCE.findall(text)
-              if tag.lower() in ("", "py", "python", "python3")]
+    fenced = FENCE.findall(text)
+    blocks = [dedent(code) for *_, tag, code in fenced if tag.lower() in ("", "py", "python", "python3")]
     entry, prompt = problem.get("entry_point"), problem.get("prompt", "")
     tests = joined(problem["tests"])
     called = set(re.findall(r"\b([A-Za-z_]\w*)\(", tests)) - set(re.findall(r"\bdef +(\w+)", tests))
@@ -190,7 +192,10 @@ def programs(problem, text):
     head = next((code for code in heads if entry and defines(code)), None)
     before = [f"{head}\n", f"{head}\n    ", ""] if head else [""]  # the first line's indentation may be lost
     blocks.sort(key=len, reverse=True)  # those of `wanted` come twice: what did not compile will not
-    return [start + code for code in [*wanted, *blocks, text] for start in before]
+    parts = [] if fenced else CODE.findall(text)  # the last may be cut off
+    loose = [code for code in ("".join(parts), "".join(parts[:-1])) if defines(code)]
+    body = re.match(r".*(?:\n(?:[ \t].*)?)*", text)[0]
+    return [start + code for code in [*wanted, *blocks, text, *loose, body] for start in before]
 
 
 def tests_of(problem):

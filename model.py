@@ -4,8 +4,6 @@
     logits = model(ids)                     # (B, T) -> (B, T, V); logits[:, i] scores token i
     logits = model(ids, valid=valid)        # valid (B, T) bool: False = padding, left or right
 
-    python model.py --model DIR             # what was loaded
-
 Families differ in their entry of `FAMILIES` only. Module names are our own; official names exist only at the
 file boundary (`load`, `save`, adapters).
 """
@@ -139,9 +137,10 @@ FAMILIES = {
 REFUSED = {key: built for built, keys in [  # of config.json, and what is built: others are other networks
     (None, "quantization_config num_experts num_local_experts clip_qkv layer_norm_eps logit_softcapping"),
     (False, "use_sliding_window alibi scale_logits input_emb_norm attention_layer_norm bias_for_layer_norm "
-            "include_bias include_qkv_bias attention_bias mlp_bias multi_query_attention"),
-    (True, "rope"), (1, "block_group_size partial_rotary_factor"), ("silu", "hidden_act activation_type"),
-    ("llama", "block_type"), ("rms", "layer_norm_type"), ("full_attention", "layer_types"),
+            "include_bias include_qkv_bias attention_bias mlp_bias embedding_layer_norm "
+            "multi_query_attention"),
+    (True, "rope rope_full_precision"), ("silu", "hidden_act activation_type"), ("rms", "layer_norm_type"),
+    (1, "block_group_size partial_rotary_factor"), ("llama", "block_type"), ("full_attention", "layer_types"),
 ] for key in keys.split()}
 
 
@@ -183,52 +182,50 @@ def read_config(folder):
         raise UserError(f"{tokens} holds a value of the wrong type ({e!r})") from None
     found = dict(mask_token_id=mask_id, block_size=block and int(block[1]), kind=kind and kind[0])
     raw.update({key: value for key, value in found.items() if value and not raw.get(key)})
-    return config_from_json(raw)
+    return config_from_json(raw, folder / "config.json")
 
 
-def config_from_json(raw):
+def config_from_json(raw, file="config.json"):
     """config.json (dict) -> Config. Raises UserError for what is missing, wrong or not built."""
     network = raw.get("model_type") if isinstance(raw, dict) else None
     known = {each: name for name, entry in FAMILIES.items() for each in entry.networks}
     if network not in [*known]:
-        raise UserError(f"config.json has model_type {network!r}; supported are {', '.join(known)}")
+        raise UserError(f"{file} has model_type {network!r}; supported are {', '.join(known)}")
     name, family = known[network], FAMILIES[known[network]]
     told = str([raw.get(key) for key in ("kind", "architectures", "auto_map")]).lower()
     kinds = [kind for kind in family.kinds if kind in told]
     if len(kinds) != 1:
-        raise UserError(f"config.json has model_type {network!r}, and its architectures and its folder's "
+        raise UserError(f"{file} has model_type {network!r}, and its architectures and its folder's "
                         f"name do not say whether it is {' or '.join(family.kinds)}: rename the folder")
     for key, built in (REFUSED | family.refused).items():
         if not all(value in (built, None) for value in listed(raw.get(key))):
-            raise UserError(f"config.json has {key} {raw[key]!r}: only {built!r} is built")
-    try:
-        facts = family.networks[network] | family.kinds[kinds[0]]
-        facts |= {ours: raw[theirs] for ours, theirs in family.keys.items()
-                  if theirs in raw or ours not in facts}
-        facts |= {ours: raw[key] for ours, key in family.optional.items() if raw.get(key) is not None}
-        theta = raw.get("rope_theta") or (raw.get("rope_parameters") or {})["rope_theta"]
-        eos = listed(facts["eos_ids"])
-        more = [i for i in family.extra_eos if i < facts["vocab_size"] and i not in eos]
-        defaults = dict(rope_theta=float(theta), n_kv_head=facts["n_head"], pad_id=eos[0])
-        if "head_dim" not in facts:
-            defaults["head_dim"] = facts["d_model"] // facts["n_head"]
-    except KeyError as e:
-        raise UserError(f"config.json of a {name} model lacks the key {e}") from None
-    except (TypeError, ValueError, ZeroDivisionError, IndexError) as e:
-        raise UserError(f"config.json of a {name} model holds a value of the wrong type ({e})") from None
-    cfg = Config(name, raw=raw, **{**defaults, **facts, "eos_ids": (*eos, *more)})
-    for name in "vocab_size n_layer n_head n_kv_head head_dim d_model d_mlp max_len".split():
-        value = getattr(cfg, name)
-        if type(value) is not int or value < 1:
-            raise UserError(f"config.json: {name} is {value!r}, not a positive whole number")
-    tokens = {"mask_token_id": [cfg.mask_id], "eos_token_id": cfg.eos_ids, "pad_token_id": [cfg.pad_id]}
-    for name, ids in tokens.items():
-        if not all(type(i) is int and 0 <= i < cfg.vocab_size for i in ids):
-            raise UserError(f"config.json (or generation_config.json) has {name} {raw.get(name)!r}, "
-                            f"outside its vocabulary of {cfg.vocab_size}")
+            raise UserError(f"{file} has {key} {raw[key]!r}: only {built!r} is built, choose another")
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise UserError(f"config.json asks for scaled RoPE ({rope}): only the default RoPE is built")
+    if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise UserError(f"{file} asks for scaled RoPE ({rope}): only the default RoPE is built")
+    official = family.keys | family.optional
+    facts = dict.fromkeys(family.keys) | family.networks[network] | family.kinds[kinds[0]]
+    facts |= {ours: raw[key] for ours, key in official.items() if raw.get(key) is not None}
+    theta = raw.get("rope_theta") or rope.get("rope_theta")
+    facts = dict(n_kv_head=facts["n_head"], rope_theta=theta) | facts
+    for ours, value in facts.items():
+        kind = Config.__annotations__[ours]
+        valid = type(value) in (kind, int) and (kind is int) <= value < 10**9
+        if not valid and not ours.endswith(("_id", "_ids")):  # those are looked at below
+            raise UserError(f"{file} has {official.get(ours, ours)} {value!r}: "
+                            f"a valid {kind.__name__} is needed")
+    facts.setdefault("head_dim", facts["d_model"] // facts["n_head"])
+    eos = listed(facts["eos_ids"])
+    more = [i for i in family.extra_eos if i < facts["vocab_size"] and i not in eos]
+    cfg = Config(name, raw=raw, **{"pad_id": (eos or [None])[0], **facts, "eos_ids": (*eos, *more)})
+    if cfg.n_head % cfg.n_kv_head or cfg.head_dim % 2 or not cfg.head_dim:
+        raise UserError(f"{file}: {cfg.n_head} heads of {cfg.head_dim} numbers cannot be built, or not with "
+                        f"{cfg.n_kv_head} of keys")
+    tokens = {"mask_token_id": [cfg.mask_id], "eos_token_id": eos, "pad_token_id": [cfg.pad_id]}
+    for name, ids in tokens.items():
+        if not ids or not all(type(i) is int and 0 <= i < cfg.vocab_size for i in ids):
+            raise UserError(f"{file} (or generation_config.json) has {name} {raw.get(name)!r}, "
+                            f"outside its vocabulary of {cfg.vocab_size}")
     return cfg
 
 
@@ -499,6 +496,8 @@ def load(name, device="cpu", dtype=torch.float32, revision=None):
         for key, t in read_tensors(file).items():
             if key in tensors:
                 raise UserError(f"{folder}: tensor {key} stands in two files")
+            if not t.is_floating_point() or t.element_size() < 2:
+                raise UserError(f"{file} holds {key} as {t.dtype}: quantised; take the model in bf16")
             if not key.endswith("rotary_emb.inv_freq"):  # follows from config.json
                 tensors[key] = t.to(device=device, dtype=dtype)
     own = {official_name(cfg, name): (name, p.shape) for name, p in model.named_parameters()}

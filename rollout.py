@@ -20,8 +20,8 @@ import torch
 
 import grade
 from cli import UserError, option, run_cli
-from data import (CARRIED, SCHEMA, check_tokens, load_tokenizer, privileged_prompt, problems_asked_for,
-                  read_trajectories, spread)
+from data import (CARRIED, SCHEMA, check_tokens, fitting, load_tokenizer, privileged_prompt,
+                  problems_asked_for, read_trajectories, spread)
 from model import ModelOptions, config_of, decoding_defaults, n_content
 from run import barrier, check_alike, mend_shards
 from sample import Decoding, load_both, stream
@@ -43,10 +43,12 @@ class Shard:
 
 
 def rollout(model, tok, problems, folder, model_name, privileged=False, batch_size=64, allow_code=False,
-            graded=True, **decoding):
+            graded=True, max_prompt=None, **decoding):
     """Decode every problem that no shard in `folder` has, on any number of ranks -> the records of all; every
     position, unless asked otherwise. privileged: it sees the solution. allow_code: tests may run."""
     settings = vars(Decoding(**{"early_stop": False} | decoding)) | dict(privileged=privileged)
+    room = model.cfg.max_len - settings["gen_len"]
+    problems = fitting(problems, tok, max_prompt, room, privileged and privileged_prompt)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +90,8 @@ def finished(folders, cfg, ids):
         found = read_trajectories(folder)
         if not found or found[0]["model"] != cfg.model or len(found[0]["x0"]) != cfg.gen_len:
             raise UserError(f"{folder} holds no trajectories of {cfg.model} with gen_len {cfg.gen_len}")
-        records += [r for r in found if r["id"] in ids]
+        most = cfg.max_prompt or np.inf
+        records += [r for r in found if r["id"] in ids and len(r["prompt_ids"]) <= most]
     check_alike(folders, [r["id"] for r in records])
     return records
 
@@ -103,7 +106,7 @@ def collect(cfg, model, tok, problems, out, **changes):
     cfg.block_len = cfg.block_len or model.cfg.block_len or Decoding.block_len  # the model's own
     how["cache"] = how["cache"] or ("exact" if model.cfg.block_len else "none")
     how.update(batch_size=how.pop("batch"), allow_code=cfg.allow_code_execution, gen_len=cfg.gen_len,
-               block_len=cfg.block_len, policy="static", per_step=1)
+               block_len=cfg.block_len, max_prompt=cfg.max_prompt, policy="static", per_step=1)
     return check_tokens(rollout(model, tok, problems, folder, cfg.model, **how | changes), model.cfg)
 
 
@@ -174,6 +177,7 @@ class Collect(ModelOptions):
     out: str = option()  # folder to collect into
     n: int | None = None  # the first n only
     split: Literal["train", "dev", "test"] | None = None  # of a data set [train; test where it is alone]
+    max_prompt: int | None = None  # leave out problems with a longer prompt, tokens
     privileged: bool = False  # show the model the solution, as TAD does
     batch_size: int = 64  # problems decoded at once per rank
     allow_code_execution: bool = False  # run the tests of code problems
@@ -200,7 +204,7 @@ def collect_command(args, given):
     model, tok = load_both(args)
     decoding = {"policy": "static", "per_step": 1, **decoding_defaults(model.cfg), **given}
     records = rollout(model, tok, problems, args.out, args.model, args.privileged, args.batch_size,
-                      args.allow_code_execution, not args.ungraded, **decoding)
+                      args.allow_code_execution, not args.ungraded, args.max_prompt, **decoding)
     known = [r["correct"] for r in records if r["correct"] is not None]
     print(f"{args.out}: {len(records)} of {len(problems)} problems decoded, "
           f"{sum(known)} of {len(known)} right")

@@ -39,7 +39,8 @@ from model import save_tensors
 
 @dataclass
 class Options(nt_model.ModelOptions):
-    """What every method has. All but the first seven may change when a run is continued."""
+    """What every method has. All but the first eight may change when a run is continued."""
+    max_prompt: int | None = None  # leave out problems with a longer prompt, tokens
     max_steps: int = 0  # stop after this many steps (0: epochs decide)
     full: bool = False  # train all weights instead of LoRA adapters (a teacher is then a frozen copy)
     clip: float = 1.0  # gradient norm
@@ -59,7 +60,7 @@ class Options(nt_model.ModelOptions):
 STEP_TIMEOUT = timedelta(minutes=4)  # within which all ranks come to the same place of a step
 MADE = ("adapter model checkpoints results.jsonl adapter.unfinished model.unfinished trajectories difficulty "
         "log.jsonl* nonfinite-rank*.json window.* curve.png log.png wandb tds.* trajectory_nll.*").split()
-FREE = [f.name for f in fields(Options)][7:]
+FREE = [f.name for f in fields(Options)][8:]
 
 
 def parse(Config, presets, doc):

@@ -345,7 +345,7 @@ def reference(model, prompt, **settings):
         if s.refresh and nfe - refreshed_at >= s.refresh:
             refreshed = None
     rank = torch.tensor(revealed).argsort()  # the place of each position in this list
-    return check_finite(Output(x[P:], order[P:], rank, conf[P:], nfe), 0)
+    return Output(x[P:], order[P:], rank, conf[P:], nfe)
 
 
 def reach(s, cfg):
@@ -399,7 +399,9 @@ def decode(batch, progress=False):
         batch.admit(dict(zip(free, waiting)))
         batch.run()  # the device is busy while the finished ones are looked at
         for i, out in finished:
-            check_finite(out, i)
+            if not out.conf.isfinite().all():
+                raise UserError(f"the model's logits for prompt {i} are not finite: its weights hold NaN or "
+                                f"inf, or overflow in this dtype")
             bar.update()
             yield i, out
         if not batch.busy():
@@ -429,15 +431,6 @@ def check_prompts(cfg, prompts, s):
         if len(p) + s.gen_len > cfg.max_len:
             raise UserError(f"prompt {i} has {len(p)} tokens; with gen_len {s.gen_len} that exceeds "
                             f"the model's {cfg.max_len}: shorten the prompt or gen_len")
-        if len(p) and not 0 <= int(p.min()) <= int(p.max()) < cfg.vocab_size:
-            raise UserError(f"prompt {i} holds token ids outside 0..{cfg.vocab_size - 1}: wrong tokeniser?")
-
-
-def check_finite(out, index):
-    if not out.conf.isfinite().all():
-        raise UserError(f"the model's logits for prompt {index} are not finite: its weights hold NaN or inf, "
-                        f"or overflow in this dtype")
-    return out
 
 
 @dataclass
@@ -743,7 +736,9 @@ def show(out, tokens, by="confidence"):
 def page(outs, tok, eos_ids, prompt, path):
     """Decodings {name: Output} of a prompt -> one HTML file to step through, which needs no network."""
     sides = [dict(
-        name=name, nfe=out.nfe, n=out.n_tokens(eos_ids),
+        name=name,
+        nfe=out.nfe,
+        n=out.n_tokens(eos_ids),
         order=out.order.tolist(), conf=out.conf.tolist(),
         tokens=[tok.decode([i]) for i in out.ids.tolist()]) for name, out in outs.items()]
     # without < no text can end the script element that holds it
@@ -766,6 +761,7 @@ class Options(AdaptedModel):
     show: str = option("", bare="confidence", choices=["confidence", "step"])  # draw each forward in colour
     html: str = ""  # page to write in which you step through the forwards; with --adapter also the base's
     prompts: str = ""  # file of prompts: .jsonl, or text with one per line
+    max_prompt: int | None = None  # leave out --prompts that are longer, tokens
     to: str = ""  # responses of --prompts [FILE.responses.jsonl]
     batch_size: int = 32  # prompts decoded at once
     interactive: bool = False  # read prompts from the terminal, up to an empty line
@@ -803,34 +799,28 @@ def decode_one(model, tok, prompt, how, by="", path="", system=""):
 
 
 def read_prompts(source):
-    """A .jsonl (field prompt, id optional) or a text file, one prompt per line -> rows with id and prompt."""
+    """A .jsonl of problems, whose answers are not used, or a text with a prompt per line -> rows."""
     if source.suffix == ".jsonl":
-        rows = list(cli.read_rows(source))
-    else:
-        rows = [dict(prompt=line) for line in cli.read_text(source).splitlines() if line.strip()]
-    rows = [{"id": f"{source.stem}-{i}", **r} for i, r in enumerate(rows)]
-    ids = {r["id"] for r in rows if isinstance(r.get("prompt"), str) and isinstance(r["id"], (str, int))}
-    if not rows or len(ids) < len(rows):
-        raise UserError(f"{source}: there must be a line, every line needs a prompt (text), and an id (text "
-                        f"or a number) must not come twice")
-    return rows
+        return data.load_problems(str(source))
+    lines = [line for line in cli.read_text(source).splitlines() if line.strip()]
+    return [dict(id=f"{source.stem}-{i}", prompt=line) for i, line in enumerate(lines)]
 
 
 def decode_file(model, tok, args, settings, how):
     """--prompts: append a line per finished prompt to --to, or continue such a file, but no other one."""
     to = Path(args.to or Path(args.prompts).with_suffix(".responses.jsonl"))
-    rows = read_prompts(Path(args.prompts))
+    room = model.cfg.max_len - settings["gen_len"]
+    rows = data.fitting(read_prompts(Path(args.prompts)), tok, args.max_prompt, room)
     how_asked = settings | {"system": args.system} if args.system else settings
     made_by = dict(model=args.model, revision=model.revision, adapter=args.adapter, decoding=how_asked)
     ours = {r["id"]: dict(prompt=r["prompt"], **made_by) for r in rows}  # what a line of this run says
-    done = set()
-    for r in cli.read_jsonl(to, ours=True, growing=True) if to.exists() else []:
-        if r.get("id") not in ours or {**r, **ours[r["id"]]} != r:
-            raise UserError(f"{to} holds responses of another model, other settings or other prompts: "
-                            f"choose another --to or remove it")
-        done.add(r["id"])
+    there = cli.read_jsonl(to, ours=True, growing=True) if to.exists() else []
+    if not all(r.get("id") in ours and r | ours[r["id"]] == r for r in there):
+        raise UserError(f"{to} holds responses of another model, other settings or other prompts: choose "
+                        f"another --to or remove it")
     if to.exists():
         cli.read_jsonl(to, ours=True, mend=True)
+    done = {r["id"] for r in there}
     todo = [i for i, r in enumerate(rows) if r["id"] not in done]
     to.parent.mkdir(parents=True, exist_ok=True)
     prompts = [tok.prompt_ids(rows[i]["prompt"], args.system) for i in todo]

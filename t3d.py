@@ -239,15 +239,12 @@ def check_config(cfg):
 
 def main():
     cfg = check_config(run.parse(Config, PRESETS, __doc__))
-    found = load_problems(cfg.data, "train", cfg.n_problems or None)
+    problems = load_problems(cfg.data, "train", cfg.n_problems or None)
+    run.steps_per_epoch(len(problems), cfg)  # an error before hours of decoding
     r = run.Run(cfg)  # ranks, device, the folder: new or to be continued
     base, tok = r.load(), load_tokenizer(cfg.model, cfg.revision)
 
     # 1. trajectories of the base model, without ground truth or filter
-    problems = [p for p in found if len(tok.prompt_ids(p["prompt"])) <= cfg.max_prompt]
-    if len(problems) < len(found):
-        print(f"{len(found) - len(problems)} prompts are longer than --max_prompt {cfg.max_prompt}: left out")
-    run.steps_per_epoch(len(problems), cfg)  # an error before hours of decoding
     records = collect(cfg, base, tok, problems, r.out, graded=False, early_stop=cfg.eos_in_loss > 0)
     del base
 

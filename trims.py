@@ -40,8 +40,8 @@ import torch.nn.functional as F
 import eval as nt_eval
 import model as nt_model
 import run
-from data import (GAMES, GameExamples, check_tokens, example_rng, hidden_rows, load_problems, load_tokenizer,
-                  pad_response, read_trajectories, stacked)
+from data import (GAMES, GameExamples, check_tokens, example_rng, fitting, hidden_rows, load_problems,
+                  load_tokenizer, pad_response, read_trajectories, stacked)
 from teacher import load_teacher_tokenizer, score_examples
 
 
@@ -170,7 +170,8 @@ def load_examples(cfg, tok):
             raise UserError(f"{cfg.data} was collected with {records[0]['model']}, whose tokeniser or chat "
                             f"template is not that of {cfg.model}: collect with this model")
         return records
-    problems = load_problems(cfg.data)
+    room = nt_model.config_of(cfg.model, cfg.revision).max_len - cfg.gen_len
+    problems = fitting(load_problems(cfg.data), tok, cfg.max_prompt, room)
     if cfg.with_thinking and not all("thinking" in p for p in problems):
         raise UserError(f"--with_thinking: not every line of {cfg.data} has the field 'thinking'")
     fits = []

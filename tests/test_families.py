@@ -252,7 +252,7 @@ def test_a_new_dense_family_is_one_entry(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="one of .*, dummy-1b, a hub id"):
         nt_model.load("dummy-2b")
     del raw["my_max_len"]
-    with pytest.raises(UserError, match="dummy model lacks the key 'my_max_len'"):
+    with pytest.raises(UserError, match="config.json has my_max_len None: a valid int is needed"):
         nt_model.config_from_json(raw)
 
 
@@ -325,8 +325,12 @@ def test_real_configs_on_the_meta_device(hub, folder, n_parameters):
     (dict(rope_scaling=dict(rope_type="yarn", factor=4)), "scaled RoPE"),
     (dict(use_sliding_window=True), "use_sliding_window True: only False is built"),
     (dict(mask_token_id=VOCAB), "outside its vocabulary"), (dict(mask_token_id=None), "mask_token_id None"),
-    (dict(eos_token_id=[1, -1]), "eos_token_id"), (dict(hidden_size="32"), "wrong type"),
-    (dict(intermediate_size=None), "d_mlp is None"), (dict(num_hidden_layers=0), "n_layer is 0"),
+    (dict(eos_token_id=[1, -1]), "eos_token_id"), (dict(eos_token_id=[]), r"eos_token_id \[\], outside"),
+    (dict(hidden_size="32"), "hidden_size '32': a valid int"), (dict(rms_norm_eps=float("nan")), "rms_norm_eps nan: .* float"),
+    (dict(tie_word_embeddings="x"), "tie_word_embeddings 'x': a valid bool"), (dict(rope_theta=[1]), "rope_theta"),
+    (dict(intermediate_size=None), "intermediate_size None"), (dict(num_hidden_layers=0), "num_hidden_layers 0: a valid int is needed"),
+    (dict(num_key_value_heads=3), "4 heads of 8 numbers cannot be built, or not with 3 of keys"), (dict(head_dim=7), "4 heads of 7 numbers"),
+    (dict(rope_parameters=[1]), "scaled RoPE"),
 ])
 def test_configs_that_would_be_silently_wrong_are_refused(changes, words):
     with pytest.raises(UserError, match=words):
@@ -446,11 +450,35 @@ def test_a_folder_above_says_nothing_about_a_model(tmp_path):
     ("sdar", dict(layer_types=["full_attention", "sliding_attention"])), ("illada", dict(layer_norm_eps=1e-5)),
     ("diffcoder", dict(mlp_bias=True)), ("a2d", dict(partial_rotary_factor=0.5)), ("llada", dict(include_qkv_bias=True)),
     ("llada", dict(alibi=True)), ("llada", dict(input_emb_norm=True)), ("llada", dict(rope=False)),
-    ("sdar", dict(quantization_config=dict(quant_method="fp8"))), ("llada", dict(num_experts=8))])
+    ("sdar", dict(quantization_config=dict(quant_method="fp8"))), ("llada", dict(num_experts=8)),
+    ("llada", dict(embedding_layer_norm=True)), ("llada", dict(rope_full_precision=False)), ("llada", dict(clip_qkv=8.0)),
+    ("llada", dict(block_type="sequential")), ("llada", dict(layer_norm_type="default"))])
 def test_another_network_is_refused_by_its_key(family, changes):
     (key, value), = changes.items()
     with pytest.raises(UserError, match=f"config.json has {key} {re.escape(repr(value))}: only"):
         nt_model.config_from_json(raw_config(family, **changes))
+
+
+def test_quantised_tensors_are_refused_by_name(tmp_path):
+    """Without a quantization_config too: their scales are nowhere."""
+    folder = official_checkpoint(tmp_path, "sdar")
+    tensors = {key: t.clone() for key, t in load_file(folder / "model-1-of-2.safetensors").items()}
+    key = sorted(tensors)[-1]
+    for dtype in (torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2, torch.bool):
+        save_file({**tensors, key: tensors[key].to(dtype)}, folder / "model-1-of-2.safetensors")
+        with pytest.raises(UserError, match=rf"model-1-of-2.safetensors holds {re.escape(key)} as {dtype}: quantised; take the model in"):
+            nt_model.load(folder)
+    for good in (torch.bfloat16, torch.float16):
+        save_file({**tensors, key: tensors[key].to(good)}, folder / "model-1-of-2.safetensors")
+        assert nt_model.load(folder).embed.weight.dtype == torch.float32
+
+
+def test_an_error_about_a_checkpoint_names_its_file(tmp_path):
+    folder = official_checkpoint(tmp_path, "dream")
+    for change in (dict(hidden_act="gelu"), dict(eos_token_id=[]), dict(model_type="x"), dict(hidden_size=None)):
+        (folder / "config.json").write_text(json.dumps(raw_config("dream", **change)))
+        with pytest.raises(UserError, match=f"^{folder}/config.json .*{list(change)[0]}"):
+            nt_model.load(folder)
 
 
 def test_llada_moe_is_refused_by_the_key_that_makes_it_another_network():

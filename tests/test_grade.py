@@ -178,7 +178,7 @@ PYTEST = "from solution import add\nimport pytest\n\n\ndef test_add():\n    asse
                      "if __name__ == '__main__':\n    unittest.main()\n"), RIGHT, True),
     (dict(ADD, tests="    assert add(1, 2) == 4\n"), RIGHT, False),
     (dict(ADD, tests="assert ("), RIGHT, False),
-    (ADD, "def add(a, b):\n    return a + b\n\x00", False), (ADD, "(" * 10**5, False)])
+    (ADD, "def add(a, b):\n    return a + b\n\x00", True), (ADD, "def add(a, b):\n    return a + b\x00", False), (ADD, "(" * 10**5, False)])
 def test_code(problem, reply, right):
     assert grade.is_correct(problem, reply, allow_code=True) is right
 

@@ -484,8 +484,6 @@ def test_logits_that_are_not_finite_are_an_error_that_names_the_prompt():
     for policy in ("static", "threshold", "multiblock"):
         with pytest.raises(UserError, match="prompt 0 are not finite"):
             generate(model, prompts_of([3]), gen_len=8, block_len=4, policy=policy, cache="none")
-    with pytest.raises(UserError, match="not finite"):
-        reference(model, prompts_of([3])[0], gen_len=8, block_len=4)
 
 
 def test_eos_in_the_prompt_does_not_stop():

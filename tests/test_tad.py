@@ -355,7 +355,7 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, graded_right):
         "no model 'tinny'": tad_args("tinny", tmp_path / "a"),
         "corrupt or cut short": tad_args(broken, tmp_path / "b"),
         "is empty": tad_args(model_dir, tmp_path / "c", "--data", "empty.jsonl"),
-        "exceeds the model's": tad_args(model_dir, tmp_path / "d", "--gen_len", "150"),
+        "of which model and gen_len allow 10": tad_args(model_dir, tmp_path / "d", "--gen_len", "150"),
         "--window 'auto': a positive number of": tad_args(model_dir, tmp_path / "e", "--window", "auto"),
         "--near none --distant none": tad_args(model_dir, tmp_path / "j", "--near", "none", "--distant", "none"),
         "save_every is 0: it must be at least 1": tad_args(model_dir, tmp_path / "k", "--save_every", "0"),

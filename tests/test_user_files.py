@@ -2,11 +2,13 @@
 import json
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 import torch
 from checkpoints import official_checkpoint
-from conftest import command, random_model
+from conftest import ROOT, command, random_model
 
 import data
 import grade
@@ -69,6 +71,16 @@ def test_numbers_of_json_are_answers(tmp_path):
             problems(tmp_path, dict(prompt="q", answer=1), dict(prompt="r", answer=value))
 
 
+@pytest.mark.parametrize("name, row, grader", [
+    ("t3d-math", dict(question="q"), "ground_truth_answer"), ("prm12k", dict(question="q", answer="s"), "target")])
+def test_numbers_of_the_known_sets_are_answers(tmp_path, name, row, grader):
+    said = {0: "0", 12: "12", 1e16: "10000000000000000", 0.00001: "0.00001"}
+    for value, text in said.items():
+        (tmp_path / "rows.jsonl").write_text(json.dumps({**row, grader: value}) + "\n")
+        (p,) = data.load_problems(f"{name}={tmp_path}/rows.jsonl")
+        assert grade.is_correct(p, rf"\boxed{{{text}}}") and not grade.is_correct(p, r"\boxed{7}"), p
+
+
 CODE = dict(id=1, prompt='def double(n):\n    """Twice n."""\n', entry_point="double", grader="code",
             tests="def check(f):\n    assert f(2) == 4\n")
 
@@ -82,6 +94,26 @@ CODE = dict(id=1, prompt='def double(n):\n    """Twice n."""\n', entry_point="do
     ("```python\ndef double(n):\n    return n * 3\n```", False), ("~~~\ndef double(n):\n    return n\n~~~", False)])
 def test_fences_as_markdown_allows_them(text, want):
     assert grade.is_correct(CODE, text, allow_code=True) is want
+
+
+DOUBLE = "def double(n):\n    return n * 2\n"
+CALLED = dict(id=1, prompt="Write double.", grader="code", tests=["assert double(2) == 4"])
+
+
+@pytest.mark.parametrize("problem, text, want", [
+    # a body, and behind it what is no code, or code that is cut off
+    (CODE, "    return n * 2\n\nThis multiplies n by two.", True), (CODE, "    return n * 2\n\n\ndef other(x):\n    return x +\n", True),
+    (CODE, "return n * 2\n\nThis multiplies.", True), (CODE, "x = n\n    return x * 2\n\nThis multiplies.", True),
+    (CODE, "    return n * 2\n\ndef other(x):\n    return x\n\nThat is all.", True), (CODE, "    return n * 2\n\nprint(double(2)", True),
+    (CODE, "    return n * 3\n\nThis multiplies n by two.", False), (CODE, "pass\n\nno more", False),
+    # prose around definitions
+    (CODE, f"Here is the solution:\n\n{DOUBLE}", True), (CODE, f"{DOUBLE}\nThis multiplies n by two.", True),
+    (CALLED, f"Sure!\n\n{DOUBLE}\nNote: it doubles.", True), (CALLED, f"Sure:\n{DOUBLE}\nIt doubles.\n\ndef more(x):\n    return x(", True),
+    (CALLED, f"Sure! The idea:\nimport math\nTWO = (\n    2\n)\n\n{DOUBLE.replace('2', 'TWO')}\nDone now.", True),
+    (CALLED, "Use this:\ntable = {\n    2: 4,\n}\n\n@print\ndef no():\n    pass\n\nSo:\ndef double(n):\n    return table[n]\n", True),
+    (CALLED, f"Here:\n{DOUBLE.replace('2', '3')}\nDone now.", False), (CALLED, "I cannot do that.\n\nSorry.", False)])
+def test_prose_around_code_without_a_fence(problem, text, want):
+    assert grade.is_correct(problem, text, allow_code=True) is want
 
 
 # ---------------------------------------------------------------------------------------------------------- rows
@@ -147,6 +179,45 @@ def test_fields_of_another_type_are_named_with_their_line(tmp_path, key):
             problems(tmp_path, dict(prompt="q"), {"prompt": "r", key: value})
 
 
+@pytest.mark.parametrize("rows", [
+    [dict(id="a", prompt="x"), dict(id="a", prompt="y")], [dict(id=1, prompt="x"), dict(prompt="y"), dict(id="1", prompt="z")],
+    [dict(prompt="x"), dict(id="mine-0", prompt="y")], [dict(id="b", prompt="x")] * 2])
+def test_ids_that_come_twice_are_refused_before_anything_is_decoded(tmp_path, rows):
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = command(tmp_path, "sample.py", "--prompts", "mine.jsonl")
+    assert done.returncode == 2 and "mine.jsonl has the id " in done.stderr and " more than once" in done.stderr
+    with pytest.raises(UserError, match="more than once"):
+        data.load_problems(str(tmp_path / "mine.jsonl"))
+    assert not (tmp_path / "mine.responses.jsonl").exists()
+
+
+def test_files_are_utf8_whatever_the_locale(tmp_path):
+    """A process of another locale reads what people write with raw characters, and writes what it reads again."""
+    (tmp_path / "vocab.json").write_bytes('{"né": 1, "中": 2, "🙂": 3}'.encode())
+    (tmp_path / "p.jsonl").write_bytes('{"prompt": "né 中 🙂"}\n'.encode())
+    (tmp_path / "p.txt").write_bytes("né 中 🙂\n".encode())
+    code = ("import cli, sys; from pathlib import Path\nassert list(cli.read_json('vocab.json')) == ['n\\xe9', '\\u4e2d', '\\U0001f642']\n"
+            "(row,) = cli.read_rows('p.jsonl'); assert row['prompt'] == cli.read_text('p.txt').strip() == 'n\\xe9 \\u4e2d \\U0001f642'\n"
+            "cli.append_line('q.jsonl', row); assert cli.read_jsonl('q.jsonl', ours=True) == [row]; print(sys.getfilesystemencoding())")
+    env = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-X", "utf8=0", "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() != "utf-8", done.stderr
+
+
+def test_an_empty_prompt_is_no_problem_of_the_tiny_task(tmp_path):
+    for words in (["--prompt", ""], ["--prompt="], ["--prompts", ""], ["--system", "", "--prompt", "a"]):
+        done = command(tmp_path, "sample.py", *words)
+        assert done.returncode == 2 and not done.stdout and " is empty (an unset variable?)" in done.stderr
+
+
+def test_a_folder_may_be_called_like_a_preset(tmp_path, monkeypatch):
+    for name in ("tiny", "dream", "sdar-4b"):
+        official_checkpoint(tmp_path / name, "sdar")
+        monkeypatch.chdir(tmp_path)
+        tok = data.load_tokenizer(f"./{name}")
+        assert tok.eos_id == nt_model.load(f"./{name}").cfg.eos_ids[0] == 256 and tok.encode("a") == [97]
+
+
 def test_adapters_and_models_can_be_read_by_others(tmp_path):
     for mask in (0o022, 0o002, 0o077):
         before = os.umask(mask)
@@ -168,3 +239,45 @@ def test_what_was_just_saved_is_what_is_read(tmp_path):
             model.norm.weight.add_(1)
         nt_model.save(model, folder)
         assert torch.equal(nt_model.load(folder).norm.weight, model.norm.weight)
+
+
+# ------------------------------------------------------------------------------------------ one row that is too long
+LONG = [dict(id=i, prompt="1" * n, solution="2", answer="2") for i, n in (("a", 5), ("the-long-one", 600), ("b", 6), ("c", 7))]
+COMMANDS = {  # each with the place of its ids
+    "rollout.py": ("collect", "mine.jsonl", "--out", "run"), "trims.py": ("--data", "mine.jsonl", "--trajectory_share", 0),
+    "tad.py": ("--data", "mine.jsonl", "--window", 2), "t3d.py": ("--data", "mine.jsonl"),
+    "sample.py": ("--prompts", "mine.jsonl", "--to", "out.jsonl"), "eval.py": ("curve", "--task", "mine.jsonl", "--thresholds", 0.9)}
+
+
+@pytest.mark.parametrize("script", list(COMMANDS))
+def test_one_prompt_that_is_too_long_is_named_and_can_be_left_out(tmp_path, monkeypatch, script):
+    """By its id, before anything is decoded; --max_prompt goes on with the others, which are all there."""
+    monkeypatch.setattr("grade.is_correct", lambda *_: True)
+    official_checkpoint(tmp_path / "model", "sdar")  # of 512 tokens
+    problems(tmp_path, *LONG)
+    how = [*COMMANDS[script], "--model", "model", "--gen_len", 8, "--block_len", 4]
+    if "--data" in how:
+        how += ["--out", "run", "--max_steps", 1, "--batch_size", 3, "--micro_batch", 3, "--lora_r", 2]
+    limit = ["--max_prompt", 1000] * (script == "t3d.py")  # it has a limit of its own
+    done = command(tmp_path, script, *how, *limit)
+    assert done.returncode == 2 and "error: prompt 'the-long-one' has " in done.stderr and "leave such out by --max_prompt 504" in done.stderr
+    assert not list(tmp_path.glob("**/rank0.jsonl")) and not (tmp_path / "out.jsonl").exists()
+    done = command(tmp_path, script, *how, "--max_prompt", 504, *["--overwrite"] * ("--data" in how))
+    assert done.returncode == 0 and "1 prompts are longer than --max_prompt 504: left out" in done.stdout, done.stderr
+    texts = [f.read_text() for f in tmp_path.glob("**/*.jsonl") if f.name in ("rank0.jsonl", "out.jsonl", "results.jsonl")]
+    if script != "trims.py":
+        assert [text for text in texts if all(f'"{i}"' in text for i in "abc") and "the-long-one" not in text]
+
+
+def test_what_is_too_long_is_what_is_shown(tmp_path):
+    """With the solution in it where it is shown, and as the protocol words it."""
+    tok, problem = data.load_tokenizer("tiny"), dict(id="a", source="x", prompt="1 " * 9, solution="2 " * 50)
+    plain, privileged = (len(tok.prompt_ids(text)) for text in (problem["prompt"], data.privileged_prompt(problem)))
+    assert data.fitting([problem], tok, None, plain) == data.fitting([problem], tok, plain, plain) == [problem]
+    assert data.fitting([problem], tok, None, privileged, data.privileged_prompt) == [problem]
+    for room in (privileged - 1, plain):
+        with pytest.raises(UserError, match=f"prompt 'a' has {privileged} tokens, of which model and gen_len allow {room}"):
+            data.fitting([problem], tok, None, room, data.privileged_prompt)
+    for none_left in ([problem], []):
+        with pytest.raises(UserError, match="no prompt is left: raise --max_prompt"):
+            data.fitting(none_left, tok, plain - 1, 99)

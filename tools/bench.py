@@ -10,6 +10,7 @@ import json
 import math
 import re
 import statistics
+import tomllib
 from dataclasses import dataclass
 
 import torch
@@ -23,19 +24,10 @@ import cli
 import eval as nt_eval
 import sample
 from cli import UserError, run_cli
-from model import Config, KVCache, Transformer, decoding_defaults, default_device
+from model import HERE, KVCache, Transformer, config_from_json, decoding_defaults, default_device
 
-_LLADA = dict(rope_theta=5e5, norm_eps=1e-5, rope_fp32=True)
-_QWEN = dict(max_len=4096, pad_id=151643, eos_ids=(151643, 151645))
-SHAPES = {  # the public config.json files; llada-60m is a small one of our own, for a CPU
-    "llada-8b": Config("llada", 126464, 32, 32, 32, 128, 4096, 12288, 4096, 126336, (126081, 126348), 126081,
-                       **_LLADA),
-    "dream-7b": Config("dream", 152064, 28, 28, 4, 128, 3584, 18944, mask_id=151666, qkv_bias=True,
-                       shift=True, **_QWEN),
-    "sdar-4b": Config("sdar", 151936, 36, 32, 8, 128, 2560, 9728, mask_id=151669, qk_norm=True, block_len=4,
-                      **_QWEN),
-    "llada-60m": Config("llada", 32000, 8, 8, 8, 64, 512, 1536, 4096, 31999, (31998,), 31998, **_LLADA),
-}
+FILE = HERE / "assets" / "shapes.toml"  # config.json by name
+SHAPES = {name: config_from_json(raw, FILE) for name, raw in tomllib.loads(cli.read_text(FILE)).items()}
 
 
 def random_weights(cfg, device="cpu", dtype=torch.float32):

@@ -75,7 +75,7 @@ def main():
             torch.save(dict(model=model.state_dict(), opt=opt.state_dict(), step=step + 1), half)
     model.bfloat16().save_pretrained(out)
     print(f"last 50 steps: {np.mean(seen[-50:]):.4f} nats per token; the phrases alone cost "
-          f"{data.game("tiny").N_SWAPS * math.log(3) / 46:.4f}")
+          f"{data.game('tiny').N_SWAPS * math.log(3) / 46:.4f}")
 
 
 if __name__ == "__main__":
