@@ -8,7 +8,6 @@ docs/evaluation.md defines all measures. Tables of runs: tools/compare.py; tasks
 import hashlib
 import json
 import math
-import os
 import platform
 import re
 import subprocess
@@ -35,7 +34,7 @@ import recipes
 import sample
 from cli import UserError, append_line, option, read_jsonl, run_cli, write_whole
 from layers import for_decoding
-from run import agreed, read_shards, sha256
+from run import agreed, ranks, read_shards, sha256
 from sample import AdaptedModel, load_both
 from teacher import load_teacher, load_teacher_tokenizer, token_nll
 
@@ -239,7 +238,7 @@ def curve(model, tok, problems, protocol, label, batch_size=64, allow_code=False
 
 def join_ranks():
     """(rank, world size): torchrun's, or (0, 1). The ranks only exchange words, so gloo does on GPUs too."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = ranks()
     if world > 1:
         # one may wait long for another's decoding
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))

@@ -432,7 +432,8 @@ class Transformer(nn.Module):
         and they attend to the whole canvas; a shifted model's first row is then meaningless: include the left
         neighbour and drop it. out (B, K) int64: the states of these columns only, (B, K, C).
         """
-        col = torch.arange(ids.shape[1] if cache is None else cache.valid.shape[1], device=ids.device)[None]
+        canvas = ids if cache is None else cache.valid
+        col = torch.arange(canvas.shape[1], device=ids.device)[None]
         if cols is not None:
             positions = cache.positions.gather(1, cols)
             attn_mask = attention_mask(self.cfg, positions, cols, cache.positions, col, cache.valid)

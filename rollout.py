@@ -6,7 +6,6 @@
 
 A folder is append-only, one shard per rank, synced per record: a kill loses at most the rows being decoded.
 """
-import os
 import sys
 import time
 from collections import deque
@@ -23,7 +22,7 @@ from cli import UserError, option, run_cli
 from data import (CARRIED, SCHEMA, check_tokens, fitting, load_tokenizer, privileged_prompt,
                   problems_asked_for, read_trajectories, spread)
 from model import ModelOptions, config_of, decoding_defaults, n_content
-from run import barrier, check_alike, mend_shards
+from run import barrier, check_alike, mend_shards, ranks
 from sample import Decoding, load_both, stream
 
 
@@ -49,7 +48,7 @@ def rollout(model, tok, problems, folder, model_name, privileged=False, batch_si
     settings = vars(Decoding(**{"early_stop": False} | decoding)) | dict(privileged=privileged)
     room = model.cfg.max_len - settings["gen_len"]
     problems = fitting(problems, tok, max_prompt, room, privileged and privileged_prompt)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = ranks()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     mend_shards(folder.glob("rank*.jsonl"), rank, world)

@@ -76,6 +76,11 @@ def parse(Config, presets, doc):
     return cfg
 
 
+def ranks():
+    """torchrun's rank and world size; (0, 1) without."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def barrier(group=None):
     if dist.is_initialized():
         dist.barrier(group)
@@ -220,8 +225,7 @@ class Run:
 
     def __init__(self, cfg, whole=None):
         self.cfg, self.whole = cfg, cfg.full if whole is None else whole
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world = ranks()
         cuda = torch.cuda.is_available()
         self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
         self.dtype = torch.bfloat16 if cuda else torch.float32

@@ -275,7 +275,8 @@ def multiblock_policy(now, s):
 
 def by_block(x, s):
     """x (R, W) -> (R, blocks, K), the last block filled up with zeros."""
-    return F.pad(x, (0, -x.shape[1] % s.block_len)).unflatten(1, (-1, s.block_len))
+    missing = -x.shape[1] % s.block_len
+    return F.pad(x, (0, missing)).unflatten(1, (-1, s.block_len))
 
 
 POLICIES = {
