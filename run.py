@@ -277,9 +277,8 @@ class Run:
             raise UserError(f"{file} is absent or not that of a run: choose another --out")
         values = "+".join(map(str, vars(cfg).values()))  # of --model, --data, --trajectories A+B
         for part in values.split("+"):
-            given = Path(os.path.realpath(part))
             for path in made if cfg.overwrite else [out / "adapter", out / "model"]:
-                if given.is_relative_to(os.path.realpath(path)):
+                if Path(os.path.realpath(part)).is_relative_to(os.path.realpath(path)):
                     raise UserError(f"{part} lies in what this run would replace: choose another --out")
         out.mkdir(parents=True, exist_ok=True)
         self.lock = cli.lock(out / "lock")

@@ -92,21 +92,21 @@ def paper_command(args):
         cli.append_line(done, {"words": words})
 
 
-def command(label, seed, folder):
+def command(label, seed, folder, task="tiny"):
     """-> the script of a method, and its options."""
-    own = f"--eval_problems 0 --seed {seed} --out {folder}"
+    own = f"--model {task} --eval_problems 0 --seed {seed} --out {folder}"
     script, *options = f"{METHODS[label].replace('$OUT', str(folder.parent))} {COMMON} {own}".split()
     return script, options
 
 
-def prepare(labels, model, tok, root):
+def prepare(labels, model, tok, root, task="tiny"):
     """What several of these runs share, before the first one -> the own trajectories, for TDS."""
-    problems, records = data.load_problems("tiny", "train", N_TRAJECTORIES), {}
+    problems, records = data.load_problems(task, "train", N_TRAJECTORIES), {}
     asked_for = " ".join(["trajectories-own", *map(METHODS.get, labels)])
     for name in ("own", "privileged", "rollouts"):  # token by token, as the scripts collect them
         if f"trajectories-{name}" in asked_for:
             records[name] = rollout.rollout(
-                model, tok, problems, root / f"trajectories-{name}", "tiny", privileged=name == "privileged",
+                model, tok, problems, root / f"trajectories-{name}", task, privileged=name == "privileged",
                 temperature=t3d.Config.collect_temperature if name == "rollouts" else 0.0,
                 policy="static", per_step=1, **data.TINY_DECODING)
     return records["own"]
@@ -120,9 +120,9 @@ def costs(folder):
                 collect_s=sum(map(rollout.collection_seconds, sources)))
 
 
-def evaluate(label, folder, tok, problems, records):
+def evaluate(label, folder, tok, problems, records, task="tiny"):
     """One run -> results.jsonl in its folder: the points of the protocol, TDS, and what the run cost."""
-    model, cost = nt_model.load("tiny").requires_grad_(False), {}  # as under adapters: one graph for all
+    model, cost = nt_model.load(task).requires_grad_(False), {}  # as under adapters: one graph for all
     if METHODS[label]:
         lora.load(model, folder / "adapter")
         cost = costs(folder)
@@ -149,6 +149,7 @@ class Options:
     seeds: int = 4  # runs of every method
     n: int = 251  # test problems per seed
     only: list[str] | None = option(None, choices=lambda: METHODS)  # some of the rows; base always is
+    task: str = option("tiny", choices=data.GAMES)  # and its base; barter has no teacher for TRIMS
     out: str = "out/sweep"  # directory of the runs, compare.md, compare.png and comparison.jsonl.gz
 
 
@@ -160,7 +161,7 @@ def main():
     labels = [label for label in METHODS if label == "base" or label in (args.only or METHODS)]
     names = {label: label.lower().replace(": ", "-").replace(" ", "_") for label in labels}
     jobs = [(label, seed, root / f"{names[label]}-{seed}") for seed in range(args.seeds) for label in labels]
-    every, left = data.load_problems("tiny", "test", args.seeds * args.n), []
+    every, left = data.load_problems(args.task, "test", args.seeds * args.n), []
     problems = [every[seed * args.n:(seed + 1) * args.n] for seed in range(args.seeds)]
     for label, seed, folder in jobs:
         results = folder / "results.jsonl"
@@ -169,15 +170,15 @@ def main():
         elif compare.read_points(folder)[0]["ids"] != [p["id"] for p in problems[seed]]:
             raise UserError(f"{results} is of other problems: repeat its --n, or another --out")
     if left:
-        tok, model = data.load_tokenizer("tiny"), nt_model.load("tiny").requires_grad_(False)
-        own = prepare({label for label, *_ in left}, model, tok, root)
+        tok, model = data.load_tokenizer(args.task), nt_model.load(args.task).requires_grad_(False)
+        own = prepare({label for label, *_ in left}, model, tok, root, args.task)
         # compile what the runs will share, so that tokens per second are those of decoding
         nt_eval.curve(model, tok, problems[0][:BATCH], nt_eval.protocol_of(*PROTOCOL), "warm-up", BATCH)
     done = len(jobs) - len(left)
     for label, seed, folder in cli.progress_bar(left, "sweep", len(jobs), unit="run", initial=done):
         if METHODS[label]:
-            run_script(*command(label, seed, folder))
-        evaluate(label, folder, tok, problems[seed], own[:32])
+            run_script(*command(label, seed, folder, args.task))
+        evaluate(label, folder, tok, problems[seed], own[:32], args.task)
     folders = [folder for *_, folder in jobs]
     compare.pack(folders, root / "comparison.jsonl.gz")
     compare.runs_command(compare.RunsOptions(folders, out=root))
