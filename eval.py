@@ -392,7 +392,7 @@ def closing(r, model, tok, label):
         which = f"--model {r.final}" if r.whole else f"{base} --adapter {r.final}"
         task = f" --task {cfg.data}" if cfg.data in data.GAMES else " --task problems.jsonl"
         print(f"evaluate: python eval.py curve {which}{task} --gen_len {cfg.gen_len} "
-              f"--block_len {model.cfg.block_len or cfg.block_len}")
+              f"--block_len {model.cfg.block_len or getattr(cfg, 'block_len', sample.Decoding.block_len)}")
 
 
 def mean_by_step(rows):

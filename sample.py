@@ -432,6 +432,8 @@ def check_prompts(cfg, prompts, s):
         if len(p) + s.gen_len > cfg.max_len:
             raise UserError(f"prompt {i} has {len(p)} tokens; with gen_len {s.gen_len} that exceeds "
                             f"the model's {cfg.max_len}: shorten the prompt or gen_len")
+        if len(p) and (p.min() < 0 or p.max() >= cfg.vocab_size):
+            raise UserError(f"prompt {i} holds token ids outside 0..{cfg.vocab_size - 1}: wrong tokeniser?")
 
 
 @dataclass
@@ -617,7 +619,8 @@ class Batch:
         live = x.masked.any(1, keepdim=True)
         left = x.masked.gather(1, x.window(s.block_len)).sum(1, keepdim=True)
         facts = [live, x.age < (s.refresh or STALE), x.start, left, x.nfe]
-        results = [t[:, self.P:-1] for t in (x.canvas, x.order, x.conf, x.entropy)]
+        wanted = x.canvas, x.order, x.conf, x.entropy
+        results = [t[:, self.P:-1] for t in wanted]
         # one copy: the device is asked once; fp64 holds the integers and the fp32 numbers as they are
         table = torch.cat([t.double() for t in facts + results], 1).to("cpu")
         self.looks += 1

@@ -65,8 +65,6 @@ class Config(run.Options):
     trajectory_weight: Literal["mean", "none"] = "mean"  # loss weight: 1 / masked fraction, or 1
     score_batch: int = 16  # examples per teacher forward
     # --- standard masks
-    block_share: float = 0.0  # share of samples masked as in block decoding: earlier clean, later all masked
-    block_len: int = 32  # block size of those samples, tokens (sdar: the model's own)
     t_min: float = 0.001  # smallest masking probability
     lora_r: int = 32  # LoRA rank
     lora_alpha: int = 32  # LoRA alpha (not published)
@@ -84,10 +82,8 @@ class Config(run.Options):
 
 
 PRESETS = {
-    "tiny": dict(gen_len=48, block_len=16, teacher="tiny-ar", lr=1e-3, max_steps=200, batch_size=64,
-                 micro_batch=64),
-    **dict.fromkeys(["llada", "dream"], dict(data="s1k", gen_len=1024, warmup_ratio=0.03)),
-    "others": dict(data="s1k", gen_len=1024, warmup_ratio=0.03, block_len=None),  # not in the paper
+    "tiny": dict(gen_len=48, teacher="tiny-ar", lr=1e-3, max_steps=200, batch_size=64, micro_batch=64),
+    **dict.fromkeys(["llada", "dream", "others"], dict(data="s1k", gen_len=1024, warmup_ratio=0.03)),
 }
 
 
@@ -119,26 +115,18 @@ def trajectory_mask(bucket, cfg, rng):
     return masked, np.full(len(bucket), weight)
 
 
-def mask_response(example, cfg, rng, origin=0):
-    """-> masked (L,) bool, loss_w (L,) = 1/t before 1/L. origin: prompt tokens in the first block."""
+def mask_response(example, cfg, rng):
+    """-> masked (L,) bool, loss_w (L,) = 1/t before 1/L."""
     if "bucket" in example and rng.random() < cfg.trajectory_share:
         return trajectory_mask(example["bucket"], cfg, rng)
     L, t = len(example["x0"]), cfg.t_min + (1 - cfg.t_min) * rng.random()
-    masked, loss_w = rng.random(L) < t, np.full(L, 1 / t)
-    if rng.random() < cfg.block_share:
-        # the loss then counts the current block only, scaled up to the whole length
-        block = (origin + np.arange(L)) // cfg.block_len
-        current = rng.integers(block[-1] + 1)
-        loss_w = np.where(block == current, loss_w * L / (block == current).sum(), 0.0)
-        masked = (block > current) | ((block == current) & masked)
-    return masked, loss_w
+    return rng.random(L) < t, np.full(L, 1 / t)
 
 
 def make_batch(examples, rngs, cfg, model_cfg):
     """-> dict of xt, x0 (B, L) int64, masked (B, L) bool, loss_w (B, L) fp32; prompts, lists of ids; ids."""
     x0, names = stacked(examples, "x0")
-    origins = [nt_model.in_first_block(model_cfg, len(e["prompt_ids"]), cfg.block_len) for e in examples]
-    noise = [mask_response(e, cfg, rng, o) for e, rng, o in zip(examples, rngs, origins)]
+    noise = [mask_response(e, cfg, rng) for e, rng in zip(examples, rngs)]
     masked = torch.tensor(np.array([m for m, _ in noise]))
     loss_w = torch.tensor(np.array([w for _, w in noise])).float()
     return dict(names, xt=torch.where(masked, model_cfg.mask_id, x0), x0=x0, masked=masked,
@@ -203,7 +191,6 @@ def main():
         model = nt_model.Transformer(nt_model.config_of(cfg.model, cfg.revision)).init_weights().to(r.device)
     else:
         model = r.load(to_train=True)
-    cfg.block_len = cfg.block_len or model.cfg.block_len or Config.block_len
     model = r.for_training(model)
 
     # 1. how hard the teacher finds the examples' tokens

@@ -737,22 +737,18 @@ def test_every_method_makes_two_steps_on_the_newer_families(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("block_len", [4, 8, 16])
-@pytest.mark.parametrize("method", ["tad", "tabom", "trims"])
+@pytest.mark.parametrize("method", ["tad", "tabom"])
 def test_sdar_trains_in_blocks_of_its_own(tmp_path, monkeypatch, method, block_len):
-    """SDAR-4B-Chat-b8 and others: without --block_len, trajectories and masks follow the model's blocks."""
+    """SDAR-4B-Chat-b8 and others: without --block_len, trajectories follow the model's blocks."""
     folder = official_checkpoint(tmp_path / "base", "sdar", block_size=block_len)
     (tmp_path / "p.jsonl").write_text("".join(
         json.dumps(dict(prompt=f"{n}", solution="it is 4", answer="4")) + "\n" for n in range(4)))
     monkeypatch.setattr("grade.is_correct", lambda *_: True)
     args = ["--model", folder, "--data", tmp_path / "p.jsonl", "--out", tmp_path / "run", "--gen_len", 16, "--batch_size",
             4, "--micro_batch", 4, "--max_steps", 1, "--lora_r", 4]
-    args += ["--trajectory_share", 0, "--block_share", 1.0] if method == "trims" else ["--window", 2]
-    seen, inner = [], trims.mask_response
-    monkeypatch.setattr(trims, "mask_response", lambda e, cfg, *a: seen.append(cfg.block_len) or inner(e, cfg, *a))
-    monkeypatch.setattr("sys.argv", [f"{method}.py", *map(str, args)])
+    monkeypatch.setattr("sys.argv", [f"{method}.py", *map(str, [*args, "--window", 2])])
     importlib.import_module(method).main()
-    if method != "trims":
-        seen = [r["decoding"]["block_len"] for r in data.read_trajectories(tmp_path / "run/trajectories")]
+    seen = [r["decoding"]["block_len"] for r in data.read_trajectories(tmp_path / "run/trajectories")]
     assert len(seen) == 4 and set(seen) == {block_len}
 
 

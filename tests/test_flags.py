@@ -6,12 +6,14 @@ import io
 import math
 import random
 import re
+import runpy
 import sys
 from dataclasses import fields
 from typing import get_args, get_origin, get_type_hints
 
 import pytest
 import torch
+from conftest import ROOT
 
 import cli
 import compare
@@ -52,7 +54,8 @@ def numeric(classes):
 
 def test_every_numeric_option_has_bounds_that_hold_its_defaults():
     named = set()
-    for _, _, classes in COMMANDS.values():
+    made = runpy.run_path(str(ROOT / "weights/train.py"))["Config"]
+    for _, _, classes in [*COMMANDS.values(), (None, [], [made])]:
         named |= {name for name, _ in numeric(classes)}
         for cls in classes:
             for name, _ in numeric([cls]):

@@ -381,7 +381,7 @@ def test_tabom(monkeypatch, first):
 
 
 # ----------------------------------------------------------------------------------------------------- TRIMS
-def drawn_mask(example, cfg, rng, prompt, model_cfg):
+def drawn_mask(example, cfg, rng):
     """-> masked and the loss weight of each position, from the same draws: t, then the positions."""
     L = len(example["x0"])
     if "bucket" in example and rng.random() < cfg.trajectory_share:
@@ -390,14 +390,7 @@ def drawn_mask(example, cfg, rng, prompt, model_cfg):
         masked = [u < chance for u, chance in zip(rng.random(L), p)]
         return masked, [1 / max(1, sum(masked)) if cfg.trajectory_weight == "mean" else 1 / L] * L
     t = cfg.t_min + (1 - cfg.t_min) * rng.random()
-    masked = [u < t for u in rng.random(L)]
-    if rng.random() >= cfg.block_share:
-        return masked, [1 / t / L] * L
-    of_first = len(prompt) % cfg.block_len if model_cfg.block_len and not model_cfg.whole_blocks else 0
-    block = [(of_first + i) // cfg.block_len for i in range(L)]
-    now = rng.integers(block[-1] + 1)
-    weight = [1 / t / block.count(now) if b == now else 0 for b in block]
-    return [b > now or (b == now and m) for b, m in zip(block, masked)], weight
+    return [u < t for u in rng.random(L)], [1 / t / L] * L
 
 
 def equal_mass(scores, found, cfg):
@@ -416,11 +409,11 @@ def test_trims(monkeypatch, first):
     for seed in range(3000 + first, 3020 + first):
         pick, rng, model, records = drawn(seed, monkeypatch, (0, 0, 4))
         cfg = trims.Config(
-            trajectory_share=pick.choice([0, 0.5, 1]), block_share=pick.choice([0, 0.5, 1]),
+            trajectory_share=pick.choice([0, 0.5, 1]),
             n_buckets=pick.choice([2, 4, 8]), ordering=pick.choice(["descending", "ascending", "random"]),
             p_context=pick.choice([0, 0.05]), p_future=pick.choice([0.95, 1]),
             trajectory_weight=pick.choice(["mean", "none"]), t_min=pick.choice([0.001, 0.3]),
-            block_len=model.cfg.block_len or 3, batch_size=pick.choice([len(records), 4]))
+            batch_size=pick.choice([len(records), 4]))
         scores = [[math.nan if x == EOS and record["x0"].index(EOS) < i else round(rng.exponential(), 1)
                    for i, x in enumerate(record["x0"])] for record in records]
         for record, of_record in zip(records, found := trims.buckets(scores, cfg.n_buckets, cfg.ordering, seed)):
@@ -433,7 +426,7 @@ def test_trims(monkeypatch, first):
             b = trims.make_batch(part, rngs, cfg, model.cfg)
             for k, record in enumerate(part):
                 prompt, xt, x0, masked = rows_of(b, k)
-                want, weight = drawn_mask(record, cfg, same[k], prompt, model.cfg)
+                want, weight = drawn_mask(record, cfg, same[k])
                 assert masked == want and xt == [MASK if m else x for m, x in zip(want, record["x0"])]
                 for i in range(len(x0)):
                     if masked[i] and weight[i]:

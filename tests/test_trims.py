@@ -1,5 +1,6 @@
 import importlib
 import json
+import runpy
 import math
 from types import SimpleNamespace
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import SPECIALS, official_checkpoint, write_bpe
-from conftest import random_model
+from conftest import ROOT, random_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import data
@@ -18,7 +19,7 @@ import trims
 from teacher import difficulty, load_teacher, load_teacher_tokenizer, spread, token_nll
 from trims import Config, make_batch, mask_response, mdlm_loss
 
-CFG = SimpleNamespace(t_min=0.001, block_share=0.0, block_len=4, batch_size=2)
+CFG = SimpleNamespace(t_min=0.001, batch_size=2)
 
 
 def test_loss_by_hand():
@@ -60,13 +61,22 @@ def test_mdlm_masks_have_the_right_rate_and_weight():
     assert abs(np.mean(shares) - 0.5) < 0.05 and min(shares) < 0.05 and max(shares) > 0.95
 
 
-def test_block_masks_are_the_states_of_block_decoding():
-    cfg = SimpleNamespace(**{**vars(CFG), "block_share": 1.0})
+def test_how_the_tiny_model_was_masked():
+    """Half as in block decoding: what is before the current block is clean, what is behind it masked; drills."""
+    mask = runpy.run_path(str(ROOT / "weights/train.py"))["mask_response"]
+    cfg = SimpleNamespace(t_min=0.001, block_share=1.0, block_len=4)
     for i in range(50):
-        masked, w = mask_response({"x0": [0] * 16}, cfg, data.example_rng(0, 0, i))
+        masked, w = mask({"x0": [0] * 16}, cfg, data.example_rng(0, 0, i))
         current = np.flatnonzero(w)
         assert len(current) == 4 and current[0] % 4 == 0
         assert not masked[:current[0]].any() and masked[current[-1] + 1:].all()
+    cfg.block_share = 0.0
+    for i in range(5):
+        for ours, theirs in zip(mask({"x0": [0] * 16}, cfg, data.example_rng(0, 0, i)),
+                                mask_response({"x0": [0] * 16}, cfg, data.example_rng(0, 0, i))):
+            assert np.array_equal(ours, theirs)
+    masked, w = mask({"x0": [0] * 4, "masked": [True, False, False, True]}, cfg, data.example_rng(0, 0, 0))
+    assert masked.tolist() == [True, False, False, True] and w.tolist() == [2.0] * 4
 
 
 def test_noise_depends_on_seed_epoch_and_example_only():
@@ -259,7 +269,7 @@ def test_trims_trains_two_steps_on_every_family_with_another_tokeniser(tmp_path,
     lines = [json.dumps(dict(prompt=f"{n}?", solution=f"e\u0301 {n} 🙂", answer="")) for n in range(6)]
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
     args = ["trims.py", "--model", folder, "--data", tmp_path / "p.jsonl", "--out", tmp_path / "run",
-            "--teacher", teacher, "--gen_len", 16, "--block_len", 4, "--batch_size", 4, "--micro_batch", 2,
+            "--teacher", teacher, "--gen_len", 16, "--batch_size", 4, "--micro_batch", 2,
             "--max_steps", 2, "--lr", 1e-2, "--trajectory_share", 1.0, "--n_buckets", 3]
     monkeypatch.setattr("sys.argv", [str(a) for a in args])
     trims.main()

@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -37,8 +38,27 @@ class Config(trims.Config):
     micro_batch: int = 64  # examples per forward
 
 
+standard_mask = trims.mask_response
+
+
+def mask_response(example, cfg, rng):
+    """-> masked (L,) bool, loss_w (L,) before 1/L: a drill's own mask, a standard one, or a state of block decoding."""
+    if example.get("masked"):  # a drill: the mean of its cross-entropies counts
+        masked = np.array(example["masked"])
+        return masked, np.full(len(masked), len(masked) / masked.sum())
+    masked, loss_w = standard_mask(example, cfg, rng)
+    if rng.random() < cfg.block_share:
+        # the loss then counts the current block only, scaled up to the whole length
+        block = np.arange(len(masked)) // cfg.block_len
+        current = rng.integers(block[-1] + 1)
+        loss_w = np.where(block == current, loss_w * len(masked) / (block == current).sum(), 0.0)
+        masked = (block > current) | ((block == current) & masked)
+    return masked, loss_w
+
+
 def main():
     cfg = run.parse(Config, {"others": {}}, __doc__)
+    trims.mask_response = mask_response  # what make_batch asks
     r = run.Run(cfg, whole=True)
     tok = data.load_tokenizer(cfg.model)
     torch.manual_seed(cfg.seed)
@@ -53,14 +73,7 @@ def main():
 
     def build(numbers):
         rngs = [data.example_rng(cfg.seed, 0, n) for n in numbers]
-        b = trims.make_batch([drawn[n] for n in numbers], rngs, cfg, model.cfg)
-        for row, n in enumerate(numbers):
-            if drawn[n]["masked"]:  # the mean of its cross-entropies counts
-                b["masked"][row] = masked = torch.tensor(drawn[n]["masked"])
-                b["xt"][row] = torch.where(masked, model.cfg.mask_id, b["x0"][row])
-                weight = torch.full(masked.shape, len(masked) / int(masked.sum()))
-                b["loss_w"][row] = weight / (len(masked) * cfg.batch_size)
-        return b
+        return trims.make_batch([drawn[n] for n in numbers], rngs, cfg, model.cfg)
 
     for step in r.steps(model, optimizers, cfg.max_steps):
         chosen = range(step * cfg.batch_size, (step + 1) * cfg.batch_size)
