@@ -486,6 +486,12 @@ def test_logits_that_are_not_finite_are_an_error_that_names_the_prompt():
             generate(model, prompts_of([3]), gen_len=8, block_len=4, policy=policy, cache="none")
 
 
+@pytest.mark.parametrize("ids", [[3, 10**6], [-1], [5, -7, 5], [2**40]])
+def test_tokens_that_the_model_lacks_are_an_error_that_names_the_prompt(ids):
+    with pytest.raises(UserError, match="prompt 1 holds token ids outside .*wrong tokeniser"):
+        generate(random_model(), [*prompts_of([3]), torch.tensor(ids)], gen_len=8, block_len=4)
+
+
 def test_eos_in_the_prompt_does_not_stop():
     model = random_model()
     prompt = torch.tensor([38, 38, 1, 38])
