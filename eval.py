@@ -138,16 +138,6 @@ def anchor_warning(curves):
                        f"ones begin: its AUP is overrated\n")
 
 
-def summary_of(point):
-    acc, standard_error = accuracy(point)
-    seconds, n = point["seconds"], len(point["correct"])
-    return dict(
-        rule=point["rule"], acc=acc, se=standard_error,
-        tpf=tpf(point), nfe=sum(point["nfe"]) / n,
-        tok_per_s=sum(point["tokens"]) / seconds, s_per_sample=seconds / n,
-        ms_per_forward=point["ms_per_forward"])
-
-
 def rule_name(settings):
     s = decoding_of(settings)
     name = f"{s.block_len / s.steps if s.steps else s.per_step:g} per forward"  # dream has one block
@@ -326,11 +316,13 @@ def show(curves, y_max, out):
     """Print a table of curves and draw them as curve.png; y_max: in percent, None: the best."""
     y_max = y_max or max(accuracy(point)[0] for _, points in curves for point in points)
     print("model      decoding rule             accuracy %    TPF  forwards    tok/s  s/sample ms/forward")
-    row = ("{label:<10} {rule:<22} {acc:6.1f} +- {se:3.1f} {tpf:6.2f} {nfe:9.1f} "
-           "{tok_per_s:8.1f} {s_per_sample:9.4f} {ms_per_forward:10.2f}")
     for label, points in curves:
         for point in points:
-            print(row.format(label=label, **summary_of(point)))
+            acc, error = accuracy(point)
+            n, seconds = len(point["correct"]), point["seconds"]
+            print(f"{label:<10} {point['rule']:<22} {acc:6.1f} +- {error:3.1f} {tpf(point):6.2f} "
+                  f"{sum(point['nfe']) / n:9.1f} {sum(point['tokens']) / seconds:8.1f} {seconds / n:9.4f} "
+                  f"{point['ms_per_forward']:10.2f}")
     for label, points in curves:
         area = area_of([(rho(p), accuracy(p)[0]) for p in points], y_max)
         print(f"AUP {label}: {area:.1f}   (y_max {y_max:.1f}, {len(points[0]['correct'])} problems)")
@@ -391,8 +383,8 @@ def closing(r, model, tok, label):
         base = f"--model {cfg.model}" + (f" --revision {cfg.revision}" if cfg.revision else "")
         which = f"--model {r.final}" if r.whole else f"{base} --adapter {r.final}"
         task = f" --task {cfg.data}" if cfg.data in data.GAMES else " --task problems.jsonl"
-        print(f"evaluate: python eval.py curve {which}{task} --gen_len {cfg.gen_len} "
-              f"--block_len {model.cfg.block_len or getattr(cfg, 'block_len', sample.Decoding.block_len)}")
+        blocks = f" --block_len {model.cfg.block_len}" if model.cfg.block_len else ""
+        print(f"evaluate: python eval.py curve {which}{task} --gen_len {cfg.gen_len}{blocks}")
 
 
 def mean_by_step(rows):
@@ -470,8 +462,10 @@ def masked_ce(model, record):
     order = np.zeros(len(record["x0"]), int)
     order[:n] = 1 + np.random.default_rng(0).permutation(n)
     steps = 1 + n - (n * torch.arange(1, 11) + 9) // 10
-    states = along_trajectory(model, record | {"order": order}, steps)
-    return [math.nan, *(-logp.gather(1, ids[:, None].to(logp.device)).mean() for ids, _, logp in states)]
+    values = [math.nan]
+    for ids, _, logp in along_trajectory(model, record | {"order": order}, steps):
+        values.append(-logp.gather(1, ids[:, None].to(logp.device)).mean())
+    return values
 
 
 def trajectory_nll(teacher, teacher_tok, tok, prompt, out, eos_ids):
@@ -601,17 +595,16 @@ def tds_command(args):
     model, tok = load_both(args)
     label = args.adapter or args.model
     data.check_tokens(records, model.cfg)
-    texts, what = {label: records}, (tds, "TDS", "nats^2", "tds.png", "forward")
-    if args.ce:
-        solved = []
+    if not args.ce:
+        values = mean_of(tds, model, records, label)
+        return report_by_step(label, values, "TDS", "nats^2", Path(args.out) / "tds.png")
+    path = Path(args.out) / "ce.png"
+    for what in ("own text", "solutions"):
+        values = mean_of(masked_ce, model, records, what)
+        report_by_step(f"{what}, {label}", values, "cross-entropy", "nats", path, "masked tenth")
         for r in records:
             ids = tok.response_ids(r["solution"])
-            solved.append(r | {"x0": ids + [tok.eos_id] * (len(r["x0"]) - len(ids))})
-        texts = {f"own text, {label}": records, f"solutions, {label}": solved}
-        what = masked_ce, "cross-entropy", "nats", "ce.png", "masked tenth"
-    measure, *what, file, x = what
-    for label, records in texts.items():
-        report_by_step(label, mean_of(measure, model, records, label), *what, Path(args.out) / file, x)
+            r["x0"] = ids + [tok.eos_id] * (len(r["x0"]) - len(ids))
 
 
 def log_command(args):

@@ -59,6 +59,12 @@ def ling_coder_row(row):
     return dict(prompt=question, solution=reply)
 
 
+def stratos_row(row):
+    """conversations: [{from, value}]; the reply has its reasoning, and its answer in \\boxed{} or code."""
+    question, reply = row["conversations"][0]["value"], row["conversations"][1]["value"]
+    return dict(prompt=question, solution=reply, answer=grade.boxed(reply) or reply)
+
+
 def s1k_row(row):
     """The response is `attempt`; thinking_trajectories: one trace; solution: gold, an answer or a proof."""
     return dict(prompt=row["question"], solution=row["attempt"], thinking=row["thinking_trajectories"][0],
@@ -133,6 +139,8 @@ RECIPES = {
     "ling-coder": Recipe(ling_coder_row, "inclusionAI/Ling-Coder-SFT", TRAIN, "parses", "data/*.parquet",
                          n=18_000, note="TABOM"),
     "s1k": Recipe(s1k_row, "simplescaling/s1K", TRAIN, "math", note="TRIMS"),
+    "stratos": Recipe(stratos_row, "bespokelabs/Bespoke-Stratos-17k", TRAIN, "math",
+                      note="T3D's SFT, with --gen_len 600"),
     "math": Recipe(math_row, "EleutherAI/hendrycks_math", TRAIN | TEST, "math", "*/*.parquet", MATH_CONFIGS),
     "math500": Recipe(math_row, "HuggingFaceH4/MATH-500", TEST, "math", "test.jsonl"),
     "t3d-math": Recipe(t3d_math_row, "Gen-Verse/MATH_train", TRAIN, "math", "train/MATH_train.json",

@@ -50,6 +50,7 @@ class Options(nt_model.ModelOptions):
     overwrite: bool = False  # start anew in a directory that already holds a run
     save_every: int = 100  # steps between checkpoints
     log_every: int = 10  # steps between log lines
+    each_epoch: bool = False  # keep what every epoch ends with, in epoch-1 ...: parts of --max_steps if given
     eval_problems: int = 300  # problems of the closing evaluation (embedded tasks only; 0: none)
     fsdp: bool = False  # LoRA: shard the frozen base over ranks, where it does not fit (--full always does)
     checkpoint_blocks: bool = False  # keep only the inputs of blocks, compute the rest again: less memory
@@ -58,8 +59,9 @@ class Options(nt_model.ModelOptions):
 
 
 STEP_TIMEOUT = timedelta(minutes=4)  # within which all ranks come to the same place of a step
-MADE = ("adapter model checkpoints results.jsonl adapter.unfinished model.unfinished trajectories difficulty "
-        "log.jsonl* nonfinite-rank*.json window.* curve.png log.png wandb tds.* trajectory_nll.*").split()
+MADE = ("adapter model checkpoints results.jsonl adapter.unfinished model.unfinished epoch-* trajectories "
+        "difficulty log.jsonl* nonfinite-rank*.json window.* curve.png log.png wandb tds.* ce.* "
+        "trajectory_nll.*").split()
 FREE = [f.name for f in fields(Options)][8:]
 
 
@@ -344,6 +346,9 @@ class Run:
                 cli.append_line(log, row)
                 if self.board:
                     self.board.log(row, step=done)
+            for k in range(1, cfg.epochs + 1) if cfg.each_epoch else ():
+                if done == math.ceil(k * n_steps / cfg.epochs):
+                    self.save(model, self.out / f"epoch-{k}")
             if done % cfg.save_every == 0 or done == n_steps or self.stops:
                 self.save_checkpoint(done)
             if self.stops:  # a preempted job; all ranks are at this step
@@ -478,10 +483,10 @@ class Run:
         barrier()  # reading took each rank its own time
         return step
 
-    def save(self, model):
+    def save(self, model, final=None):
         """Write what was trained. Every rank calls it; rank 0 gets a plain copy of the model, others None."""
         self.finish_writing(self.group)
-        plain, final = unsharded(model, keep=self.rank == 0), self.final
+        plain, final = unsharded(model, keep=self.rank == 0), final or self.final
         if self.rank != 0:
             return None
         with whole_folder(final) as folder:  # it is there if the closing evaluation was killed

@@ -243,3 +243,26 @@ time.sleep(60)"""
         for n, handler in before.items():
             signal.signal(n, handler)
     assert (tmp_path / "saved").exists()
+
+
+def test_every_epoch_is_kept_as_an_adapter_that_loads(runs, method="tabom"):
+    """In each of three parts of six steps; whoever keeps none ends in the same bytes, and so does who was stopped."""
+    def epochs(name):
+        return {k: (runs.folder / name / f"epoch-{k}/adapter_model.safetensors").read_bytes() for k in (1, 2, 3)}
+    assert runs(method, "kept", "--each_epoch", "--epochs", "3") == (0, [])
+    assert runs(method, "same", "--epochs", "3") == (0, []) and runs.adapter("same") == runs.adapter("kept")
+    assert not list((runs.folder / "same").glob("epoch-*"))
+    made = epochs("kept")
+    assert made[3] == runs.adapter("kept") and len(set(made.values())) == 3
+    for k in (1, 2, 3):
+        lora.load(nt_model.load(runs.folder / "base"), runs.folder / f"kept/epoch-{k}")
+    with runs.patch.context() as patch:
+        inner = training.Run.update
+
+        def update(self):
+            inner(self)
+            if self.step == 2:
+                raise cli.UserError("stopped")
+        patch.setattr(training.Run, "update", update)
+        assert runs(method, "stopped", "--each_epoch", "--epochs", "3")[0] == 2
+    assert runs(method, "stopped", "--each_epoch", "--epochs", "3") == (0, []) and epochs("stopped") == made

@@ -74,6 +74,15 @@ ROWS = {
         (dict(mid="c", languages=["python"],
               messages=[dict(role="HUMAN", content="Broken."),
                         dict(role="ASSISTANT", content="```python\ndef (\n```")]), None)],
+    "stratos": [
+        (dict(system="Your role ...", conversations=[
+            {"from": "user", "value": "2+2?"},
+            {"from": "assistant", "value": "<|begin_of_thought|>Hm<|end_of_thought|> It is $\\boxed{4}$."}]),
+         dict(prompt="2+2?", solution="<|begin_of_thought|>Hm<|end_of_thought|> It is $\\boxed{4}$.", answer="4",
+              grader="math")),
+        (dict(conversations=[{"from": "user", "value": "Add."}, {"from": "assistant", "value": "x = a + b"}]),
+         dict(prompt="Add.", solution="x = a + b", answer="x = a + b", grader="math")),
+        (dict(conversations=[{"from": "user", "value": "No reply."}]), None)],
     "s1k": [
         (dict(question="2+2?", solution="The sum is $\\boxed{4}$.", cot_type="math", source_type="x",
               metadata="{}", thinking_trajectories=["Two and two ..."], attempt="It is 4.", cot=None),
@@ -407,7 +416,7 @@ def test_list_show_and_stats_of_data(tmp_path, monkeypatch, capsys):
     def run(*args):
         return command(monkeypatch, capsys, data, *args)
     code, out, _ = run("list")
-    assert code == 0 and all(f"\n{name} " in out for name in recipes.RECIPES) and "CC BY-NC 4.0" in out
+    assert code == 0 and all(f"\n{name} " in "\n" + out for name in recipes.RECIPES) and "CC BY-NC 4.0" in out
     for name in recipes.RECIPES:
         file = write(tmp_path / f"{name}.jsonl", [row for row, _ in ROWS[name]])
         code, out, _ = run("show", f"{name}={file}", "-n", "1")
