@@ -181,7 +181,8 @@ def test_a_changed_command_line(command, called):
 
 
 @pytest.mark.parametrize("command, words, why", [
-    ("tad", "--near none --distant none", "nothing is left"), ("tabom", "--window 1", "two tokens"),
+    ("tad", "--near none --distant none", "nothing is left"),
+    ("tad", "--near none --source gt_random", "nothing is left"), ("tabom", "--window 1", "two tokens"),
     ("tabom", "--segment two_steps", "not ranked"), ("t3d", "--save_every 7 --refresh 2", "a multiple of"),
     ("t3d", "--variant code --fake expected", "one by one"), ("trims", "--n_examples 0", "exceeds the data"),
     ("trims", "--n_examples 0 --trajectory_share 0 --max_steps 0", "exceeds the data"),

@@ -448,7 +448,7 @@ def test_rollout_inspect_and_stats_of_trajectories(tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("script, args, words", [
-    (data, ("show", "gsm8"), "no data 'gsm8': give 'tiny', one of gsm8k"),
+    (data, ("show", "gsm8"), "no data 'gsm8': give one of tiny"),
     (data, ("show", "tiny", "-n", "0"), "n is 0: it must be at least 1"),
     (rollout, ("inspect", "nowhere"), "nowhere holds no trajectories"),
     (rollout, ("stats", "nowhere"), "nowhere holds no trajectories"),
