@@ -101,9 +101,10 @@ def test_mutated_adapters(tmp_path):
 def test_mutated_rows(tmp_path):
     good = dict(id="a", prompt="1 + 1?", solution="2", answer="2", tests=["assert True"], setup="x = 1",
                 entry_point="f", question="q", thinking="t", grader="code")
+    chat = dict(messages=[dict(role=role, content="x") for role in ("system", "user", "assistant", "user", "assistant")], answer="x")
     tok, rng, file = data.load_tokenizer("tiny"), random.Random(2), tmp_path / "rows.jsonl"
-    for number in range(120):
-        rows = [good, mutated(good, rng), {**good, "id": "c"}]
+    for number in range(160):
+        rows = [good, mutated(chat if number % 4 == 3 else good, rng), {**good, "id": "c"}]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         cfg = trims.Config(data=str(file), gen_len=64, with_thinking=number % 2 == 0)
         for read in (lambda: trims.load_examples(cfg, tok), lambda: read_prompts(file), lambda: used(file, tok)):

@@ -26,8 +26,8 @@ import sample
 from cli import UserError, run_cli
 from model import HERE, KVCache, Transformer, config_from_json, decoding_defaults, default_device
 
-FILE = HERE / "assets" / "shapes.toml"  # config.json by name
-SHAPES = {name: config_from_json(raw, FILE) for name, raw in tomllib.loads(cli.read_text(FILE)).items()}
+SHAPES = tomllib.loads(cli.read_text(HERE / "assets" / "shapes.toml"))  # config.json by name
+SHAPES = {name: config_from_json(raw) for name, raw in SHAPES.items()}
 
 
 def random_weights(cfg, device="cpu", dtype=torch.float32):
@@ -59,18 +59,11 @@ def fast_dllm(model, prompt, s):
     return x[0, len(prompt):], nfe
 
 
-def packed_linear_flop(x, tag, *_, **__):
-    return 2 * math.prod(x) * tag[0]
-
-
-def attention_flop(query, key, *_, **__):  # torch's own wants as many heads in key
-    return 4 * math.prod(query) * key[2]
-
-
 def flop_of(call):
     """Of its products."""
-    own = {torch.ops.nanotraj.packed_linear: packed_linear_flop} | {
-        getattr(torch.ops.aten, f"_scaled_dot_product_{kind}"): attention_flop
+    own = {torch.ops.nanotraj.packed_linear: lambda x, tag, *_, **__: 2 * math.prod(x) * tag[0]} | {
+        # torch's own wants as many heads in key
+        getattr(torch.ops.aten, f"_scaled_dot_product_{kind}"): lambda q, k, *_, **__: 4 * math.prod(q) * k[2]
         for kind in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")}
     with FlopCounterMode(display=False, custom_mapping=own) as counter:
         call()
