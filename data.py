@@ -2,7 +2,8 @@
 
 Wherever a script takes data: tiny or barter; a NAME of the list; NAME=FILE, a local copy of that set
 (.jsonl, .json, .parquet, also .gz; a quoted pattern for several files); your own FILE with the fields prompt,
-solution and answer or tests; FILE:prompt=question,answer=target, other field names; several joined by +.
+solution and answer or tests, or with messages; FILE:prompt=question,answer=target, other field names; several
+joined by +.
 """
 import glob
 import importlib
@@ -38,8 +39,8 @@ AVOIDED = {"train": ("dev", "test"), "dev": (), "test": ("dev",)}  # whose held-
 SPLITS = tuple(AVOIDED)
 
 TEXTS = "prompt question solution thinking entry_point grader".split()  # fields that hold text
-OWN_FIELDS = ("id", *TEXTS, "answer", "tests", "setup")  # of a problem
-CARRIED = "question grader tests entry_point setup".split()  # into its record, where it has them
+OWN_FIELDS = ("id", *TEXTS, "answer", "tests", "setup", "messages")  # of a problem
+CARRIED = "earlier question grader tests entry_point setup".split()  # into its record, where it has them
 RECORD_FIELDS = {**dict.fromkeys("id source prompt solution model".split(), str),
                  **dict.fromkeys("prompt_ids x0 order rank".split(), list), "decoding": dict,
                  "nfe": int, "schema": int, "correct": (bool, type(None))}
@@ -159,6 +160,8 @@ def own_problems(source):
             raise UserError(f"{where}: tests and setup must be text or lists of texts")
         if type(p.get("answer", "")) not in (str, int, float):
             raise UserError(f"{where}: answer must be text or a number, it is {str(p['answer'])[:40]!r}")
+        if "messages" in p:
+            p |= last_exchange(p, where)
         if not p.get("prompt", "").strip():
             raise UserError(f"{where} has no field 'prompt' or it is empty")
         problems.append({**p, "id": str(p["id"])})
@@ -167,16 +170,30 @@ def own_problems(source):
     return problems
 
 
+def last_exchange(row, where):
+    """messages, [{role, content}] -> the user's last prompt, what was said before, the answer to it."""
+    try:
+        said = [[turn["role"] + "", turn["content"] + ""] for turn in row["messages"]]  # text, or an error
+        solution = said.pop()[1] if said[-1][0] == "assistant" else row["solution"]
+        role, prompt = said.pop()
+    except (KeyError, TypeError, IndexError):
+        role = None
+    if role != "user":
+        raise UserError(f"{where}: messages must be turns with role and content (text), the last one the "
+                        f"user's, or the assistant's answer to it")
+    return dict(prompt=prompt, earlier=said, solution=solution)
+
+
 def fitting(problems, tok, most, room, asked=None):
     """The problems whose prompt (or asked(problem), which is shown instead) has at most `most` tokens (None:
     any number). UserError, by its id, for one of more than `room`, what a response leaves of max_len."""
     kept = []
     for p in problems:
-        n = len(tok.prompt_ids(asked(p) if asked else p["prompt"]))
+        n = len(tok.prompt_ids(p | dict(prompt=asked(p)) if asked else p))
         if room < n <= (most or n):
             raise UserError(f"prompt {p['id']!r} has {n} tokens, of which model and gen_len allow {room}: "
                             f"shorten it, lower gen_len, or leave such out by --max_prompt {room}")
-        kept += [p] if n <= (most or n) else []
+        kept += [p] * (n <= (most or n))
     if len(kept) < len(problems):
         print(f"{len(problems) - len(kept)} prompts are longer than --max_prompt {most}: left out")
     if not kept:
@@ -207,9 +224,10 @@ class Tokenizer:
         """id -> its UTF-8 bytes; none for special tokens."""
         return self.plain.get(i, b"")
 
-    def prompt_ids(self, text, system=""):
-        """One user turn (after a system turn, if any) -> (P,) int64 ids, ready for the answer to follow."""
-        turns = [("system", system)] * bool(system) + [("user", text)]
+    def prompt_ids(self, asked, system=""):
+        """A user's text, or a problem with its earlier turns -> (P,) int64 ids, ready for the answer."""
+        asked = dict(prompt=asked) if isinstance(asked, str) else asked
+        turns = [("system", system)] * bool(system) + asked.get("earlier", []) + [("user", asked["prompt"])]
         return torch.tensor(self.chat.prompt_ids(turns), dtype=torch.long)
 
     def response_ids(self, text):
@@ -467,7 +485,7 @@ def stats(args):
     problems, tok = problems_asked_for(args), load_tokenizer(args.model, args.revision)
     kinds = Counter(grade.grader_of(p) for p in problems)
     print(f"{'problems':<16} {len(problems)}: " + ", ".join(f"{k} graded by {g}" for g, k in kinds.items()))
-    spread("prompt tokens", [len(tok.prompt_ids(p["prompt"])) for p in problems])
+    spread("prompt tokens", [len(tok.prompt_ids(p)) for p in problems])
     spread("solution tokens", [len(tok.response_ids(p["solution"])) for p in problems if p["solution"]])
     if args.against:
         asked, others = set(map(same_question, problems)), load_problems(args.against, "test")

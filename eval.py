@@ -194,7 +194,7 @@ def curve(model, tok, problems, protocol, label, batch_size=64, allow_code=False
     kept: a Kept folder, which gets them from rank 0; what is there is not computed again."""
     model.eval()
     points = []
-    prompts = {p["id"]: tok.prompt_ids(wording(p, protocol)) for p in problems}
+    prompts = {p["id"]: tok.prompt_ids(p | dict(prompt=wording(p, protocol))) for p in problems}
     for rule in cli.progress_bar(protocol["rules"], f"evaluate {label}"):
         settings = protocol | rule
         settings |= vars(decoding_of(settings))
@@ -230,8 +230,7 @@ def join_ranks():
     """(rank, world size): torchrun's, or (0, 1). The ranks only exchange words, so gloo does on GPUs too."""
     rank, world = ranks()
     if world > 1:
-        # one may wait long for another's decoding
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))  # of waiting for another
     return rank, world
 
 
@@ -579,10 +578,10 @@ def nll_command(args, given):
     settings = dict(cache="none", policy="static", per_step=1, early_stop=False)
     settings |= nt_model.decoding_defaults(model.cfg) | given
     problems = data.fitting(problems, tok, args.max_prompt, model.cfg.max_len - decoding_of(settings).gen_len)
-    outs = sample.generate(model.eval(), [tok.prompt_ids(p["prompt"]) for p in problems], **settings)
+    outs = sample.generate(model.eval(), [tok.prompt_ids(p) for p in problems], **settings)
     rows = []
     for p, out in zip(cli.progress_bar(problems, f"teacher NLL {label}", unit="decoding"), outs):
-        rows.append(trajectory_nll(teacher, teacher_tok, tok, p["prompt"], out, model.cfg.eos_ids))
+        rows.append(trajectory_nll(teacher, teacher_tok, tok, p, out, model.cfg.eos_ids))
     path = Path(args.out) / "trajectory_nll.png"
     report_by_step(label, mean_by_step(rows), "teacher NLL", "nats per token", path)
 

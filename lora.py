@@ -1,8 +1,7 @@
 """LoRA (Hu et al., arXiv 2106.09685), written by hand: y = W x + b + (alpha / r) B A dropout(x).
 
     lora.add(model, r=16, alpha=16, dropout=0.0, targets=lora.ALL)   # freezes the base, adapters stay fp32
-    with lora.off(model):    # the base model: same weights, no second copy
-        teacher_logits = model(ids)
+    with lora.off(model): ...         # inside, it is the base model: same weights, no second copy
     lora.save(model, dir)    # PEFT's layout, official module names: `peft` loads it on the official model
     lora.load(model, dir)
     lora.merge(model)        # plain nn.Linear again

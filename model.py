@@ -169,7 +169,6 @@ def read_config(folder):
         raw["eos_token_id"] = eos + more
     # SDAR and A2D leave out the mask id, which the tokeniser has, and what the name tells: -b8, the kind
     tokens, path = folder / "tokenizer_config.json", folder.resolve()
-    # of a hub id the path is models--OWNER--NAME/snapshots/COMMIT
     name = next((part for part in path.parts if part.startswith("models--")), path.name)
     block = raw.get("model_type") == "sdar" and re.search(r"-b(\d+)$", name)
     kind = re.search("mdlm|bd3lm", name)

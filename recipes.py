@@ -16,8 +16,7 @@ import grade
 from cli import UserError, package, progress_bar, read_rows
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
-# T3D App. C.3, whose print lost the \\ of \\boxed
-T3D_MATH = (f"{{question}}. {BOXED} You are a precise math problem solver. "
+T3D_MATH = (f"{{question}}. {BOXED} You are a precise math problem solver. "  # App. C.3 lost its backslash
             "Solve the given math problem step by step.")
 T3D_CODE = ("This is the problem: {question}. Place your code within a single Python code block "
             "```python```. Do not include more than one code block.")

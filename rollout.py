@@ -54,9 +54,9 @@ def rollout(model, tok, problems, folder, model_name, privileged=False, batch_si
     mend_shards(folder.glob("rank*.jsonl"), rank, world)
     done = {r["id"]: r for r in read_trajectories(folder, growing=True)}
     facts = dict(model=str(model_name), revision=model.revision, decoding=settings, schema=SCHEMA)
-    prompts = {p["id"]: p["prompt"] for p in problems}
+    prompts = {p["id"]: {k: p[k] for k in ("prompt", "earlier") if k in p} for p in problems}
     for r in done.values():  # none may be of another model, of other settings or prompts
-        asked = r | facts | {"prompt": prompts.get(r["id"], r["prompt"])}
+        asked = r | facts | prompts.get(r["id"], {})
         then, now = (x["decoding"] | x | {"decoding": None} for x in (r, asked))
         differ = [k for k in now | then if now.get(k) != then.get(k)]
         if differ:
@@ -114,7 +114,7 @@ def decode_into(shard, model, tok, todo, facts, batch_size, allow_code):
     problems = list(todo.values())
     decoding = dict(facts["decoding"])
     privileged = decoding.pop("privileged")
-    prompts = [tok.prompt_ids(privileged_prompt(p) if privileged else p["prompt"]) for p in problems]
+    prompts = [tok.prompt_ids(p | dict(prompt=privileged_prompt(p)) if privileged else p) for p in problems]
     outputs = stream(model, prompts, batch_size, streams=list(todo), **decoding)
     for i, out, n, verdict in graded(outputs, problems, tok, model.cfg.eos_ids, allow_code):
         p, order, rank = problems[i], out.order, out.rank
@@ -123,7 +123,7 @@ def decode_into(shard, model, tok, todo, facts, batch_size, allow_code):
             order, rank = consecutive_tail(out, n)
         record = dict(
             id=p["id"], source=p["source"], prompt=p["prompt"],
-            prompt_ids=tok.prompt_ids(p["prompt"]).tolist(),
+            prompt_ids=tok.prompt_ids(p).tolist(),
             x0=out.ids.tolist(), order=order.tolist(), rank=rank.tolist(), nfe=out.nfe,
             solution=p["solution"], answer=p.get("answer", ""), correct=correct,
             **facts, **{k: p[k] for k in CARRIED if k in p})

@@ -18,8 +18,7 @@ whole canvas, refreshes all keys and values, and also reveals. The following for
     exact       (block-causal models) the block only: nothing before depends on it. A finished block's keys
                 are committed by the next block's first forward, which also runs over that block
 
-Read the policies and `reference` first. The batched decoder is `step`, one forward and what it reveals, of
-fixed shapes and without a wait; and a host loop, `Batch`: finished rows make room for waiting prompts.
+Read the policies and `reference` first, then `step`, one forward of fixed shapes, and the host's `Batch`.
 """
 import copy
 import json
@@ -427,8 +426,6 @@ def check_prompts(cfg, prompts, s):
         raise UserError(f"policy {s.policy} is for bidirectional models: earlier blocks of a {cfg.family} "
                         f"model do not see later ones; choose threshold or static")
     for i, p in enumerate(prompts):
-        if p.ndim != 1:
-            raise UserError(f"prompt {i} has shape {tuple(p.shape)}: give 1-D tensors of token ids")
         if len(p) + s.gen_len > cfg.max_len:
             raise UserError(f"prompt {i} has {len(p)} tokens; with gen_len {s.gen_len} that exceeds "
                             f"the model's {cfg.max_len}: shorten the prompt or gen_len")
@@ -817,7 +814,7 @@ def decode_file(model, tok, args, settings, how):
     rows = data.fitting(read_prompts(Path(args.prompts)), tok, args.max_prompt, room)
     how_asked = settings | {"system": args.system} if args.system else settings
     made_by = dict(model=args.model, revision=model.revision, adapter=args.adapter, decoding=how_asked)
-    ours = {r["id"]: dict(prompt=r["prompt"], **made_by) for r in rows}  # what a line of this run says
+    ours = {r["id"]: r | made_by for r in rows}  # what a line of this run says
     there = cli.read_jsonl(to, ours=True, growing=True) if to.exists() else []
     if not all(r.get("id") in ours and r | ours[r["id"]] == r for r in there):
         raise UserError(f"{to} holds responses of another model, other settings or other prompts: choose "
@@ -827,7 +824,7 @@ def decode_file(model, tok, args, settings, how):
     done = {r["id"] for r in there}
     todo = [i for i, r in enumerate(rows) if r["id"] not in done]
     to.parent.mkdir(parents=True, exist_ok=True)
-    prompts = [tok.prompt_ids(rows[i]["prompt"], args.system) for i in todo]
+    prompts = [tok.prompt_ids(rows[i], args.system) for i in todo]
     for i, out in stream(model, prompts, args.batch_size, progress=True, streams=todo, **how):
         n = out.n_tokens(model.cfg.eos_ids)
         response = dict(response=tok.decode(out.ids[:n].tolist()), tokens=n, nfe=out.nfe)

@@ -155,10 +155,10 @@ def teacher_prompts(records, cfg, tok):
     if kind == "plain" or kind == "collection" and cfg.source == "no_privilege":
         return [r["prompt_ids"] for r in records]
     if kind != "system":
-        return [r.get("privileged_prompt_ids") or tok.prompt_ids(privileged_prompt(r)).tolist()
-                for r in records]
+        return [r.get("privileged_prompt_ids")
+                or tok.prompt_ids(r | dict(prompt=privileged_prompt(r))).tolist() for r in records]
     system = f"{tok.chat.system}\n\nReference Answer: "  # behind the family's own, in one turn
-    return [tok.prompt_ids(r["prompt"], system + r["solution"]).tolist() for r in records]
+    return [tok.prompt_ids(r, system + r["solution"]).tolist() for r in records]
 
 
 def soft_rows(teacher, b, cfg, x0):

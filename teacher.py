@@ -108,7 +108,7 @@ def teacher_pieces(example, tok, teacher_tok):
     elif text != said:
         raise UserError(f"example {example['id']}: its completion is not UTF-8 text, or the teacher's "
                         f"tokeniser changes it; normalise the text (NFC)")
-    return teacher_tok.prompt_ids(example["prompt"]).tolist(), ids, teacher_bytes, list(map(len, pieces))
+    return teacher_tok.prompt_ids(example).tolist(), ids, teacher_bytes, list(map(len, pieces))
 
 
 @torch.no_grad()
@@ -141,7 +141,7 @@ def score_examples(examples, tok, teacher_tok, cfg, r):
         return read_shards(folder, "rank*.jsonl", "key", r.rank, r.world, scores=list)
 
     def key(e):  # everything the scores depend on
-        what = json.dumps([cfg.teacher, cfg.metric, e["prompt"], e["x0"]])
+        what = json.dumps([cfg.teacher, cfg.metric, e["prompt"], e["x0"], *e.get("earlier", [])])
         return hashlib.sha256(what.encode()).hexdigest()
     examples = [examples[i] for i in range(len(examples))]
     keys = list(map(key, examples))

@@ -154,7 +154,7 @@ def load_examples(cfg, tok):
         if not records:
             raise UserError(f"{cfg.data} holds no correct trajectory: nothing to train on "
                             f"(--no-only_correct takes the others too)")
-        if tok.prompt_ids(records[0]["prompt"]).tolist() != records[0]["prompt_ids"]:
+        if tok.prompt_ids(records[0]).tolist() != records[0]["prompt_ids"]:
             raise UserError(f"{cfg.data} was collected with {records[0]['model']}, whose tokeniser or chat "
                             f"template is not that of {cfg.model}: collect with this model")
         return records
@@ -167,8 +167,8 @@ def load_examples(cfg, tok):
         text = f"{p['thinking']}\n{p['solution']}" if cfg.with_thinking else p["solution"]
         ids = tok.response_ids(unicodedata.normalize("NFC", text))
         if p["solution"].strip() and len(ids) <= cfg.gen_len:
-            fits.append(dict(id=p["id"], prompt=p["prompt"], prompt_ids=tok.prompt_ids(p["prompt"]).tolist(),
-                             x0=pad_response(ids, cfg.gen_len, tok.eos_id)))
+            fits.append(p | dict(prompt_ids=tok.prompt_ids(p).tolist(),
+                                 x0=pad_response(ids, cfg.gen_len, tok.eos_id)))
     bare = [p["id"] for p in problems if not p["solution"].strip()]
     if len(fits) < len(problems):
         print(f"{len(problems) - len(fits)} of {len(problems)} rows are left out: {len(bare)} have no "

@@ -321,6 +321,22 @@ def test_real_configs_on_the_meta_device(hub, folder, n_parameters):
     assert (cfg.mask_id, cfg.eos_ids, cfg.pad_id) == want
 
 
+@pytest.mark.parametrize("folder, family, n_parameters, ids, block_len", [
+    ("dream-coder", "dream", 7_615_616_512, (151666, (151643, 151645), 151643), 0),
+    ("diffucoder", "dream", 7_615_616_512, (151666, (151643, 151645), 151643), 0),
+    ("sdar-8b", "sdar", 8_190_735_360, (151669, (151643, 151645), 151643), 4),
+    ("diffcoder-base", "diffcoder", 8_250_462_208, (5, (2,), 1), 4)])
+def test_config_files_of_other_presets(hub, tmp_path, folder, family, n_parameters, ids, block_len):
+    """Without any of their other files, see fixtures/README.md; a hub id's name tells SDAR's blocks."""
+    cfg = nt_model.read_config(hub / folder)
+    with torch.device("meta"):
+        assert sum(p.numel() for p in nt_model.Transformer(cfg).parameters()) == n_parameters
+    assert (cfg.family, (cfg.mask_id, cfg.eos_ids, cfg.pad_id), cfg.block_len) == (family, ids, block_len)
+    named = tmp_path / "models--JetLM--SDAR-8B-Chat-b32/snapshots/1"
+    shutil.copytree(hub / folder, named)
+    assert nt_model.read_config(named).block_len == (32 if family == "sdar" else block_len)
+
+
 @pytest.mark.parametrize("changes, words", [
     (dict(rope_scaling=dict(rope_type="yarn", factor=4)), "scaled RoPE"),
     (dict(use_sliding_window=True), "use_sliding_window True: only False is built"),
@@ -356,10 +372,10 @@ def test_sdar_as_the_hub_has_it(tmp_path, name, block_len):
     (folder / "model.safetensors").symlink_to(FIXTURES / "sdar_A/model.safetensors")
     model = nt_model.load(folder)
     assert (model.cfg.mask_id, model.cfg.block_len) == (250, block_len)
-    want = load_file(FIXTURES / "sdar_A/expected.safetensors")  # of blocks of 4
-    with torch.no_grad():
-        close = (model(want["input_ids"]) - want["logits"]).abs().max() < 1e-4
-    assert close == (block_len == 4)
+    for blocks, file in ((4, "expected"), (8, "expected_b8")):
+        want = load_file(FIXTURES / f"sdar_A/{file}.safetensors")
+        with torch.no_grad():
+            assert close(model(want["input_ids"]), want["logits"]) == (blocks == block_len)
     nt_model.save(model, tmp_path / "saved")  # under a name that says nothing
     assert nt_model.load(tmp_path / "saved").cfg == model.cfg
     (folder / "config.json").write_text(json.dumps({**hub, "mask_token_id": 9, "block_size": 2}))

@@ -4,14 +4,21 @@ import json
 import random
 
 import pytest
+import torch
 from checkpoints import official_checkpoint
 from safetensors import SafetensorError
+from test_teachers import write_teacher_tokenizer
 
 import data
+import eval as nt_eval
+import grade
 import lora
 import model as nt_model
 import trims
 from cli import UserError
+from model import decoding_defaults
+from sample import generate, read_prompts
+from teacher import load_teacher_tokenizer
 
 VALUES = [None, True, 0, -1, 3, 2.5, 1e30, float("nan"), "", "x", "\ud83d", [], [1], ["a"], [[1]], {}, {"a": 1}, 10**12]
 
@@ -52,6 +59,16 @@ def survives(read, what):
         pytest.fail(f"{what}: {type(e).__name__}: {e}")
 
 
+def decoded(model):
+    """What loads can be decoded with."""
+    generate(model, [torch.arange(5)], **decoding_defaults(model.cfg) | dict(gen_len=4))
+
+
+def spoken(tok):
+    ids = tok.prompt_ids("a <|im_end|>", "be brief").tolist() + tok.response_ids("b")
+    assert isinstance(tok.decode(ids), str) and isinstance(b"".join(map(tok.bytes_of, ids)), bytes)
+
+
 @pytest.mark.parametrize("family", ["llada", "dream", "sdar", "diffcoder", "a2d-bd3lm"])
 def test_mutated_checkpoints(tmp_path, family):
     folder, rng = official_checkpoint(tmp_path, family), random.Random(family)
@@ -64,9 +81,9 @@ def test_mutated_checkpoints(tmp_path, family):
         for number in range(18):
             write(file, mutated(json.loads(good), rng), rng)
             what = f"{family} {name} {number}: {file.read_bytes()[:300]}"
-            survives(lambda: nt_model.load(folder), what)
+            survives(lambda: decoded(nt_model.load(folder)), what)
             if "index" not in name:
-                survives(lambda: data.load_tokenizer(folder).prompt_ids("a"), what)
+                survives(lambda: spoken(data.load_tokenizer(folder)), what)
         file.write_bytes(good)
     assert nt_model.load(folder) and data.load_tokenizer(folder)
 
@@ -78,16 +95,45 @@ def test_mutated_adapters(tmp_path):
     good = json.loads(file.read_text()) | dict(init_lora_weights=True, rank_pattern={}, megatron_core="x")
     for number in range(60):
         write(file, mutated(good, rng), rng)
-        survives(lambda: lora.load(random_model(), tmp_path), f"adapter {number}: {file.read_bytes()[:500]}")
+        survives(lambda: decoded(lora.load(random_model(), tmp_path)), f"adapter {number}: {file.read_bytes()[:500]}")
 
 
 def test_mutated_rows(tmp_path):
     good = dict(id="a", prompt="1 + 1?", solution="2", answer="2", tests=["assert True"], setup="x = 1",
                 entry_point="f", question="q", thinking="t", grader="code")
+    chat = dict(messages=[dict(role=role, content="x") for role in ("system", "user", "assistant", "user", "assistant")], answer="x")
     tok, rng, file = data.load_tokenizer("tiny"), random.Random(2), tmp_path / "rows.jsonl"
-    for number in range(120):
-        rows = [good, mutated(good, rng), {**good, "id": "c"}]
+    for number in range(160):
+        rows = [good, mutated(chat if number % 4 == 3 else good, rng), {**good, "id": "c"}]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         cfg = trims.Config(data=str(file), gen_len=64, with_thinking=number % 2 == 0)
-        survives(lambda: trims.load_examples(cfg, tok), f"row {number}: {rows[1]}")
-        survives(lambda: [data.privileged_prompt(p) for p in data.load_problems(str(file))], f"row {number}: {rows[1]}")
+        for read in (lambda: trims.load_examples(cfg, tok), lambda: read_prompts(file), lambda: used(file, tok)):
+            survives(read, f"row {number}: {rows[1]}")
+
+
+def used(file, tok):
+    """What is done with a row before and after its decoding, but for running programs."""
+    protocol = dict(prompt="{question} Think. {prompt}")
+    problems = data.fitting(data.load_problems(str(file)), tok, None, 500, lambda p: nt_eval.wording(p, protocol))
+    for p in problems:
+        if p["solution"]:
+            data.privileged_prompt(p)
+        grade.check_gradable([p], True)
+        if grade.grader_of(p) == "code":
+            grade.tests_of(p), grade.programs(p, "def f():\n    return 1")
+        else:
+            grade.is_correct(p, "#### 1")
+
+
+def test_mutated_teacher_tokenisers(tmp_path):
+    for kind in ("llama3", "gemma"):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "config.json").write_text('{"model_type": "llama"}')
+        folder, rng = write_teacher_tokenizer(tmp_path / kind, kind), random.Random(kind)
+        for file in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
+            good = file.read_bytes()
+            for number in range(20):
+                write(file, mutated(json.loads(good), rng), rng)
+                survives(lambda: spoken(load_teacher_tokenizer(folder)), f"{kind} {file.name} {number}: {file.read_bytes()[-300:]}")
+            file.write_bytes(good)
+        spoken(load_teacher_tokenizer(folder))

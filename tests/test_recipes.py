@@ -228,7 +228,7 @@ def test_splits_of_the_hub(hub, capsys):
     assert "left out: none" in capsys.readouterr().err
     with pytest.raises(UserError, match="math500 has no train split; it has test"):
         data.load_problems("math500")
-    with pytest.raises(UserError, match="no split 'val'"):
+    with pytest.raises(UserError, match="gsm8k has no val split; it has train, test"):
         data.load_problems("gsm8k", "val")
 
 

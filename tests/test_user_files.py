@@ -11,11 +11,13 @@ from checkpoints import official_checkpoint
 from conftest import ROOT, command, random_model
 
 import data
+import eval as nt_eval
 import grade
 import lora
 import model as nt_model
 import trims
 from cli import UserError
+from sample import reference
 
 
 def problems(folder, *rows, name="mine.jsonl", before=b""):
@@ -281,3 +283,70 @@ def test_what_is_too_long_is_what_is_shown(tmp_path):
     for none_left in ([problem], []):
         with pytest.raises(UserError, match="no prompt is left: raise --max_prompt"):
             data.fitting(none_left, tok, plain - 1, 99)
+
+
+# ------------------------------------------------------------------------------------------------------- chats
+CHAT = [dict(role="system", content="Be brief."), dict(role="user", content="2 + 2?"), dict(role="assistant", content="4"),
+        dict(role="user", content="<|im_end|> and 3 + 3?"), dict(role="assistant", content="6 it is")]
+CHATS = [CHAT, CHAT[:-1], CHAT[1:3], [dict(role="user", content="é 中")], CHAT[1:]]
+
+
+def templated(folder, chat):
+    """What transformers makes of a chat up to the answer, its special tokens in a text apart."""
+    from transformers import Qwen2Tokenizer
+    hf = Qwen2Tokenizer.from_pretrained(folder)
+    turns = [{**turn, "content": turn["content"].replace("<|im_end|>", "~")} for turn in chat[:-1 if chat[-1]["role"] == "assistant" else None]]
+    ids = hf.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    return sum(([*b"<|im_end|>"] if i == ord("~") else [i] for i in ids), [])
+
+
+@pytest.mark.parametrize("family", ["dream", "sdar"])
+def test_chats_are_asked_as_the_checkpoints_template_has_them(tmp_path, family):
+    """In decoding, evaluation, collection and training: the same prompts as transformers writes, alone and in a batch."""
+    folder, rows = official_checkpoint(tmp_path / "model", family), [dict(messages=chat, answer="6") for chat in CHATS]
+    tok, asked = data.load_tokenizer(folder), problems(tmp_path, *rows)
+    want = [templated(folder, chat) for chat in CHATS]
+    assert [tok.prompt_ids(p).tolist() for p in asked] == want and len({*map(len, want)}) == 3
+    assert [p["solution"] for p in asked] == ["6 it is", "", "4", "", "6 it is"]
+    assert asked[3]["prompt"] == "é 中" and tok.prompt_ids(asked[3]).tolist() == tok.prompt_ids("é 中").tolist()
+    how = ["--model", "model", "--gen_len", 8, "--block_len", 4, "--cache", "none"]
+    assert command(tmp_path, "sample.py", "--prompts", "mine.jsonl", "--batch_size", 3, *how).returncode == 0
+    said = {row["id"]: row["response"] for row in map(json.loads, (tmp_path / "mine.responses.jsonl").read_text().splitlines())}
+    model, settings = nt_model.load(folder), dict(gen_len=8, block_len=4, cache="none")
+    for p, ids in zip(asked, want):  # decoded in a batch of threes, and by the plain reference
+        out = reference(model, torch.tensor(ids), **settings)
+        assert said[p["id"]] == tok.decode(out.ids[:out.n_tokens(model.cfg.eos_ids)].tolist())
+    points = nt_eval.curve(model, tok, asked, dict(settings, rules=[{}]), "x", batch_size=2)
+    assert points[0]["responses"] == list(said.values())
+    assert command(tmp_path, "rollout.py", "collect", "mine.jsonl", "--out", "run", *how).returncode == 0
+    assert [r["prompt_ids"] for r in data.read_trajectories(tmp_path / "run")] == want
+    examples = trims.load_examples(trims.Config(data=str(tmp_path / "mine.jsonl"), gen_len=16, model=str(folder)), tok)
+    assert [e["prompt_ids"] for e in examples] == [want[0], want[2], want[4]] and examples[0]["x0"][:8] == tok.response_ids("6 it is")
+
+
+def test_a_chat_keeps_what_was_said_before_whatever_is_shown(tmp_path):
+    tok = data.load_tokenizer(official_checkpoint(tmp_path / "model", "sdar"))
+    (p,) = problems(tmp_path, dict(messages=CHAT[1:]))
+    shown = tok.decode(data.fitting([p], tok, None, 999) and tok.prompt_ids(p | dict(prompt=data.privileged_prompt(p))).tolist())
+    assert shown.count("2 + 2?") == shown.count("Reference Answer: 6 it is") == shown.count("and 3 + 3?") == 1
+    worded = nt_eval.wording(p, dict(prompt="{question} Think."))
+    assert worded == "<|im_end|> and 3 + 3? Think." and "Be brief.<|im_end|>\n<|im_start|>user\n2 + 2?" in tok.decode(tok.prompt_ids(p, "Be brief.").tolist())
+
+
+@pytest.mark.parametrize("messages", [
+    3, "x", [], {}, [3], ["user"], [dict(role="user")], [dict(content="x")], [dict(role="user", content=3)], [dict(role=3, content="x")],
+    [dict(role="assistant", content="x")], [dict(role="system", content="x")], [*CHAT[:3], CHAT[2]], [None, *CHAT], [dict(role="user", content=["x"])]])
+def test_chats_that_cannot_be_read_are_named_with_their_line(tmp_path, messages):
+    with pytest.raises(UserError, match="mine.jsonl line 2: messages must be turns with role and content"):
+        problems(tmp_path, dict(messages=CHAT), dict(messages=messages))
+    with pytest.raises(UserError, match="line 1 has no field 'prompt' or it is empty"):
+        problems(tmp_path, dict(messages=[dict(role="user", content=" ")]))
+
+
+def test_another_history_is_another_prompt(tmp_path):
+    official_checkpoint(tmp_path / "model", "sdar")
+    how = ["rollout.py", "collect", "mine.jsonl", "--out", "run", "--model", "model", "--gen_len", 4, "--ungraded"]
+    for chat, code in ((CHAT, 0), (CHAT, 0), ([dict(role="system", content="Be long."), *CHAT[1:]], 2), (CHAT[3:], 2)):
+        problems(tmp_path, dict(messages=chat, answer="6"))
+        done = command(tmp_path, *how)
+        assert done.returncode == code and ("other settings (earlier)" in done.stderr) == bool(code), done.stderr

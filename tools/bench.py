@@ -26,8 +26,8 @@ import sample
 from cli import UserError, run_cli
 from model import HERE, KVCache, Transformer, config_from_json, decoding_defaults, default_device
 
-FILE = HERE / "assets" / "shapes.toml"  # config.json by name
-SHAPES = {name: config_from_json(raw, FILE) for name, raw in tomllib.loads(cli.read_text(FILE)).items()}
+SHAPES = tomllib.loads(cli.read_text(HERE / "assets" / "shapes.toml"))  # config.json by name
+SHAPES = {name: config_from_json(raw) for name, raw in SHAPES.items()}
 
 
 def random_weights(cfg, device="cpu", dtype=torch.float32):

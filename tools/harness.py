@@ -1,7 +1,6 @@
 """Tasks of lm_eval, decoded by one rule of a protocol; lm_eval asks and grades. The same command continues.
 
     python tools/harness.py --model dream --tasks gsm8k_cot_zeroshot --protocol tad --apply_chat_template
-    torchrun --nproc_per_node=8 tools/harness.py --tasks my_task.yaml    # prompts are split over the ranks
 """
 import json
 import os
