@@ -347,8 +347,7 @@ def lock(file):
     try:
         fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise UserError(f"{file.parent} is in use by another run: wait for it, or choose another "
-                        f"folder") from None
+        raise UserError(f"{file.parent} is in use by another run: wait, or choose another folder") from None
     except OSError as e:
         print(f"warning: {file} cannot be locked ({e}): start no second run there", file=sys.stderr)
     return held

@@ -1,9 +1,8 @@
 """What a problem, a prompt and a record are: the tiny task, problems, tokenisers, trajectories, batches.
 
 Wherever a script takes data: tiny or barter; a NAME of the list; NAME=FILE, a local copy of that set
-(.jsonl, .json, .parquet, also .gz; a quoted pattern for several files); your own FILE with the fields prompt,
-solution and answer or tests, or with messages; FILE:prompt=question,answer=target, other field names; several
-joined by +.
+(.jsonl, .json, .parquet, also .gz; a quoted pattern for several files); your own FILE with prompt, solution and
+answer or tests, or with messages; FILE:prompt=question,answer=target, other field names; several joined by +.
 """
 import glob
 import importlib
@@ -447,8 +446,7 @@ def check_tokens(records, cfg):
     """UserError if the model of a config has no such tokens."""
     largest = max((max(r["x0"] + r["prompt_ids"]) for r in records), default=0)
     if largest >= cfg.vocab_size:
-        raise UserError(f"the trajectories are of another model: they hold token {largest}, it has "
-                        f"{cfg.vocab_size}")
+        raise UserError(f"trajectories of another model: they hold token {largest} of {cfg.vocab_size}")
     return records
 
 

@@ -448,8 +448,7 @@ def confidence_decay(model, records):
         steps = torch.linspace(0, max(r["order"]), 8).long().unique()
         for ids, offset, logp in along_trajectory(model, r, steps):
             offsets.append(offset)
-            picked = logp.gather(1, ids[:, None].to(logp.device))[:, 0]
-            values.append(picked.double().exp().cpu())
+            values.append(logp.gather(1, ids[:, None].to(logp.device))[:, 0].double().exp().cpu())
     offsets = torch.cat(offsets)
     return (offsets.bincount(torch.cat(values)) / offsets.bincount()).numpy()
 

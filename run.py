@@ -277,8 +277,7 @@ class Run:
         old = cli.read_json(file) if file.exists() else {} if trained else now
         if not isinstance(old, dict) or not {"model", "seed", "micro_batch"} <= old.keys():
             raise UserError(f"{file} is absent or not that of a run: choose another --out")
-        values = "+".join(map(str, vars(cfg).values()))  # of --model, --data, --trajectories A+B
-        for part in values.split("+"):
+        for part in "+".join(map(str, vars(cfg).values())).split("+"):  # --model, --data, --trajectories A+B
             for path in made if cfg.overwrite else [out / "adapter", out / "model"]:
                 if Path(os.path.realpath(part)).is_relative_to(os.path.realpath(path)):
                     raise UserError(f"{part} lies in what this run would replace: choose another --out")
