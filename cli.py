@@ -216,7 +216,7 @@ def read_json(path):
     text = read_text(path)
     try:
         return json.loads(text)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is not valid JSON ({e})") from None
 
 
@@ -313,7 +313,7 @@ def write_whole(path, text):
 @contextmanager
 def whole_folder(path):
     """A folder to fill; it gets its name when all of it is on the disk, with the checksums of its files."""
-    tmp = path.with_name(path.name + ".unfinished")
+    tmp = path.with_name(path.name + ".unfinished-nanotraj")
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
     yield tmp
@@ -351,6 +351,15 @@ def lock(file):
     except OSError as e:
         print(f"warning: {file} cannot be locked ({e}): start no second run there", file=sys.stderr)
     return held
+
+
+def check_apart(values, paths):
+    """UserError if a value (a path, A+B, NAME=FILE, FILE:a=b, a pattern) is inside of one of the paths."""
+    inside = list(map(os.path.realpath, paths))
+    for value in map(str, values):
+        for part in {value, *re.split(r"[+=:]|[*?[].*", value)}:
+            if any(Path(os.path.realpath(part)).is_relative_to(path) for path in inside):
+                raise UserError(f"{value} lies in what this command would replace: choose another folder")
 
 
 def sync(path):

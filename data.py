@@ -1,8 +1,8 @@
 """What a problem, a prompt and a record are: the tiny task, problems, tokenisers, trajectories, batches.
 
 Wherever a script takes data: tiny or barter; a NAME of the list; NAME=FILE, a local copy of that set
-(.jsonl, .json, .parquet, also .gz; a quoted pattern for several files); your own FILE with prompt, solution and
-answer or tests, or with messages; FILE:prompt=question,answer=target, other field names; several joined by +.
+(.jsonl, .json, .parquet, also .gz; a quoted pattern for several files); your own FILE with prompt, solution
+and answer or tests, or with messages; FILE:prompt=question,answer=target, other names; several joined by +.
 """
 import glob
 import importlib
@@ -37,7 +37,7 @@ GAMES = FAMILIES["tiny"].tasks  # weights/NAME/game.py makes the problems of an 
 AVOIDED = {"train": ("dev", "test"), "dev": (), "test": ("dev",)}  # whose held-out prompts do not occur
 SPLITS = tuple(AVOIDED)
 
-TEXTS = "prompt question solution thinking entry_point grader".split()  # fields that hold text
+TEXTS = "prompt question solution thinking entry_point grader source".split()  # fields that hold text
 OWN_FIELDS = ("id", *TEXTS, "answer", "tests", "setup", "messages")  # of a problem
 CARRIED = "earlier question grader tests entry_point setup".split()  # into its record, where it has them
 RECORD_FIELDS = {**dict.fromkeys("id source prompt solution model".split(), str),

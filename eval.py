@@ -339,6 +339,7 @@ def draw(panels, x, y, path):
         print(f"no {path}: drawing needs matplotlib: pip install matplotlib")
         return
     plt.switch_backend("Agg")  # no window
+    plt.rcParams["text.parse_math"] = False  # a $ in a label is one
     fig, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels) + 1.8, 4.2), dpi=140,
                              sharey=bool(y), squeeze=False, layout="constrained")
     for ax, (title, lines) in zip(axes[0], panels.items()):
@@ -534,7 +535,7 @@ def settle(args, tasks, given):
     """The protocol of curve or lm_eval; given: options of Decoding. Fills in args.protocol and args.label."""
     family = nt_model.family_of(args.model, args.revision)
     args.protocol = args.protocol or ("tiny" if family == "tiny" else "thresholds")
-    trained = Path(args.adapter or args.model).resolve()  # out/RUN/adapter or out/RUN/model
+    trained = Path(args.adapter or args.model).absolute()  # out/RUN/adapter or out/RUN/model
     args.label = args.label or (trained.parent.name if trained.is_dir() else "base")
     if args.protocol == "thresholds":  # a block-causal model decodes in blocks of its own
         given = nt_model.decoding_defaults(nt_model.config_of(args.model, args.revision)) | given

@@ -66,7 +66,7 @@ def adapters(model):
 def named(targets):
     """Names as in ALL, or a text of them with commas, or "all" -> the names."""
     names = ALL if targets == "all" else targets.split(",") if isinstance(targets, str) else targets
-    if not names or not set(names) <= set(ALL):
+    if not names or not set(names) <= set(ALL) or len(set(names)) < len(names):
         raise UserError(f"LoRA targets {list(names)}: choose from {', '.join(ALL)}")
     return names
 
@@ -172,6 +172,7 @@ class Merge(nt_model.ModelOptions):
 
 def merge_command(args):
     to = Path(args.to).absolute()
+    cli.check_apart([args.adapter, args.model], [to])
     made = {cli.SUMS, *cli.sums_of(to)} if args.overwrite else set()  # what is ours
     if to.exists() and (not to.is_dir() or {file.name for file in to.iterdir()} - made):
         raise UserError(f"--to {args.to!r} is there and not empty: choose another, or --overwrite a merge")

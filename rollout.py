@@ -54,7 +54,8 @@ def rollout(model, tok, problems, folder, model_name, privileged=False, batch_si
     mend_shards(folder.glob("rank*.jsonl"), rank, world)
     done = {r["id"]: r for r in read_trajectories(folder, growing=True)}
     facts = dict(model=str(model_name), revision=model.revision, decoding=settings, schema=SCHEMA)
-    prompts = {p["id"]: {k: p[k] for k in ("prompt", "earlier") if k in p} for p in problems}
+    told = "prompt", "earlier", "solution", "answer"
+    prompts = {p["id"]: {k: p[k] for k in told if k in p} for p in problems}
     for r in done.values():  # none may be of another model, of other settings or prompts
         asked = r | facts | prompts.get(r["id"], {})
         then, now = (x["decoding"] | x | {"decoding": None} for x in (r, asked))
@@ -87,11 +88,14 @@ def finished(folders, cfg, ids):
     records = []
     for folder in folders:
         found = read_trajectories(folder)
-        if not found or found[0]["model"] != cfg.model or len(found[0]["x0"]) != cfg.gen_len:
+        if not found or any(r["model"] != cfg.model or len(r["x0"]) != cfg.gen_len for r in found):
             raise UserError(f"{folder} holds no trajectories of {cfg.model} with gen_len {cfg.gen_len}")
         most = cfg.max_prompt or np.inf
         records += [r for r in found if r["id"] in ids and len(r["prompt_ids"]) <= most]
-    check_alike(folders, [r["id"] for r in records])
+    ids = [r["id"] for r in records]
+    if len(set(ids)) < len(ids):
+        raise UserError(f"{'+'.join(folders)}: two of these folders hold the same problem")
+    check_alike(folders, ids)
     return records
 
 

@@ -59,9 +59,10 @@ class Options(nt_model.ModelOptions):
 
 
 STEP_TIMEOUT = timedelta(minutes=4)  # within which all ranks come to the same place of a step
-MADE = ("adapter model checkpoints results.jsonl adapter.unfinished model.unfinished epoch-* trajectories "
-        "difficulty log.jsonl* nonfinite-rank*.json window.* curve.png log.png wandb tds.* ce.* "
-        "trajectory_nll.*").split()
+MADE = ("adapter model checkpoints results.jsonl adapter.unfinished-nanotraj model.unfinished-nanotraj "
+        "epoch-* trajectories difficulty log.jsonl log.jsonl.damaged log.png curve.png wandb window.json "
+        "window.png nonfinite-rank*.json").split()
+OURS = {"model", "seed", "micro_batch", "batch_size", "lr", "full", "clip", "lr_schedule"}  # in config.json
 FREE = [f.name for f in fields(Options)][8:]
 
 
@@ -80,7 +81,10 @@ def parse(Config, presets, doc):
 
 def ranks():
     """torchrun's rank and world size; (0, 1) without."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        raise UserError(f"RANK {rank!r} of WORLD_SIZE {world!r}: unset both, or start with torchrun")
+    return int(rank), int(world)
 
 
 def barrier(group=None):
@@ -275,12 +279,10 @@ class Run:
         made = [path for name in MADE for path in out.glob(name)]
         trained = any((out / name).exists() for name in MADE[:4])
         old = cli.read_json(file) if file.exists() else {} if trained else now
-        if not isinstance(old, dict) or not {"model", "seed", "micro_batch"} <= old.keys():
+        if not isinstance(old, dict) or not OURS <= old.keys():
             raise UserError(f"{file} is absent or not that of a run: choose another --out")
-        for part in "+".join(map(str, vars(cfg).values())).split("+"):  # --model, --data, --trajectories A+B
-            for path in made if cfg.overwrite else [out / "adapter", out / "model"]:
-                if Path(os.path.realpath(part)).is_relative_to(os.path.realpath(path)):
-                    raise UserError(f"{part} lies in what this run would replace: choose another --out")
+        replaced = made if cfg.overwrite else [out / "adapter", out / "model"]
+        cli.check_apart(vars(cfg).values(), replaced)
         out.mkdir(parents=True, exist_ok=True)
         self.lock = cli.lock(out / "lock")
         restarts = [int(os.environ.get(f"{by}_RESTART_COUNT", 0)) for by in ("TORCHELASTIC", "SLURM")]
@@ -290,7 +292,7 @@ class Run:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         differ = [f"{k} {old.get(k)!r} -> {now.get(k)!r}"
                   for k in {**old, **now} if old.get(k) != now.get(k)]
-        if differ and (out / "checkpoints").exists():  # before, nothing is trained that could be mixed up
+        if differ and trained:  # before, nothing is trained that could be mixed up
             raise UserError(f"{out} belongs to another configuration ({'; '.join(differ)}): "
                             f"choose another --out, or --overwrite")
         cli.write_whole(file, json.dumps(now, indent=2) + "\n")
@@ -556,7 +558,7 @@ def write_checkpoint(root, step, tensors, rank, n_files):
     shutil.rmtree(folder, ignore_errors=True)
     tmp.rename(folder)
     sync(root)
-    for old in set(sorted(root.glob("step-*"))[:-2]) - {folder}:  # damaged ones may have higher numbers
+    for old in set(checkpoints(root)[:-2]) - {folder}:  # damaged ones may have higher numbers
         shutil.rmtree(old)
 
 
@@ -565,9 +567,15 @@ def file_name(file, rank, n_files):
     return f"rank-{rank:05d}-of-{n_files:05d}-{sha256(file)}.safetensors"
 
 
+def checkpoints(root):
+    """The folders of our names, by step."""
+    ours = [folder for folder in root.glob("step-*") if folder.name[5:].isdecimal()]
+    return sorted(ours, key=lambda folder: int(folder.name[5:]))
+
+
 def newest_checkpoint(out):
     """The newest folder whose files are as they were written, or None."""
-    for folder in sorted((out / "checkpoints").glob("step-*"), reverse=True):
+    for folder in reversed(checkpoints(out / "checkpoints")):
         files = sorted(folder.glob("rank-*"))
         if files and all(f.name == file_name(f, i, len(files)) for i, f in enumerate(files)):
             return folder

@@ -298,7 +298,7 @@ def test_merge_replaces_nothing(tmp_path, monkeypatch):
         sums = dict(line.split("  ")[::-1] for line in (tmp_path / to / cli.SUMS).read_text().splitlines())
         assert sums == {f.name: cli.sha256(f) for f in (tmp_path / to).iterdir() if f.name != cli.SUMS}
         assert nt_model.load(tmp_path / to) and json.loads((tmp_path / to / "config.json").read_text())
-    assert not list(tmp_path.glob("*.unfinished"))
+    assert not list(tmp_path.glob("*.unfinished*"))
 
 
 def test_lines_of_before_behind_sealed_ones_are_kept_beside(tmp_path, capsys):

@@ -114,7 +114,7 @@ def test_ended_anywhere(runs, fault, places, code, words, n_moments):
         lines = (out / "trajectories/rank0.jsonl").read_text().splitlines()
         assert len({json.loads(line)["id"] for line in lines}) == len(lines) == 8
         steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
-        assert steps == [1, 2, 3] and not list(out.glob("*.unfinished"))
+        assert steps == [1, 2, 3] and not list(out.glob("*.unfinished*"))
 
 
 def test_folders_that_cannot_be(runs):

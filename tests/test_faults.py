@@ -298,7 +298,7 @@ class Processes:
         lines = (out / "trajectories/rank0.jsonl").read_text().splitlines()
         assert len({json.loads(line)["id"] for line in lines}) == len(lines) == 8
         steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
-        assert steps == [1, 2, 3] and not [*out.rglob("*.unfinished"), *out.rglob("*.tmp")]
+        assert steps == [1, 2, 3] and not [*out.rglob("*.unfinished*"), *out.rglob("*.tmp")]
 
 
 @pytest.fixture(scope="module")
