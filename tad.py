@@ -251,7 +251,7 @@ def main():
     if cfg.window not in LEVEL and (not cfg.window.lstrip("0").isdecimal() or len(cfg.window) > 6):
         raise UserError(f"--window {cfg.window!r}: a positive number of forwards, {' or '.join(LEVEL)}")
     if cfg.near == "none" and (cfg.distant == "none" or cfg.source in RANDOM):
-        raise UserError(f"--near none --distant {cfg.distant}: nothing is left (random masks: all is near)")
+        raise UserError(f"--near none --distant {cfg.distant}: nothing is left to learn from")
     problems = load_problems(cfg.data, "train", cfg.n_problems or None)
     n_states = cfg.states_per_trajectory or cfg.gen_len
     n_pairs = len(problems) * min(n_states, cfg.gen_len)  # at most

@@ -3,11 +3,13 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ranks
 from checkpoints import official_checkpoint
 from conftest import ROOT
 
+import compare
 import data
 import eval as nt_eval
 import harness
@@ -169,9 +171,13 @@ def test_batch_ranks_and_a_second_run_agree(here, tmp_path, monkeypatch, capsys)
 
     def result(name):
         rows = read_jsonl(tmp_path / name / "samples-gsm8k.jsonl")
-        keep = ("doc_id", "filter", "filtered_resps", "exact_match", "tokens", "nfe", "arguments")
+        keep = ("doc_id", "filter", "filtered_resps", "exact_match", "arguments")
         whole = json.loads((tmp_path / name / "lm_eval.json").read_text())
-        return [[row[k] for k in keep] for row in rows], whole["results"], whole["provenance"]["lm_eval"]
+        (point,) = read_jsonl(tmp_path / name / "results.jsonl", ours=True)
+        assert point["ids"] == ["gsm8k-0", "gsm8k-1", "gsm8k-2"] and point["provenance"]["task"] == "gsm8k"
+        assert point["correct"] == [row["exact_match"] for row in rows if row["filter"] == "strict-match"]
+        counts = [point[key] for key in ("correct", "tokens", "nfe")]
+        return [[row[k] for k in keep] for row in rows], counts, whole["results"], whole["provenance"]["lm_eval"]
     assert result("one") == result("two") and len(result("one")[0]) == 6
     before = result("one")
 
@@ -183,6 +189,34 @@ def test_batch_ranks_and_a_second_run_agree(here, tmp_path, monkeypatch, capsys)
     assert result("one") == before
     monkeypatch.setattr(sys, "argv", command(here, tmp_path / "one", "--batch_size", "1", "--seed", "1"))
     with pytest.raises(UserError, match="another run .decoding differ."):
+        harness.main()
+
+
+def test_an_aup_of_points_that_lm_eval_graded(here, tmp_path, monkeypatch, capsys):
+    """Two tasks at two points of two models; the table has the average of the tasks, each with its own y_max."""
+    replies = {q: reply for q, _, reply, *_ in [*GSM8K, *MATH]}
+    tasks = f"{here}/gsm8k.yaml,{here}/minerva_math500.yaml"
+    for label, nfe in (("base", (8, 10)), ("fast", (2, 10))):
+        for point, forwards in zip((0, 5), nfe):
+            def decode_rows(model, tok, prompts, *_, **__):
+                for i, out, row in scripted(replies, [])(model, tok, prompts, {}, 1):
+                    yield i, out, row | dict(nfe=forwards)
+            monkeypatch.setattr(nt_eval, "decode_rows", decode_rows)
+            monkeypatch.setattr(sys, "argv", [
+                "tools/harness.py", "--model", str(here / "llada"), "--tasks", tasks, "--num_fewshot", "1", "--protocol",
+                "tad", "--points", str(point), "--label", label, "--metric", "exact_match", "--out", str(tmp_path / label / str(point))])
+            harness.main()
+    assert "minerva_math500: TPF 1, TPF 1.00" in capsys.readouterr().out
+    runs = compare.read_runs([tmp_path / "base", tmp_path / "fast"])
+    assert {label: [[p["rule"] for p in points] for points in of_label] for label, of_label in runs.items()} == {
+        label: [["multiblock 0.5", "TPF 1"]] * 2 for label in ("base", "fast")}
+    rows = [line.strip("| ").split(" | ") for line in compare.compare(runs, "base", "none", 3).splitlines() if "| " in line]
+    areas = [float(row[rows[0].index("AUP")].split()[0]) for row in rows[1:]]
+    gsm, math = (100 / 3, 100 / 3), (50, 50)  # right by strict-match, by minerva's exact match
+    want = [np.mean([nt_eval.area_of([(1, one), (tpf, other)], other) for one, other in (gsm, math)]) for tpf in (1.25, 5)]
+    assert areas == pytest.approx(want, abs=0.06)
+    with pytest.raises(UserError, match="--metric bleu: gsm8k has "):
+        monkeypatch.setattr(sys, "argv", [*sys.argv[:-4], "--metric", "bleu", "--out", str(tmp_path / "x")])
         harness.main()
 
 

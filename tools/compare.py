@@ -25,23 +25,23 @@ COLUMNS = ("token by token, %|2 per forward, %|4 per forward, %|at 0.9, %|TPF at
            "TDS, nats^2|tok/s at 0.9|training, min|collecting, min").split("|")
 ACCURACY_AT = dict(zip(("1 per forward", "2 per forward", "4 per forward", "threshold 0.9"), COLUMNS))
 COUNTS = ("correct", "tokens", "nfe")  # per problem
-FIELDS = dict(label=str, rule=str, seconds=float, ids=list, correct=list, tokens=list, nfe=list)
+FIELDS = dict(label=str, rule=str, seconds=float, **dict.fromkeys(("ids", *COUNTS), list))
 
 
 def read_points(source):
-    """The points of a folder, or of a file that pack() wrote, which names their folders."""
+    """The points of a folder and those in it, or of a file that pack() wrote, which names their folders."""
     source = Path(source)
-    file = source / "results.jsonl" if source.is_dir() else source
-    rows = read_jsonl(file, ours=True, **FIELDS)
-    kinds = set()
+    rows, kinds = [], set()
+    for file in sorted(source.rglob("results.jsonl")) or [source]:
+        rows += read_jsonl(file, ours=True, **FIELDS)
     for row in rows:
         problems = zip_longest(row["ids"], *map(row.get, COUNTS))
         kinds |= {tuple(map(type, problem)) for problem in problems}
         if not all(isinstance(row.get(key, {}), dict) for key in ("run", "provenance")):
-            raise UserError(f"{file}: run and provenance of a point must be objects")
+            raise UserError(f"{source}: run and provenance of a point must be objects")
     if kinds != {(str, int, int, int)}:
-        raise UserError(f"{file} holds no results, or not an id and three counts for every problem")
-    return [{"folder": source.name, **row} for row in rows]
+        raise UserError(f"{source} holds no results, or not an id and three counts for every problem")
+    return [{"folder": f"{source.name} {row.get('provenance', {}).get('task', '')}", **row} for row in rows]
 
 
 def pack(folders, file):
@@ -60,8 +60,8 @@ def read_runs(sources):
     for number, source in enumerate(sources):
         for point in read_points(source):
             point.update((key, np.array(point[key])) for key in COUNTS)
-            grouped.setdefault((number, point["folder"], point["label"]), []).append(point)
-    for (*_, label), points in grouped.items():
+            grouped.setdefault((f"{number} {point['folder']}", point["label"]), []).append(point)
+    for (_, label), points in grouped.items():
         runs.setdefault(label, []).append(points)
     most = max(runs.values(), key=len)
     for label, of_label in runs.items():

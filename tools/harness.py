@@ -105,6 +105,7 @@ class Options(nt_eval.AdaptedModel, nt_eval.ProtocolOptions):
     apply_chat_template: bool = False  # one chat per problem, not plain text
     fewshot_as_multiturn: bool = True  # with a chat template: few-shots are turns of their own
     system_instruction: str | None = None  # system text
+    metric: str = ""  # NAME,FILTER of lm_eval: which answers are right for compare.py [a task's first]
     batch_size: int = 64  # problems decoded at once, per rank
     allow_code_execution: bool = False  # run the programs that the model writes, in this process
 
@@ -131,26 +132,30 @@ def main():
         **{name: getattr(args, name) for name in same})
     if rank:
         return
-    samples, decoded = results.pop("samples"), asking.decoded
+    samples, points = results.pop("samples"), []
     for name, rows in samples.items():
-        lines = []
-        for row in sorted(rows, key=lambda row: (row["doc_id"], row["filter"])):
-            first = decoded[nt_eval.digest(row["arguments"][0][0]) + "-0"]
-            row.update(tokens=first["tokens"], nfe=first["nfe"])
-            lines.append(json.dumps(row, default=str) + "\n")
+        rows.sort(key=lambda row: (row["doc_id"], row["filter"]))
+        lines = [json.dumps(row, default=str) + "\n" for row in rows]
         write_whole(kept.out / f"samples-{name}.jsonl", "".join(lines))
-    tokens, nfe = (sum(row[key] for row in decoded.values()) for key in ("tokens", "nfe"))
-    seconds = nt_eval.wall_seconds(decoded.values())
-    speed = dict(tokens=tokens, nfe=nfe, tpf=tokens / nfe, seconds=seconds, tok_per_s=tokens / seconds)
-    facts = dict(results, speed=speed, provenance=nt_eval.provenance(**config))
-    facts.pop("pretty_env_info", None)
+        metrics = [key for key in results["results"][name] if "," in key and args.metric in key]
+        if not metrics:
+            raise UserError(f"--metric {args.metric}: {name} has {', '.join(results['results'][name])}")
+        metric, kind = metrics[0].split(",")
+        rows = [row for row in rows if row["filter"] == kind]
+        decoded = [asking.decoded[nt_eval.digest(row["arguments"][0][0]) + "-0"] for row in rows]
+        points.append({key: [row[key] for row in decoded] for key in ("tokens", "nfe")} | dict(
+            key=name, label=args.label, rule=nt_eval.rule_name(settings),
+            ids=[f"{name}-{row['doc_id']}" for row in rows], correct=[int(row[metric]) for row in rows],
+            seconds=nt_eval.wall_seconds(decoded),
+            provenance=dict(config, task=name, metric=metrics[0])))
+    write_whole(kept.results, "".join(map(cli.line_of, points)))
+    facts = dict(results, provenance=nt_eval.provenance(**config), pretty_env_info=None)
     write_whole(kept.out / "lm_eval.json", json.dumps(facts, indent=1, default=str) + "\n")
     print(lm_eval_package().utils.make_table(results))
-    print(f"{nt_eval.rule_name(settings)}: TPF {speed['tpf']:.2f}, {speed['tok_per_s']:.1f} tok/s over "
-          f"{len(decoded)} prompts (batch {args.batch_size}, {world} rank(s))")
-    for name in samples:
-        print(nt_eval.contamination_warning(name), end="")
-    print(f"written: {kept.out / 'lm_eval.json'}, {kept.out / 'samples-*.jsonl'}")
+    for point in points:
+        print(f"{point['key']}: {point['rule']}, TPF {nt_eval.tpf(point):.2f}; batch {args.batch_size}")
+        print(nt_eval.contamination_warning(point["key"]), end="")
+    print(f"written: {kept.results}, {kept.out / 'lm_eval.json'}, {kept.out / 'samples-*.jsonl'}")
 
 
 if __name__ == "__main__":

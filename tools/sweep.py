@@ -47,7 +47,7 @@ METHODS = dict(re.findall(r"# (.+)\n(?:python )?([^#\n]*)", block_of("tiny")))  
 TINY = dict.fromkeys(["--task", "--data", "--protocol", "collect"], "tiny") | {"--teacher": "tiny-ar"}
 RANKED = {"tad.py", "t3d.py", "tabom.py", "trims.py", "curve", "collect"}  # what torchrun may start
 FEW = "--max_steps 2 --batch_size 4 --micro_batch 4 --eval_problems 0"
-QUICK = {"trims.py": "--n_examples 8", "tools/sweep.py": "--quick"}  # the others: some problems
+QUICK = {"trims.py": "--n_examples 8", "tools/sweep.py": "--quick", "tools/harness.py": "--limit 8"}
 
 
 def paper_commands(table, model, out, quick=False):
