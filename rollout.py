@@ -55,7 +55,7 @@ def rollout(model, tok, problems, folder, model_name, privileged=False, batch_si
     mend_shards(folder.glob("rank*.jsonl"), rank, world)
     done = {r["id"]: r for r in read_trajectories(folder)}
     facts = dict(model=str(model_name), revision=model.revision, decoding=settings, schema=SCHEMA)
-    prompts = {p["id"]: {k: p[k] for k in ("prompt", "earlier") if k in p} for p in problems}
+    prompts = {p["id"]: {k: p.get(k) for k in ("prompt", "earlier")} for p in problems}
     for r in done.values():  # none may be of another model, of other settings or prompts
         asked = r | facts | prompts.get(r["id"], {})
         then, now = (x["decoding"] | x | {"decoding": None} for x in (r, asked))
