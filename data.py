@@ -123,9 +123,9 @@ def load_problems(source, split="train", n=None):
     for p in problems:
         if type(p.get("answer")) is float:  # with all of its digits: str() may write an exponent
             p["answer"] = np.format_float_positional(p["answer"], trim="-")
-    twice = [i for i, k in Counter(p["id"] for p in problems).items() if k > 1]
-    if twice:
-        raise UserError(f"{source} has the id {twice[0]!r} more than once: trajectories are kept by id")
+    (most, times), = Counter(p["id"] for p in problems).most_common(1)
+    if times > 1:
+        raise UserError(f"{source} has the id {most!r} more than once: trajectories are kept by id")
     return problems
 
 

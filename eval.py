@@ -18,7 +18,6 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -554,7 +553,7 @@ def curve_command(args, given):
     rank, world = join_ranks()
     model, tok = load_both(args)
     room = model.cfg.max_len - decoding_of(protocol).gen_len
-    problems = data.fitting(problems, tok, args.max_prompt, room, partial(wording, protocol=protocol))
+    problems = data.fitting(problems, tok, args.max_prompt, room, lambda p: wording(p, protocol))
     config = dict(made_of(args, model), label=args.label, task=args.task, protocol=args.protocol,
                   batch_size=args.batch_size, problems=digest(problems), decoding=given)
     task = re.sub(r"\W+", "-", Path(re.split("[=:]", args.task)[0]).stem)

@@ -187,13 +187,13 @@ def programs(problem, text):
     called = set(re.findall(r"\b([A-Za-z_]\w*)\(", tests)) - set(re.findall(r"\bdef +(\w+)", tests))
     name = "|".join(map(re.escape, [entry] if entry else called)) or "(?!)"  # (?!) matches nothing
     defines = re.compile(rf"^(?:(?:async )?def|class) +(?:{name})\b|^(?:{name}) *=", re.M).search
-    wanted = [code for code in reversed(blocks) if defines(code)]  # not parsed: it is generated code
+    wanted = list(filter(defines, reversed(blocks)))  # not parsed: it is generated code
     heads = [dedent(code) for *_, code in FENCE.findall(prompt)] + [prompt]
     head = next((code for code in heads if entry and defines(code)), None)
     before = [f"{head}\n", f"{head}\n    ", ""] if head else [""]  # the first line's indentation may be lost
     blocks.sort(key=len, reverse=True)  # those of `wanted` come twice: what did not compile will not
     parts = [] if fenced else CODE.findall(text)  # the last may be cut off
-    loose = [code for code in ("".join(parts), "".join(parts[:-1])) if defines(code)]
+    loose = filter(defines, map("".join, (parts, parts[:-1])))
     body = re.match(r".*(?:\n(?:[ \t].*)?)*", text)[0]
     return [start + code for code in [*wanted, *blocks, text, *loose, body] for start in before]
 

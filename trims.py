@@ -167,8 +167,9 @@ def load_examples(cfg, tok):
         text = f"{p['thinking']}\n{p['solution']}" if cfg.with_thinking else p["solution"]
         ids = tok.response_ids(unicodedata.normalize("NFC", text))
         if p["solution"].strip() and len(ids) <= cfg.gen_len:
-            fits.append(p | dict(prompt_ids=tok.prompt_ids(p).tolist(),
-                                 x0=pad_response(ids, cfg.gen_len, tok.eos_id)))
+            fits.append(dict(id=p["id"], prompt=p["prompt"], earlier=p.get("earlier", []),
+                             prompt_ids=tok.prompt_ids(p).tolist(),
+                             x0=pad_response(ids, cfg.gen_len, tok.eos_id)))
     bare = [p["id"] for p in problems if not p["solution"].strip()]
     if len(fits) < len(problems):
         print(f"{len(problems) - len(fits)} of {len(problems)} rows are left out: {len(bare)} have no "

@@ -125,9 +125,9 @@ def test_rows_without_a_response_are_never_trained_on(tmp_path, capsys):
         problems(tmp_path, bare)
         with pytest.raises(UserError, match=r"mine.jsonl has no solution of at most 64 tokens, and 1 rows without any \['mine-0'\]"):
             trims.load_examples(cfg, tok)
-        problems(tmp_path, dict(prompt="a", solution="b"), bare, dict(prompt="c", solution="d " * 70))
+        problems(tmp_path, dict(prompt="a", solution="b", masked=[1], bucket=[2]), bare, dict(prompt="c", solution="d " * 70))
         (example,) = trims.load_examples(cfg, tok)
-        assert example["id"] == "mine-0"
+        assert example["id"] == "mine-0" and not {"masked", "bucket"} & example.keys()  # columns that mean something here
         assert "2 of 3 rows are left out: 1 have no solution ['mine-1']" in capsys.readouterr().out
 
 
