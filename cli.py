@@ -229,8 +229,7 @@ def read_object(path, optional=True):
 
 
 def read_jsonl(path, ours=False, mend=False, growing=False, **kinds):
-    """The objects of a .jsonl. ours: made by line_of(). mend: cut damaged lines off. growing: another process
-    may be writing the last one."""
+    """Objects of a .jsonl. ours: of line_of(); mend: cut damaged lines off; growing: the last may be torn."""
     lines, rows, whole = read_text(path, "replace" if ours else "strict").split("\n"), [], []
     sealed = False  # lines of before checksums do not stand behind those with one
     for i, line in enumerate(lines[:-1] if mend or growing else lines, 1):

@@ -35,7 +35,6 @@ TINY_TRAINING = dict(  # what the methods that collect train the tiny model with
     warmup_steps=10, batch_size=64, micro_batch=64, max_steps=150, save_every=50, eval_problems=128)
 GAMES = FAMILIES["tiny"].tasks  # weights/NAME/game.py makes the problems of an embedded task
 AVOIDED = {"train": ("dev", "test"), "dev": (), "test": ("dev",)}  # whose held-out prompts do not occur
-SPLITS = tuple(AVOIDED)
 
 TEXTS = "prompt question solution thinking entry_point grader source".split()  # fields that hold text
 OWN_FIELDS = ("id", *TEXTS, "answer", "tests", "setup", "messages")  # of a problem
@@ -108,8 +107,6 @@ class GameExamples:
 
 def load_problems(source, split="train", n=None):
     """Problems {id, source, prompt, ...} of a source, see the top; n of each joined one. A file is whole."""
-    if split not in SPLITS:
-        raise UserError(f"no split {split!r}: choose one of {', '.join(SPLITS)}")
     if source in GAMES:
         return game_problems(source, split, 1000 if n is None else n)
     name, local, path = source.partition("=")
@@ -440,14 +437,6 @@ def check_record(r, where):
     if not valid or len(r["order"]) != L:
         raise UserError(f"{where} is inconsistent: "
                         f"x0, order and rank must have one length and rank be a permutation")
-
-
-def check_tokens(records, cfg):
-    """UserError if the model of a config has no such tokens."""
-    largest = max((max(r["x0"] + r["prompt_ids"]) for r in records), default=0)
-    if largest >= cfg.vocab_size:
-        raise UserError(f"trajectories of another model: they hold token {largest} of {cfg.vocab_size}")
-    return records
 
 
 def list_sets():

@@ -592,7 +592,6 @@ def tds_command(args):
         raise UserError(f"{args.trajectories} holds no trajectory" + " with a solution" * args.ce)
     model, tok = load_both(args)
     label = args.adapter or args.model
-    data.check_tokens(records, model.cfg)
     if not args.ce:
         values = mean_of(tds, model, records, label)
         return report_by_step(label, values, "TDS", "nats^2", Path(args.out) / "tds.png")

@@ -3,8 +3,7 @@
     lora.add(model, r=16, alpha=16, dropout=0.0, targets=lora.ALL)   # freezes the base, adapters stay fp32
     with lora.off(model): ...         # inside, it is the base model: same weights, no second copy
     lora.save(model, dir)    # PEFT's layout, official module names: `peft` loads it on the official model
-    lora.load(model, dir)
-    lora.merge(model)        # plain nn.Linear again
+    lora.load(model, dir); lora.merge(model)     # merged: plain nn.Linear again
     python lora.py merge --model tiny --adapter out/tad-tiny/adapter --to merged  # a model without adapters
 """
 import json

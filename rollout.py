@@ -1,8 +1,7 @@
 """Collection: decode every problem, grade, append a record each; and a look at what was collected.
 
     python rollout.py collect gsm8k --model llada --out out/gsm8k --privileged  # the same command continues
-    python rollout.py inspect out/tad-tiny/trajectories -n 2      # a trajectory in the order it was decoded
-    python rollout.py stats out/tad-tiny/trajectories             # lengths, share correct, samples per hour
+    python rollout.py inspect out/tad-tiny/trajectories -n 2     # in the order it was decoded; stats: numbers
 
 A folder is append-only, one shard per rank, synced per record: a kill loses at most the rows being decoded.
 """
@@ -19,7 +18,7 @@ import torch
 
 import grade
 from cli import UserError, option, run_cli
-from data import (CARRIED, SCHEMA, check_tokens, fitting, load_tokenizer, privileged_prompt,
+from data import (CARRIED, SCHEMA, fitting, load_tokenizer, privileged_prompt,
                   problems_asked_for, read_trajectories, spread)
 from model import ModelOptions, config_of, decoding_defaults, n_content
 from run import barrier, check_alike, mend_shards, ranks
@@ -103,14 +102,14 @@ def collect(cfg, model, tok, problems, out, **changes):
     """A method's trajectories, a token per forward; cfg.collect_X is field X of Decoding, under `changes`."""
     folder = cfg.trajectories or out / "trajectories"
     if "+" in cfg.trajectories and not Path(folder).exists():  # --trajectories A+B
-        return check_tokens(finished(folder.split("+"), cfg, {p["id"] for p in problems}), model.cfg)
+        return finished(folder.split("+"), cfg, {p["id"] for p in problems})
     how = {key.removeprefix("collect_"): value for key, value in vars(cfg).items()
            if key.startswith("collect_")}
     cfg.block_len = cfg.block_len or model.cfg.block_len or Decoding.block_len  # the model's own
     how["cache"] = how["cache"] or ("exact" if model.cfg.block_len else "none")
     how.update(batch_size=how.pop("batch"), allow_code=cfg.allow_code_execution, gen_len=cfg.gen_len,
                block_len=cfg.block_len, max_prompt=cfg.max_prompt, policy="static", per_step=1)
-    return check_tokens(rollout(model, tok, problems, folder, cfg.model, **how | changes), model.cfg)
+    return rollout(model, tok, problems, folder, cfg.model, **how | changes)
 
 
 def decode_into(shard, model, tok, todo, facts, batch_size, allow_code):

@@ -81,10 +81,7 @@ def parse(Config, presets, doc):
 
 def ranks():
     """torchrun's rank and world size; (0, 1) without."""
-    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
-        raise UserError(f"RANK {rank!r} of WORLD_SIZE {world!r}: unset both, or start with torchrun")
-    return int(rank), int(world)
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def barrier(group=None):
@@ -281,8 +278,7 @@ class Run:
         old = cli.read_json(file) if file.exists() else {} if trained else now
         if not isinstance(old, dict) or not OURS <= old.keys():
             raise UserError(f"{file} is absent or not that of a run: choose another --out")
-        replaced = made if cfg.overwrite else [out / "adapter", out / "model"]
-        cli.check_apart(vars(cfg).values(), replaced)
+        cli.check_apart(vars(cfg).values(), made if cfg.overwrite else [out / "adapter", out / "model"])
         out.mkdir(parents=True, exist_ok=True)
         self.lock = cli.lock(out / "lock")
         restarts = [int(os.environ.get(f"{by}_RESTART_COUNT", 0)) for by in ("TORCHELASTIC", "SLURM")]
@@ -569,8 +565,7 @@ def file_name(file, rank, n_files):
 
 def checkpoints(root):
     """The folders of our names, by step."""
-    ours = [folder for folder in root.glob("step-*") if folder.name[5:].isdecimal()]
-    return sorted(ours, key=lambda folder: int(folder.name[5:]))
+    return sorted((f for f in root.glob("step-*") if f.name[5:].isdecimal()), key=lambda f: int(f.name[5:]))
 
 
 def newest_checkpoint(out):

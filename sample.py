@@ -2,8 +2,7 @@
 that everything runs on.
 
     outs = generate(model, prompts, gen_len=48, block_len=16, policy="threshold", threshold=0.9, cache="none")
-    python sample.py --model tiny --prompt "..." --show           # or --html decoding.html
-    python sample.py --model tiny --prompts questions.jsonl       # or --interactive
+    python sample.py --model tiny --prompt "..." --show    # or --html a.html; --prompts FILE; --interactive
 
 A response of L tokens starts as L masks and is filled block by block. Every forward scores the masked
 positions of the current block and the policy decides which of them to reveal: see `POLICIES` below, each with

@@ -40,7 +40,7 @@ import torch.nn.functional as F
 import eval as nt_eval
 import model as nt_model
 import run
-from data import (GAMES, GameExamples, check_tokens, example_rng, fitting, hidden_rows, load_problems,
+from data import (GAMES, GameExamples, example_rng, fitting, hidden_rows, load_problems,
                   load_tokenizer, pad_response, read_trajectories, stacked)
 from teacher import load_teacher_tokenizer, score_examples
 
@@ -149,11 +149,9 @@ def load_examples(cfg, tok):
     if cfg.data in GAMES:
         return GameExamples(tok, cfg.data, cfg.n_examples)
     if Path(cfg.data).is_dir():
-        records = check_tokens(read_trajectories(cfg.data), nt_model.config_of(cfg.model, cfg.revision))
-        records = [r for r in records if r["correct"] or not cfg.only_correct]
+        records = [r for r in read_trajectories(cfg.data) if r["correct"] or not cfg.only_correct]
         if not records:
-            raise UserError(f"{cfg.data} holds no correct trajectory: nothing to train on "
-                            f"(--no-only_correct takes the others too)")
+            raise UserError(f"{cfg.data} holds no correct trajectory: --no-only_correct takes the others too")
         if tok.prompt_ids(records[0]).tolist() != records[0]["prompt_ids"]:
             raise UserError(f"{cfg.data} was collected with {records[0]['model']}, whose tokeniser or chat "
                             f"template is not that of {cfg.model}: collect with this model")

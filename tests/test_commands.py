@@ -181,7 +181,9 @@ def test_a_changed_command_line(command, called):
 
 
 @pytest.mark.parametrize("command, words, why", [
-    ("tad", "--near none --distant none", "nothing is left"),
+    ("tad", "--near none --distant none", "nothing is left"), ("tad", "--window 9223372036854775807", "positive number"),
+    ("tad", "--window 1000000000", "positive number"), ("tad", "--window 000", "positive number"),
+    *((method, "--lora_targets q_proj,q_proj", "LoRA targets") for method in METHODS),
     ("tad", "--near none --source gt_random", "nothing is left"), ("tabom", "--window 1", "two tokens"),
     ("tabom", "--segment two_steps", "not ranked"), ("t3d", "--save_every 7 --refresh 2", "a multiple of"),
     ("t3d", "--variant code --fake expected", "one by one"), ("trims", "--n_examples 0", "exceeds the data"),

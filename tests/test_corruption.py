@@ -13,6 +13,7 @@ from small_runs import VOCAB, Runs
 
 import cli
 import compare
+import data
 import lora
 import model as nt_model
 import rollout
@@ -209,7 +210,8 @@ def test_what_is_only_shown(tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------- what is left alone
 def test_overwrite_removes_only_what_a_run_made(runs):
     assert runs("tabom", "run", "--max_steps", "1") == (0, [])
-    out, mine = runs.folder / "run", ["thesis.tex", "adapter-old/x", "notes.jsonl", "model.py"]
+    out, mine = runs.folder / "run", ["thesis.tex", "adapter-old/x", "notes.jsonl", "model.py", "log.jsonl.mybackup",
+                                      "window.docx", "model.unfinished/x", "tds.txt"]
     for name in mine:
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_text("mine")
@@ -223,16 +225,23 @@ def test_overwrite_removes_only_what_a_run_made(runs):
 
 @pytest.mark.parametrize("given, option", [
     ("run/model", "--model"), ("run/trajectories", "--trajectories"), ("run/trajectories+other", "--trajectories"),
-    ("linked", "--model"), ("run/difficulty/rank0.jsonl", "--data")])
+    ("linked", "--model"), ("run/difficulty/rank0.jsonl", "--data"), ("gsm8k={}/run/difficulty/g.jsonl", "--data"),
+    ("gsm8k={}/run/difficulty/g*.jsonl", "--data"), ("run/difficulty/rank0.jsonl:prompt=prompt", "--data"),
+    ("a+b/model", "--model")])
 def test_a_run_does_not_replace_what_it_reads(runs, given, option):
     assert runs("tabom", "run", "--max_steps", "1") == (0, [])
     shutil.copytree(runs.folder / "base", runs.folder / "run/model")
     (runs.folder / "linked").symlink_to("run/model")
     shutil.copytree(runs.folder / "run/trajectories", runs.folder / "run/difficulty")
+    row = dict(question="1 + 1?", answer="It is 2.\n#### 2")
+    (runs.folder / "run/difficulty/g.jsonl").write_text((json.dumps(row) + "\n") * 8)
     before = {file: file.read_bytes() for file in runs.folder.rglob("*") if file.is_file()}
-    given = "+".join(str(runs.folder / part) for part in given.split("+"))
-    code, said = runs("tabom", "run", "--max_steps", "1", option, given, "--overwrite")
-    assert code == 2 and len(said) == 1 and "lies in what this run would replace" in said[0], said
+    out = "a+b" if "a+b" in given else "run"
+    (runs.folder / "a+b").symlink_to("run")
+    parts = [given] if "a+b" in given else given.split("+")
+    given = "+".join(part.format(runs.folder) if "{}" in part else str(runs.folder / part) for part in parts)
+    code, said = runs("tabom", out, "--max_steps", "1", option, given, "--overwrite")
+    assert code == 2 and len(said) == 1 and "lies in what this command would replace" in said[0], said
     assert before == {file: file.read_bytes() for file in before}
 
 
@@ -255,20 +264,76 @@ def test_finished_means_whole(runs):
     assert (runs.folder / "foreign/results.jsonl").read_text() == "mine"
 
 
-def test_trajectories_of_another_model(runs):
-    """Their tokens are beyond this one's vocabulary."""
+def test_folders_beside_checkpoints_are_left_alone(runs):
+    assert runs("tabom", "run", "--max_steps", "2") == (0, [])
+    steps = runs.folder / "run/checkpoints"
+    for name in ("step-best", "step-000001-keep", "step-"):
+        shutil.copytree(steps / "step-000001", steps / name)
+    shutil.rmtree(runs.folder / "run/adapter")
+    assert runs("tabom", "run", "--max_steps", "4") [0] == 2  # other settings
+    shutil.rmtree(steps / "step-000002")
+    assert runs("tabom", "run", "--max_steps", "2") == (0, [])
+    assert {p.name for p in steps.iterdir()} == {"step-best", "step-000001-keep", "step-", "step-000001", "step-000002"}
+
+
+@pytest.mark.parametrize("theirs", [dict(model="gpt", seed=1, micro_batch=4, mine=True), {}, dict(model="x", lr=1)])
+def test_the_config_of_another_program(runs, theirs):
+    out = runs.folder / "run"
+    (out / "model").mkdir(parents=True)
+    (out / "config.json").write_text(json.dumps(theirs))
+    for more in ([], ["--overwrite"]):
+        code, said = runs("tabom", "run", *more)
+        assert code == 2 and len(said) == 1 and "not that of a run" in said[0] and (out / "model").is_dir(), said
+
+
+def test_what_a_finished_run_was_trained_with_stays(runs):
     assert runs("tabom", "run", "--max_steps", "1") == (0, [])
-    file = runs.folder / "run/trajectories/rank0.jsonl"
-    rows = cli.read_jsonl(file, ours=True)
-    for key, token in (("x0", 298), ("x0", 2**40), ("prompt_ids", 298), ("prompt_ids", 999999)):
-        (runs.folder / "other").mkdir(exist_ok=True)
-        wrong = rows[3] | {key: [token, *rows[3][key][1:]]}
-        lines = map(cli.line_of, [*rows[:3], wrong, *rows[4:]])
+    before = (runs.folder / "run/config.json").read_text()
+    shutil.rmtree(runs.folder / "run/checkpoints")
+    code, said = runs("tabom", "run", "--max_steps", "1", "--lr", "0.5")
+    assert code == 2 and "belongs to another configuration (lr 0.01 -> 0.5)" in said[0], said
+    assert (runs.folder / "run/config.json").read_text() == before
+
+
+def test_records_that_two_folders_share(runs):
+    assert runs("tabom", "run", "--max_steps", "1") == (0, [])
+    first = runs.folder / "run/trajectories"
+    shutil.copytree(first, runs.folder / "other")
+    for second in (first, runs.folder / "other"):
+        code, said = runs("tabom", f"new-{second.name}", "--trajectories", f"{first}+{second}")
+        assert code == 2 and len(said) == 1 and "hold the same problem" in said[0], said
+    rows = cli.read_jsonl(runs.folder / "other/rank0.jsonl", ours=True)
+    for change in (dict(model="another"), dict(x0=[1] * 4, order=[0] * 4, rank=[0, 1, 2, 3])):  # not the first one
+        lines = map(cli.line_of, [*rows[:-1], rows[-1] | change])
         (runs.folder / "other/rank0.jsonl").write_text("".join(lines))
-        for folders in ("other", "other+other"):
-            given = "+".join(str(runs.folder / part) for part in folders.split("+"))
-            code, said = runs("tabom", f"new-{key}-{token}-{len(given)}", "--trajectories", given)
-            assert code == 2 and len(said) == 1 and f"they hold token {token}" in said[0], said
+        code, said = runs("tabom", "new", "--trajectories", f"{runs.folder / 'other'}+{first}")
+        assert code == 2 and len(said) == 1 and "holds no trajectories of" in said[0], said
+
+
+def test_problems_whose_answers_changed_since(tmp_path):
+    model, tok = random_model(max_position_embeddings=160, **VOCAB), data.load_tokenizer("tiny")
+    problems = data.load_problems("tiny", "train", 2)
+    settings = dict(gen_len=8, block_len=4, policy="static", per_step=1)
+    assert len(rollout.rollout(model, tok, problems, tmp_path, "x", **settings)) == 2
+    for key in ("answer", "solution", "prompt"):
+        changed = [problems[0], problems[1] | {key: "something else"}]
+        with pytest.raises(UserError, match=f"other settings .{key}."):
+            rollout.rollout(model, tok, changed, tmp_path, "x", **settings)
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 200_000, "[[1], " * 100_000])
+def test_json_that_is_nested_too_deep(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    for read in (cli.read_json, cli.read_object, lambda file: nt_model.load(tmp_path)):
+        with pytest.raises(UserError, match="config.json is not valid JSON"):
+            read(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("field", ["source", "question", "grader", "entry_point"])
+def test_fields_that_must_be_text(tmp_path, field):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "a", "answer": "b", field: 5}) + "\n")
+    with pytest.raises(UserError, match=f"line 1: {field} must be text"):
+        data.load_problems(str(tmp_path / "a.jsonl"))
 
 
 @pytest.mark.parametrize("made", [["model/model.safetensors"], ["adapter/x"], ["checkpoints/step-000009/x"]])
@@ -290,7 +355,7 @@ def test_merge_replaces_nothing(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
     for to in ("base", "adapter", "", ".", "base/config.json"):
-        with pytest.raises(UserError, match="choose another, or --overwrite"):
+        with pytest.raises(UserError, match="choose another, or --overwrite|lies in what this command would replace"):
             lora.merge_command(lora.Merge(model="base", adapter="adapter", to=to))
     assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     for to in ("new", "empty", "deep/er"):

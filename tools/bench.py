@@ -1,7 +1,6 @@
 """What decoding costs, measured in turns with what a user would take instead, on the same weights.
 
     python tools/bench.py --model llada-8b --batch_size 32           # random weights of a real shape
-    python tools/bench.py --model llada-60m --batch_size 1 --compiled --profile   # where the time goes
 
 `uncached` is the reference decoder, `fast_dllm` a plain loop with Fast-dLLM's dual cache: both eager, one
 prompt, the layers as they are. All reveal --per_step tokens per forward and stop at no EOS: as many forwards.

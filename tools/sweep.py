@@ -1,11 +1,9 @@
 """The tables of the papers, and every method with its ablations on the tiny model: one table, one picture.
 
     python tools/sweep.py paper TAD-4 --model llada   # the commands of a table or figure: docs/papers.md
-    python tools/sweep.py paper TRIMS-fig8 --quick    # the same on the tiny model, small: minutes
     python tools/sweep.py       # the tiny comparison of docs/results.md; --only TAD T3D: some of its rows
 
-The same command continues. The rows of the tiny comparison, docs/papers-tiny.md, share COMMON: nothing is
-tuned. Seed s has --n test problems of its own.
+The same command continues. The rows of docs/papers-tiny.md share COMMON; a seed has --n problems of its own.
 """
 import os
 import re
@@ -159,8 +157,8 @@ def main():
     args = cli.parse(__doc__, Options)
     root = Path(args.out)
     labels = [label for label in METHODS if label == "base" or label in (args.only or METHODS)]
-    names = {label: label.lower().replace(": ", "-").replace(" ", "_") for label in labels}
-    jobs = [(label, seed, root / f"{names[label]}-{seed}") for seed in range(args.seeds) for label in labels]
+    jobs = [(label, seed, root / f"{label.lower().replace(': ', '-').replace(' ', '_')}-{seed}")
+            for seed in range(args.seeds) for label in labels]
     every, left = data.load_problems(args.task, "test", args.seeds * args.n), []
     problems = [every[seed * args.n:(seed + 1) * args.n] for seed in range(args.seeds)]
     for label, seed, folder in jobs:
@@ -174,8 +172,7 @@ def main():
         own = prepare({label for label, *_ in left}, model, tok, root, args.task)
         # compile what the runs will share, so that tokens per second are those of decoding
         nt_eval.curve(model, tok, problems[0][:BATCH], nt_eval.protocol_of(*PROTOCOL), "warm-up", BATCH)
-    done = len(jobs) - len(left)
-    for label, seed, folder in cli.progress_bar(left, "sweep", len(jobs), unit="run", initial=done):
+    for label, seed, folder in cli.progress_bar(left, "sweep", unit="run"):
         if METHODS[label]:
             run_script(*command(label, seed, folder, args.task))
         evaluate(label, folder, tok, problems[seed], own[:32], args.task)
