@@ -161,6 +161,13 @@ def test_a_curve_without_its_anchor_warns(tmp_path, capsys):
         assert (settings.policy, settings.threshold, settings.block_len) == ("entropy", 0.0, 32)
 
 
+def test_a_source_without_results_is_one_line(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    for source in (tmp_path, tmp_path / "nowhere", tmp_path / "empty.jsonl"):
+        with pytest.raises(UserError, match=f"{source.name} holds no results"):
+            compare.read_runs([source])
+
+
 def test_a_table_over_tasks_is_their_average():
     """Each task has a y_max of its own; the first point of a protocol gets columns."""
     def run(label, task, right, nfe):

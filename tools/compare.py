@@ -31,16 +31,16 @@ def read_points(source):
     """The points of a folder and those in it, or of a file that pack() wrote, which names their folders."""
     source = Path(source)
     rows, kinds = [], set()
-    for file in sorted(source.rglob("results.jsonl")) or [source]:
+    for file in [source] if source.is_file() else sorted(source.rglob("results.jsonl")):
         rows += read_jsonl(file, ours=True, **FIELDS)
     for row in rows:
-        problems = zip_longest(row["ids"], *map(row.get, COUNTS))
-        kinds |= {tuple(map(type, problem)) for problem in problems}
+        kinds |= {tuple(map(type, problem)) for problem in zip_longest(row["ids"], *map(row.get, COUNTS))}
         if not all(isinstance(row.get(key, {}), dict) for key in ("run", "provenance")):
             raise UserError(f"{source}: run and provenance of a point must be objects")
+        row.setdefault("folder", f"{source.name} {row.get('provenance', {}).get('task', '')}")
     if kinds != {(str, int, int, int)}:
         raise UserError(f"{source} holds no results, or not an id and three counts for every problem")
-    return [{"folder": f"{source.name} {row.get('provenance', {}).get('task', '')}", **row} for row in rows]
+    return rows
 
 
 def pack(folders, file):
