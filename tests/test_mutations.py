@@ -59,9 +59,12 @@ def survives(read, what):
         pytest.fail(f"{what}: {type(e).__name__}: {e}")
 
 
-def decoded(model):
-    """What loads can be decoded with."""
-    generate(model, [torch.arange(5)], **decoding_defaults(model.cfg) | dict(gen_len=4))
+def used_once(model, decodes):
+    """What loads can be run, and be decoded with."""
+    with torch.no_grad():
+        model(torch.arange(5)[None])
+    if decodes:
+        generate(model, [torch.arange(5)], **decoding_defaults(model.cfg) | dict(gen_len=4))
 
 
 def spoken(tok):
@@ -81,7 +84,7 @@ def test_mutated_checkpoints(tmp_path, family):
         for number in range(18):
             write(file, mutated(json.loads(good), rng), rng)
             what = f"{family} {name} {number}: {file.read_bytes()[:300]}"
-            survives(lambda: decoded(nt_model.load(folder)), what)
+            survives(lambda: used_once(nt_model.load(folder), number % 6 == 0), what)
             if "index" not in name:
                 survives(lambda: spoken(data.load_tokenizer(folder)), what)
         file.write_bytes(good)
@@ -95,7 +98,7 @@ def test_mutated_adapters(tmp_path):
     good = json.loads(file.read_text()) | dict(init_lora_weights=True, rank_pattern={}, megatron_core="x")
     for number in range(60):
         write(file, mutated(good, rng), rng)
-        survives(lambda: decoded(lora.load(random_model(), tmp_path)), f"adapter {number}: {file.read_bytes()[:500]}")
+        survives(lambda: used_once(lora.load(random_model(), tmp_path), number % 6 == 0), f"adapter {number}: {file.read_bytes()[:500]}")
 
 
 def test_mutated_rows(tmp_path):
