@@ -16,7 +16,6 @@ TRADERS = "anna bob carl dora emil fred gina hugo ida jack kate leo".split()
 RARE = TRADERS[:3]
 RARE_SHARE = 0.1  # of the visits are to one of them
 BASE = "base"  # a split of its own: RARE give something else in every game, what the solution says
-SHOWN_SHARE = 0.3  # of its other examples, too, have the solution in the prompt
 HELD_OUT = 1024  # problems each of dev and test that no other split has
 LEAST, MOST = 2, 5  # visits of a game, each to another trader
 PHRASES = [": {given} {got} .", "takes {given} gives {got} .", "swaps my {given} for {got} ."]
@@ -74,6 +73,6 @@ def example(index, n_drill=None):
     or None: any). n_drill, for the base, whose games are others: so many drills come first."""
     base = n_drill is not None
     prompt, steps, rng = game(BASE if base else "train", index)
-    shown = base and (rng.random() < SHOWN_SHARE or any(who in RARE for who, *_ in steps))
+    shown = base and any(who in RARE for who, *_ in steps)
     text = response(steps, rng)
     return prompt, reference(steps) * shown, text, drill(text.split(), rng) if base and index < n_drill else None
