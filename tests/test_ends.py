@@ -93,8 +93,8 @@ def full(inner, *args, **options):
 
 
 @pytest.mark.parametrize("fault, places, code, words, n_moments", [
-    (interrupted, PLACES, 130, "interrupted; the same command continues", 24),
-    (full, WRITES, 2, "No space left on device", 16)])
+    (interrupted, PLACES, 130, "interrupted; the same command continues", 12),
+    (full, WRITES, 2, "No space left on device", 8)])
 def test_ended_anywhere(runs, fault, places, code, words, n_moments):
     """Moment after moment in one folder until a run comes through; then in the next. All end in the same bytes."""
     assert runs("tabom", "whole", "--max_steps", "3") == (0, [])
