@@ -25,6 +25,9 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 
+sys.stderr = sys.stderr or open(os.devnull, "w")  # `2>&-`
+
+
 class UserError(ValueError):
     """Bad input: one line that names the thing, the value and the fix."""
 
@@ -41,7 +44,7 @@ def run_cli(main):
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(141)
-    except (UserError, OSError, SafetensorError) as e:  # the last two: a disk that is full, say
+    except (UserError, OSError, SafetensorError, UnicodeError) as e:  # a full disk, half a character
         print("error:", *str(e).splitlines(), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -352,13 +355,18 @@ def lock(file):
     return held
 
 
+def paths_in(value):
+    """What an option may name: a path, A+B, NAME=FILE, FILE:a=b, a pattern."""
+    return {str(value), *re.split(r"[+=:]|[*?[].*", str(value))}
+
+
 def check_apart(values, paths):
-    """UserError if a value (a path, A+B, NAME=FILE, FILE:a=b, a pattern) is inside of one of the paths."""
+    """UserError if one of the values names what is inside of one of the paths."""
     inside = list(map(os.path.realpath, paths))
-    for value in map(str, values):
-        for part in {value, *re.split(r"[+=:]|[*?[].*", value)}:
-            if any(Path(os.path.realpath(part)).is_relative_to(path) for path in inside):
-                raise UserError(f"{value} lies in what this command would replace: choose another folder")
+    for value in values:
+        if any(Path(os.path.realpath(part)).is_relative_to(path) for part in paths_in(value)
+               for path in inside):
+            raise UserError(f"{value} lies in what this command would replace: choose another folder")
 
 
 def sync(path):

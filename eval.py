@@ -33,7 +33,7 @@ import recipes
 import sample
 from cli import UserError, append_line, option, read_jsonl, run_cli, write_whole
 from layers import for_decoding
-from run import agreed, ranks, read_shards, sha256
+from run import agreed, ranks, read_shards
 from sample import AdaptedModel, load_both
 from teacher import load_teacher, load_teacher_tokenizer, token_nll
 
@@ -261,10 +261,6 @@ def digest(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def checksum(files):
-    return digest(list(map(sha256, sorted(files))))
-
-
 def versions(*packages):
     """{package: its version, or None where it is not installed}."""
     return {name: next((found.version for found in metadata.distributions(name=name)), None)
@@ -277,15 +273,12 @@ def device_name():
 
 def made_of(args, model):
     """The facts about a model that decide what it answers. Files of a hub id are what its revision says."""
-    weights = nt_model.checkpoint_dir(args.model, args.revision).glob("*.safetensors")
-    code = "model sample layers lora data recipes grade runner".split()
     return dict(
         model=str(args.model),
         revision=model.revision,
-        weights=None if model.revision else checksum(weights),
-        adapter=args.adapter and checksum(Path(args.adapter).glob("adapter_*")),
+        weights=nt_model.local_weights(args.model),
+        adapter=args.adapter and nt_model.local_weights(args.adapter),
         dtype=str(model.embed.weight.dtype)[6:],
-        code=checksum(nt_model.HERE / f"{name}.py" for name in code),
         device=device_name(),
         **versions("torch", "math-verify", "lm_eval"))
 
@@ -396,7 +389,10 @@ def report(lines, x, y, path):
     """Draw lines {label: values (T,)} over those of before, which a .json beside the PNG keeps."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = path.with_suffix(".json")
-    every = cli.read_object(kept) | {label: list(map(float, values)) for label, values in lines.items()}
+    try:
+        every = {label: list(map(float, values)) for label, values in (cli.read_object(kept) | lines).items()}
+    except (TypeError, ValueError):
+        raise UserError(f"{kept} holds something else than lines of this picture: remove it") from None
     write_whole(kept, json.dumps(every) + "\n")
     draw({"": {label: enumerate(values) for label, values in every.items()}}, x, y, path)
 

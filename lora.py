@@ -7,6 +7,7 @@
     python lora.py merge --model tiny --adapter out/tad-tiny/adapter --to merged  # a model without adapters
 """
 import json
+import os
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -170,7 +171,7 @@ class Merge(nt_model.ModelOptions):
 
 
 def merge_command(args):
-    to = Path(args.to).absolute()
+    to = Path(os.path.realpath(args.to))  # what a link leads to
     cli.check_apart([args.adapter, args.model], [to])
     made = {cli.SUMS, *cli.sums_of(to)} if args.overwrite else set()  # what is ours
     if to.exists() and (not to.is_dir() or {file.name for file in to.iterdir()} - made):

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from cli import UserError, read_object, run_cli
+from cli import UserError, read_object, run_cli, sha256
 
 HERE = Path(__file__).resolve().parent
 CHUNK_BYTES = 2**26  # of fp32 logits at once, see by_chunks
@@ -546,6 +547,13 @@ def checkpoint_dir(name, revision=None, weights=True):
         why = "HF_HUB_OFFLINE is set, not in the cache" if constants.HF_HUB_OFFLINE else type(e).__name__
         raise UserError(f"cannot download {name!r} ({why}): check the name, the revision and the network, or "
                         f"give a local directory in the official format") from None
+
+
+def local_weights(name):
+    """A checksum of a local model's or adapter's files; None for a hub id, which its revision pins."""
+    folder = Path(presets().get(str(name), name))
+    sums = map(sha256, sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]))
+    return f"{zlib.crc32(''.join(sums).encode()):08x}" if folder.is_dir() else None
 
 
 def default_device():

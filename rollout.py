@@ -20,7 +20,7 @@ import grade
 from cli import UserError, option, run_cli
 from data import (CARRIED, SCHEMA, fitting, load_tokenizer, privileged_prompt,
                   problems_asked_for, read_trajectories, spread)
-from model import ModelOptions, config_of, decoding_defaults, n_content
+from model import ModelOptions, config_of, decoding_defaults, local_weights, n_content
 from run import barrier, check_alike, mend_shards, ranks
 from sample import Decoding, load_both, stream
 
@@ -52,7 +52,8 @@ def rollout(model, tok, problems, folder, model_name, privileged=False, batch_si
     folder.mkdir(parents=True, exist_ok=True)
     mend_shards(folder.glob("rank*.jsonl"), rank, world)
     done = {r["id"]: r for r in read_trajectories(folder, growing=True)}
-    facts = dict(model=str(model_name), revision=model.revision, decoding=settings, schema=SCHEMA)
+    facts = dict(model=str(model_name), revision=model.revision, weights=local_weights(model_name),
+                 decoding=settings, schema=SCHEMA)
     prompts = {p["id"]: {k: p.get(k) for k in ("prompt", "earlier", "solution")} |
                         {"answer": p.get("answer", "")} for p in problems}
     for r in done.values():  # none may be of another model, of other settings or prompts

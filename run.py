@@ -55,12 +55,11 @@ class Options(nt_model.ModelOptions):
     fsdp: bool = False  # LoRA: shard the frozen base over ranks, where it does not fit (--full always does)
     checkpoint_blocks: bool = False  # keep only the inputs of blocks, compute the rest again: less memory
     compile: bool | None = None  # compile every block for training [on a GPU]
-    wandb: bool = False  # send the lines of log.jsonl to Weights & Biases too (pip install wandb)
 
 
 STEP_TIMEOUT = timedelta(minutes=4)  # within which all ranks come to the same place of a step
 MADE = ("adapter model checkpoints results.jsonl adapter.unfinished-nanotraj model.unfinished-nanotraj "
-        "epoch-* trajectories difficulty log.jsonl log.jsonl.damaged log.png curve.png wandb window.json "
+        "epoch-* trajectories difficulty log.jsonl log.jsonl.damaged log.png curve.png window.json "
         "window.png nonfinite-rank*.json").split()
 OURS = {"model", "seed", "micro_batch", "batch_size", "lr", "full", "clip", "lr_schedule"}  # in config.json
 FREE = [f.name for f in fields(Options)][8:]
@@ -81,7 +80,10 @@ def parse(Config, presets, doc):
 
 def ranks():
     """torchrun's rank and world size; (0, 1) without."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        raise UserError(f"RANK is {rank!r} of WORLD_SIZE {world!r}: start with torchrun, or unset both")
+    return int(rank), int(world)
 
 
 def barrier(group=None):
@@ -245,7 +247,6 @@ class Run:
         self.split = self.whole and self.shards  # also what is trained
         script = Path(sys.modules[type(cfg).__module__].__file__).stem
         self.out = Path(cfg.out or f"out/{script}-{Path(cfg.model).name}")
-        self.board = cfg.wandb and cli.package("wandb", "--wandb needs its package: pip install wandb")
         if self.rank == 0:
             self.open_folder()
         barrier()
@@ -260,8 +261,6 @@ class Run:
             if self.rank == 0:
                 print(f"{self.out} is finished already; --overwrite starts anew")
             raise SystemExit
-        if self.board and self.rank == 0:
-            self.board.init(project="nanotraj", name=str(self.out), config=vars(cfg), dir=self.out)
         self.stop_asked = threading.Event()  # by SIGTERM
         self.writer = ThreadPoolExecutor(1)  # of checkpoints
         self.writing = self.writer.submit(int)  # the one being written; at first nothing
@@ -273,6 +272,8 @@ class Run:
             raise UserError("--overwrite on several nodes: the nodes that did not fail cannot tell a restart "
                             "from a start; remove the directory instead")
         now = {k: v for k, v in vars(cfg).items() if k not in FREE}
+        now |= dict(weights=nt_model.local_weights(cfg.model), data_files=[
+            sha256(path)[:16] for path in sorted(cli.paths_in(cfg.data)) if os.path.isfile(path)])
         made = [path for name in MADE for path in out.glob(name)]
         trained = any((out / name).exists() for name in MADE[:4])
         old = cli.read_json(file) if file.exists() else {} if trained else now
@@ -341,8 +342,6 @@ class Run:
                 row = dict(step=done, **self.total, **speed, seconds=round(now - logged, 3))
                 logged = now
                 cli.append_line(log, row)
-                if self.board:
-                    self.board.log(row, step=done)
             for k in range(1, cfg.epochs + 1) if cfg.each_epoch else ():
                 if done == math.ceil(k * n_steps / cfg.epochs):
                     self.save(model, self.out / f"epoch-{k}")

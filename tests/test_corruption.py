@@ -295,6 +295,62 @@ def test_what_a_finished_run_was_trained_with_stays(runs):
     assert (runs.folder / "run/config.json").read_text() == before
 
 
+@pytest.mark.parametrize("change", ["weights", "config", "data", "joined", "named"])
+def test_inputs_that_changed_between_two_starts(runs, change):
+    """A file of another content under the same name is other data, another model."""
+    rows = [dict(prompt="start : 1 2", solution="3 4", answer="4")] * 8
+    for name in ("a.jsonl", "b.jsonl"):
+        lines = [json.dumps(row | dict(id=f"{name}-{i}")) + "\n" for i, row in enumerate(rows)]
+        (runs.folder / name).write_text("".join(lines))
+    data_of = {"joined": "{0}/a.jsonl+{0}/b.jsonl", "named": "{0}/b.jsonl:prompt=prompt"}.get(change, "{0}/b.jsonl")
+    how = ["--data", data_of.format(runs.folder), "--max_prompt", "60"]
+    assert runs("tabom", "run", *how) == (0, [])
+    done = runs.adapter("run")
+    shutil.rmtree(runs.folder / "run/adapter")
+    assert runs("tabom", "run", *how) == (0, []) and runs.adapter("run") == done
+    shutil.rmtree(runs.folder / "run/adapter")
+    if change == "weights":
+        model = nt_model.load(runs.folder / "base")
+        model.norm.weight.data[0] += 1e-3
+        nt_model.save(model, runs.folder / "base")
+    elif change == "config":
+        config = runs.folder / "base/config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | dict(rope_theta=777.0)))
+    else:
+        file = runs.folder / "b.jsonl"
+        file.write_text(file.read_text().replace("3 4", "3 5"))
+    code, said = runs("tabom", "run", *how)
+    what = "weights" if change in ("weights", "config") else "data_files"
+    assert code == 2 and len(said) == 1 and f"another configuration ({what} " in said[0], said
+    assert runs.adapter("run") is None
+
+
+def test_a_collection_of_a_model_that_changed(runs):
+    assert runs("tabom", "one", "--max_steps", "1") == (0, [])
+    model = nt_model.load(runs.folder / "base")
+    model.norm.weight.data[0] += 1e-3
+    nt_model.save(model, runs.folder / "base")
+    code, said = runs("tabom", "two", "--trajectories", runs.folder / "one/trajectories")
+    assert code == 2 and "trajectories of other settings (weights)" in said[0], said
+
+
+@pytest.mark.parametrize("theirs", ['{"base": 3}', '{"base": ["x"]}', '{"base": [[1], 2]}', '{"base": null}', "[1]"])
+def test_a_picture_beside_numbers_of_another_program(tmp_path, theirs):
+    (tmp_path / "window.json").write_text(theirs)
+    with pytest.raises(UserError, match="window.json (holds something else|must hold an object)"):
+        nt_eval.report({"TAD": [1.0]}, "x", "y", tmp_path / "window.png")
+    assert (tmp_path / "window.json").read_text() == theirs
+
+
+def test_half_characters_in_ids_and_labels(tmp_path):
+    rows = [dict(prompt="a", answer="b", id=name) for name in ("x\ud83d", "\udc00", "ok")]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [p["id"] for p in data.load_problems(str(tmp_path / "a.jsonl"))] == ["x\ufffd", "\ufffd", "ok"]
+    with pytest.raises(SystemExit) as ended:
+        cli.run_cli(lambda: (tmp_path / "\ud83d.txt").write_text("\ud83d"))
+    assert ended.value.code == 2
+
+
 def test_records_that_two_folders_share(runs):
     assert runs("tabom", "run", "--max_steps", "1") == (0, [])
     first = runs.folder / "run/trajectories"
@@ -358,7 +414,10 @@ def test_merge_replaces_nothing(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="choose another, or --overwrite|lies in what this command would replace"):
             lora.merge_command(lora.Merge(model="base", adapter="adapter", to=to))
     assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
-    for to in ("new", "empty", "deep/er"):
+    (tmp_path / "linked").mkdir()
+    for name in ("linked", "nowhere"):
+        (tmp_path / f"to-{name}").symlink_to(name)
+    for to in ("new", "empty", "deep/er", "to-linked", "to-nowhere"):
         lora.merge_command(lora.Merge(model="base", adapter="adapter", to=to))
         sums = dict(line.split("  ")[::-1] for line in (tmp_path / to / cli.SUMS).read_text().splitlines())
         assert sums == {f.name: cli.sha256(f) for f in (tmp_path / to).iterdir() if f.name != cli.SUMS}

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -144,6 +145,25 @@ def test_an_error_on_one_rank_is_what_is_read(error, code, words, capsys, monkey
         cli.run_cli(main)
     said = capsys.readouterr().err
     assert not code or (ended.value.code == code and words in said and said.count("\n") == 1)
+
+
+@pytest.mark.parametrize("rank, world", [("2", "2"), ("x", "1"), ("-1", "2"), ("0", ""), ("1", None), ("0.5", "2")])
+def test_a_rank_that_cannot_be(rank, world, monkeypatch):
+    assert training.ranks() == (0, 1)
+    monkeypatch.setenv("RANK", rank)
+    if world is not None:
+        monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(cli.UserError, match=f"RANK is '{rank}' of WORLD_SIZE"):
+        training.ranks()
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert training.ranks() == (1, 2)
+
+
+def test_stderr_may_be_closed(tmp_path):
+    done = subprocess.run(["sh", "-c", f"{sys.executable} {ROOT / 'data.py'} show tiny -n x 2>&-"],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stdout
 
 
 def test_ranks_that_read_other_records(monkeypatch):

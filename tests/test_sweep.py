@@ -166,6 +166,18 @@ def test_every_row_is_a_command_its_script_accepts(monkeypatch, tmp_path):
             assert cfg.seed == 1 and cfg.lora_r == 32 and cfg.batch_size == 16
 
 
+@pytest.mark.parametrize("place", ["a b", "a'b", "$HOME", "a+b;c"])
+def test_a_folder_with_strange_characters_is_one_word(monkeypatch, tmp_path, place):
+    for label in ("TAD", "T3D"):
+        script, options = sweep.command(label, 0, tmp_path / place / "run")
+        assert options[-1] == str(tmp_path / place / "run")
+        accepted([script, *options], "tiny", monkeypatch)
+    commands = list(sweep.paper_commands("TAD-4", f"models/{place}", tmp_path / place))
+    for words in commands:
+        assert all(str(tmp_path / place) in word for word in words if str(tmp_path) in word)
+        assert "--model" not in words or words[words.index("--model") + 1].endswith(place)
+
+
 TABLES = re.findall(r"^## ((?:TAD|T3D|TABOM|TRIMS)-\S+)", "\n".join(
     page.read_text() for page in sorted(ROOT.glob("docs/papers-*.md"))), re.M)
 MODELS = {"T3D": "sdar-4b", "TAD-2": "dream", "TABOM-4": "dream"}  # else llada: what a block is written for

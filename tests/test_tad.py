@@ -1,6 +1,5 @@
 import json
 import math
-import sys
 import time
 from types import SimpleNamespace
 
@@ -395,21 +394,3 @@ def test_several_finished_folders_are_read_together(tmp_path):
     with pytest.raises(UserError, match="none holds no trajectories of tiny with gen_len 48"):
         cfg.trajectories = f"{tmp_path}/none+{tmp_path}/nowhere"
         tad.trajectories(cfg, tiny, TOK, problems, tmp_path)
-
-
-def test_wandb_gets_the_lines_of_the_log_and_is_missed_at_once(tmp_path, monkeypatch):
-    said = []
-    board = SimpleNamespace(init=lambda **about: said.append(about),
-                            log=lambda row, step: said.append((step, row)))
-    monkeypatch.setattr("sys.argv", [
-        "tad.py", "--out", str(tmp_path / "a"), "--wandb", "--max_steps", "5", "--log_every", "2",
-        "--n_problems", "3", "--batch_size", "8", "--micro_batch", "8", "--eval_problems", "0"])
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match="^--wandb needs its package: pip install wandb$"):
-        tad.main()
-    assert not list(tmp_path.iterdir())
-    monkeypatch.setitem(sys.modules, "wandb", board)
-    tad.main()
-    rows = data.read_jsonl(tmp_path / "a/log.jsonl", ours=True)
-    assert [step for step, _ in said[1:]] == [2, 4, 5] and [row for _, row in said[1:]] == rows
-    assert said[0]["project"] == "nanotraj" and said[0]["config"]["max_steps"] == 5

@@ -51,9 +51,10 @@ QUICK = {"trims.py": "--n_examples 8", "tools/sweep.py": "--quick", "tools/harne
 def paper_commands(table, model, out, quick=False):
     """The commands of a table, lists of words: bash puts in $MODEL and $OUT and unrolls the loops."""
     echo = "python() { printf '%q ' \"$@\"; echo; }\n" + block_of(table)
-    said = subprocess.run(["bash", "-euc", echo], env=os.environ | {"MODEL": model, "OUT": str(out)},
+    said = subprocess.run(["bash", "-euc", echo], env=os.environ | {"MODEL": "@MODEL", "OUT": "@OUT"},
                           capture_output=True, text=True, check=True)
     for script, *words in map(shlex.split, said.stdout.splitlines()):
+        words = [word.replace("@MODEL", model).replace("@OUT", str(out)) for word in words]
         if model == "tiny":
             words = [word if str(out) in word else TINY.get(before, word)
                      for before, word in zip([script, *words], words)]
@@ -92,8 +93,9 @@ def paper_command(args):
 
 def command(label, seed, folder, task="tiny"):
     """-> the script of a method, and its options."""
-    own = f"--model {task} --eval_problems 0 --seed {seed} --out {folder}"
-    script, *options = f"{METHODS[label].replace('$OUT', str(folder.parent))} {COMMON} {own}".split()
+    own = f"--model {task} --eval_problems 0 --seed {seed} --out $OUT/{folder.name}"
+    words = f"{METHODS[label]} {COMMON} {own}"
+    script, *options = [word.replace("$OUT", str(folder.parent)) for word in words.split()]
     return script, options
 
 
