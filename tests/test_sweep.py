@@ -111,7 +111,7 @@ def test_what_a_run_cost_is_read_from_its_folder(monkeypatch, tmp_path, started)
                                             "SFT-GT": "trims.py --trajectory_share 0 --n_examples 8"})
     monkeypatch.setattr(sweep, "COMMON", "--max_steps 1 --batch_size 4 --micro_batch 4")
     for label, scores in (("TRIMS", True), ("SFT-GT", False)):  # the teacher's pass stands for collecting
-        sweep.run_script(*sweep.command(label, 0, tmp_path / label))
+        sweep.run_script(sweep.command(label, 0, tmp_path / label))
         spent = sweep.costs(tmp_path / label)
         assert (spent["collect_s"] > 0) == scores and spent["train_s"] > 0
 
@@ -161,8 +161,8 @@ def accepted(words, model, monkeypatch):
 def test_every_row_is_a_command_its_script_accepts(monkeypatch, tmp_path):
     for label, line in sweep.METHODS.items():
         if line:
-            script, options = sweep.command(label, 1, tmp_path / "run")
-            cfg = accepted([script, *options], "tiny", monkeypatch)
+            words = sweep.command(label, 1, tmp_path / "run")
+            cfg = accepted(words, "tiny", monkeypatch)
             assert cfg.seed == 1 and cfg.lora_r == 32 and cfg.batch_size == 16
 
 

@@ -107,9 +107,9 @@ def test_fakes_are_drawn_from_the_reference():
 def test_ranks_within_blocks_by_hand():
     """Prompt of 3, blocks of 4 from position 0: response positions (0), (1 2 3 4), (5)."""
     rank = torch.tensor([[3, 5, 0, 4, 1, 2]])
-    pi, size = ranks_in_blocks(rank, [3], 4)
+    pi, size = ranks_in_blocks(rank, (3 + torch.arange(rank.shape[1])[None]) // 4)
     assert pi.tolist() == [[1, 4, 1, 3, 2, 1]] and size.tolist() == [[1, 4, 4, 4, 4, 1]]
-    pi, size = ranks_in_blocks(rank, [3], 0)  # one block
+    pi, size = ranks_in_blocks(rank, torch.zeros_like(rank))  # one block
     assert pi.tolist() == [[4, 6, 1, 5, 2, 3]] and size.tolist() == [[6] * 6]
 
 
@@ -141,7 +141,7 @@ def test_states_by_hand():
     rngs = [data.example_rng(0, 0, i) for i in range(2000)]
     full = np.mean([draw_mask(pi, size, 0, Config(state_dist="code"), [rng]).all().item() for rng in rngs])
     assert abs(full - 1 / (1 + .75 ** 8 + .5 ** 8 + .25 ** 8)) < 0.02  # 91%
-    short = ranks_in_blocks(torch.tensor([[1, 0]]), [0], 8)  # two tokens in blocks of 8: never without a row
+    short = ranks_in_blocks(torch.tensor([[1, 0]]), torch.zeros(1, 2))  # two tokens in blocks of 8: never without a row
     assert all(draw_mask(*short, 8, Config(), [data.example_rng(0, 0, i)]).any() for i in range(40))
 
 
