@@ -260,6 +260,27 @@ def test_t3d_trains_two_steps_on_every_family(tmp_path, monkeypatch, family, ful
     assert not torch.equal(trained(ids), base(ids))
 
 
+@pytest.mark.parametrize("refresh, full", [(1, False), (2, True), (3, False)])
+def test_a_run_refreshes_its_reference_at_every_so_many_steps(tmp_path, monkeypatch, refresh, full):
+    inner, then, used = t3d.training_loss, [], []
+
+    def noted(model, ref, *args):
+        then.append({name: p.detach().clone() for name, p in training.trainable(model).items()})
+        used.append({name: t.detach().clone() for name, t in ref.tensors().items()})
+        return inner(model, ref, *args)
+    monkeypatch.setattr(t3d, "training_loss", noted)
+    folder = official_checkpoint(tmp_path / "base", "sdar")
+    (tmp_path / "p.jsonl").write_text("".join(f'{{"prompt": "{n}?", "answer": "x"}}\n' for n in range(4)))
+    run(monkeypatch, "--model", folder, "--data", tmp_path / "p.jsonl", "--out", tmp_path / "run", *SMALL,
+        "--micro_batch", 4, "--max_steps", 5, "--refresh", refresh, "--save_every", 6, "--warmup_steps", 0,
+        "--full" if full else "--no-full")
+    for step, of_ref in enumerate(used):
+        for name, p in then[step - step % refresh].items():
+            assert torch.equal(of_ref[name], p), (step, name)
+    name = next(name for name, p in then[0].items() if not torch.equal(p, then[4][name]))
+    assert len(used) == 5 and not torch.equal(then[0][name], then[1][name])
+
+
 def test_interrupted_training_is_bit_identical(tmp_path, monkeypatch):
     """The reference is rebuilt from the weights: checkpoints fall on the steps that refresh it."""
     common = ["--n_problems", 8, "--eval_problems", 0, "--max_steps", 6, "--refresh", 2, "--save_every", 2,
