@@ -16,7 +16,7 @@ hard tokens visible, easy ones masked. No trajectories are collected, and the lo
     loss_w        1 / t, or 1 / masked fraction where no t exists (--trajectory_weight)       (mask_response);
                   make_batch divides it by L and the batch size
 
-`--trajectory_share 0` is standard training: SFT on solutions or, with trajectories as --data, on own responses.
+`--trajectory_share 0` is standard training: SFT on solutions or, with trajectories as --data, on own text.
 
 Not published: trajectory_share 0.5 (0.75 cost the tiny model 9 points of accuracy at 4 tokens per forward),
 LoRA alpha = r = 32 and weight decay 0.01 (neither changed its accuracy).
