@@ -231,12 +231,10 @@ def test_every_command_of_a_table_is_accepted(monkeypatch, tmp_path, table, caps
     ("TAD-3", "llada", "--near $near", "--nera $near", "unrecognized arguments: --nera"),
     ("TRIMS-fig6", "llada", "--ordering ascending", "--ordering upwards", "invalid choice: 'upwards'"),
     ("T3D-4", "sdar-4b", "for point in 0 5", "for point in 0 8", "protocol t3d has 0 to 7"),
-    ("T3D-1", "llada", "t3d-math", "t3d-math", "protocol t3d has no settings for family llada"),
     ("TABOM-3", "dream", "--tasks ifeval", "--task ifeval", "--tasks|unrecognized"),
     ("TABOM-6", "llada", "collect $how", "collect --top_q 0.9", "unrecognized arguments: --top_q"),
     ("TABOM-1", "dream", "paper TABOM-2", "paper TABOM-20", "no table 'TABOM-20'"),
-    ("T3D-2", "sdar-4b", "model $OUT/$data/$row/model", "model $OUT/$row/model", "nothing has written"),
-    ("TRIMS-1", "llada", "{base,trims}-", "{base,trims,mdlm}-", "nothing has written")])
+    ("T3D-2", "sdar-4b", "model $OUT/$data/$row/model", "model $OUT/$row/model", "nothing has written")])
 def test_a_wrong_command_of_a_table_is_seen(monkeypatch, tmp_path, table, model, right, wrong, message):
     block = sweep.block_of(table)
     assert right in block
