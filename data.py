@@ -68,8 +68,7 @@ def held_out(name, split):
     return frozenset(p["prompt"] for p in game_problems(name, split, game(name).HELD_OUT))
 
 
-# what the published collector says around a problem (TAD): math, and code where a problem has tests
-REFERENCE = dict(
+REFERENCE = dict(  # what the published collector says around a problem (TAD); code: where it has tests
     math="Question: {q}\nReference Answer: {a}\nAfter understanding the reference answer, please try to "
          "solve this problem using your own approach below and output a detailed solution process:",
     code="{q}\nReference Answer: {a}\nAfter understanding the reference solution, please try to solve this "
@@ -84,6 +83,15 @@ def privileged_prompt(problem):
     code = grade.grader_of(problem) in ("code", "parses")
     kind = "tiny" if problem["source"] in GAMES else "code" if code else "math"
     return REFERENCE[kind].format(q=problem.get("question", problem["prompt"]), a=problem["solution"])
+
+
+def privileged_ids(tok, cfg, problem, prompt=None, system=""):
+    """Ids (P,) of a prompt [the privileged one], behind padding: SDAR's blocks are those of the plain one."""
+    plain = tok.prompt_ids(problem)
+    prompt = prompt or privileged_prompt(problem)
+    ids = tok.prompt_ids(problem | dict(prompt=prompt), system)
+    missing = 0 if cfg.whole_blocks else len(plain) - len(ids)
+    return F.pad(ids, (missing % (cfg.block_len or 1), 0), value=cfg.pad_id)
 
 
 class GameExamples:

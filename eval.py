@@ -365,8 +365,7 @@ def closing(r, model, tok, label):
     cfg = r.cfg
     if r.rank == 0 and r.evaluates:
         problems = data.load_problems(cfg.data, "dev", cfg.eval_problems)
-        scratch = getattr(cfg, "init", "model") == "scratch"
-        models = [("base", model)] if scratch else [("base", r.load()), (label, model)]
+        models = ("base", r.load()), (label, model)
         curves = [(name, curve(m, tok, problems, protocol_of("tiny", "tiny"), name)) for name, m in models]
         write_results(curves, r.out)
         show(curves, None, r.out)

@@ -7,12 +7,13 @@
 Families differ in their entry of `FAMILIES` only. Module names are our own; official names exist only at the
 file boundary (`load`, `save`, adapters).
 """
+import copy
 import json
 import os
 import re
 import shutil
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import cli  # first
@@ -365,6 +366,22 @@ def in_first_block(cfg, n_prompt, block_len=None):
 def first_position(cfg, n_prompt):
     """Of a prompt's first token: with it a block begins, or blocks end where the prompt does."""
     return (in_first_block(cfg, n_prompt) - n_prompt) % (cfg.block_len or 1)
+
+
+def response_blocks(cfg, prompts, L):
+    """The number (B, L) of the block that each position of a response to prompts, lists of ids, is in."""
+    first = torch.tensor([in_first_block(cfg, len(prompt)) for prompt in prompts])
+    return (first[:, None] + torch.arange(L)) // (cfg.block_len or L)
+
+
+def in_blocks(model, block_len):
+    """A block-causal model in blocks of block_len, which save() names; its weights are shared."""
+    if model.cfg.block_len in (0, block_len):
+        return model
+    twin = copy.copy(model)
+    raw = model.cfg.raw | {"block_size": block_len}
+    twin.cfg = replace(model.cfg, block_len=block_len, raw=raw)
+    return twin
 
 
 def block_diffusion_layout(cfg, prompts, xt, x0):

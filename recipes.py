@@ -1,8 +1,7 @@
 """The papers' data sets, by name: one small function per set turns a row of its real layout into a problem.
 
 A row becomes prompt, solution, answer or tests (None: left out). `question` is the bare question, where the
-user turn says more. The turn is that of the paper that trains on the set, or of the benchmark's usual 0-shot
-evaluation. Field names are from the sets' pages on the hub. docs/data.md has the table.
+user turn says more: that of the paper that trains on the set, or of the benchmark's usual 0-shot evaluation.
 """
 import glob
 import os

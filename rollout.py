@@ -18,7 +18,7 @@ import torch
 
 import grade
 from cli import UserError, option, run_cli
-from data import (CARRIED, SCHEMA, fitting, load_tokenizer, privileged_prompt,
+from data import (CARRIED, SCHEMA, fitting, load_tokenizer, privileged_ids, privileged_prompt,
                   problems_asked_for, read_trajectories, spread)
 from model import ModelOptions, config_of, decoding_defaults, local_weights, n_content
 from run import barrier, check_alike, mend_shards, ranks
@@ -26,7 +26,7 @@ from sample import Decoding, load_both, stream
 
 
 class Shard:
-    """This rank's file in a folder of rows, and FILE.seconds: the time of each append; rank 0 shows a bar."""
+    """This rank's file of rows, alike in every run, and FILE.seconds, of each append; rank 0 shows a bar."""
     def __init__(self, folder, rank, n_left, unit, what):
         self.file, self.lock = Path(folder) / f"rank{rank}.jsonl", cli.lock(Path(folder) / f"lock-{rank}")
         self.bar = cli.progress_bar(None, what, n_left, unit=unit, smoothing=0)
@@ -35,7 +35,6 @@ class Shard:
     def append(self, rows):
         cli.append_line(self.file, *rows)
         before, self.last = self.last, time.perf_counter()
-        # apart: records are the same in every run
         cli.append_line(self.file.with_suffix(".seconds"), dict(seconds=round(self.last - before, 4)))
         self.bar.update(len(rows))
 
@@ -45,7 +44,7 @@ def rollout(model, tok, problems, folder, model_name, privileged=False, batch_si
     """Decode every problem that no shard in `folder` has, on any number of ranks -> the records of all; every
     position, unless asked otherwise. privileged: it sees the solution. allow_code: tests may run."""
     settings = vars(Decoding(**{"early_stop": False} | decoding)) | dict(privileged=privileged)
-    room = model.cfg.max_len - settings["gen_len"]
+    room = model.cfg.max_len - settings["gen_len"] - privileged * model.cfg.block_len
     problems = fitting(problems, tok, max_prompt, room, privileged and privileged_prompt)
     rank, world = ranks()
     folder = Path(folder)
@@ -118,18 +117,18 @@ def decode_into(shard, model, tok, todo, facts, batch_size, allow_code):
     problems = list(todo.values())
     decoding = dict(facts["decoding"])
     privileged = decoding.pop("privileged")
-    prompts = [tok.prompt_ids(p | dict(prompt=privileged_prompt(p)) if privileged else p) for p in problems]
+    prompts = [privileged_ids(tok, model.cfg, p) if privileged else tok.prompt_ids(p) for p in problems]
     outputs = stream(model, prompts, batch_size, streams=list(todo), **decoding)
     for i, out, n, verdict in graded(outputs, problems, tok, model.cfg.eos_ids, allow_code):
         p, order, rank = problems[i], out.order, out.rank
-        correct = verdict and verdict.result()
         if decoding["early_stop"] and n < len(out.ids):
             order, rank = consecutive_tail(out, n)
         record = dict(
             id=p["id"], source=p["source"], prompt=p["prompt"],
             prompt_ids=tok.prompt_ids(p).tolist(),
             x0=out.ids.tolist(), order=order.tolist(), rank=rank.tolist(), nfe=out.nfe,
-            solution=p["solution"], answer=p.get("answer", ""), correct=correct,
+            solution=p["solution"], answer=p.get("answer", ""),
+            correct=verdict and verdict.result(),
             **facts, **{k: p[k] for k in CARRIED if k in p})
         if privileged:
             record["privileged_prompt_ids"] = prompts[i].tolist()

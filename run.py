@@ -228,8 +228,8 @@ class Run:
     """A run of the settings cfg, a method's Config. whole: all weights are trained and saved [--full]."""
     teachers = 0  # forwards without a gradient beside each of the trained model, which mfu counts
 
-    def __init__(self, cfg, whole=None):
-        self.cfg, self.whole = cfg, cfg.full if whole is None else whole
+    def __init__(self, cfg, whole=False):
+        self.cfg, self.whole = cfg, whole or cfg.full
         self.rank, self.world = ranks()
         cuda = torch.cuda.is_available()
         self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
@@ -303,6 +303,7 @@ class Run:
     def for_training(self, model, frozen=False):
         """A model as the settings ask for it: adapters, activations computed again, compiled, sharded."""
         cfg = self.cfg
+        model = nt_model.in_blocks(model, getattr(cfg, "train_block", 0) or model.cfg.block_len)
         if not self.whole:
             lora.add(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets)
         elif frozen:  # --full's teacher
@@ -500,9 +501,7 @@ class Reference:
     def __init__(self, r, model):
         self.adapters = None
         if r.whole:
-            copy = r.load(to_train=True)
-            copy.cfg = model.cfg
-            self.model = r.for_training(copy, frozen=True)
+            self.model = r.for_training(r.load(to_train=True), frozen=True)
         else:
             self.adapters = {name: p.detach().clone() for name, p in trainable(model).items()}
 

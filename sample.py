@@ -19,13 +19,12 @@ whole canvas, refreshes all keys and values, and also reveals. The following for
 
 Read the policies and `reference` first, then `step`, one forward of fixed shapes, and the host's `Batch`.
 """
-import copy
 import json
 import math
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -38,7 +37,7 @@ import lora
 from cli import UserError, option, run_cli
 from layers import for_decoding, linear, with_linear
 from model import (KVCache, ModelOptions, attention_mask, config_of, decoding_defaults, default_device,
-                   first_position, in_first_block, load, n_content, rope_angles)
+                   first_position, in_blocks, in_first_block, load, n_content, rope_angles)
 
 CACHES = ("none", "prefix", "dual", "vicinity", "exact")
 SCORES = ("confidence", "entropy", "margin")
@@ -302,11 +301,13 @@ def choose(model, h, s, key, nfe, positions, *state):
 def reference(model, prompt, **settings):
     """Decode one prompt (P,) int64 with plain code and no cache -> Output: the oracle for `generate`."""
     s, P = Decoding(**settings), len(prompt)
-    policy, model = POLICIES[s.policy], in_blocks(model, s.block_len)
+    policy = POLICIES[s.policy]
+    model = in_blocks(model, s.block_len)
     cfg, total = model.cfg, P + s.gen_len
     x = F.pad(prompt, (0, s.gen_len), value=cfg.mask_id)
     masked = torch.arange(total) >= P
-    order, conf, revealed = torch.zeros_like(x), torch.ones(total), []
+    order, conf = torch.zeros_like(x), torch.ones(total)
+    revealed = []
     key, threshold = torch.tensor([[row_key(s.seed, 0)]]), torch.tensor([[s.threshold]])
     memory = torch.zeros(1, policy.memory).long()
     positions = (torch.arange(total) + first_position(cfg, P))[None]
@@ -406,15 +407,6 @@ def decode(batch, progress=False):
         if not batch.busy():
             break
     bar.close()
-
-
-def in_blocks(model, block_len):
-    """A block-causal model with blocks of block_len, as SDAR's own sampler does; its weights are shared."""
-    if model.cfg.block_len in (0, block_len):
-        return model
-    twin = copy.copy(model)
-    twin.cfg = replace(model.cfg, block_len=block_len)
-    return twin
 
 
 def check_prompts(cfg, prompts, s):
@@ -569,7 +561,8 @@ class Batch:
         self.dev = model.embed.weight.device
         self.sync_every = sync_every if sync_every > 0 else 4 if self.dev.type == "cuda" else 1
         self.compiled = self.dev.type == "cuda" if compiled is None else compiled
-        self.model, self.s = in_blocks(for_decoding(model), s.block_len), s
+        self.model = in_blocks(for_decoding(model), s.block_len)
+        self.s = s
         n_rows, T = len(prompts), max(map(len, prompts)) + reach(s, model.cfg) + s.gen_len + 1
         if self.compiled:  # prompts in any number and of many lengths, few shapes
             n_rows = 1 << (n_rows - 1).bit_length()  # the next power of two

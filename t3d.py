@@ -39,7 +39,7 @@ import eval as nt_eval
 import run
 from data import (TINY_TRAINING, example_rng, hidden_rows, load_problems, load_tokenizer, stacked,
                   teacher_rows)
-from model import by_chunks, in_first_block, n_content
+from model import by_chunks, n_content, response_blocks
 from rollout import collect
 
 
@@ -133,11 +133,8 @@ def path_weights(pi, size, masked, cfg):
     return w * n / share.clamp(min=1)  # the mean over the masked tokens is the mean over groups
 
 
-def ranks_in_blocks(rank, first, block_len):
-    """rank (B, L); first: prompt tokens in block 0 -> pi, size (B, L): 1-based rank in block, its tokens."""
-    L = rank.shape[1]
-    first = torch.tensor(first)[:, None] if block_len else 0
-    block = (first + torch.arange(L).expand(rank.shape)) // (block_len or L)
+def ranks_in_blocks(rank, block):
+    """rank, block (B, L): the number of its block -> pi, size (B, L): 1-based rank in block, its tokens."""
     same = block[:, :, None] == block[:, None, :]
     pi = 1 + (same & (rank[:, None, :] < rank[:, :, None])).sum(-1)
     return pi, same.sum(-1)
@@ -164,8 +161,7 @@ def make_batch(records, rngs, cfg, model_cfg, vocabulary):
     that draw the fakes; prompts, lists of token ids; ids. vocabulary: what random tokens are drawn from."""
     x0, rank, names = stacked(records, "x0", "rank")
     L = x0.shape[1]
-    pi, size = ranks_in_blocks(rank, [in_first_block(model_cfg, len(p)) for p in names["prompts"]],
-                               model_cfg.block_len)
+    pi, size = ranks_in_blocks(rank, response_blocks(model_cfg, names["prompts"], L))
     if cfg.eos_in_loss:  # what stands behind them is shown
         ends = torch.tensor([n_content(x, model_cfg.eos_ids) for x in x0])[:, None]
         behind = torch.arange(L) >= ends + cfg.eos_in_loss
@@ -226,8 +222,7 @@ def training_loss(model, ref, b, cfg):
 
 def check_config(cfg):
     """The settings that are used: the code's choices under --variant code."""
-    # a continued run starts with a fresh reference, as the first did
-    if not cfg.refresh or cfg.save_every % cfg.refresh:
+    if not cfg.refresh or cfg.save_every % cfg.refresh:  # a continued run begins with a fresh reference
         raise UserError(f"--save_every {cfg.save_every} must be a multiple of --refresh {cfg.refresh}")
     if cfg.variant == "paper":
         return cfg
@@ -250,11 +245,7 @@ def main():
 
     # 2. student and reference
     torch.manual_seed(cfg.seed)
-    model = r.load(to_train=True)
-    if model.cfg.block_len and cfg.train_block:  # a saved model names it, an adapter does not: --block_len
-        raw = {**model.cfg.raw, "block_size": cfg.train_block}
-        model.cfg = replace(model.cfg, block_len=cfg.train_block, raw=raw)
-    model = r.for_training(model)
+    model = r.for_training(r.load(to_train=True))
     ref = None if cfg.loss == "naive_td" else run.Reference(r, model)
     r.teachers = int(ref is not None)
     optimizer = run.adamw(run.trainable(model).values(), cfg)

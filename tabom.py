@@ -37,7 +37,7 @@ import torch.nn.functional as F
 import eval as nt_eval
 import run
 from data import TINY_TRAINING, example_rng, hidden_rows, load_problems, load_tokenizer, stacked
-from model import by_chunks, in_first_block, n_content
+from model import by_chunks, n_content, response_blocks
 from rollout import collect, only_correct
 
 
@@ -131,9 +131,8 @@ def draw_segment(record, cfg, model_cfg, rng):
         first = int(rng.integers(max(0, n - window) + 1)) if whole else int(rng.integers(n))
         chosen = order[first:first + window]
     if model_cfg.block_len:
-        shared = in_first_block(model_cfg, len(record["prompt_ids"]))
-        block = [(shared + i) // model_cfg.block_len for i in chosen]
-        chosen = [i for i, b in zip(chosen, block) if b == block[0]]
+        block = response_blocks(model_cfg, [record["prompt_ids"]], L)[0].tolist()
+        chosen = [i for i in chosen if block[i] == block[chosen[0]]]
     return chosen
 
 

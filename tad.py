@@ -37,8 +37,8 @@ import eval as nt_eval
 import lora
 import run
 from data import (TINY_TRAINING, example_rng, hidden_rows, load_problems, load_tokenizer, pad_response,
-                  privileged_prompt, stacked, state_at, teacher_rows)
-from model import by_chunks, in_first_block
+                  privileged_ids, stacked, state_at, teacher_rows)
+from model import by_chunks, response_blocks
 from rollout import collect, only_correct
 
 
@@ -84,7 +84,6 @@ class Config(run.Options):
 PAPER = "gsm8k+prm12k+kodcode"  # running kodcode's tests needs --allow_code_execution
 PRESETS = {
     "tiny": dict(TINY_TRAINING, window="auto-quality", lora_dropout=0.0),
-    # the code decodes KodCode at temperature 0: collect it apart (rollout.py), give --trajectories A+B
     "llada": dict(data=PAPER, window="20", collect_temperature=0.7),  # speed; quality: --window 8
     "dream": dict(data=PAPER, collect_score="entropy", collect_temperature=0.2,
                   collect_top_p=0.95),  # quality: --window 6
@@ -143,22 +142,22 @@ def make_batch(examples, rngs, cfg, window, model_cfg):
 
 def in_current_block(masked, prompts, model_cfg):
     """SDAR: a window ends with the block being decoded, the first that has a mask. (B, L) bool."""
-    first = torch.tensor([in_first_block(model_cfg, len(p)) for p in prompts])[:, None]
-    block = (first + torch.arange(masked.shape[1])) // model_cfg.block_len
+    block = response_blocks(model_cfg, prompts, masked.shape[1])
     current = torch.where(masked, block, block.max()).amin(1, keepdim=True)
     return block == current
 
 
-def teacher_prompts(records, cfg, tok):
+def teacher_prompts(records, cfg, tok, model_cfg):
     """The prompt the soft teacher sees, per record: lists of ids."""
     kind = cfg.teacher_prompt
     if kind == "plain" or kind == "collection" and cfg.source == "no_privilege":
         return [r["prompt_ids"] for r in records]
     if kind != "system":
-        return [r.get("privileged_prompt_ids")
-                or tok.prompt_ids(r | dict(prompt=privileged_prompt(r))).tolist() for r in records]
+        return [r.get("privileged_prompt_ids") or privileged_ids(tok, model_cfg, r).tolist()
+                for r in records]
     system = f"{tok.chat.system}\n\nReference Answer: "  # behind the family's own, in one turn
-    return [tok.prompt_ids(r, system + r["solution"]).tolist() for r in records]
+    return [privileged_ids(tok, model_cfg, r, r["prompt"], system + r["solution"]).tolist()
+            for r in records]
 
 
 def soft_rows(teacher, b, cfg, x0):
@@ -253,9 +252,8 @@ def main():
     if cfg.near == "none" and (cfg.distant == "none" or cfg.source in RANDOM):
         raise UserError(f"--near none --distant {cfg.distant}: nothing is left to learn from")
     problems = load_problems(cfg.data, "train", cfg.n_problems or None)
-    n_states = cfg.states_per_trajectory or cfg.gen_len
-    n_pairs = len(problems) * min(n_states, cfg.gen_len)  # at most
-    run.steps_per_epoch(n_pairs, cfg)  # an error before hours of decoding
+    n_states = min(cfg.states_per_trajectory or cfg.gen_len, cfg.gen_len)  # at most
+    run.steps_per_epoch(len(problems) * n_states, cfg)  # an error before hours of decoding
     r = run.Run(cfg)  # ranks, device, the folder: new or to be continued
     r.teachers = int("kl" in (cfg.near, cfg.distant))
     base, tok = r.load(), load_tokenizer(cfg.model, cfg.revision)
@@ -282,7 +280,7 @@ def main():
         rngs = [example_rng(cfg.seed, epoch, i) for i in numbers]
         batch = make_batch(examples, rngs, cfg, window, model.cfg)
         if r.teachers:
-            batch["teacher_prompts"] = teacher_prompts([record for record, _ in examples], cfg, tok)
+            batch["teacher_prompts"] = teacher_prompts([x for x, _ in examples], cfg, tok, model.cfg)
         return batch
 
     for step in r.steps(model, [optimizer], cfg.max_steps or cfg.epochs * per_epoch):

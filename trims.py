@@ -16,8 +16,7 @@ hard tokens visible, easy ones masked. No trajectories are collected, and the lo
     loss_w        1 / t, or 1 / masked fraction where no t exists (--trajectory_weight)       (mask_response);
                   make_batch divides it by L and the batch size
 
-`--trajectory_share 0` is standard training: SFT on ground truth or, with trajectories as --data, on a model's
-own responses. All are EOS-filled to one length.
+`--trajectory_share 0` is standard training: SFT on solutions or, with trajectories as --data, on own text.
 
 Not published: trajectory_share 0.5 (0.75 cost the tiny model 9 points of accuracy at 4 tokens per forward),
 LoRA alpha = r = 32 and weight decay 0.01 (neither changed its accuracy).
@@ -47,13 +46,13 @@ from teacher import load_teacher_tokenizer, score_examples
 
 @dataclass
 class Config(run.Options):
-    seed: int = 0  # of the masks, the data order and the initial weights
-    init: Literal["model", "scratch"] = "model"  # scratch: the model's config, fresh weights, all trained
+    seed: int = 0  # of the masks, the data order and the adapters
     data: str = "tiny"  # data set by name or a .jsonl with solutions, see data.py --help; or trajectories
     only_correct: bool = True  # leave out a folder's wrong trajectories (--no-only_correct: ReDi, SFT-SD)
     with_thinking: bool = False  # s1K: a problem's "thinking" (the reasoning trace) before its solution
     n_examples: int = 2000  # how many of the tiny examples there are
     gen_len: int = 256  # response length L, tokens, EOS-filled
+    train_block: int = 0  # block of training on block-causal models (0: the model's own), tokens
     # --- trajectory-aware masks
     trajectory_share: float = 0.5  # share of samples with such a mask (0 = standard MDLM); not published
     teacher: str = "Qwen/Qwen3-8B"  # AR teacher: hub id or directory of a causal LM
@@ -184,13 +183,9 @@ def main():
     teacher_tok = load_teacher_tokenizer(cfg.teacher) if cfg.trajectory_share else None
     examples = load_examples(cfg, tok)
     per_epoch = run.steps_per_epoch(len(examples), cfg)  # an error before hours of scoring
-    r = run.Run(cfg, cfg.full or cfg.init == "scratch")  # ranks, device, the folder: new or to be continued
+    r = run.Run(cfg)  # ranks, device, the folder: new or to be continued
     torch.manual_seed(cfg.seed)
-    if cfg.init == "scratch":
-        model = nt_model.Transformer(nt_model.config_of(cfg.model, cfg.revision)).init_weights().to(r.device)
-    else:
-        model = r.load(to_train=True)
-    model = r.for_training(model)
+    model = r.for_training(r.load(to_train=True))
 
     # 1. how hard the teacher finds the examples' tokens
     n_steps = cfg.max_steps or cfg.epochs * per_epoch

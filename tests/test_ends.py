@@ -258,7 +258,7 @@ time.sleep(60)"""
     try:
         threading.Thread(target=interrupt).start()
         with pytest.raises(KeyboardInterrupt):
-            sweep.run_script("tad.py", [str(tmp_path)], launch=["-c", child])
+            sweep.run_script(["tad.py", str(tmp_path)], launch=["-c", child])
     finally:
         for n, handler in before.items():
             signal.signal(n, handler)

@@ -46,6 +46,7 @@ def here(tmp_path_factory):
     math = dict(test=write_jsonl(root / "math.jsonl",
                                  [dict(problem=p, solution=s, answer="") for p, s, *_ in MATH]))
     for name, yaml, data_files in (("gsm8k", "gsm8k/gsm8k.yaml", files),
+                                   ("gsm8k_boxed", ROOT / "assets/gsm8k_boxed.yaml", files),
                                    ("minerva_math500", "minerva_math/minerva_math500.yaml", math)):
         kwargs = json.dumps(dict(data_files=data_files, cache_dir=str(root / "cache")))
         (root / f"{name}.yaml").write_text(f"include: {TASKS / yaml}\ntask: {name}\ndataset_path: json\n"
@@ -91,6 +92,23 @@ def test_gsm8k_few_shots_stops_and_scores(here, monkeypatch):
     for (question, *_), text in zip(GSM8K, reversed(seen)):
         assert text in [a + b + f"Question: {question}\nAnswer:" for a, b in (shots, shots[::-1])]
     assert len(bridge.decoded) == 3 and nt_eval.wall_seconds(bridge.decoded.values()) == 1.5
+
+
+def test_gsm8k_boxed_asks_as_tads_scripts_do(here, monkeypatch):
+    """No examples, the instruction behind the question; the last number of a reply counts."""
+    model, tok = nt_model.load(here / "llada"), data.load_tokenizer(here / "llada")
+    replies = ["So \\boxed{42}.", "It is 7, no: $1,234.50", "\\boxed{-3} of 10", "none", "42.0"]
+    answers = ["x\n#### 42", "x\n#### 1,234.50", "x\n#### -3", "x\n#### 4", "x\n#### 42"]
+    cases = [(f"How many of {i}?", answer, reply) for i, (answer, reply) in enumerate(zip(answers, replies))]
+    write_jsonl(here / "boxed.jsonl", [dict(question=q, answer=a) for q, a, _ in cases])
+    (here / "boxed.yaml").write_text((here / "gsm8k_boxed.yaml").read_text().replace("test.jsonl", "boxed.jsonl"))
+    results, seen, _ = evaluate(monkeypatch, model, tok, [str(here / "boxed.yaml")], cases)
+    rows = sorted(results["samples"]["gsm8k_boxed"], key=lambda row: row["doc_id"])
+    assert [row["exact_match"] for row in rows] == [1, 1, 0, 0, 0]
+    asked = "Question: How many of {}? Please reason step by step, and put your final answer within \\boxed{{}}."
+    assert sorted(seen) == [asked.format(i) for i in range(5)]
+    _, manager = harness.load_tasks([str(here / "gsm8k.yaml")], None, False)
+    assert "gsm8k_boxed" in manager.all_tasks  # by its name, from any folder
 
 
 def test_chats_are_the_templates_own(here, monkeypatch):

@@ -6,6 +6,7 @@ logits depend on all that a position may see, so that a wrong state is a wrong l
 import math
 import random
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,12 +15,25 @@ import torch
 
 import data
 import model as nt_model
+import run
 import t3d
 import tabom
 import tad
 import trims
 
 V, EOS, MASK = 8, 6, 7
+
+
+@dataclass
+class Facts:
+    """What is read of a model's configuration."""
+    block_len: int
+    whole_blocks: bool
+    mask_id: int = MASK
+    eos_ids: tuple = (EOS,)
+    pad_id: int = EOS
+    vocab_size: int = V
+    raw: dict = field(default_factory=dict)
 
 
 class StandIn(torch.nn.Module):
@@ -32,8 +46,7 @@ class StandIn(torch.nn.Module):
         self.head = torch.nn.Linear(V, V, bias=False)
         self.head.weight = torch.nn.Parameter(torch.eye(V), requires_grad=False)
         self.embed = SimpleNamespace(weight=self.token)
-        self.cfg = SimpleNamespace(mask_id=MASK, eos_ids=(EOS,), pad_id=EOS, vocab_size=V, block_len=block_len,
-                                   whole_blocks=whole_blocks)
+        self.cfg = Facts(block_len, whole_blocks)
 
 
 def block_of(cfg, prompt, i):
@@ -138,7 +151,8 @@ def drawn(seed, monkeypatch, block_lens=(0, 0, 4, 3)):
     pick, rng = random.Random(seed), np.random.default_rng(seed)
     L = pick.choice([5, 6, 8, 11])
     model = StandIn(rng, L, pick.choice(block_lens), pick.random() < 0.3)
-    monkeypatch.setattr(nt_model.by_chunks, "__defaults__", (4 * V * 2 if seed % 3 == 0 else 2**26,))
+    size = 4 * V * 2 if seed % 3 == 0 else 2**26
+    monkeypatch.setattr(nt_model.by_chunks, "__kwdefaults__", {"chunk_bytes": size})
     records = []
     for number in range(pick.choice([1, 2, 3])):
         n = pick.randrange(L + 1)
@@ -147,7 +161,8 @@ def drawn(seed, monkeypatch, block_lens=(0, 0, 4, 3)):
         at_once = pick.choice([1, 1, 2])
         records.append(dict(
             id=number, x0=x0, rank=rank, order=[r // at_once for r in rank],
-            prompt_ids=rng.integers(0, EOS, pick.randrange(1, 7)).tolist(),
+            prompt_ids=(ids := rng.integers(0, EOS, pick.randrange(1, 7)).tolist()),
+            prompt="".join(chr(ord("a") + i) for i in ids), solution="so" * pick.randrange(4),
             privileged_prompt_ids=rng.integers(0, EOS, pick.randrange(1, 9)).tolist()))
     return pick, rng, model, records
 
@@ -156,6 +171,16 @@ def micro_batches(pick, examples):
     """The batch whole, or in two parts."""
     cut = pick.choice([0, pick.randrange(len(examples))])
     return [part for part in (examples[:cut], examples[cut:]) if part]
+
+
+def for_training(cfg, *models):
+    """Models as a run prepares them: in the blocks of --train_block, if they have blocks."""
+    r = SimpleNamespace(cfg=cfg, whole=True, shards=False, device=torch.device("cpu"))
+    for model in models:
+        made = run.Run.for_training(r, model)
+        assert made.cfg.block_len == (model.cfg.block_len and (cfg.train_block or model.cfg.block_len))
+        assert made.place is model.place and made.token is model.token
+        yield made
 
 
 def rows_of(b, k):
@@ -192,6 +217,26 @@ def tad_loops(loops, teacher, b, states, cfg, window):
                     loops.add(row, weight / len(rows) / cfg.batch_size, term)
 
 
+def spelled(text):
+    return [(ord(c) - ord("a")) % EOS for c in text]
+
+
+LETTERS = SimpleNamespace(  # a tokeniser: the system turn and the user's, a token per character
+    chat=SimpleNamespace(system="be brief"),
+    prompt_ids=lambda asked, system="": torch.tensor(spelled(system) + spelled(asked["prompt"])))
+
+
+def teacher_prompt(record, cfg, model_cfg):
+    if cfg.teacher_prompt == "system":
+        ids = spelled("be brief\n\nReference Answer: " + record["solution"]) + record["prompt_ids"]
+        while model_cfg.block_len and not model_cfg.whole_blocks and (
+                len(ids) % model_cfg.block_len != len(record["prompt_ids"]) % model_cfg.block_len):
+            ids = [EOS] + ids
+        return ids
+    plain = cfg.teacher_prompt == "plain" or (cfg.teacher_prompt == "collection" and cfg.source == "no_privilege")
+    return record["prompt_ids" if plain else "privileged_prompt_ids"]
+
+
 @pytest.mark.parametrize("first", range(0, 100, 25))
 def test_tad(monkeypatch, first):
     for seed in range(first, first + 25):
@@ -200,18 +245,15 @@ def test_tad(monkeypatch, first):
         source = pick.choice(["full", "no_privilege", "full", *tad.RANDOM]) if near != "none" else "full"
         cfg = tad.Config(near=near, distant=distant, source=source, lam=pick.choice([0, 0.3, 1, 2.5]),
                          tau=pick.choice([0.6, 1, 2]), batch_size=pick.choice([len(records), 5]),
-                         teacher_prompt=pick.choice(["collection", "privileged", "plain"]))
+                         teacher_prompt=pick.choice(["collection", "privileged", "plain", "system"]))
         window = pick.choice([1, 2, 3, 20])
         teacher = StandIn(rng, len(records[0]["x0"]), model.cfg.block_len, model.cfg.whole_blocks)
         loops, loss = Loops(model), 0
         for part in micro_batches(pick, [(r, pick.randrange(max(r["order"]) + 1)) for r in records]):
             rngs = [np.random.default_rng([seed, k]) for k in range(len(part))]
             b = tad.make_batch(part, rngs, cfg, window, model.cfg)
-            b["teacher_prompts"] = tad.teacher_prompts([r for r, _ in part], cfg, None)
-            plain = cfg.teacher_prompt == "plain" or (cfg.teacher_prompt == "collection"
-                                                      and source == "no_privilege")
-            key = "prompt_ids" if plain else "privileged_prompt_ids"
-            assert b["teacher_prompts"] == [r[key] for r, _ in part]
+            b["teacher_prompts"] = tad.teacher_prompts([r for r, _ in part], cfg, LETTERS, model.cfg)
+            assert b["teacher_prompts"] == [teacher_prompt(r, cfg, model.cfg) for r, _ in part]
             tad_loops(loops, Loops(teacher), b, part, cfg, window)
             loss = loss + tad.training_loss(model, teacher, b, cfg)[0]
         agree(loops, model, loss, (seed, cfg))
@@ -303,12 +345,14 @@ def test_t3d(monkeypatch, first):
         cfg = t3d.check_config(t3d.Config(
             loss=loss_kind, variant="code" if code else "paper", lam=pick.choice([0, 0.2, 1.5]),
             beta=pick.choice([0.1, 1.3]), alpha=pick.choice([0.5, 1]), eos_in_loss=pick.choice([0, 0, 1, 2]),
-            rand_p=pick.choice([0, 0.1, 0.6]), batch_size=pick.choice([len(records), 4]), **choices))
+            rand_p=pick.choice([0, 0.1, 0.6]), batch_size=pick.choice([len(records), 4]),
+            train_block=pick.choice([0, 3, 4, 8]), **choices))
         if cfg.eos_in_loss:  # what stands behind the first EOS was never decoded: from left to right
             for r in records:
                 n = r["x0"].index(EOS) + 1 if EOS in r["x0"] else len(r["x0"])
                 r["rank"] = rng.permutation(n).tolist() + list(range(n, len(r["x0"])))
         frozen = StandIn(rng, len(records[0]["x0"]), model.cfg.block_len, model.cfg.whole_blocks)
+        model, frozen = for_training(cfg, model, frozen)
         ref = SimpleNamespace(in_place_of=lambda student, copy=frozen: nullcontext(copy))
         loops, loss = Loops(model), 0
         for part in micro_batches(pick, records):
@@ -317,6 +361,30 @@ def test_t3d(monkeypatch, first):
             t3d_loops(loops, Loops(frozen), b, part, cfg)
             loss = loss + t3d.training_loss(model, ref if loss_kind == "t3d" else None, b, cfg)[0]
         agree(loops, model, loss, (seed, cfg))
+
+
+@pytest.mark.parametrize("refresh", [1, 2, 3, 5])
+def test_t3d_over_steps(monkeypatch, refresh):
+    """The reference is the student of the last step that --refresh divides, adapters or all weights."""
+    for seed in range(1500 + 10 * refresh, 1505 + 10 * refresh):
+        pick, rng, model, records = drawn(seed, monkeypatch, (0, 4))
+        cfg = t3d.Config(refresh=refresh, beta=1.3, batch_size=len(records), rand_p=0)
+        whole = seed % 2 == 1
+        r = SimpleNamespace(whole=whole, load=lambda to_train: StandIn(rng, *model.place.shape[:1], 0, False),
+                            for_training=lambda copy, frozen: setattr(copy, "cfg", model.cfg) or copy)
+        ref, then = run.Reference(r, model), {}
+        for step in range(7):
+            if step % cfg.refresh == 0:
+                ref.refresh(model)
+            then[step] = Loops(model)  # plain numbers
+            rngs = [np.random.default_rng([seed, step, record["id"]]) for record in records]
+            b = t3d.make_batch(records, rngs, cfg, model.cfg, [0, 1, 2])
+            loops = Loops(model)
+            t3d_loops(loops, then[max(s for s in then if s % refresh == 0)], b, records, cfg)
+            agree(loops, model, t3d.training_loss(model, ref, b, cfg)[0], (seed, step))
+            with torch.no_grad():
+                for p in (model.place, model.token):
+                    p -= 0.3 * p.grad
 
 
 # ----------------------------------------------------------------------------------------------------- TABOM
@@ -413,6 +481,7 @@ def test_trims(monkeypatch, first):
             n_buckets=pick.choice([2, 4, 8]), ordering=pick.choice(["descending", "ascending", "random"]),
             p_context=pick.choice([0, 0.05]), p_future=pick.choice([0.95, 1]),
             trajectory_weight=pick.choice(["mean", "none"]), t_min=pick.choice([0.001, 0.3]),
+            train_block=pick.choice([0, 0, 3, 8]),
             batch_size=pick.choice([len(records), 4]))
         scores = [[math.nan if x == EOS and record["x0"].index(EOS) < i else round(rng.exponential(), 1)
                    for i, x in enumerate(record["x0"])] for record in records]
@@ -420,6 +489,7 @@ def test_trims(monkeypatch, first):
             if cfg.trajectory_share:
                 record["bucket"] = of_record
         equal_mass(scores, found, cfg)
+        model, = for_training(cfg, model)
         loops, loss = Loops(model), 0
         for part in micro_batches(pick, records):
             rngs, same = ([np.random.default_rng([seed, r["id"]]) for r in part] for _ in range(2))

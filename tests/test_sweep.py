@@ -111,7 +111,7 @@ def test_what_a_run_cost_is_read_from_its_folder(monkeypatch, tmp_path, started)
                                             "SFT-GT": "trims.py --trajectory_share 0 --n_examples 8"})
     monkeypatch.setattr(sweep, "COMMON", "--max_steps 1 --batch_size 4 --micro_batch 4")
     for label, scores in (("TRIMS", True), ("SFT-GT", False)):  # the teacher's pass stands for collecting
-        sweep.run_script(*sweep.command(label, 0, tmp_path / label))
+        sweep.run_script(sweep.command(label, 0, tmp_path / label))
         spent = sweep.costs(tmp_path / label)
         assert (spent["collect_s"] > 0) == scores and spent["train_s"] > 0
 
@@ -161,17 +161,17 @@ def accepted(words, model, monkeypatch):
 def test_every_row_is_a_command_its_script_accepts(monkeypatch, tmp_path):
     for label, line in sweep.METHODS.items():
         if line:
-            script, options = sweep.command(label, 1, tmp_path / "run")
-            cfg = accepted([script, *options], "tiny", monkeypatch)
+            words = sweep.command(label, 1, tmp_path / "run")
+            cfg = accepted(words, "tiny", monkeypatch)
             assert cfg.seed == 1 and cfg.lora_r == 32 and cfg.batch_size == 16
 
 
 @pytest.mark.parametrize("place", ["a b", "a'b", "$HOME", "a+b;c"])
 def test_a_folder_with_strange_characters_is_one_word(monkeypatch, tmp_path, place):
     for label in ("TAD", "T3D"):
-        script, options = sweep.command(label, 0, tmp_path / place / "run")
-        assert options[-1] == str(tmp_path / place / "run")
-        accepted([script, *options], "tiny", monkeypatch)
+        words = sweep.command(label, 0, tmp_path / place / "run")
+        assert words[-1] == str(tmp_path / place / "run")
+        accepted(words, "tiny", monkeypatch)
     commands = list(sweep.paper_commands("TAD-4", f"models/{place}", tmp_path / place))
     for words in commands:
         assert all(str(tmp_path / place) in word for word in words if str(tmp_path) in word)
@@ -202,32 +202,58 @@ def sweep_text(table):
     return page.split(f"\n## {table} ")[1].split("\n## ")[0]
 
 
+def check_commands(monkeypatch, root, table, name, quick=False):
+    """Each is parsed as its script does, and a folder that is read was written before, or will be by a table."""
+    made, seen = [], {}
+    for words in sweep.paper_commands(table, name, root, quick):
+        writes = {"--out"} if words[0] in ("eval.py", "rollout.py") else {"--out", "--trajectories"}
+        for before, word in zip(words, words[1:]):
+            for path in word.split("+") if before not in writes else ():
+                if path.startswith(str(root)):
+                    assert any(path.startswith(f"{at}/") or f"{at}/".startswith(f"{path}/") for at in made), (
+                        f"{words}: nothing has written {path}")
+        made += [word for before, word in zip(words, words[1:]) if before in writes]
+        shape = ["PATH" if word.startswith(str(root)) or before == "--label" else word
+                 for before, word in zip(["", *words], words)]
+        if tuple(shape) in seen:  # commands that differ in their names alone
+            continue
+        own = words.index("--model") + 1 if "--model" in words else 0  # one that a run makes is not there yet
+        words = [name if i == own and shape[i] == "PATH" else word for i, word in enumerate(words)]
+        args = seen[tuple(shape)] = accepted(words, name, monkeypatch)
+        if words[0] == "tools/sweep.py":
+            sweep.block_of(args.table)
+        if quick and words[0] in ("tad.py", "t3d.py", "tabom.py", "trims.py"):
+            assert args.max_steps == 2 and args.model == "tiny" and args.batch_size == 4
+    assert seen
+
+
 @pytest.mark.parametrize("table", TABLES)
 def test_every_command_of_a_table_is_accepted(monkeypatch, tmp_path, table, capsys):
-    """For the model of the paper and, small, for the tiny one; a folder that is read was written before."""
+    """For the model of the paper and, small, for the tiny one."""
     model = MODELS.get(table, MODELS.get(table.split("-")[0], "llada"))
-    for name, quick in ((model, False), ("tiny", True)):
-        made, seen = [], {}
-        for words in sweep.paper_commands(table, name, tmp_path, quick):
-            writes = {"--out"} if words[0] in ("eval.py", "rollout.py") else {"--out", "--trajectories"}
-            for before, word in zip(words, words[1:]):
-                if word.startswith(str(tmp_path)) and before not in writes:
-                    assert any(word.startswith(path) or path.startswith(f"{word}/") for path in made), (words, word)
-            made += [word for before, word in zip(words, words[1:]) if before in writes]
-            shape = ["PATH" if word.startswith(str(tmp_path)) or before == "--label" else word
-                     for before, word in zip(["", *words], words)]
-            if tuple(shape) in seen:  # commands that differ in their names alone
-                continue
-            own = words.index("--model") + 1 if "--model" in words else 0  # one that a run makes is not there yet
-            words = [name if i == own and shape[i] == "PATH" else word for i, word in enumerate(words)]
-            args = seen[tuple(shape)] = accepted(words, name, monkeypatch)
-            if quick and words[0] in ("tad.py", "t3d.py", "tabom.py", "trims.py"):
-                assert args.max_steps == 2 and args.model == "tiny" and args.batch_size == 4
-        assert seen
+    check_commands(monkeypatch, tmp_path, table, model)
+    check_commands(monkeypatch, tmp_path, table, "tiny", quick=True)
     monkeypatch.setattr("sys.argv", ["sweep.py", "paper", table, "--model", model, "--dry_run", "--out", "o"])
     sweep.main()  # what is printed is what would run
     printed = capsys.readouterr().out.splitlines()
     assert [shlex.split(line)[1:] for line in printed] == list(sweep.paper_commands(table, model, "o"))
+
+
+@pytest.mark.parametrize("table, model, right, wrong, message", [
+    ("TAD-3", "llada", "--near $near", "--nera $near", "unrecognized arguments: --nera"),
+    ("TRIMS-fig6", "llada", "--ordering ascending", "--ordering upwards", "invalid choice: 'upwards'"),
+    ("T3D-4", "sdar-4b", "for point in 0 5", "for point in 0 8", "protocol t3d has 0 to 7"),
+    ("TABOM-3", "dream", "--tasks ifeval", "--task ifeval", "--tasks|unrecognized"),
+    ("TABOM-6", "llada", "collect $how", "collect --top_q 0.9", "unrecognized arguments: --top_q"),
+    ("TABOM-1", "dream", "paper TABOM-2", "paper TABOM-20", "no table 'TABOM-20'"),
+    ("T3D-2", "sdar-4b", "model $OUT/$data/$row/model", "model $OUT/$row/model", "nothing has written")])
+def test_a_wrong_command_of_a_table_is_seen(monkeypatch, tmp_path, table, model, right, wrong, message):
+    block = sweep.block_of(table)
+    assert right in block
+    inner = sweep.block_of
+    monkeypatch.setattr(sweep, "block_of", lambda name: block.replace(right, wrong) if name == table else inner(name))
+    with pytest.raises((UserError, AssertionError, SystemExit), match=message):
+        check_commands(monkeypatch, tmp_path, table, model)
 
 
 def in_process(monkeypatch, fail=()):
@@ -254,9 +280,9 @@ def paper(monkeypatch, *words):
 
 ONE_OF_EACH = {  # a training table, an ablation with its curves, a figure of eval.py: fewer rows and tasks
     "T3D-2": {"math500 gsm8k mbpp humaneval": "gsm8k", "{math500,gsm8k,mbpp,humaneval}": "gsm8k",
-              "sft redi naive-td t3d": "redi t3d", "sft,redi,naive-td,t3d": "redi,t3d",
-              "python t3d.py --model $MODEL --loss naive_td --lam 0 $shared": "true",
-              "python trims.py --model $MODEL --full --trajectory_share 0 --gen_len 600": "true"},
+              "in t3d-math t3d-code": "in t3d-math", "redi naive-td t3d;": "redi t3d;", "base,sft,redi,naive-td,t3d": "base,redi,t3d",
+              "python t3d.py $shared --loss naive_td": "true", "sft --gen_len 600": "true",
+              "  measure --model $OUT/sft/model": "true"},
     "TABOM-5": {"for window in 0 32": "for window in 32", "gsm8k math500 humaneval mbpp": "gsm8k",
                 "{gsm8k,math500,humaneval,mbpp}": "gsm8k", "{0,32}-": "32-"},
     "TRIMS-fig7": {"descending ascending random": "descending"}}
@@ -297,7 +323,7 @@ def test_a_training_table_runs_end_to_end(tmp_path, monkeypatch, small_tables, c
     assert [words[0] for words in ran] == ["t3d.py", "trims.py", *3 * ["eval.py"], "compare.py"]
     assert rows_of(tmp_path) == ["model", "base", "redi", "t3d"]
     for row in ("redi", "t3d"):
-        assert (tmp_path / row / "model/model.safetensors").exists()
+        assert (tmp_path / "t3d-math" / row / "model/model.safetensors").exists()
         assert len(read_jsonl(tmp_path / f"{row}-gsm8k/results.jsonl")) == 1
 
 

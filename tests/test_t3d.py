@@ -107,9 +107,9 @@ def test_fakes_are_drawn_from_the_reference():
 def test_ranks_within_blocks_by_hand():
     """Prompt of 3, blocks of 4 from position 0: response positions (0), (1 2 3 4), (5)."""
     rank = torch.tensor([[3, 5, 0, 4, 1, 2]])
-    pi, size = ranks_in_blocks(rank, [3], 4)
+    pi, size = ranks_in_blocks(rank, (3 + torch.arange(rank.shape[1])[None]) // 4)
     assert pi.tolist() == [[1, 4, 1, 3, 2, 1]] and size.tolist() == [[1, 4, 4, 4, 4, 1]]
-    pi, size = ranks_in_blocks(rank, [3], 0)  # one block
+    pi, size = ranks_in_blocks(rank, torch.zeros_like(rank))  # one block
     assert pi.tolist() == [[4, 6, 1, 5, 2, 3]] and size.tolist() == [[6] * 6]
 
 
@@ -141,7 +141,7 @@ def test_states_by_hand():
     rngs = [data.example_rng(0, 0, i) for i in range(2000)]
     full = np.mean([draw_mask(pi, size, 0, Config(state_dist="code"), [rng]).all().item() for rng in rngs])
     assert abs(full - 1 / (1 + .75 ** 8 + .5 ** 8 + .25 ** 8)) < 0.02  # 91%
-    short = ranks_in_blocks(torch.tensor([[1, 0]]), [0], 8)  # two tokens in blocks of 8: never without a row
+    short = ranks_in_blocks(torch.tensor([[1, 0]]), torch.zeros(1, 2))  # two tokens in blocks of 8: never without a row
     assert all(draw_mask(*short, 8, Config(), [data.example_rng(0, 0, i)]).any() for i in range(40))
 
 
@@ -258,6 +258,27 @@ def test_t3d_trains_two_steps_on_every_family(tmp_path, monkeypatch, family, ful
     else:
         trained = lora.load(nt_model.load(folder), tmp_path / "run/adapter")
     assert not torch.equal(trained(ids), base(ids))
+
+
+@pytest.mark.parametrize("refresh, full", [(2, True), (3, False)])
+def test_a_run_refreshes_its_reference_at_every_so_many_steps(tmp_path, monkeypatch, refresh, full):
+    inner, then, used = t3d.training_loss, [], []
+
+    def noted(model, ref, *args):
+        then.append({name: p.detach().clone() for name, p in training.trainable(model).items()})
+        used.append({name: t.detach().clone() for name, t in ref.tensors().items()})
+        return inner(model, ref, *args)
+    monkeypatch.setattr(t3d, "training_loss", noted)
+    folder = official_checkpoint(tmp_path / "base", "sdar")
+    (tmp_path / "p.jsonl").write_text("".join(f'{{"prompt": "{n}?", "answer": "x"}}\n' for n in range(4)))
+    run(monkeypatch, "--model", folder, "--data", tmp_path / "p.jsonl", "--out", tmp_path / "run", *SMALL,
+        "--micro_batch", 4, "--max_steps", 5, "--refresh", refresh, "--save_every", 6, "--warmup_steps", 0,
+        "--full" if full else "--no-full")
+    for step, of_ref in enumerate(used):
+        for name, p in then[step - step % refresh].items():
+            assert torch.equal(of_ref[name], p), (step, name)
+    name = next(name for name, p in then[0].items() if not torch.equal(p, then[4][name]))
+    assert len(used) == 5 and not torch.equal(then[0][name], then[1][name])
 
 
 def test_interrupted_training_is_bit_identical(tmp_path, monkeypatch):

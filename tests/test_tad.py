@@ -99,7 +99,7 @@ def test_micro_batches_sum_to_the_batch():
 def batch_of(examples, cfg, window, model, rngs=None):
     """What main() builds of a micro-batch."""
     batch = make_batch(examples, rngs or [None] * len(examples), cfg, window, model.cfg)
-    return {**batch, "teacher_prompts": tad.teacher_prompts([r for r, _ in examples], cfg, TOK)}
+    return {**batch, "teacher_prompts": tad.teacher_prompts([r for r, _ in examples], cfg, TOK, model.cfg)}
 
 
 # --------------------------------------------------------------------------------------------- batch builder
@@ -155,17 +155,43 @@ def test_random_sources_mask_at_random_and_ignore_the_state(source):
 
 
 def test_teacher_prompts():
-    r = record(1)
-    assert tad.teacher_prompts([r], config(teacher_prompt="plain"), TOK) == [r["prompt_ids"]]
-    assert tad.teacher_prompts([r], config(), TOK) == [r["privileged_prompt_ids"]]
-    assert tad.teacher_prompts([r], config(source="no_privilege"), TOK) == [r["prompt_ids"]]
+    r, FACTS = record(1), random_model(**VOCAB).cfg
+    assert tad.teacher_prompts([r], config(teacher_prompt="plain"), TOK, FACTS) == [r["prompt_ids"]]
+    assert tad.teacher_prompts([r], config(), TOK, FACTS) == [r["privileged_prompt_ids"]]
+    assert tad.teacher_prompts([r], config(source="no_privilege"), TOK, FACTS) == [r["prompt_ids"]]
     explicit = config(source="no_privilege", teacher_prompt="privileged")  # what is given counts
-    assert tad.teacher_prompts([r], explicit, TOK) == [r["privileged_prompt_ids"]]
+    assert tad.teacher_prompts([r], explicit, TOK, FACTS) == [r["privileged_prompt_ids"]]
     plain = {key: value for key, value in r.items() if key != "privileged_prompt_ids"}
     shown = TOK.prompt_ids(data.privileged_prompt(r)).tolist()
-    assert tad.teacher_prompts([plain], explicit, TOK) == [shown] != [r["prompt_ids"]]  # collected without it
-    system = tad.teacher_prompts([r], config(teacher_prompt="system"), TOK)[0]
+    assert tad.teacher_prompts([plain], explicit, TOK, FACTS) == [shown] != [r["prompt_ids"]]  # collected without it
+    system = tad.teacher_prompts([r], config(teacher_prompt="system"), TOK, FACTS)[0]
     assert len(system) > len(r["prompt_ids"]) and system[-len(r["prompt_ids"]) + 1:] == r["prompt_ids"][1:]
+
+
+@pytest.mark.parametrize("name", ["plain", "block", "whole", "all"])
+def test_blocks_behind_the_solution_are_those_behind_the_plain_prompt(tmp_path, name):
+    """What is collected there passes through states of the student's own decoding only: one block is open."""
+    model = random_model(**{**CONFIGS[name], **VOCAB, "max_position_embeddings": 256})
+    K, problems = model.cfg.block_len, data.load_problems("tiny", "train", 6)
+    records = rollout(model, TOK, problems, tmp_path / "folder", "x", privileged=True, graded=False, gen_len=8,
+                      block_len=K or 4, policy="static", per_step=1, cache="none")
+    shifted = 0
+    for r in records:
+        plain, shown = r["prompt_ids"], TOK.prompt_ids(data.privileged_prompt(r)).tolist()
+        first = 0 if model.cfg.whole_blocks or not K else len(plain)
+        missing = (len(plain) - len(shown)) % K if first else 0
+        shifted += missing > 0
+        assert r["privileged_prompt_ids"] == missing * [model.cfg.pad_id] + shown
+        block = [(first + i) // (K or 4) for i in range(8)]
+        for t in range(8):
+            left = [i for i in range(8) if r["order"][i] >= t]
+            assert all(i in left for i in range(8) if block[i] > block[left[0]])
+        bare = {key: value for key, value in r.items() if key != "privileged_prompt_ids"}
+        asked = [tad.teacher_prompts([bare], config(source="no_privilege", teacher_prompt=kind), TOK, model.cfg)[0]
+                 for kind in ("privileged", "system")]
+        assert asked[0] == r["privileged_prompt_ids"]
+        assert not first or all((len(ids) - len(plain)) % K == 0 for ids in asked)
+    assert (shifted > 0) == (name in ("block", "all"))
 
 
 def test_an_epoch_is_every_state_once():

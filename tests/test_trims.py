@@ -256,6 +256,21 @@ def test_teacher_scores_land_on_the_students_tokens(monkeypatch):
         difficulty([broken], tok, teacher, teacher_tok, "nll")
 
 
+@pytest.mark.parametrize("family, block_len", [("sdar", 8), ("sdar", 0), ("a2d-bd3lm", 16), ("llada", 8)])
+def test_blocks_of_training_are_those_that_are_asked_for(tmp_path, monkeypatch, family, block_len):
+    """As t3d.py has them, for its SFT and ReDi rows; a bidirectional model has none."""
+    folder, seen, inner = official_checkpoint(tmp_path / "base", family), [], trims.training_loss
+    own = nt_model.load(folder).cfg.block_len
+    lines = [json.dumps(dict(prompt=f"{n}?", solution=f"e {n}", answer="")) for n in range(4)]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr(trims, "training_loss", lambda model, *args: seen.append(model.cfg.block_len) or inner(model, *args))
+    monkeypatch.setattr("sys.argv", [str(word) for word in [
+        "trims.py", "--model", folder, "--data", tmp_path / "p.jsonl", "--out", tmp_path / "run", "--full", "--gen_len", 16,
+        "--batch_size", 4, "--max_steps", 1, "--trajectory_share", 0, "--train_block", block_len]])
+    trims.main()
+    assert set(seen) == {own and (block_len or own)} == {nt_model.load(tmp_path / "run/model").cfg.block_len}
+
+
 @pytest.mark.parametrize("family", ["llada", "dream", "sdar"])
 def test_trims_trains_two_steps_on_every_family_with_another_tokeniser(tmp_path, monkeypatch, family):
     """A teacher in Qwen's format with its own tokeniser; difficulty is computed once and read again."""

@@ -76,9 +76,10 @@ def bridge(model, tok, settings, batch_size=32, kept=None):
 
 
 def load_tasks(names, include_path, allow_code):
-    """Names of lm_eval's tasks, groups or tags, or YAML files -> its tasks, and its manager."""
+    """Names of lm_eval's tasks, groups or tags, of ours in assets/, or YAML files -> tasks, their manager."""
     own = all(map(os.path.isfile, names))  # then lm_eval's thousands need not be read
-    manager = lm_eval_package().tasks.TaskManager(include_path=include_path, include_defaults=not own)
+    places = [nt_eval.nt_model.HERE / "assets", *data.listed(include_path)]
+    manager = lm_eval_package().tasks.TaskManager(include_path=places, include_defaults=not own)
     try:
         loaded = manager.load(names)
     except Exception as e:  # no such task, no hub, a package the task needs, a broken YAML

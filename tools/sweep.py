@@ -63,16 +63,16 @@ def paper_commands(table, model, out, quick=False):
         yield [script, *words]
 
 
-def run_script(script, options, launch=()):
+def run_script(words, launch=()):
     """A script in a process of its own, which is told to end, and waited for, where this one is."""
-    child = subprocess.Popen([sys.executable, *launch, nt_model.HERE / script, *options])
+    child = subprocess.Popen([sys.executable, *launch, nt_model.HERE / words[0], *words[1:]])
     try:
         child.wait()
     finally:
         child.terminate()
         child.wait()
     if child.returncode:
-        raise UserError(f"{script} {shlex.join(options)} ended with {child.returncode}; its message is above")
+        raise UserError(f"{shlex.join(words)} ended with {child.returncode}; its message is above")
 
 
 def paper_command(args):
@@ -86,17 +86,16 @@ def paper_command(args):
             continue
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
         launch *= gpus > 1 and not RANKED.isdisjoint(words[:2])
-        run_script(words[0], words[1:], launch)
+        run_script(words, launch)
         root.mkdir(parents=True, exist_ok=True)
         cli.append_line(done, {"words": words})
 
 
 def command(label, seed, folder, task="tiny"):
-    """-> the script of a method, and its options."""
+    """-> the words of a row's command: the script of its method, and its options."""
     own = f"--model {task} --eval_problems 0 --seed {seed} --out $OUT/{folder.name}"
-    words = f"{METHODS[label]} {COMMON} {own}"
-    script, *options = [word.replace("$OUT", str(folder.parent)) for word in words.split()]
-    return script, options
+    words = f"{METHODS[label]} {COMMON} {own}".split()
+    return [word.replace("$OUT", str(folder.parent)) for word in words]
 
 
 def prepare(labels, model, tok, root, task="tiny"):
@@ -176,7 +175,7 @@ def main():
         nt_eval.curve(model, tok, problems[0][:BATCH], nt_eval.protocol_of(*PROTOCOL), "warm-up", BATCH)
     for label, seed, folder in cli.progress_bar(left, "sweep", unit="run"):
         if METHODS[label]:
-            run_script(*command(label, seed, folder, args.task))
+            run_script(command(label, seed, folder, args.task))
         evaluate(label, folder, tok, problems[seed], own[:32], args.task)
     folders = [folder for *_, folder in jobs]
     compare.pack(folders, root / "comparison.jsonl.gz")
