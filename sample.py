@@ -431,12 +431,11 @@ def check_prompts(cfg, prompts, s):
 @dataclass
 class Rows:
     """R rows that are being decoded, T columns each: [padding, prompt | response | a column nobody reads]."""
-    # fixed while a prompt is decoded
+    # these four are fixed while a prompt is decoded; a forward changes the others
     valid: torch.Tensor      # (R, T) bool, prompt and response
     positions: torch.Tensor  # (R, T) int64, from the first prompt token
     key: torch.Tensor        # (R, 1) int64, of its random numbers
     threshold: torch.Tensor  # (R, 1) fp32; a tensor, so that a curve over thresholds compiles once
-    # what a forward changes
     canvas: torch.Tensor     # (R, T) int64, the tokens
     masked: torch.Tensor     # (R, T) bool
     order: torch.Tensor      # (R, T) int64, see Output
