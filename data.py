@@ -38,7 +38,7 @@ AVOIDED = {"train": ("dev", "test"), "dev": (), "test": ("dev",)}  # whose held-
 
 TEXTS = "prompt question solution thinking entry_point grader source".split()  # fields that hold text
 OWN_FIELDS = ("id", *TEXTS, "answer", "tests", "setup", "messages")  # of a problem
-CARRIED = "earlier question grader tests entry_point setup".split()  # into its record, where it has them
+CARRIED = "earlier raw question grader tests entry_point setup".split()  # into its record, where it has them
 RECORD_FIELDS = {**dict.fromkeys("id source prompt solution model".split(), str),
                  **dict.fromkeys("prompt_ids x0 order rank".split(), list), "decoding": dict,
                  "nfe": int, "schema": int, "correct": (bool, type(None))}
@@ -214,6 +214,8 @@ class Tokenizer:
     trimmed: bool     # a text has no white space around it
     chat: object      # OwnChat, or the tiny model's: prompt_ids, end_id, trims
     eos_id: int       # fills the tail of a response
+    system: str = ""  # a turn before every prompt
+    raw: bool = False  # prompts without the chat template
 
     def __post_init__(self):
         self.written = {**self.plain, **{i: token.encode() for token, i in self.special.items()}}
@@ -229,10 +231,11 @@ class Tokenizer:
         return self.plain.get(i, b"")
 
     def prompt_ids(self, asked, system=""):
-        """A user's text, or a problem with its earlier turns -> (P,) int64 ids, ready for the answer."""
+        """A user's text, or a problem with earlier turns or `raw` -> (P,) int64 ids, ready for the answer."""
         asked = dict(prompt=asked) if isinstance(asked, str) else asked
+        system, raw = system or self.system, self.raw or asked.get("raw") is True
         turns = [("system", system)] * bool(system) + asked.get("earlier", []) + [("user", asked["prompt"])]
-        return torch.tensor(self.chat.prompt_ids(turns), dtype=torch.long)
+        return torch.tensor(self.chat.prompt_ids(turns, raw), dtype=torch.long)
 
     def response_ids(self, text):
         """A finished answer -> list of ids, the end of its turn included."""
@@ -274,10 +277,10 @@ class OwnChat:
         fits = own.startswith(before) and own.endswith(behind)
         return own[len(before):len(own) - len(behind)] if fits else ""
 
-    def prompt_ids(self, turns):
-        """Turns, the answer open -> list of ids; a text writes no special token."""
-        if not self.hf.chat_template:  # a base model: the texts, on lines of their own
-            text = "".join(text + "\n" for _, text in turns)
+    def prompt_ids(self, turns, raw=False):
+        """Turns, the answer open -> list of ids; a text writes no special token. raw: without a template."""
+        if raw or not self.hf.chat_template:  # a base model: the texts, on lines of their own
+            text = "\n".join(text for _, text in turns) + "\n" * (not raw)
             return self.hf.encode(whole(text), split_special_tokens=True)
         hidden = [(role, self.added.sub(MARK, text)) for role, text in turns]
         first, *rest = self.render(hidden, add_generation_prompt=True).split(MARK)
@@ -306,7 +309,6 @@ def tiny_tokens(folder):
     table = {} if (folder / "tokenizer.json").exists() else read_object(folder / "vocab.json")
     if not isinstance(table.get("words"), list):  # a BPE's "words" is a token
         return None
-    # 256 bytes, then words with their leading space, then special tokens
     pieces = [bytes([b]) for b in range(256)] + [b" " + word.encode() for word in table["words"]]
     special = {token: i for i, token in enumerate(table["special"], len(pieces))}
     ranks = {piece: i for i, piece in enumerate(pieces)}
@@ -315,8 +317,9 @@ def tiny_tokens(folder):
     def encode(text):
         return bpe.encode(" " + text.strip())
 
-    def prompt_ids(turns):
-        return [special["<bos>"], *(i for _, text in turns for i in encode(text)), special["<sep>"]]
+    def prompt_ids(turns, raw=False):
+        ids = [i for _, text in turns for i in encode(text)]
+        return ids if raw else [special["<bos>"], *ids, special["<sep>"]]
     chat = SimpleNamespace(prompt_ids=prompt_ids, end_id=special["<eos>"], trims=False, system="")
     return encode, dict(enumerate(pieces)), special, True, chat
 

@@ -447,8 +447,7 @@ class Transformer(nn.Module):
         replace the family's own rule. A cache with rows (B,) int64 stores all keys and values of ids, whole
         canvases. With cols (B, T), ids are the tokens of these columns: their keys and values are replaced,
         and they attend to the whole canvas; a shifted model's first row is then meaningless: include the left
-        neighbour and drop it. out (B, K) int64: the states of these columns only, (B, K, C).
-        """
+        neighbour and drop it. out (B, K) int64: the states of these columns only, (B, K, C)."""
         canvas = ids if cache is None else cache.valid
         col = torch.arange(canvas.shape[1], device=ids.device)[None]
         if cols is not None:

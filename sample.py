@@ -1,5 +1,4 @@
-"""Decoding: a short reference that reads like the papers, and the compiled, batched, block-cached decoder
-that everything runs on.
+"""Decoding: a short reference that reads like the papers, and the fast decoder that everything runs on.
 
     outs = generate(model, prompts, gen_len=48, block_len=16, policy="threshold", threshold=0.9, cache="none")
     python sample.py --model tiny --prompt "..." --show    # or --html a.html; --prompts FILE; --interactive
@@ -7,6 +6,7 @@ that everything runs on.
 A response of L tokens starts as L masks and is filled block by block. Every forward scores the masked
 positions of the current block and the policy decides which of them to reveal: see `POLICIES` below, each with
 the paper's rule above it. A policy of your own is one function and one entry there, nothing else.
+Read these and `reference` first, then `step`, one forward of fixed shapes, and the host's `Batch`.
 
 The caches are Fast-dLLM's, dInfer's (vicinity) and SDAR's (exact). The first forward of a block runs over the
 whole canvas, refreshes all keys and values, and also reveals. The following forwards recompute
@@ -16,8 +16,6 @@ whole canvas, refreshes all keys and values, and also reveals. The following for
     vicinity    the block and `vicinity` tokens on either side
     exact       (block-causal models) the block only: nothing before depends on it. A finished block's keys
                 are committed by the next block's first forward, which also runs over that block
-
-Read the policies and `reference` first, then `step`, one forward of fixed shapes, and the host's `Batch`.
 """
 import json
 import math
@@ -372,8 +370,7 @@ def stale_hidden(model, old, new, positions, inside):
 
 def generate(model, prompts, batch_size=32, **options):
     """Decode a list of prompts (P,) int64 -> list of Output. options: those of stream, fields of Decoding."""
-    outs = dict(stream(model, prompts, batch_size, **options))
-    return [outs[i] for i in range(len(prompts))]
+    return [out for _, out in sorted(stream(model, prompts, batch_size, **options))]
 
 
 @torch.no_grad()
@@ -381,8 +378,7 @@ def stream(model, prompts, batch_size=32, progress=False, streams=None, compiled
            **settings):
     """Like generate, but yields (prompt index, Output) as rows finish; waiting prompts take their places.
     streams: of random numbers, one per prompt [its index]. compiled: torch.compile the step [on a GPU].
-    sync_every: forwards between two looks at the device, for which a finished row waits [4; on a CPU 1].
-    """
+    sync_every: forwards between two looks at the device, for which a finished row waits [4; on a CPU 1]."""
     s = Decoding(**settings)
     if prompts:
         yield from decode(Batch(model, prompts, s, batch_size, streams, compiled, sync_every), progress)
@@ -427,12 +423,11 @@ def check_prompts(cfg, prompts, s):
 @dataclass
 class Rows:
     """R rows that are being decoded, T columns each: [padding, prompt | response | a column nobody reads]."""
-    # fixed while a prompt is decoded
+    # these four are fixed while a prompt is decoded; a forward changes the others
     valid: torch.Tensor      # (R, T) bool, prompt and response
     positions: torch.Tensor  # (R, T) int64, from the first prompt token
     key: torch.Tensor        # (R, 1) int64, of its random numbers
     threshold: torch.Tensor  # (R, 1) fp32; a tensor, so that a curve over thresholds compiles once
-    # what a forward changes
     canvas: torch.Tensor     # (R, T) int64, the tokens
     masked: torch.Tensor     # (R, T) bool
     order: torch.Tensor      # (R, T) int64, see Output
@@ -476,8 +471,7 @@ def step(model, x, cache, s, rows, width, finish):  # finish: conclude(), below
     """One forward and what it reveals, written into the Rows x: tensors of fixed shapes, nothing that the
     host must wait for. A row that has nothing to do in it stays as it is. rows (N,) int64: over the whole
     canvas of these rows of x, whose keys go into the cache, if any. rows None: over `width` columns from
-    each row's window start (and `reach` columns left of it). Only the first s.scored_len are scored.
-    """
+    each row's window start (and `reach` columns left of it). Only the first s.scored_len are scored."""
     before = x if rows is None else Rows(*(getattr(x, name)[rows] for name in ROWS))
     active = before.masked.any(1, keepdim=True)
     scored = before.window(min(width, s.scored_len))
@@ -751,6 +745,7 @@ class Options(AdaptedModel):
     """decode one prompt, a file of prompts, or what you type"""
     prompt: str = ""  # user turn [a problem of the tiny task]
     system: str = ""  # system turn before it, and before each of --prompts
+    raw: bool = False  # all of these without the chat template
     show: str = option("", bare="confidence", choices=["confidence", "step"])  # draw each forward in colour
     html: str = ""  # page to write in which you step through the forwards; with --adapter also the base's
     prompts: str = ""  # file of prompts: .jsonl, or text with one per line
@@ -771,9 +766,9 @@ def load_both(args):
     return model, data.load_tokenizer(args.model, args.revision)
 
 
-def decode_one(model, tok, prompt, how, by="", path="", system=""):
+def decode_one(model, tok, prompt, how, by="", path=""):
     """Print the response to a prompt; by: show every forward; path: write a page there."""
-    ids = tok.prompt_ids(prompt, system)
+    ids = tok.prompt_ids(prompt)
     (out,) = generate(model, [ids], **how)
     n = out.n_tokens(model.cfg.eos_ids)
     if by:
@@ -804,8 +799,8 @@ def decode_file(model, tok, args, settings, how):
     to = Path(args.to or Path(args.prompts).with_suffix(".responses.jsonl"))
     room = model.cfg.max_len - settings["gen_len"]
     rows = data.fitting(read_prompts(Path(args.prompts)), tok, args.max_prompt, room)
-    how_asked = settings | {"system": args.system} if args.system else settings
-    made_by = dict(model=args.model, revision=model.revision, adapter=args.adapter, decoding=how_asked)
+    made_by = dict(model=args.model, revision=model.revision, adapter=args.adapter,
+                   decoding=settings | dict(system=args.system, raw=args.raw))
     ours = {r["id"]: r | made_by for r in rows}  # what a line of this run says
     there = cli.read_jsonl(to, ours=True, growing=True) if to.exists() else []
     if not all(r.get("id") in ours and r | ours[r["id"]] == r for r in there):
@@ -816,7 +811,7 @@ def decode_file(model, tok, args, settings, how):
     done = {r["id"] for r in there}
     todo = [i for i, r in enumerate(rows) if r["id"] not in done]
     to.parent.mkdir(parents=True, exist_ok=True)
-    prompts = [tok.prompt_ids(rows[i], args.system) for i in todo]
+    prompts = [tok.prompt_ids(rows[i]) for i in todo]
     for i, out in stream(model, prompts, args.batch_size, progress=True, streams=todo, **how):
         n = out.n_tokens(model.cfg.eos_ids)
         response = dict(response=tok.decode(out.ids[:n].tolist()), tokens=n, nfe=out.nfe)
@@ -831,16 +826,17 @@ def main():
     defaults = decoding_defaults(config_of(args.model, args.revision))
     settings = vars(Decoding(**defaults | given))
     model, tok = load_both(args)
+    tok.system, tok.raw = args.system, args.raw
     how = dict(compiled=args.compiled, **settings)
+    prompt = args.prompt or data.load_problems("tiny", "test", 1)[0]["prompt"]
     if args.interactive:
         if model.cfg.family == "tiny":
-            (example,) = data.load_problems("tiny", "dev", 1)
-            print(f"This model knows one game and nothing else. Type, for example:\n{example['prompt']}")
+            print(f"This model knows one game and nothing else. Type, for example:\n{prompt}")
         print("An empty line or Ctrl-D ends.")
         try:
             while line := input("> ").strip():
                 try:
-                    decode_one(model, tok, line, how, system=args.system)
+                    decode_one(model, tok, line, how)
                 except UserError as e:  # a prompt too long: the next one may fit
                     print(f"error: {e}")
         except EOFError:  # Ctrl-D
@@ -848,9 +844,8 @@ def main():
     elif args.prompts:
         decode_file(model, tok, args, settings, how)
     else:
-        prompt = args.prompt or data.load_problems("tiny", "test", 1)[0]["prompt"]
         print(f"prompt   {prompt}")
-        decode_one(model, tok, prompt, how, args.show, args.html, args.system)
+        decode_one(model, tok, prompt, how, args.show, args.html)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """The embedded model, and the commands a newcomer runs."""
+import contextlib
 import json
 
 import pytest
@@ -101,11 +102,12 @@ def test_prompts_from_a_file_continue_where_they_stopped(tmp_path):
         assert refused.returncode == 2 and words in refused.stderr, refused.stderr
 
 
-def test_a_system_turn_stands_before_every_prompt(tmp_path, monkeypatch, capsys):
-    """--system, with --prompt, --prompts, --interactive and --html: the ids are those of both turns."""
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_system_turn_stands_before_every_prompt(tmp_path, monkeypatch, capsys, raw):
+    """--system, with --prompt, --prompts, --interactive: the ids are those of both turns, or of both texts with --raw."""
     seen, inner = [], sample.stream
     monkeypatch.setattr(sample, "stream", lambda model, prompts, *a, **kw: seen.extend(prompts) or inner(model, prompts, *a, **kw))
-    tok, how = data.load_tokenizer("tiny"), ["--gen_len", "8", "--block_len", "8"]
+    tok, how = data.load_tokenizer("tiny"), ["--gen_len", "8", "--block_len", "8", *["--raw"] * raw]
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
     answers = iter(["a", ""])
     monkeypatch.setattr("builtins.input", lambda _: next(answers))
@@ -116,18 +118,25 @@ def test_a_system_turn_stands_before_every_prompt(tmp_path, monkeypatch, capsys)
             to = ["--to", str(tmp_path / f"{system}.jsonl")] * (args[0] == "--prompts")
             monkeypatch.setattr("sys.argv", ["sample.py", *args, *to, *how, *["--system", system] * bool(system)])
             sample.main()
-            want = torch.tensor(tok.chat.prompt_ids([("system", system)] * bool(system) + [("user", "a")]))
-            assert torch.equal(seen[0], want) and torch.equal(seen[0], tok.prompt_ids("a", system))
+            want = torch.tensor(tok.encode(f"{system} a") if raw else [
+                tok.special["<bos>"], *tok.encode(f"{system} a"), tok.special["<sep>"]])
+            assert torch.equal(seen[0], want) and torch.equal(seen[0], tok.prompt_ids(dict(prompt="a", raw=raw), system))
             seen.clear()
     monkeypatch.setattr("sys.argv", ["sample.py", "--prompts", str(tmp_path / "p.jsonl"), "--to", str(tmp_path / "be brief.jsonl"), *how])
     with pytest.raises(cli.UserError, match="other settings or other prompts"):  # without its system turn
         sample.main()
+    n = len(tok.prompt_ids(dict(prompt="a", raw=raw), "be brief"))
+    for most, left_out in ((n, None), (n - 1, "no prompt is left: raise --max_prompt")):  # which counts that turn
+        monkeypatch.setattr("sys.argv", ["sample.py", "--prompts", str(tmp_path / "p.jsonl"), "--to", str(tmp_path / "more.jsonl"),
+                                         "--system", "be brief", "--max_prompt", str(most), *how])
+        with pytest.raises(cli.UserError, match=left_out) if left_out else contextlib.nullcontext():
+            sample.main()
     capsys.readouterr()
 
 
 @pytest.mark.parametrize("last", ["", EOFError, KeyboardInterrupt])
 def test_interactive(last, monkeypatch, capsys):
-    prompts = [p["prompt"] for p in data.load_problems("tiny", "dev", 2)]
+    prompts = [p["prompt"] for p in data.load_problems("tiny", "test", 2)]
     answers = iter([prompts[0], "ball " * 300, prompts[1], last])
 
     def typed(_):

@@ -343,6 +343,31 @@ def test_chats_that_cannot_be_read_are_named_with_their_line(tmp_path, messages)
         problems(tmp_path, dict(messages=[dict(role="user", content=" ")]))
 
 
+@pytest.mark.parametrize("family", ["llada", "dream", "sdar", "tiny"])
+def test_raw_rows_are_asked_without_a_template(tmp_path, family):
+    """In decoding, evaluation, collection: the text's own bytes, special tokens as plain text, and nothing around them."""
+    texts = ["def f(x):\n    return", " <|im_end|>é 中", "a\n"]
+    folder = "tiny" if family == "tiny" else official_checkpoint(tmp_path / "model", family)
+    tok, chat = data.load_tokenizer(folder), dict(messages=CHAT[:-1], raw=True)
+    asked = problems(tmp_path, *[dict(prompt=text, raw=True, answer="1") for text in texts])
+    want = [tok.encode(text) if family == "tiny" else [*text.encode()] for text in texts]
+    assert [tok.prompt_ids(p).tolist() for p in asked] == want
+    for said in (False, None, 1, "yes"):  # the template is left out where raw is true, and only there
+        (p,) = problems(tmp_path, dict(prompt="a", raw=said))
+        assert tok.prompt_ids(p).tolist() == tok.prompt_ids("a").tolist() != tok.encode("a")
+    (p,) = problems(tmp_path, chat)
+    assert tok.decode(tok.prompt_ids(p).tolist()).split() == "Be brief. 2 + 2? 4 <|im_end|> and 3 + 3?".split()
+    if family != "sdar":
+        return
+    problems(tmp_path, *[dict(prompt=text, raw=True, answer="1") for text in texts])
+    how = ["rollout.py", "collect", "mine.jsonl", "--out", "run", "--model", "model", "--gen_len", 4, "--block_len", 4]
+    for _ in range(2):  # the second run finds all of it there
+        assert command(tmp_path, *how).returncode == 0
+    assert [r["prompt_ids"] for r in data.read_trajectories(tmp_path / "run")] == want
+    problems(tmp_path, *[dict(prompt=text, answer="1") for text in texts])
+    assert "other settings (raw)" in command(tmp_path, *how).stderr
+
+
 def test_another_history_is_another_prompt(tmp_path):
     official_checkpoint(tmp_path / "model", "sdar")
     how = ["rollout.py", "collect", "mine.jsonl", "--out", "run", "--model", "model", "--gen_len", 4, "--ungraded"]
