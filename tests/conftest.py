@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import model as nt_model  # noqa: E402
+import quick  # noqa: E402
 
 FIXTURES = ROOT / "tests" / "fixtures"  # their README says what each folder is
 DREAM_VOCAB = "87a257b04b17642a0688c98cd1df89c398bda4fee532d6f88b38a659ecb4ac8d"  # sha256 of its vocab.json
@@ -70,6 +71,11 @@ SLOW_TESTS = {
     "test_without_datasets_or_network_the_files_are_named", "test_bad_commands_are_one_line",
     "test_the_fork_example", "test_a_gradient_that_is_not_finite", "test_ended_anywhere",
     "test_a_run_ends_in_the_same_bytes_or_is_refused"}
+
+
+def pytest_collection_finish():
+    quick.sources_are_read_once()
+    quick.what_is_there_stays()
 
 
 def pytest_collection_modifyitems(items):
