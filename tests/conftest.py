@@ -78,7 +78,13 @@ def pytest_collection_finish():
     quick.what_is_there_stays()
 
 
+# the longest first, so that no core is idle at the end: a file is one core's (`--dist loadfile`)
+LONGEST_FILES = ("test_sample test_distributed test_compiled test_faults test_sweep test_eval test_tiny test_corruption "
+                 "test_families test_teachers test_trims test_t3d test_tad test_lm_eval test_launch").split()
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: (LONGEST_FILES.index(item.path.stem) if item.path.stem in LONGEST_FILES else 99))
     for item in items:
         if item.path.stem in SLOW_FILES or item.originalname in SLOW_TESTS:
             item.add_marker(pytest.mark.slow)
