@@ -21,10 +21,10 @@ demo: .venv/ready
 	$(BIN)/python tad.py
 
 test: .venv/test-ready
-	$(BIN)/python -m pytest -rs -q -n auto --dist loadfile tests
+	$(BIN)/python -m pytest -rs -q -n auto --dist loadfile --no-loadscope-reorder tests
 
 check: .venv/test-ready
-	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow and not gpu" tests
+	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder -m "not slow and not gpu" tests
 
 clean:
 	rm -rf .venv out

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import model as nt_model  # noqa: E402
+import quick  # noqa: E402
 
 FIXTURES = ROOT / "tests" / "fixtures"  # their README says what each folder is
 DREAM_VOCAB = "87a257b04b17642a0688c98cd1df89c398bda4fee532d6f88b38a659ecb4ac8d"  # sha256 of its vocab.json
@@ -72,7 +73,18 @@ SLOW_TESTS = {
     "test_a_run_ends_in_the_same_bytes_or_is_refused"}
 
 
+def pytest_collection_finish():
+    quick.sources_are_read_once()
+    quick.what_is_there_stays()
+
+
+# the longest first, so that no core is idle at the end: a file is one core's (`--dist loadfile`)
+LONGEST_FILES = ("test_sample test_distributed test_compiled test_faults test_sweep test_eval test_tiny test_corruption "
+                 "test_families test_teachers test_trims test_t3d test_tad test_lm_eval test_launch").split()
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: (LONGEST_FILES.index(item.path.stem) if item.path.stem in LONGEST_FILES else 99))
     for item in items:
         if item.path.stem in SLOW_FILES or item.originalname in SLOW_TESTS:
             item.add_marker(pytest.mark.slow)

@@ -7,8 +7,7 @@ import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["ranks", "torch._dynamo", "tad", "t3d", "tabom", "trims",
-                                "transformers.models.llama.modeling_llama"])
+context.set_forkserver_preload(["forked"])
 
 
 def free_port():

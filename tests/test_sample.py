@@ -2,6 +2,7 @@ import argparse
 import itertools
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -99,7 +100,9 @@ def test_nucleus_keeps_the_smallest_set_that_reaches_top_p():
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_batch_equals_alone_equals_reference(name, policy):
     model, prompts = random_model(**CONFIGS[name]), prompts_of([2, 9, 5, 12])
-    for cache, early_stop in itertools.product(("none", "prefix", "dual"), (True, False)):
+    turn = list(CONFIGS).index(name) + list(POLICIES).index(policy)
+    for i, cache in enumerate(("none", "prefix", "dual")):
+        early_stop = (turn + i) % 2 == 0  # each with each cache, each policy and each model
         settings = dict(gen_len=10, block_len=4, cache=cache, early_stop=early_stop, **POLICIES[policy])
         outs = generate(model, prompts, batch_size=3, **settings)
         for prompt, out in zip(prompts, outs):
@@ -521,6 +524,8 @@ def test_llada_official_samplers(compiled, graphs):
     model = nt_model.load(LLADA)
     useless = 0
     for case in json.loads((LLADA / "samplers.json").read_text())["cases"]:
+        if compiled and re.search("block16|steps8|factor_generate_(p|with_prefix)|fast_prefix_.*thr0.9", case["name"]):
+            continue  # a graph takes seconds: each rule and each cache is there once
         settings, rows = llada_settings(case), case["settings"]["prompt"]
         real = case["settings"].get("attention_mask", [[1] * len(p) for p in rows])
         prompts = [torch.tensor([i for i, r in zip(p, m) if r]) for p, m in zip(rows, real)]
@@ -544,7 +549,7 @@ def test_dreams_official_sampler(compiled, graphs):
     score = dict(entropy="entropy", maskgit_plus="confidence", topk_margin="margin")
     for case in json.loads((FIXTURES / "dream_A/samplers.json").read_text())["cases"]:
         was, rows = case["settings"], case["settings"]["prompt"]
-        if not case["name"].startswith("official"):
+        if not case["name"].startswith("official") or compiled and "steps8" in case["name"]:
             continue
         real = was.get("attention_mask", [[1] * len(p) for p in rows])
         prompts = [torch.tensor([i for i, r in zip(p, m) if r]) for p, m in zip(rows, real)]
@@ -555,7 +560,7 @@ def test_dreams_official_sampler(compiled, graphs):
             assert out.ids.tolist() == want[-16:] and out.nfe == case["forwards"], case["name"]
             assert same(out, reference(model, prompt, **settings))
             n += 1
-    assert n == 13 and bool(graphs) == compiled
+    assert n == (11 if compiled else 13) and bool(graphs) == compiled
 
 
 def ranked_in_fp64(logits, cfg, s, noise=None, inner=pick_tokens):
@@ -608,7 +613,7 @@ def test_samplers_of_blocks(monkeypatch, name, compiled, fp64, graphs):
             rule = dict(policy="threshold", threshold=was["threshold"])
         prompts = [torch.tensor(p) for p in was["prompt"]]
         settings = dict(gen_len=16, block_len=4, early_stop=False, **rule)
-        for cache in ("exact", "none"):
+        for cache in ("exact", "none")[:1 if compiled else 2]:
             outs = generate(model, prompts, cache=cache, compiled=compiled, **settings)
             for prompt, out, ids in zip(prompts, outs, case["ids"]):
                 want = ids[-(-len(prompt) // 4) * 4 if model.cfg.whole_blocks else len(prompt):]
@@ -620,7 +625,7 @@ def test_samplers_of_blocks(monkeypatch, name, compiled, fp64, graphs):
                 if stop == 16 and not model.cfg.whole_blocks:
                     assert with_commits(out, len(prompt), 4) == case["forwards"], case["name"]
                 n += 1
-    assert n == (14 if model.cfg.whole_blocks else 12) and bool(graphs) == compiled
+    assert n == (14 if model.cfg.whole_blocks else 12) // (1 + compiled) and bool(graphs) == compiled
     assert ties == (2 if name == "diffcoder_A" and not fp64 else 0)  # of one case, with either cache
 
 
@@ -638,13 +643,14 @@ def test_sdars_official_sampler(compiled, graphs):
         want = torch.tensor(case["ids"]).reshape(-1)
         settings = dict(gen_len=len(want) - len(prompt), block_len=was["block_length"], early_stop=False,
                         **rule)
-        for cache in ("exact", "none"):
+        caches = ("exact", "none") if not compiled else ("none",) if rule["policy"] == "static" else ("exact",)
+        for cache in caches:
             out = generate(model, [prompt], cache=cache, compiled=compiled, **settings)[0]
             assert out.ids.tolist() == want[len(prompt):].tolist(), case["name"]
             assert same(out, reference(model, prompt, cache=cache, **settings))
             assert with_commits(out, len(prompt), was["block_length"]) == case["forwards"], case["name"]
             n += 1
-    assert n == 16 and bool(graphs) == compiled
+    assert n == (8 if compiled else 16) and bool(graphs) == compiled
 
 
 @pytest.mark.parametrize("cache", ["none", "exact"])

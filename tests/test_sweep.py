@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 import subprocess
-from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -129,11 +128,6 @@ def test_a_run_that_fails_stops_the_sweep(small, started, monkeypatch):
     monkeypatch.setattr("sys.argv", ["sweep.py", "--only", "nothing"])
     with pytest.raises(UserError, match="invalid choice"):
         sweep.main()
-
-
-@pytest.fixture(autouse=True)
-def sources_are_read_once(monkeypatch):
-    monkeypatch.setattr(cli.inspect, "getsource", lru_cache(None)(cli.inspect.getsource))
 
 
 def accepted(words, model, monkeypatch):
