@@ -337,7 +337,8 @@ def bpe_tokens(folder, cfg):
         vocab, table = bare.get_vocab(), byte_table(hf, True)
         plain = {i: table[i] for token, i in vocab.items() if special.get(token) != i}
         complete = {bytes([b]) for b in range(128)} <= set(plain.values())
-        if not complete or len(set(vocab.values())) < len(vocab) or set(special.values()) & set(plain):
+        repeated = len(set(vocab.values())) < len(vocab)
+        if not complete or repeated or set(special.values()) & set(plain):
             raise ValueError("not one id per token, or bytes are missing")
     except Exception as e:  # the libraries raise many kinds
         raise UserError(f"{folder} has no tokeniser: neither tokenizer.json nor vocab.json and merges.txt is "

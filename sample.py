@@ -1,7 +1,7 @@
 """Decoding: a short reference that reads like the papers, and the fast decoder that everything runs on.
 
     outs = generate(model, prompts, gen_len=48, block_len=16, policy="threshold", threshold=0.9, cache="none")
-    python sample.py --model tiny --prompt "..." --show    # or --html a.html; --prompts FILE; --interactive
+    python sample.py --model tiny --prompt "..." --show    # or --html a.html; --prompts FILE
 
 A response of L tokens starts as L masks and is filled block by block. Every forward scores the masked
 positions of the current block and the policy decides which of them to reveal: see `POLICIES` below, each with
@@ -306,7 +306,8 @@ def reference(model, prompt, **settings):
     masked = torch.arange(total) >= P
     order, conf = torch.zeros_like(x), torch.ones(total)
     revealed = []
-    key, threshold = torch.tensor([[row_key(s.seed, 0)]]), torch.tensor([[s.threshold]])
+    key = torch.tensor([[row_key(s.seed, 0)]])
+    threshold = torch.tensor([[s.threshold]])
     memory = torch.zeros(1, policy.memory).long()
     positions = (torch.arange(total) + first_position(cfg, P))[None]
     start = P - in_first_block(cfg, P)
@@ -357,7 +358,8 @@ def stale_hidden(model, old, new, positions, inside):
     cfg = model.cfg
     mask = attention_mask(cfg, positions, positions, positions, positions, positions >= 0)
     cos, sin = rope_angles(cfg, positions)
-    h_old, h = model.embed(old[None]), model.embed(new[None, inside])
+    h_old = model.embed(old[None])
+    h = model.embed(new[None, inside])
     for block in model.blocks:
         _, k, v = block.qkv(h_old, cos, sin)
         q, k_new, v_new = block.qkv(h, cos[:, :, inside], sin[:, :, inside])
@@ -557,7 +559,8 @@ class Batch:
         self.compiled = self.dev.type == "cuda" if compiled is None else compiled
         self.model = in_blocks(for_decoding(model), s.block_len)
         self.s = s
-        n_rows, T = len(prompts), max(map(len, prompts)) + reach(s, model.cfg) + s.gen_len + 1
+        n_rows = len(prompts)
+        T = max(map(len, prompts)) + reach(s, model.cfg) + s.gen_len + 1
         if self.compiled:  # prompts in any number and of many lengths, few shapes
             n_rows = 1 << (n_rows - 1).bit_length()  # the next power of two
             T = 32 * math.ceil(T / 32)
@@ -752,7 +755,6 @@ class Options(AdaptedModel):
     max_prompt: int | None = None  # leave out --prompts that are longer, tokens
     to: str = ""  # responses of --prompts [FILE.responses.jsonl]
     batch_size: int = 32  # prompts decoded at once
-    interactive: bool = False  # read prompts from the terminal, up to an empty line
     compiled: bool | None = None  # torch.compile [on a GPU]
 
 
@@ -814,36 +816,25 @@ def decode_file(model, tok, args, settings, how):
     prompts = [tok.prompt_ids(rows[i]) for i in todo]
     for i, out in stream(model, prompts, args.batch_size, progress=True, streams=todo, **how):
         n = out.n_tokens(model.cfg.eos_ids)
-        response = dict(response=tok.decode(out.ids[:n].tolist()), tokens=n, nfe=out.nfe)
+        text = tok.decode(out.ids[:n].tolist())
+        response = dict(response=text, tokens=n, nfe=out.nfe)
         cli.append_line(to, rows[todo[i]] | response | made_by)
     print(f"{len(todo)} responses written to {to}" + (f", {len(done)} were there" if done else ""))
 
 
 def main():
     args, given = cli.parse(__doc__, Options, Decoding)
-    if args.html and (args.prompts or args.interactive):
-        raise UserError("--html is for one prompt: leave out --prompts and --interactive")
+    if args.html and args.prompts:
+        raise UserError("--html is for one prompt: leave out --prompts")
     defaults = decoding_defaults(config_of(args.model, args.revision))
     settings = vars(Decoding(**defaults | given))
     model, tok = load_both(args)
     tok.system, tok.raw = args.system, args.raw
     how = dict(compiled=args.compiled, **settings)
-    prompt = args.prompt or data.load_problems("tiny", "test", 1)[0]["prompt"]
-    if args.interactive:
-        if model.cfg.family == "tiny":
-            print(f"This model knows one game and nothing else. Type, for example:\n{prompt}")
-        print("An empty line or Ctrl-D ends.")
-        try:
-            while line := input("> ").strip():
-                try:
-                    decode_one(model, tok, line, how)
-                except UserError as e:  # a prompt too long: the next one may fit
-                    print(f"error: {e}")
-        except EOFError:  # Ctrl-D
-            print()
-    elif args.prompts:
+    if args.prompts:
         decode_file(model, tok, args, settings, how)
     else:
+        prompt = args.prompt or data.load_problems("tiny", "test", 1)[0]["prompt"]
         print(f"prompt   {prompt}")
         decode_one(model, tok, prompt, how, args.show, args.html)
 

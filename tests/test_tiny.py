@@ -104,17 +104,13 @@ def test_prompts_from_a_file_continue_where_they_stopped(tmp_path):
 
 @pytest.mark.parametrize("raw", [False, True])
 def test_a_system_turn_stands_before_every_prompt(tmp_path, monkeypatch, capsys, raw):
-    """--system, with --prompt, --prompts, --interactive: the ids are those of both turns, or of both texts with --raw."""
+    """--system, with --prompt and --prompts: the ids are those of both turns, or of both texts with --raw."""
     seen, inner = [], sample.stream
     monkeypatch.setattr(sample, "stream", lambda model, prompts, *a, **kw: seen.extend(prompts) or inner(model, prompts, *a, **kw))
     tok, how = data.load_tokenizer("tiny"), ["--gen_len", "8", "--block_len", "8", *["--raw"] * raw]
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
-    answers = iter(["a", ""])
-    monkeypatch.setattr("builtins.input", lambda _: next(answers))
-    for args in (["--prompt", "a"], ["--prompts", str(tmp_path / "p.jsonl")], ["--interactive"]):
+    for args in (["--prompt", "a"], ["--prompts", str(tmp_path / "p.jsonl")]):
         for system in ("", "be brief"):
-            if args == ["--interactive"] and not system:
-                continue
             to = ["--to", str(tmp_path / f"{system}.jsonl")] * (args[0] == "--prompts")
             monkeypatch.setattr("sys.argv", ["sample.py", *args, *to, *how, *["--system", system] * bool(system)])
             sample.main()
@@ -132,30 +128,6 @@ def test_a_system_turn_stands_before_every_prompt(tmp_path, monkeypatch, capsys,
         with pytest.raises(cli.UserError, match=left_out) if left_out else contextlib.nullcontext():
             sample.main()
     capsys.readouterr()
-
-
-@pytest.mark.parametrize("last", ["", EOFError, KeyboardInterrupt])
-def test_interactive(last, monkeypatch, capsys):
-    prompts = [p["prompt"] for p in data.load_problems("tiny", "test", 2)]
-    answers = iter([prompts[0], "ball " * 300, prompts[1], last])
-
-    def typed(_):
-        answer = next(answers)
-        if isinstance(answer, str):
-            return answer
-        raise answer
-    monkeypatch.setattr("builtins.input", typed)
-    monkeypatch.setattr("sys.argv", ["sample.py", "--interactive"])
-    code = 0
-    try:
-        cli.run_cli(sample.main)
-    except SystemExit as e:
-        code = e.code
-    said = capsys.readouterr()
-    assert said.out.count("####") == said.out.count("tokens in") == 2 and "exceeds the model's" in said.out
-    for words in ("knows one game", prompts[0], "An empty line or Ctrl-D ends"):
-        assert words in said.out
-    assert (code, said.err.count("\n")) == ((130, 1) if last is KeyboardInterrupt else (0, 0))
 
 
 class Page(HTMLParser):
