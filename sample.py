@@ -35,7 +35,7 @@ import lora
 from cli import UserError, option, run_cli
 from layers import for_decoding, linear, with_linear
 from model import (KVCache, ModelOptions, attention_mask, config_of, decoding_defaults, default_device,
-                   first_position, in_blocks, in_first_block, load, n_content, rope_angles)
+                   first_position, in_blocks, in_first_block, load, local_weights, n_content, rope_angles)
 
 CACHES = ("none", "prefix", "dual", "vicinity", "exact")
 SCORES = ("confidence", "entropy", "margin")
@@ -559,8 +559,7 @@ class Batch:
         self.compiled = self.dev.type == "cuda" if compiled is None else compiled
         self.model = in_blocks(for_decoding(model), s.block_len)
         self.s = s
-        n_rows = len(prompts)
-        T = max(map(len, prompts)) + reach(s, model.cfg) + s.gen_len + 1
+        n_rows, T = len(prompts), max(map(len, prompts)) + reach(s, model.cfg) + s.gen_len + 1
         if self.compiled:  # prompts in any number and of many lengths, few shapes
             n_rows = 1 << (n_rows - 1).bit_length()  # the next power of two
             T = 32 * math.ceil(T / 32)
@@ -768,7 +767,7 @@ def load_both(args):
     return model, data.load_tokenizer(args.model, args.revision)
 
 
-def decode_one(model, tok, prompt, how, by="", path=""):
+def decode_one(model, tok, prompt, how, by, path):
     """Print the response to a prompt; by: show every forward; path: write a page there."""
     ids = tok.prompt_ids(prompt)
     (out,) = generate(model, [ids], **how)
@@ -796,30 +795,31 @@ def read_prompts(source):
     return [dict(id=f"{source.stem}-{i}", prompt=line) for i, line in enumerate(lines)]
 
 
-def decode_file(model, tok, args, settings, how):
+def decode_file(model, tok, args, settings):
     """--prompts: append a line per finished prompt to --to, or continue such a file, but no other one."""
     to = Path(args.to or Path(args.prompts).with_suffix(".responses.jsonl"))
     room = model.cfg.max_len - settings["gen_len"]
     rows = data.fitting(read_prompts(Path(args.prompts)), tok, args.max_prompt, room)
     made_by = dict(model=args.model, revision=model.revision, adapter=args.adapter,
+                   weights=local_weights(args.adapter or args.model),
                    decoding=settings | dict(system=args.system, raw=args.raw))
     ours = {r["id"]: r | made_by for r in rows}  # what a line of this run says
-    there = cli.read_jsonl(to, ours=True, growing=True) if to.exists() else []
+    to.parent.mkdir(parents=True, exist_ok=True)
+    to.touch()
+    there = cli.read_jsonl(to, ours=True, growing=True)
     if not all(r.get("id") in ours and r | ours[r["id"]] == r for r in there):
         raise UserError(f"{to} holds responses of another model, other settings or other prompts: choose "
                         f"another --to or remove it")
-    if to.exists():
-        cli.read_jsonl(to, ours=True, mend=True)
+    cli.read_jsonl(to, ours=True, mend=True)
     done = {r["id"] for r in there}
     todo = [i for i, r in enumerate(rows) if r["id"] not in done]
-    to.parent.mkdir(parents=True, exist_ok=True)
     prompts = [tok.prompt_ids(rows[i]) for i in todo]
-    for i, out in stream(model, prompts, args.batch_size, progress=True, streams=todo, **how):
+    for i, out in stream(model, prompts, args.batch_size, True, todo, args.compiled, **settings):
         n = out.n_tokens(model.cfg.eos_ids)
         text = tok.decode(out.ids[:n].tolist())
         response = dict(response=text, tokens=n, nfe=out.nfe)
         cli.append_line(to, rows[todo[i]] | response | made_by)
-    print(f"{len(todo)} responses written to {to}" + (f", {len(done)} were there" if done else ""))
+    print(f"{len(todo)} responses written to {to}, {len(done)} were there")
 
 
 def main():
@@ -830,13 +830,12 @@ def main():
     settings = vars(Decoding(**defaults | given))
     model, tok = load_both(args)
     tok.system, tok.raw = args.system, args.raw
-    how = dict(compiled=args.compiled, **settings)
     if args.prompts:
-        decode_file(model, tok, args, settings, how)
+        decode_file(model, tok, args, settings)
     else:
         prompt = args.prompt or data.load_problems("tiny", "test", 1)[0]["prompt"]
         print(f"prompt   {prompt}")
-        decode_one(model, tok, prompt, how, args.show, args.html)
+        decode_one(model, tok, prompt, settings | {"compiled": args.compiled}, args.show, args.html)
 
 
 if __name__ == "__main__":
