@@ -355,18 +355,13 @@ def lock(file):
     return held
 
 
-def paths_in(value):
-    """What an option may name: a path, A+B, NAME=FILE, FILE:a=b, a pattern."""
-    return {str(value), *re.split(r"[+=:]|[*?[].*", str(value))}
-
-
 def check_apart(values, paths):
-    """UserError if one of the values names what is inside of one of the paths."""
+    """UserError if a value (a path, A+B, NAME=FILE, FILE:a=b, a pattern) is inside of one of the paths."""
     inside = list(map(os.path.realpath, paths))
-    for value in values:
-        if any(Path(os.path.realpath(part)).is_relative_to(path) for part in paths_in(value)
-               for path in inside):
-            raise UserError(f"{value} lies in what this command would replace: choose another folder")
+    for value in map(str, values):
+        for part in {value, *re.split(r"[+=:]|[*?[].*", value)}:
+            if any(Path(os.path.realpath(part)).is_relative_to(path) for path in inside):
+                raise UserError(f"{value} lies in what this command would replace: choose another folder")
 
 
 def sync(path):

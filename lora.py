@@ -173,7 +173,8 @@ class Merge(nt_model.ModelOptions):
 def merge_command(args):
     to = Path(os.path.realpath(args.to))  # what a link leads to
     cli.check_apart([args.adapter, args.model], [to])
-    made = {cli.SUMS, *cli.sums_of(to)} if args.overwrite else set()  # what is ours
+    sums = cli.sums_of(to) if args.overwrite else {}
+    made = {cli.SUMS, *sums} if "model.safetensors" in sums else set()  # what is ours
     if to.exists() and (not to.is_dir() or {file.name for file in to.iterdir()} - made):
         raise UserError(f"--to {args.to!r} is there and not empty: choose another, or --overwrite a merge")
     model = merge(load(nt_model.load(args.model, revision=args.revision), args.adapter))

@@ -59,8 +59,8 @@ class Options(nt_model.ModelOptions):
 
 STEP_TIMEOUT = timedelta(minutes=4)  # within which all ranks come to the same place of a step
 MADE = ("adapter model checkpoints results.jsonl adapter.unfinished-nanotraj model.unfinished-nanotraj "
-        "epoch-* trajectories difficulty log.jsonl log.jsonl.damaged log.png curve.png window.json "
-        "window.png nonfinite-rank*.json").split()
+        "epoch-[0-9]* trajectories difficulty log.jsonl log.jsonl.damaged log.png curve.png window.json "
+        "window.png nonfinite-rank[0-9]*.json").split()
 OURS = {"model", "seed", "micro_batch", "batch_size", "lr", "full", "clip", "lr_schedule"}  # in config.json
 FREE = [f.name for f in fields(Options)][8:]
 
@@ -81,7 +81,8 @@ def parse(Config, presets, doc):
 def ranks():
     """torchrun's rank and world size; (0, 1) without."""
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+    alone = world == "1" or "MASTER_ADDR" in os.environ
+    if not (alone and rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
         raise UserError(f"RANK is {rank!r} of WORLD_SIZE {world!r}: start with torchrun, or unset both")
     return int(rank), int(world)
 
@@ -225,10 +226,10 @@ def batch_of(step, n, cfg):
 
 
 class Run:
-    """A run of the settings cfg, a method's Config. whole: all weights are trained and saved [--full]."""
+    """A run of the settings cfg, a method's Config, on data. whole: all weights are trained [--full]."""
     teachers = 0  # forwards without a gradient beside each of the trained model, which mfu counts
 
-    def __init__(self, cfg, whole=False):
+    def __init__(self, cfg, data=(), whole=False):
         self.cfg, self.whole = cfg, whole or cfg.full
         self.rank, self.world = ranks()
         cuda = torch.cuda.is_available()
@@ -248,7 +249,7 @@ class Run:
         script = Path(sys.modules[type(cfg).__module__].__file__).stem
         self.out = Path(cfg.out or f"out/{script}-{Path(cfg.model).name}")
         if self.rank == 0:
-            self.open_folder()
+            self.open_folder(data)
         barrier()
         self.final = self.out / ("model" if self.whole else "adapter")
         family = nt_model.FAMILIES[nt_model.family_of(cfg.model, cfg.revision)]
@@ -265,18 +266,18 @@ class Run:
         self.writer = ThreadPoolExecutor(1)  # of checkpoints
         self.writing = self.writer.submit(int)  # the one being written; at first nothing
 
-    def open_folder(self):
-        """Make and lock the folder. Checkpoints of another configuration in it are an error."""
+    def open_folder(self, data):
+        """Make and lock the folder. Checkpoints of another configuration or other data are an error."""
         cfg, out, file = self.cfg, self.out, self.out / "config.json"
         if cfg.overwrite and int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
             raise UserError("--overwrite on several nodes: the nodes that did not fail cannot tell a restart "
                             "from a start; remove the directory instead")
         now = {k: v for k, v in vars(cfg).items() if k not in FREE}
-        now |= dict(weights=nt_model.local_weights(cfg.model), data_files=[
-            sha256(path)[:16] for path in sorted(cli.paths_in(cfg.data)) if os.path.isfile(path)])
+        now["weights"] = nt_model.local_weights(cfg.model)
+        now["problems"] = zlib.crc32(json.dumps(data, default=len).encode())  # of games: how many
         made = [path for name in MADE for path in out.glob(name)]
         trained = any((out / name).exists() for name in MADE[:4])
-        old = cli.read_json(file) if file.exists() else {} if trained else now
+        old = cli.read_json(file) if file.exists() else {} if made else now
         if not isinstance(old, dict) or not OURS <= old.keys():
             raise UserError(f"{file} is absent or not that of a run: choose another --out")
         cli.check_apart(vars(cfg).values(), made if cfg.overwrite else [out / "adapter", out / "model"])

@@ -804,6 +804,7 @@ def decode_file(model, tok, args, settings):
                    weights=local_weights(args.adapter or args.model),
                    decoding=settings | dict(system=args.system, raw=args.raw))
     ours = {r["id"]: r | made_by for r in rows}  # what a line of this run says
+    cli.check_apart([args.prompts], [to])
     to.parent.mkdir(parents=True, exist_ok=True)
     to.touch()
     there = cli.read_jsonl(to, ours=True, growing=True)

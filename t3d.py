@@ -236,7 +236,7 @@ def main():
     cfg = check_config(run.parse(Config, PRESETS, __doc__))
     problems = load_problems(cfg.data, "train", cfg.n_problems or None)
     run.steps_per_epoch(len(problems), cfg)  # an error before hours of decoding
-    r = run.Run(cfg)  # ranks, device, the folder: new or to be continued
+    r = run.Run(cfg, problems)  # ranks, device, the folder: new or to be continued
     base, tok = r.load(), load_tokenizer(cfg.model, cfg.revision)
 
     # 1. trajectories of the base model, without ground truth or filter

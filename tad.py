@@ -254,7 +254,7 @@ def main():
     problems = load_problems(cfg.data, "train", cfg.n_problems or None)
     n_states = min(cfg.states_per_trajectory or cfg.gen_len, cfg.gen_len)  # at most
     run.steps_per_epoch(len(problems) * n_states, cfg)  # an error before hours of decoding
-    r = run.Run(cfg)  # ranks, device, the folder: new or to be continued
+    r = run.Run(cfg, problems)  # ranks, device, the folder: new or to be continued
     r.teachers = int("kl" in (cfg.near, cfg.distant))
     base, tok = r.load(), load_tokenizer(cfg.model, cfg.revision)
 

@@ -183,7 +183,7 @@ def main():
     teacher_tok = load_teacher_tokenizer(cfg.teacher) if cfg.trajectory_share else None
     examples = load_examples(cfg, tok)
     per_epoch = run.steps_per_epoch(len(examples), cfg)  # an error before hours of scoring
-    r = run.Run(cfg)  # ranks, device, the folder: new or to be continued
+    r = run.Run(cfg, examples)  # ranks, device, the folder: new or to be continued
     torch.manual_seed(cfg.seed)
     model = r.for_training(r.load(to_train=True))
 

@@ -320,9 +320,60 @@ def test_inputs_that_changed_between_two_starts(runs, change):
         file = runs.folder / "b.jsonl"
         file.write_text(file.read_text().replace("3 4", "3 5"))
     code, said = runs("tabom", "run", *how)
-    what = "weights" if change in ("weights", "config") else "data_files"
+    what = "weights" if change in ("weights", "config") else "problems"
     assert code == 2 and len(said) == 1 and f"another configuration ({what} " in said[0], said
     assert runs.adapter("run") is None
+
+
+def test_folders_and_patterns_of_data_that_changed(runs):
+    """What is compared are the problems that were read, wherever they stood."""
+    assert runs("tabom", "own", "--max_steps", "1") == (0, [])
+    parts = runs.folder / "parts"
+    parts.mkdir()
+    for name in "ab":
+        rows = [dict(question=f"{name} {i}?", answer=f"It is {i}.\n#### {i}") for i in range(4)]
+        (parts / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copytree(runs.folder / "own/trajectories", runs.folder / "records")
+    plain = ["--trajectory_share", "0", "--max_steps", "1"]
+    for i, (source, file) in enumerate(((f"gsm8k={parts}/*.jsonl", parts / "b.jsonl"),
+                                        (runs.folder / "records", runs.folder / "records/rank0.jsonl"))):
+        how = [*plain, "--data", source, *["--gen_len", "8", "--no-only_correct"] * i]
+        assert runs("trims", f"run{i}", *how)[0] == 0
+        shutil.rmtree(runs.folder / f"run{i}/adapter")
+        if i:
+            rows = cli.read_jsonl(file, ours=True)
+            file.write_text("".join(cli.line_of(row | dict(x0=row["x0"][::-1])) for row in rows))
+        else:
+            file.write_text(file.read_text().replace("It is 2", "It is two"))
+        code, said = runs("trims", f"run{i}", *how)
+        assert code == 2 and "another configuration (problems " in said[-1], said
+
+
+def test_what_only_looks_like_ours_stays(runs):
+    """Names beside those of a run; a folder without config.json; checksums of another program; --to of --prompts."""
+    assert runs("tabom", "run", "--max_steps", "1") == (0, [])
+    mine = ["epoch-notes/x", "nonfinite-ranking.json"]
+    for name in mine:
+        (runs.folder / "run" / name).parent.mkdir(exist_ok=True)
+        (runs.folder / "run" / name).write_text("mine")
+    assert runs("tabom", "run", "--max_steps", "1", "--overwrite") == (0, [])
+    assert all((runs.folder / "run" / name).read_text() == "mine" for name in mine)
+    for name in ("epoch-1/thesis", "log.jsonl", "trajectories/rank0.jsonl"):
+        (runs.folder / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        (runs.folder / "mine" / name).write_text("mine")
+        code, said = runs("tabom", "mine", "--max_steps", "1", "--each_epoch", "--epochs", "1")
+        assert code == 2 and "config.json is absent" in said[0] and (runs.folder / "mine" / name).read_text() == "mine"
+        shutil.rmtree(runs.folder / "mine")
+    (runs.folder / "sums").mkdir()
+    (runs.folder / "sums/thesis.tex").write_text("mine")
+    (runs.folder / "sums" / cli.SUMS).write_text(f"{cli.sha256(runs.folder / 'sums/thesis.tex')}  thesis.tex\n")
+    before = {f: f.read_bytes() for f in runs.folder.rglob("*") if f.is_file()}
+    base, adapter = str(runs.folder / "base"), str(runs.folder / "run/adapter")
+    shutil.copytree(adapter, runs.folder / "other")
+    for to in ("sums", "other"):
+        with pytest.raises(UserError, match="choose another, or --overwrite a merge"):
+            lora.merge_command(lora.Merge(model=base, adapter=adapter, to=str(runs.folder / to), overwrite=True))
+    assert before == {f: f.read_bytes() for f in before}
 
 
 def test_a_collection_of_a_model_that_changed(runs):

@@ -157,6 +157,10 @@ def test_a_rank_that_cannot_be(rank, world, monkeypatch):
         training.ranks()
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(cli.UserError, match="start with torchrun"):
+        training.ranks()
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
     assert training.ranks() == (1, 2)
 
 

@@ -3,6 +3,7 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -166,10 +167,38 @@ def test_a_folder_with_strange_characters_is_one_word(monkeypatch, tmp_path, pla
         words = sweep.command(label, 0, tmp_path / place / "run")
         assert words[-1] == str(tmp_path / place / "run")
         accepted(words, "tiny", monkeypatch)
-    commands = list(sweep.paper_commands("TAD-4", f"models/{place}", tmp_path / place))
-    for words in commands:
-        assert all(str(tmp_path / place) in word for word in words if str(tmp_path) in word)
+    shutil.copytree(ROOT / "weights/tiny", tmp_path / f"models/{place}")
+    for words in sweep.paper_commands("TAD-4", str(tmp_path / "models" / place), tmp_path / place):
+        assert all(place in word for word in words if str(tmp_path) in word)
         assert "--model" not in words or words[words.index("--model") + 1].endswith(place)
+
+
+DREAM = "--score entropy --block_len 256 --temperature 0.1 --top_p 0.9"
+
+
+@pytest.mark.parametrize("table, words, n", [
+    ("TABOM-2", "--gamma 0.1 --lam 2 --lr 1e-4", 1), ("TABOM-6", DREAM, 4), ("TABOM-fig2", DREAM, 0),
+    ("TABOM-fig3", DREAM, 1), ("TAD-9", "--score entropy --temperature 0.2 --top_p 0.95", 4),
+    ("TAD-few-shot", "--tasks gsm8k_cot_zeroshot", 6)])
+def test_a_block_asks_for_the_family(tmp_path, table, words, n):
+    """By its preset, another preset of the family, a hub's folder; elsewhere the commands are other ones."""
+    config = ROOT / "tests/fixtures/hub/dream/config.json"
+    (tmp_path / "models").mkdir()
+    shutil.copyfile(config, tmp_path / "models/config.json")
+
+    def count(model):
+        said = [" ".join(line) for line in sweep.paper_commands(table, model, tmp_path / "out")]
+        assert all(f"--model {model} " in line or f"--model {tmp_path}/out" in line for line in said if "--model" in line)
+        return sum(words in line for line in said)
+    least = count("dream")
+    assert least >= n and count("dream-coder") == count(str(tmp_path / "models")) == least and count("llada") == 0
+
+
+def test_the_tiny_model_downloads_nothing_and_collects_its_one_task_once(tmp_path):
+    for table in TABLES:
+        commands = list(sweep.paper_commands(table, "tiny", tmp_path))
+        assert not any("ifeval" in words for words in commands), table
+        assert not any("+" in word for words in commands for word in words if str(tmp_path) in word), table
 
 
 TABLES = re.findall(r"^## ((?:TAD|T3D|TABOM|TRIMS)-\S+)", "\n".join(

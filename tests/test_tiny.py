@@ -94,9 +94,11 @@ def test_prompts_from_a_file_continue_where_they_stopped(tmp_path):
     assert {r["id"]: r for r in map(json.loads, (tmp_path / "a.jsonl").read_text().splitlines())} == full
     (tmp_path / "changed.jsonl").write_text(lines[0].replace("swap", "trade") + "\n" + "\n".join(lines[1:]))
     changed = ["--prompts", "changed.jsonl", *args[2:]]
+    (tmp_path / "one.txt").write_text("a")
     for bad, words in ((["--prompts", "none.txt"], "no file"), ([*args, "--gen_len", "40"], "other settings"),
                        (changed, "other prompts"),
                        (["--prompts", "q.jsonl", "--to", "q.jsonl"], "choose another"),
+                       (["--prompts", "one.txt", "--to", "./one.txt"], "would replace"),
                        (["--prompts", "q.jsonl", "--batch_size", "0"], "at least 1")):
         refused = command(tmp_path, "sample.py", *bad)
         assert refused.returncode == 2 and words in refused.stderr, refused.stderr

@@ -49,13 +49,15 @@ QUICK = {"trims.py": "--n_examples 8", "tools/sweep.py": "--quick", "tools/harne
 
 
 def paper_commands(table, model, out, quick=False):
-    """The commands of a table, lists of words: bash puts in $MODEL and $OUT and unrolls the loops."""
+    """The commands of a table, lists of words: bash puts in a family and $OUT and unrolls the loops."""
     echo = "python() { printf '%q ' \"$@\"; echo; }\n" + block_of(table)
-    said = subprocess.run(["bash", "-euc", echo], env=os.environ | {"MODEL": "@MODEL", "OUT": "@OUT"},
-                          capture_output=True, text=True, check=True)
-    for script, *words in map(shlex.split, said.stdout.splitlines()):
-        words = [word.replace("@MODEL", model).replace("@OUT", str(out)) for word in words]
-        if model == "tiny":
+    family = nt_model.family_of(model)  # what a block asks for
+    settings = {"MODEL": family, "OUT": "@OUT"}
+    said = subprocess.check_output(["bash", "-euc", echo], env=os.environ | settings, text=True)
+    for script, *words in map(shlex.split, said.splitlines()):
+        words = [model if (before, word) == ("--model", family) else word.replace("@OUT", str(out))
+                 for before, word in zip([script, *words], words)]
+        if family == "tiny":
             words = [word if str(out) in word else TINY.get(before, word)
                      for before, word in zip([script, *words], words)]
         if quick and "--model" in words:
