@@ -168,7 +168,7 @@ def own_problems(source):
             p |= last_exchange(p, where)
         if not p.get("prompt", "").strip():
             raise UserError(f"{where} has no field 'prompt' or it is empty")
-        problems.append({**p, "id": whole(str(p["id"]))})
+        problems.append(p | {"id": whole(str(p["id"]))})
     if not problems:
         raise UserError(f"{source} is empty: at least one problem is needed")
     return problems

@@ -58,8 +58,8 @@ class Options(nt_model.ModelOptions):
 
 
 STEP_TIMEOUT = timedelta(minutes=4)  # within which all ranks come to the same place of a step
-MADE = ("adapter model checkpoints results.jsonl adapter.unfinished-nanotraj model.unfinished-nanotraj "
-        "epoch-[0-9]* trajectories difficulty log.jsonl log.jsonl.damaged log.png curve.png window.json "
+MADE = ("adapter model checkpoints results.jsonl epoch-[0-9]* log.jsonl adapter.unfinished-nanotraj "
+        "model.unfinished-nanotraj trajectories difficulty log.jsonl.damaged log.png curve.png window.json "
         "window.png nonfinite-rank[0-9]*.json").split()
 OURS = {"model", "seed", "micro_batch", "batch_size", "lr", "full", "clip", "lr_schedule"}  # in config.json
 FREE = [f.name for f in fields(Options)][8:]
@@ -238,7 +238,7 @@ class Run:
         if cuda:
             torch.cuda.set_device(self.device)
         self.shards = cfg.full or cfg.fsdp
-        if (self.world > 1 or (cuda and self.shards)) and not dist.is_initialized():
+        if (self.world > 1 or cuda and self.shards) and not dist.is_initialized():
             # ranks wait for each other's collection and the closing evaluation; torchrun sees those that died
             store = None if self.world > 1 else dist.HashStore()
             dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12), rank=self.rank,
@@ -276,20 +276,20 @@ class Run:
         now["weights"] = nt_model.local_weights(cfg.model)
         now["problems"] = zlib.crc32(json.dumps(data, default=len).encode())  # of games: how many
         made = [path for name in MADE for path in out.glob(name)]
-        trained = any((out / name).exists() for name in MADE[:4])
-        old = cli.read_json(file) if file.exists() else {} if made else now
+        trained, known = (any(any(out.glob(name)) for name in MADE[:n]) for n in (4, 6))
+        old = cli.read_json(file) if file.exists() else {} if known else now
         if not isinstance(old, dict) or not OURS <= old.keys():
             raise UserError(f"{file} is absent or not that of a run: choose another --out")
         cli.check_apart(vars(cfg).values(), made if cfg.overwrite else [out / "adapter", out / "model"])
         out.mkdir(parents=True, exist_ok=True)
         self.lock = cli.lock(out / "lock")
-        restarts = [int(os.environ.get(f"{by}_RESTART_COUNT", 0)) for by in ("TORCHELASTIC", "SLURM")]
-        if cfg.overwrite and not any(restarts) and file.exists():
+        restarts = {os.environ.get(f"{by}_RESTART_COUNT", "0") for by in ("TORCHELASTIC", "SLURM")}
+        if cfg.overwrite and restarts == {"0"} and file.exists():
             old = now
             for path in made:  # nothing that a user has put beside it
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         differ = [f"{k} {old.get(k)!r} -> {now.get(k)!r}"
-                  for k in {**old, **now} if old.get(k) != now.get(k)]
+                  for k in old | now if old.get(k) != now.get(k)]
         if differ and trained:  # before, nothing is trained that could be mixed up
             raise UserError(f"{out} belongs to another configuration ({'; '.join(differ)}): "
                             f"choose another --out, or --overwrite")

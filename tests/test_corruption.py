@@ -358,7 +358,7 @@ def test_what_only_looks_like_ours_stays(runs):
         (runs.folder / "run" / name).write_text("mine")
     assert runs("tabom", "run", "--max_steps", "1", "--overwrite") == (0, [])
     assert all((runs.folder / "run" / name).read_text() == "mine" for name in mine)
-    for name in ("epoch-1/thesis", "log.jsonl", "trajectories/rank0.jsonl"):
+    for name in ("epoch-1/thesis", "log.jsonl", "results.jsonl"):
         (runs.folder / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
         (runs.folder / "mine" / name).write_text("mine")
         code, said = runs("tabom", "mine", "--max_steps", "1", "--each_epoch", "--epochs", "1")
