@@ -292,7 +292,7 @@ def in_process(monkeypatch, fail=()):
             m.setattr("sys.argv", list(map(str, words[1:])))
             module.main() if hasattr(module, "main") else run_command("", module.COMMANDS)
         return Ended(subprocess.CompletedProcess(words, 0))
-    monkeypatch.setattr(sweep, "subprocess", SimpleNamespace(run=subprocess.run, Popen=call))
+    monkeypatch.setattr(sweep, "subprocess", SimpleNamespace(check_output=subprocess.check_output, Popen=call))
     return ran
 
 
