@@ -744,7 +744,7 @@ class AdaptedModel(ModelOptions):
 
 @dataclass
 class Options(AdaptedModel):
-    """decode one prompt, a file of prompts, or what you type"""
+    """decode one prompt, or a file of prompts"""
     prompt: str = ""  # user turn [a problem of the tiny task]
     system: str = ""  # system turn before it, and before each of --prompts
     raw: bool = False  # all of these without the chat template
