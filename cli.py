@@ -35,30 +35,34 @@ class UserError(ValueError):
 def run_cli(main):
     """Bad input is one line on stderr and exit code 2, never a traceback; main may return an exit code."""
     sys.unraisablehook = come_again
+    interrupted.clear()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as in a script's background
+        signal.signal(signal.SIGINT, interrupt)
     if "RANK" not in os.environ:  # a rank may be waiting for another, and then only the signal itself ends it
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, interrupt)
     if hasattr(sys.stdout, "reconfigure"):  # a log then has the lines of both streams as they came
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
-        code = main()
+        try:
+            code = main()
+        except SystemExit as e:  # all ranks end here, before the work is done
+            code = e.code
+        for number in (signal.SIGINT, signal.SIGTERM):  # nothing is left that they could interrupt
+            signal.signal(number, signal.SIG_DFL)
+    except (KeyboardInterrupt, *interrupted):
+        print("\n" * sys.stderr.isatty() + "interrupted; the same command continues", file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(141)
     except (UserError, OSError, SafetensorError, UnicodeError) as e:  # a full disk, half a character
         print("error:", *str(e).splitlines(), file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\n" * sys.stderr.isatty() + "interrupted; the same command continues", file=sys.stderr)
-        sys.exit(130)
     except RuntimeError as e:
         if not re.search("gloo|nccl|Connection (closed|reset)", str(e), re.I):
             raise
         print("another rank has ended or did not answer; the same command continues", e, file=sys.stderr)
         sys.exit(1)
-    except SystemExit as e:  # all ranks end here, before the work is done
-        code = e.code
-    for number in (signal.SIGINT, signal.SIGTERM):  # nothing is left that they could interrupt
-        signal.signal(number, signal.SIG_DFL)
     distributed = sys.modules.get("torch.distributed")
     if distributed and distributed.is_available() and distributed.is_initialized():
         gc.collect()  # without this order some processes abort when they exit
@@ -66,6 +70,14 @@ def run_cli(main):
         distributed.destroy_process_group()
     if isinstance(code, (int, str)):
         sys.exit(code)
+
+
+interrupted = []  # what else comes of an interrupt: C code may raise an error of its own in its place
+
+
+def interrupt(*_):
+    interrupted.append(Exception)
+    raise KeyboardInterrupt
 
 
 def uncaught(kind, *error):

@@ -183,14 +183,47 @@ def test_ranks_that_read_other_records(monkeypatch):
                 training.check_alike("out/trajectories", names)
 
 
-def test_sigterm_outside_training_is_one_line(capsys, monkeypatch):
-    before = signal.getsignal(signal.SIGTERM)
+def answered(number, error):
+    """An interrupt that ends in another error, as in torch's C code behind safetensors."""
+    def main():
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt:
+            pass  # lost
+        raise error
+    return main
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_outside_training_is_one_line(capsys, number):
+    """Also where it ends in another error; and none is made of an error that comes later."""
+    numbers = signal.SIGINT, signal.SIGTERM
+    before = [signal.signal(n, signal.default_int_handler) for n in numbers]
     try:
+        errors = OSError("x"), cli.UserError("y"), RuntimeError("gloo"), ValueError("could not determine the shape")
+        for main in (lambda: signal.raise_signal(number), *(answered(number, error) for error in errors)):
+            with pytest.raises(SystemExit) as ended:
+                cli.run_cli(main)
+            assert ended.value.code == 130 and capsys.readouterr().err == "interrupted; the same command continues\n"
+
+        def later():
+            raise cli.UserError("a fault of the user's")
         with pytest.raises(SystemExit) as ended:
-            cli.run_cli(lambda: signal.raise_signal(signal.SIGTERM))
-        assert ended.value.code == 130 and capsys.readouterr().err == "interrupted; the same command continues\n"
+            cli.run_cli(later)
+        assert ended.value.code == 2 and capsys.readouterr().err == "error: a fault of the user's\n"
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for n, handler in zip(numbers, before):
+            signal.signal(n, handler)
+
+
+def test_an_interrupt_that_is_ignored_stays_so():
+    """As a shell sets it for what a script starts with &."""
+    before = [signal.signal(n, handler) for n, handler in ((signal.SIGINT, signal.SIG_IGN), (signal.SIGTERM, signal.SIG_DFL))]
+    try:
+        cli.run_cli(lambda: signal.raise_signal(signal.SIGINT))
+    finally:
+        for n, handler in zip((signal.SIGINT, signal.SIGTERM), before):
+            signal.signal(n, handler)
 
 
 def test_a_reader_that_has_enough_ends_a_command_quietly(capfd):
