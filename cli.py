@@ -59,7 +59,7 @@ def run_cli(main):
         print("error:", *str(e).splitlines(), file=sys.stderr)
         sys.exit(2)
     except RuntimeError as e:
-        if not re.search("gloo|nccl|Connection (closed|reset)", str(e), re.I):
+        if not re.search("gloo|nccl|EADDRINUSE|Connection (closed|reset)", str(e), re.I):
             raise
         print("another rank has ended or did not answer; the same command continues", e, file=sys.stderr)
         sys.exit(1)
@@ -245,12 +245,12 @@ def read_object(path, optional=True):
 
 def read_jsonl(path, ours=False, mend=False, growing=False, **kinds):
     """Objects of a .jsonl. ours: of line_of(); mend: cut damaged lines off; growing: the last may be torn."""
-    lines, rows, whole = read_text(path, "replace" if ours else "strict").split("\n"), [], []
+    text, rows, whole = read_text(path, "replace" if ours else "strict"), [], ""
     sealed = False  # lines of before checksums do not stand behind those with one
-    for i, line in enumerate(lines[:-1] if mend or growing else lines, 1):
+    for i, line in enumerate(text.split("\n")[:-1 if growing else None], 1):
         try:
             rows += [row_of(line, kinds, sealed) if ours else json.loads(line)] if line.strip() else []
-            whole.append(line)
+            whole += line + "\n" * bool(line)
             sealed = sealed or CRC[:10] in line
         except (ValueError, RecursionError) as e:
             fault = f"{path} line {i} is not valid JSON or is damaged ({e}): {line[:60]!r}"
@@ -259,8 +259,8 @@ def read_jsonl(path, ours=False, mend=False, growing=False, **kinds):
             print(f"warning: {fault}; it is made again, and kept in {path}.damaged", file=sys.stderr)
             with open(f"{path}.damaged", "a") as f:
                 f.write(line + "\n")
-    if mend and (lines[-1] or len(whole) < len(lines) - 1):
-        write_whole(path, "".join(line + "\n" for line in whole))
+    if mend and whole != text:
+        write_whole(path, whole)
     return rows
 
 

@@ -10,6 +10,7 @@ import json
 import math
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -277,7 +278,7 @@ def made_of(args, model):
         model=str(args.model),
         revision=model.revision,
         weights=nt_model.local_weights(args.model),
-        adapter=args.adapter and nt_model.local_weights(args.adapter),
+        adapter=nt_model.local_weights(args.adapter),
         dtype=str(model.embed.weight.dtype)[6:],
         device=device_name(),
         **versions("torch", "math-verify", "lm_eval"))
@@ -371,11 +372,12 @@ def closing(r, model, tok, label):
         show(curves, None, r.out)
         print(f"written: {r.out / 'results.jsonl'}, {r.out / 'curve.png'}")
     elif r.rank == 0:
-        base = f"--model {cfg.model}" + (f" --revision {cfg.revision}" if cfg.revision else "")
-        which = f"--model {r.final}" if r.whole else f"{base} --adapter {r.final}"
-        task = f" --task {cfg.data}" if cfg.data in data.GAMES else " --task problems.jsonl"
+        base = f"--model {shlex.quote(cfg.model)}" + (f" --revision {cfg.revision}" if cfg.revision else "")
+        final = shlex.quote(str(r.final))
+        which = f"--model {final}" if r.whole else f"{base} --adapter {final}"
+        task = cfg.data if cfg.data in data.GAMES else "problems.jsonl"
         blocks = f" --block_len {model.cfg.block_len}" if model.cfg.block_len else ""
-        print(f"evaluate: python eval.py curve {which}{task} --gen_len {cfg.gen_len}{blocks}")
+        print(f"evaluate: python eval.py curve {which} --task {task} --gen_len {cfg.gen_len}{blocks}")
 
 
 def mean_by_step(rows):

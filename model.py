@@ -566,10 +566,12 @@ def checkpoint_dir(name, revision=None, weights=True):
 
 
 def local_weights(name):
-    """A checksum of a local model's or adapter's files; None for a hub id, which its revision pins."""
+    """A checksum of a local model's, adapter's or teacher's files, or of trajectories; None for a hub id, which
+    its revision pins, and for no name."""
     folder = Path(presets().get(str(name), name))
-    sums = map(sha256, sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]))
-    return f"{zlib.crc32(''.join(sums).encode()):08x}" if folder.is_dir() else None
+    patterns = ["*.safetensors", "*config.json", "rank*.jsonl", *TOKENISER_FILES]
+    sums = map(sha256, sorted({file for pattern in patterns for file in folder.glob(pattern)}))
+    return f"{zlib.crc32(''.join(sums).encode()):08x}" if name and folder.is_dir() else None
 
 
 def default_device():
@@ -626,13 +628,16 @@ def save(model, folder, dtype=None):
         old.unlink(missing_ok=True)
 
 
+TOKENISER_FILES = ("vocab.json merges.txt token* added_tokens.json special_tokens_map.json "
+                   "generation_config.json chat_template.jinja").split()
+
+
 def copy_tokenizer(name, folder, revision=None):
     """Copy a checkpoint's tokeniser files beside newly saved weights: the new directory stands alone."""
     source, folder = checkpoint_dir(name, revision, weights=False), Path(folder)
     if source.resolve() == folder.resolve():
         return
-    for pattern in ("vocab.json merges.txt token*.json added_tokens.json special_tokens_map.json "
-                    "generation_config.json chat_template.jinja").split():
+    for pattern in TOKENISER_FILES:
         for old in folder.glob(pattern):
             old.unlink()
         for file in source.glob(pattern):

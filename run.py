@@ -81,9 +81,11 @@ def parse(Config, presets, doc):
 def ranks():
     """torchrun's rank and world size; (0, 1) without."""
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    alone = world == "1" or "MASTER_ADDR" in os.environ
+    port = os.environ.get("MASTER_PORT", "") if "MASTER_ADDR" in os.environ else ""
+    alone = world == "1" or port.isdecimal()
     if not (alone and rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
-        raise UserError(f"RANK is {rank!r} of WORLD_SIZE {world!r}: start with torchrun, or unset both")
+        raise UserError(f"RANK is {rank!r} of WORLD_SIZE {world!r}, MASTER_PORT {port!r}: start with torchrun, or "
+                        f"unset all three")
     return int(rank), int(world)
 
 
@@ -273,7 +275,9 @@ class Run:
             raise UserError("--overwrite on several nodes: the nodes that did not fail cannot tell a restart "
                             "from a start; remove the directory instead")
         now = {k: v for k, v in vars(cfg).items() if k not in FREE}
-        now["weights"] = nt_model.local_weights(cfg.model)
+        folders = getattr(cfg, "trajectories", "").split("+")  # of one alone every record tells
+        used = [cfg.model, getattr(cfg, "teacher", ""), *folders[len(folders) < 2:]]
+        now["weights"] = list(map(nt_model.local_weights, used))
         now["problems"] = zlib.crc32(json.dumps(data, default=len).encode())  # of games: how many
         made = [path for name in MADE for path in out.glob(name)]
         trained, known = (any(any(out.glob(name)) for name in MADE[:n]) for n in (4, 6))

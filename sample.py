@@ -801,7 +801,7 @@ def decode_file(model, tok, args, settings):
     room = model.cfg.max_len - settings["gen_len"]
     rows = data.fitting(read_prompts(Path(args.prompts)), tok, args.max_prompt, room)
     made_by = dict(model=args.model, revision=model.revision, adapter=args.adapter,
-                   weights=local_weights(args.adapter or args.model),
+                   weights=list(map(local_weights, (args.model, args.adapter))),
                    decoding=settings | dict(system=args.system, raw=args.raw))
     ours = {r["id"]: r | made_by for r in rows}  # what a line of this run says
     cli.check_apart([args.prompts], [to])
@@ -825,8 +825,10 @@ def decode_file(model, tok, args, settings):
 
 def main():
     args, given = cli.parse(__doc__, Options, Decoding)
-    if args.html and args.prompts:
-        raise UserError("--html is for one prompt: leave out --prompts")
+    kind, other = ("one prompt", "prompt show html") if args.prompts else ("--prompts", "to max_prompt")
+    for name in other.split():
+        if getattr(args, name):
+            raise UserError(f"--{name} is for {kind}: leave it out")
     defaults = decoding_defaults(config_of(args.model, args.revision))
     settings = vars(Decoding(**defaults | given))
     model, tok = load_both(args)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from cli import UserError
 from data import OwnChat, Tokenizer, byte_table, left_padded, tiny_tokens
 from lora import changed
-from model import by_chunks, checkpoint_dir, n_content, token_positions
+from model import by_chunks, checkpoint_dir, local_weights, n_content, token_positions
 from rollout import Shard
 from run import check_alike, read_shards
 
@@ -140,8 +140,10 @@ def score_examples(examples, tok, teacher_tok, cfg, r):
     def read():
         return read_shards(folder, "rank*.jsonl", "key", r.rank, r.world, scores=list)
 
+    weights = local_weights(cfg.teacher)
+
     def key(e):  # everything the scores depend on
-        what = json.dumps([cfg.teacher, cfg.metric, e["prompt"], e["x0"], *e.get("earlier", [])])
+        what = json.dumps([weights, cfg.teacher, cfg.metric, e["prompt"], e["x0"], *e.get("earlier", [])])
         return hashlib.sha256(what.encode()).hexdigest()
     examples = [examples[i] for i in range(len(examples))]
     keys = list(map(key, examples))

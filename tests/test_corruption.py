@@ -6,9 +6,11 @@ import json
 import random
 import resource
 import shutil
+import sys
 
 import pytest
-from conftest import random_model
+from conftest import ROOT, random_model
+from safetensors.torch import load_file, save_file
 from small_runs import VOCAB, Runs
 
 import cli
@@ -383,6 +385,67 @@ def test_a_collection_of_a_model_that_changed(runs):
     nt_model.save(model, runs.folder / "base")
     code, said = runs("tabom", "two", "--trajectories", runs.folder / "one/trajectories")
     assert code == 2 and "trajectories of other settings (weights)" in said[0], said
+
+
+@pytest.mark.parametrize("file", ["base/vocab.json", "base/generation_config.json", "base/chat_template.jinja",
+                                  "first/rank0.jsonl", "second/rank0.jsonl"])
+def test_a_run_whose_files_changed_under_their_names(runs, file):
+    """A model's tokeniser, and records of --trajectories A+B with right checksums."""
+    assert runs("tabom", "own", "--max_steps", "1") == (0, [])
+    rows = cli.read_jsonl(runs.folder / "own/trajectories/rank0.jsonl", ours=True)
+    for name, part in (("first", rows[:4]), ("second", rows[4:])):
+        (runs.folder / name).mkdir()
+        (runs.folder / name / "rank0.jsonl").write_text("".join(map(cli.line_of, part)))
+    how = "--max_steps", "1", "--trajectories", f"{runs.folder / 'first'}+{runs.folder / 'second'}"
+    assert runs("tabom", "run", *how) == (0, [])
+    shutil.rmtree(runs.folder / "run/adapter")
+    file = runs.folder / file
+    if file.suffix == ".jsonl":
+        rows = cli.read_jsonl(file, ours=True)
+        file.write_text("".join(cli.line_of(row | dict(x0=row["x0"][::-1])) for row in rows))
+    else:
+        file.write_text(file.read_text() + "\n" if file.exists() else "{}")
+    code, said = runs("tabom", "run", *how)
+    assert code == 2 and len(said) == 1 and "another configuration (weights " in said[0], said
+
+
+def test_a_teacher_that_changed_under_its_name(runs):
+    """Before the first checkpoint its scores are made again; behind one the run belongs to another teacher."""
+    teacher = runs.folder / "teacher"
+    shutil.copytree(ROOT / "weights/tiny-ar", teacher)
+
+    def scores():
+        rows = cli.read_jsonl(runs.folder / "run/difficulty/rank0.jsonl", ours=True)
+        return {row["key"]: row["scores"] for row in rows}
+
+    def change():
+        weights = load_file(teacher / "model.safetensors")
+        save_file({name: t * 1.1 for name, t in weights.items()}, teacher / "model.safetensors", {"format": "pt"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.Run, "steps", lambda *_: sys.exit(9))
+        assert runs("trims", "run", "--teacher", teacher)[0] == 9
+        first = scores()
+        change()
+        assert runs("trims", "run", "--teacher", teacher)[0] == 9
+    both = scores()
+    assert len(first) == 8 and len(both) == 16 and not [v for k, v in both.items() if k not in first and v in first.values()]
+    assert runs("trims", "run", "--teacher", teacher)[0] == 0 and len(scores()) == 16
+    shutil.rmtree(runs.folder / "run/adapter")
+    change()
+    code, said = runs("trims", "run", "--teacher", teacher)
+    assert code == 2 and len(said) == 1 and "another configuration (weights " in said[0], said
+
+
+@pytest.mark.parametrize("theirs", ["my thesis", '{"id": 1, "text": "', '{"id": "1", "x0": [1]}\nthe end', "[1, 2"])
+def test_a_last_line_without_its_end_is_not_lost(tmp_path, theirs):
+    """Somebody's file that a command was given by mistake, or a line of ours that a power cut tore."""
+    file = tmp_path / "a.jsonl"
+    file.write_text(theirs)
+    whole = [line for line in theirs.splitlines()[:-1]]
+    assert len(cli.read_jsonl(file, ours=True, mend=True)) == len(whole)
+    assert file.read_text().splitlines() == whole and (tmp_path / "a.jsonl.damaged").read_text() == theirs.splitlines()[-1] + "\n"
+    file.write_text('{"id": "x"}')  # whole but for its end
+    assert cli.read_jsonl(file, ours=True, mend=True) == [{"id": "x"}] and file.read_text() == '{"id": "x"}\n'
 
 
 @pytest.mark.parametrize("theirs", ['{"base": 3}', '{"base": ["x"]}', '{"base": [[1], 2]}', '{"base": null}', "[1]"])

@@ -157,10 +157,16 @@ def test_a_rank_that_cannot_be(rank, world, monkeypatch):
         training.ranks()
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    for port in ("abc", "", "-1", "29 500"):
+        monkeypatch.setenv("MASTER_PORT", port)
+        with pytest.raises(cli.UserError, match=f"MASTER_PORT '{port}': start with torchrun"):
+            training.ranks()
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(cli.UserError, match="start with torchrun"):
         training.ranks()
     monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "29500")
     assert training.ranks() == (1, 2)
 
 

@@ -1,9 +1,13 @@
 """The embedded model, and the commands a newcomer runs."""
 import contextlib
 import json
+import shlex
+import shutil
+from pathlib import Path
 
 import pytest
-from conftest import ROOT, command
+from conftest import ROOT, command, random_model
+from safetensors.torch import load_file, save_file
 from html.parser import HTMLParser
 from types import SimpleNamespace
 from unittest import mock
@@ -99,7 +103,11 @@ def test_prompts_from_a_file_continue_where_they_stopped(tmp_path):
                        (changed, "other prompts"),
                        (["--prompts", "q.jsonl", "--to", "q.jsonl"], "choose another"),
                        (["--prompts", "one.txt", "--to", "./one.txt"], "would replace"),
-                       (["--prompts", "q.jsonl", "--batch_size", "0"], "at least 1")):
+                       (["--prompts", "q.jsonl", "--batch_size", "0"], "at least 1"),
+                       (["--prompts", "q.jsonl", "--prompt", "a"], "--prompt is for one prompt"),
+                       (["--prompts", "q.jsonl", "--show"], "--show is for one prompt"),
+                       (["--prompts", "q.jsonl", "--html", "a.html"], "--html is for one prompt"),
+                       (["--to", "a.jsonl"], "--to is for --prompts"), (["--max_prompt", "9"], "--max_prompt is for --prompts")):
         refused = command(tmp_path, "sample.py", *bad)
         assert refused.returncode == 2 and words in refused.stderr, refused.stderr
 
@@ -130,6 +138,36 @@ def test_a_system_turn_stands_before_every_prompt(tmp_path, monkeypatch, capsys,
         with pytest.raises(cli.UserError, match=left_out) if left_out else contextlib.nullcontext():
             sample.main()
     capsys.readouterr()
+
+
+@pytest.mark.parametrize("what", ["base", "adapter"])
+def test_responses_of_a_model_that_changed(tmp_path, monkeypatch, capsys, what):
+    """--prompts goes on only with the weights that it began with: the adapter's, and those of the base below it."""
+    shutil.copytree(ROOT / "weights/tiny", tmp_path / "base")
+    (tmp_path / "base/SHA256SUMS").unlink()
+    lora.save(lora.add(nt_model.load("tiny"), 4, 4), tmp_path / "adapter", base=str(tmp_path / "base"))
+    (tmp_path / "p.txt").write_text("a\nb\n")
+    monkeypatch.setattr("sys.argv", ["sample.py", "--model", str(tmp_path / "base"), "--adapter", str(tmp_path / "adapter"),
+                                     "--prompts", str(tmp_path / "p.txt"), "--gen_len", "8", "--block_len", "8"])
+    sample.main()
+    before = (tmp_path / "p.responses.jsonl").read_text()
+    sample.main()
+    (file,) = (tmp_path / what).glob("*.safetensors")
+    save_file({name: t * 1.1 for name, t in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(cli.UserError, match="responses of another model"):
+        sample.main()
+    assert "0 responses written" in capsys.readouterr().out and (tmp_path / "p.responses.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("folder", ["my run", "it's", "a;b", "plain"])
+def test_the_command_that_a_run_ends_with_can_be_pasted(folder, capsys):
+    for whole in (False, True):
+        cfg = SimpleNamespace(model=f"{folder}/base", revision="", data=f"{folder}.jsonl", gen_len=8)
+        made = SimpleNamespace(cfg=cfg, rank=0, evaluates=False, whole=whole, final=Path(folder, "model"))
+        nt_eval.closing(made, random_model(), None, "TAD")
+        words = shlex.split(capsys.readouterr().out.removeprefix("evaluate: "))
+        named = ["--model", f"{folder}/model"] if whole else ["--model", f"{folder}/base", "--adapter", f"{folder}/model"]
+        assert words == ["python", "eval.py", "curve", *named, "--task", "problems.jsonl", "--gen_len", "8"]
 
 
 class Page(HTMLParser):
