@@ -256,7 +256,8 @@ def read_jsonl(path, ours=False, mend=False, growing=False, **kinds):
             fault = f"{path} line {i} is not valid JSON or is damaged ({e}): {line[:60]!r}"
             if not mend:
                 raise UserError(f"{fault}; remove or repair that line") from None
-            print(f"warning: {fault}; it is made again, and kept in {path}.damaged", file=sys.stderr)
+            if i <= text.count("\n"):  # a last one without its end is no news
+                print(f"warning: {fault}; it is made again, and kept in {path}.damaged", file=sys.stderr)
             with open(f"{path}.damaged", "a") as f:
                 f.write(line + "\n")
     if mend and whole != text:

@@ -163,6 +163,7 @@ def test_torn_line_is_dropped_and_collected_again(tmp_path):
 def test_ranks_share_the_work(tmp_path, monkeypatch):
     single = rollout(tmp_path / "one")
     monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "29500")
     for rank in (0, 1):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "2")

@@ -279,6 +279,16 @@ def test_a_wrong_command_of_a_table_is_seen(monkeypatch, tmp_path, table, model,
         check_commands(monkeypatch, tmp_path, table, model)
 
 
+@pytest.mark.parametrize("table, model, right", [("T3D-1", "llada", "sdar"), ("TABOM-3", "sdar-4b", "dream, llada"),
+                                                 ("T3D-5", str(ROOT / "tests/fixtures/dream_A"), "sdar"), ("TAD-3", "no-such", "no-such")])
+def test_a_table_of_another_family_is_refused_before_its_first_command(monkeypatch, tmp_path, table, model, right):
+    monkeypatch.setattr(sweep, "run_script", lambda *words: pytest.fail(f"ran {words}"))
+    monkeypatch.setattr("sys.argv", ["sweep.py", "paper", table, "--model", model, "--out", str(tmp_path / "out")])
+    with pytest.raises(UserError, match=right):
+        sweep.main()
+    assert not (tmp_path / "out").exists()
+
+
 def in_process(monkeypatch, fail=()):
     """The processes of sweep.py: a script's main in this one -> the list of what was run."""
     ran = []

@@ -82,7 +82,12 @@ def paper_command(args):
     root = Path(args.out or f"out/papers/{args.table}-{Path(args.model).name}{'-quick' * args.quick}")
     done, gpus = root / "done.jsonl", torch.cuda.device_count()
     ended = read_jsonl(done, ours=True, mend=True) if done.exists() else []
-    for words in paper_commands(args.table, args.model, root, args.quick):
+    commands = list(paper_commands(args.table, args.model, root, args.quick))
+    for words in commands:  # said before hours of training
+        for option_name, name in zip(words, words[1:]):
+            if option_name == "--protocol":
+                nt_eval.protocol_of(name, nt_model.family_of(args.model))
+    for words in commands:
         print(shlex.join(["python", *words]), flush=True)
         if args.dry_run or {"words": words} in ended:
             continue
