@@ -36,7 +36,7 @@ TINY_TRAINING = dict(  # what the methods that collect train the tiny model with
 GAMES = FAMILIES["tiny"].tasks  # weights/NAME/game.py makes the problems of an embedded task
 AVOIDED = {"train": ("dev", "test"), "dev": (), "test": ("dev",)}  # whose held-out prompts do not occur
 
-TEXTS = "prompt question solution thinking entry_point grader source".split()  # fields that hold text
+TEXTS = "prompt question solution thinking entry_point grader source infill".split()  # fields that hold text
 OWN_FIELDS = ("id", *TEXTS, "answer", "tests", "setup", "messages")  # of a problem
 CARRIED = "earlier raw question grader tests entry_point setup".split()  # into its record, where it has them
 RECORD_FIELDS = {**dict.fromkeys("id source prompt solution model".split(), str),
@@ -315,7 +315,7 @@ def tiny_tokens(folder):
     bpe = tiktoken.Encoding("tiny", pat_str=r" ?\S+|\s+", mergeable_ranks=ranks, special_tokens={})
 
     def encode(text):
-        return bpe.encode(" " + text.strip())
+        return bpe.encode((" " + text.strip()).rstrip())
 
     def prompt_ids(turns, raw=False):
         ids = [i for _, text in turns for i in encode(text)]

@@ -154,11 +154,9 @@ def decode_rows(model, tok, prompts, settings, batch_size, streams=None, progres
     began, forwards = time.perf_counter(), 0
     batch = sample.Batch(model, prompts, decoding_of(settings), batch_size, streams, settings.get("compiled"))
     for i, out in sample.decode(batch, progress):
-        n = out.n_tokens(model.cfg.eos_ids)
-        now = time.perf_counter()
-        yield i, out, dict(  # time and forwards: of the batch since the row before, up to the device's end
-            response=tok.decode(out.ids[:n].tolist()), tokens=n, nfe=out.nfe,
-            seconds=now - began, forwards=batch.forwards - forwards)
+        now = time.perf_counter()  # time and forwards: of the batch since the row before, up to its end
+        spent = dict(seconds=now - began, forwards=batch.forwards - forwards)
+        yield i, out, sample.response_of(out, tok, model.cfg.eos_ids) | spent
         began, forwards = time.perf_counter(), batch.forwards
 
 

@@ -20,6 +20,7 @@ whole canvas, refreshes all keys and values, and also reveals. The following for
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ class Decoding:
 @dataclass
 class Output:
     ids: torch.Tensor    # (L,) int64
-    order: torch.Tensor  # (L,) int64, 0-based forward that revealed the position
+    order: torch.Tensor  # (L,) int64, 0-based forward that revealed the position; -1: it was given
     rank: torch.Tensor   # (L,) int64, a permutation: order with ties broken by entropy, lowest first
     conf: torch.Tensor   # (L,) fp32, probability of the token when it was revealed (1 for a filled EOS tail)
     nfe: int             # forwards spent on this row, refreshes included
@@ -298,14 +299,13 @@ def choose(model, h, s, key, nfe, positions, *state):
 @torch.no_grad()
 def reference(model, prompt, **settings):
     """Decode one prompt (P,) int64 with plain code and no cache -> Output: the oracle for `generate`."""
-    s, P = Decoding(**settings), len(prompt)
+    s, P = Decoding(**settings), n_content(prompt, [model.cfg.mask_id])
     policy = POLICIES[s.policy]
     model = in_blocks(model, s.block_len)
     cfg, total = model.cfg, P + s.gen_len
-    x = F.pad(prompt, (0, s.gen_len), value=cfg.mask_id)
-    masked = torch.arange(total) >= P
-    order, conf = torch.zeros_like(x), torch.ones(total)
-    revealed = []
+    x = F.pad(prompt, (0, total - len(prompt)), value=cfg.eos_ids[0] if len(prompt) > P else cfg.mask_id)
+    masked = x == cfg.mask_id
+    order, conf, revealed = masked.long() - 1, torch.ones(total), (~masked).nonzero()[P:, 0].tolist()
     key = torch.tensor([[row_key(s.seed, 0)]])
     threshold = torch.tensor([[s.threshold]])
     memory = torch.zeros(1, policy.memory).long()
@@ -371,7 +371,8 @@ def stale_hidden(model, old, new, positions, inside):
 
 
 def generate(model, prompts, batch_size=32, **options):
-    """Decode a list of prompts (P,) int64 -> list of Output. options: those of stream, fields of Decoding."""
+    """Decode a list of prompts (P,) int64 -> list of Output. options: those of stream, fields of Decoding.
+    A prompt's first mask, if any, begins its response, of which only masks are decoded; EOS follows."""
     return [out for _, out in sorted(stream(model, prompts, batch_size, **options))]
 
 
@@ -415,8 +416,11 @@ def check_prompts(cfg, prompts, s):
         raise UserError(f"policy {s.policy} is for bidirectional models: earlier blocks of a {cfg.family} "
                         f"model do not see later ones; choose threshold or static")
     for i, p in enumerate(prompts):
-        if len(p) + s.gen_len > cfg.max_len:
-            raise UserError(f"prompt {i} has {len(p)} tokens; with gen_len {s.gen_len} that exceeds "
+        n = n_content(p, [cfg.mask_id])
+        if len(p) > n + s.gen_len:
+            raise UserError(f"prompt {i} holds {len(p) - n} tokens of its response: raise gen_len")
+        if n + s.gen_len > cfg.max_len:
+            raise UserError(f"prompt {i} has {n} tokens; with gen_len {s.gen_len} that exceeds "
                             f"the model's {cfg.max_len}: shorten the prompt or gen_len")
         if len(p) and (p.min() < 0 or p.max() >= cfg.vocab_size):
             raise UserError(f"prompt {i} holds token ids outside 0..{cfg.vocab_size - 1}: wrong tokeniser?")
@@ -445,18 +449,19 @@ class Rows:
     def new(prompts, keys, s, cfg, T):
         """prompts: list of 1-D int64 tensors -> their rows of T columns, on the CPU."""
         P = T - 1 - s.gen_len
-        length = torch.tensor([[len(p)] for p in prompts])
+        length = torch.tensor([[n_content(p, [cfg.mask_id])] for p in prompts])
         column = torch.arange(T).expand(len(prompts), T)
         position, used = column - P + length, column < T - 1
-        masked = used & (column >= P)
-        canvas = torch.full_like(column, cfg.pad_id).masked_fill(masked, cfg.mask_id)
-        for row, prompt in zip(canvas, prompts):
-            row[P - len(prompt):P] = prompt
-        zero, zeros = torch.zeros_like(length), torch.zeros_like(column)
+        canvas = torch.full_like(column, cfg.pad_id)
+        for row, prompt, n in zip(canvas, prompts, length):
+            row[P:-1] = cfg.mask_id if n == len(prompt) else cfg.eos_ids[0]
+            row[P - n:P - n + len(prompt)] = prompt
+        masked = used & (column >= P) & (canvas == cfg.mask_id)
+        zero, ones = torch.zeros_like(length), torch.ones(column.shape)
         return Rows(valid=used & (position >= 0),
                     positions=position.clamp(min=0) + first_position(cfg, length),
                     key=torch.tensor(keys), threshold=zero + float(s.threshold),
-                    canvas=canvas, masked=masked, order=zeros, conf=zeros + 1.0, entropy=zeros + math.inf,
+                    canvas=canvas, masked=masked, order=masked.long() - 1, conf=ones, entropy=ones * math.inf,
                     start=zero + P - in_first_block(cfg, length), nfe=zero, tries=zero,
                     memory=zero.repeat(1, POLICIES[s.policy].memory), age=zero + STALE)
 
@@ -537,7 +542,7 @@ def reveal(model, x, s, columns, h):
 def advance(x, s):
     """After a forward: windows move behind their first blocks that are full, and the keys become stale."""
     x.nfe = x.nfe + 1
-    columns = x.window(s.scored_len)
+    columns = x.window(s.gen_len + s.block_len)  # also of the last block
     full = ~by_block(x.masked.gather(1, columns), s).any(2)  # (R, blocks)
     full_at = by_block(x.order.gather(1, columns), s).amax(2)
     passed = full & (x.nfe - full_at > s.cache_delay)
@@ -545,7 +550,8 @@ def advance(x, s):
     stays = n_passed == 0
     x.start = x.start + n_passed * s.block_len
     x.tries = (x.tries + 1) * stays
-    x.age = torch.where(stays | (s.cache == "exact"), x.age + 1, STALE)
+    committed = n_passed == (s.cache == "exact")  # a block that was given whole may lie between
+    x.age = torch.where(stays | committed, x.age + 1, STALE)
 
 
 class Batch:
@@ -627,15 +633,13 @@ class Batch:
         """places {row: prompt index}: put waiting prompts into free rows."""
         if not places:
             return
-        s, prompts, keys = self.s, [], []
-        for row, index in places.items():
-            prompts.append(self.prompts[index])
-            keys.append([row_key(s.seed, self.streams[index])])
-            shared = in_first_block(self.model.cfg, len(prompts[-1]))
-            self.owner[row], self.fresh[row] = index, False
-            self.start[row] = self.P - shared
-            self.left[row] = min(s.block_len - shared, s.gen_len)
+        s, prompts = self.s, [self.prompts[i] for i in places.values()]
+        keys = [[row_key(s.seed, self.streams[i])] for i in places.values()]
         new = Rows.new(prompts, keys, s, self.model.cfg, self.rows.canvas.shape[1])
+        left = new.masked.gather(1, new.window(s.block_len)).sum(1).tolist()
+        for (row, index), (start,), n in zip(places.items(), new.start.tolist(), left):
+            self.owner[row], self.fresh[row] = index, False
+            self.start[row], self.left[row] = start, n
         rows = torch.tensor(list(places)).to(self.dev, non_blocking=True)
         for name, t in vars(new).items():
             getattr(self.rows, name)[rows] = t.to(self.dev, non_blocking=True)
@@ -748,6 +752,7 @@ class Options(AdaptedModel):
     prompt: str = ""  # user turn [a problem of the tiny task]
     system: str = ""  # system turn before it, and before each of --prompts
     raw: bool = False  # all of these without the chat template
+    infill: str = ""  # the response, in which only [MASK], or [MASK:8] of 8 tokens, is decoded
     show: str = option("", bare="confidence", choices=["confidence", "step"])  # draw each forward in colour
     html: str = ""  # page to write in which you step through the forwards; with --adapter also the base's
     prompts: str = ""  # file of prompts: .jsonl, or text with one per line
@@ -767,16 +772,34 @@ def load_both(args):
     return model, data.load_tokenizer(args.model, args.revision)
 
 
-def decode_one(model, tok, prompt, how, by, path):
+def asked_ids(model, tok, row):
+    """A row -> (P,) int64 ids of its prompt, and of its `infill`, where [MASK:8] stands for eight masks."""
+    ids, pieces = tok.prompt_ids(row), re.split(r"\[MASK(?::(\d{1,4}))?\]", row.get("infill", ""))
+    if "infill" not in row:
+        return ids
+    if len(pieces) == 1:
+        raise UserError(f"prompt {row['id']!r}: infill has no [MASK] (or [MASK:8], eight tokens): write one")
+    masks = [model.cfg.mask_id]
+    given = [masks * int(piece or 1) if i % 2 else tok.encode(piece) for i, piece in enumerate(pieces)]
+    return torch.tensor(ids.tolist() + sum(given, []) + [tok.chat.end_id])
+
+
+def response_of(out, tok, eos_ids, row={}):
+    """What is kept of an Output: its text, how many tokens of it were decoded, the forwards."""
+    n, before = out.n_tokens(eos_ids), row.get("infill", "").partition("[MASK")[0]
+    text = before + tok.decode(out.ids[:n].tolist())
+    return dict(response=text, tokens=int((out.order[:n] >= 0).sum()), nfe=out.nfe)
+
+
+def decode_one(model, tok, row, how, by, path):
     """Print the response to a prompt; by: show every forward; path: write a page there."""
-    ids = tok.prompt_ids(prompt)
+    ids = asked_ids(model, tok, row)
     (out,) = generate(model, [ids], **how)
-    n = out.n_tokens(model.cfg.eos_ids)
     if by:
         words = [tok.decode([i]).strip() or "∅" for i in out.ids.tolist()]
         print(show(out, words, by))
-    print(f"response {tok.decode(out.ids[:n].tolist())}")
-    print(f"{n} tokens in {out.nfe} forwards: {n / out.nfe:.2f} tokens per forward")
+    response, n, nfe = response_of(out, tok, model.cfg.eos_ids, row).values()
+    print(f"response {response}\n{n} tokens in {nfe} forwards: {n / nfe:.2f} tokens per forward")
     if path:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         outs = {"model": out}
@@ -784,7 +807,7 @@ def decode_one(model, tok, prompt, how, by, path):
             with lora.off(model):
                 (base,) = generate(model, [ids], **how)
             outs = {"base": base, "trained": out}
-        page(outs, tok, model.cfg.eos_ids, prompt, path)
+        page(outs, tok, model.cfg.eos_ids, row["prompt"], path)
 
 
 def read_prompts(source):
@@ -795,11 +818,11 @@ def read_prompts(source):
     return [dict(id=f"{source.stem}-{i}", prompt=line) for i, line in enumerate(lines)]
 
 
-def decode_file(model, tok, args, settings):
+def decode_file(model, tok, args, rows, settings):
     """--prompts: append a line per finished prompt to --to, or continue such a file, but no other one."""
     to = Path(args.to or Path(args.prompts).with_suffix(".responses.jsonl"))
     room = model.cfg.max_len - settings["gen_len"]
-    rows = data.fitting(read_prompts(Path(args.prompts)), tok, args.max_prompt, room)
+    rows = data.fitting(rows, tok, args.max_prompt, room)
     made_by = dict(model=args.model, revision=model.revision, adapter=args.adapter,
                    weights=list(map(local_weights, (args.model, args.adapter))),
                    decoding=settings | dict(system=args.system, raw=args.raw))
@@ -814,31 +837,34 @@ def decode_file(model, tok, args, settings):
     cli.read_jsonl(to, ours=True, mend=True)
     done = {r["id"] for r in there}
     todo = [i for i, r in enumerate(rows) if r["id"] not in done]
-    prompts = [tok.prompt_ids(rows[i]) for i in todo]
+    prompts = [asked_ids(model, tok, rows[i]) for i in todo]
     for i, out in stream(model, prompts, args.batch_size, True, todo, args.compiled, **settings):
-        n = out.n_tokens(model.cfg.eos_ids)
-        text = tok.decode(out.ids[:n].tolist())
-        response = dict(response=text, tokens=n, nfe=out.nfe)
-        cli.append_line(to, rows[todo[i]] | response | made_by)
+        row = rows[todo[i]]
+        cli.append_line(to, row | response_of(out, tok, model.cfg.eos_ids, row) | made_by)
     print(f"{len(todo)} responses written to {to}, {len(done)} were there")
 
 
 def main():
     args, given = cli.parse(__doc__, Options, Decoding)
-    kind, other = ("one prompt", "prompt show html") if args.prompts else ("--prompts", "to max_prompt")
+    kind, other = ("one prompt", "prompt infill show html") if args.prompts else ("--prompts", "to max_prompt")
     for name in other.split():
         if getattr(args, name):
             raise UserError(f"--{name} is for {kind}: leave it out")
+    rows = read_prompts(Path(args.prompts)) if args.prompts else data.load_problems("tiny", "test", 1)
+    if args.prompt:
+        rows = [dict(id="prompt", prompt=args.prompt)]
+    if args.infill:
+        rows[0]["infill"] = args.infill
     defaults = decoding_defaults(config_of(args.model, args.revision))
+    defaults["no_eos"] = all("infill" in row for row in rows)  # behind a hole the text goes on
     settings = vars(Decoding(**defaults | given))
     model, tok = load_both(args)
     tok.system, tok.raw = args.system, args.raw
     if args.prompts:
-        decode_file(model, tok, args, settings)
+        decode_file(model, tok, args, rows, settings)
     else:
-        prompt = args.prompt or data.load_problems("tiny", "test", 1)[0]["prompt"]
-        print(f"prompt   {prompt}")
-        decode_one(model, tok, prompt, settings | {"compiled": args.compiled}, args.show, args.html)
+        print(f"prompt   {rows[0]['prompt']}")
+        decode_one(model, tok, rows[0], settings | {"compiled": args.compiled}, args.show, args.html)
 
 
 if __name__ == "__main__":

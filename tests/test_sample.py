@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS, FIXTURES, prompts_of, random_model
+from conftest import CONFIGS, FIXTURES, command, prompts_of, random_model
 
 import cli
 import data
@@ -466,6 +466,51 @@ def test_the_end_of_a_response_can_be_put_off(no_eos, late_eos):
     for rule in (dict(policy="threshold", threshold=0.7, cache="dual"), dict(policy="factor"), dict(policy="dream", steps=6)):
         for prompt, out in zip(prompts, generate(tiny, prompts, **{**settings, **rule})):
             assert same(out, reference(tiny, prompt, **{**settings, **rule})), rule
+
+
+INFILLED = [("plain", dict(cache="none", policy="static")), ("plain", dict(cache="dual", policy="threshold", threshold=0.5)),
+            ("plain", dict(cache="vicinity", vicinity=3, policy="static", steps=2)), ("shift", dict(cache="prefix", policy="static")),
+            ("plain", dict(cache="none", policy="dream", steps=5)), ("block", dict(cache="exact", policy="static")),
+            ("plain", dict(cache="prefix", policy="multiblock", threshold=1.0, cache_delay=2, refresh=2)),
+            ("whole", dict(cache="exact", policy="threshold", threshold=0.5))]
+
+
+@pytest.mark.parametrize("name, case", INFILLED)
+def test_what_is_given_of_a_response_stays_and_only_masks_are_decoded(name, case):
+    """In a batch with plain prompts, alone, and by the plain uncached reference (with the cache's stale keys where it has any)."""
+    model, prompts = random_model(**CONFIGS[name]), prompts_of([2, 9, 5, 12])
+    M, eos = model.cfg.mask_id, model.cfg.eos_ids[0]
+    given = [[M, 3, M, 4, 5, M, M, 6], [M, *range(11), 7, M], [], [M] + 9 * [5] + 2 * [M]]  # blocks of 4, some given whole
+    both = [torch.cat([p, torch.tensor(g, dtype=torch.long)]) for p, g in zip(prompts, given)]
+    settings = dict(gen_len=14, block_len=4, no_eos=True, **case)
+    for prompt, g, out in zip(both, given, generate(model, both, batch_size=3, **settings)):
+        assert same(out, reference(model, prompt, **settings)) and same(out, generate(model, [prompt], **settings)[0])
+        want = g + [eos] * (14 - len(g)) if g else [M] * 14
+        assert [M if order >= 0 else i for i, order in zip(out.ids.tolist(), out.order.tolist())] == want
+        assert M not in out.ids and sorted(out.rank.tolist()) == list(range(14))
+        assert case["policy"] != "static" or "steps" in case or out.nfe == want.count(M)  # none is spent on what is given
+        if case["cache"] == "exact":
+            assert same(out, reference(model, prompt, **settings | dict(cache="none")))
+    with pytest.raises(UserError, match="prompt 0 holds 3 tokens of its response: raise gen_len"):
+        generate(model, [torch.tensor([5, M, 5, M])], **settings | dict(gen_len=2))
+
+
+def test_infilling_from_the_command_line(tmp_path):
+    """--infill and rows with `infill`, in a batch: as alone, the given text stays, and the masks alone are counted."""
+    texts = ["then in [MASK] . [MASK:11] then in red .", "[MASK][MASK] red . [MASK] [MASK:2] gold", "ball at [MASK]", "[MASK:4] #### red"]
+    prompt = data.load_problems("tiny", "dev", 1)[0]["prompt"]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(dict(prompt=prompt, infill=text)) + "\n" for text in texts))
+    assert command(tmp_path, "sample.py", "--prompts", "q.jsonl", "--batch_size", 3).returncode == 0
+    rows = cli.read_jsonl(tmp_path / "q.responses.jsonl", ours=True)
+    for row in rows:
+        pieces = [piece.strip() for piece in re.split(r"\[MASK[:\d]*\]", row["infill"]) if piece.strip()]
+        assert re.search(".*".join(map(re.escape, pieces)), row["response"]) and row["decoding"]["no_eos"]
+        assert row["tokens"] == {texts[0]: 12, texts[1]: 5, texts[2]: 1, texts[3]: 4}[row["infill"]] and "eos" not in row["response"]
+    alone = command(tmp_path, "sample.py", "--prompt", prompt, "--infill", texts[0]).stdout
+    assert len(rows) == 4 and f"response {next(r['response'] for r in rows if r['infill'] == texts[0])}\n12 tokens in" in alone
+    for bad, words in (("then in red", "infill has no [MASK]"), ("a [MASK:99]", "raise gen_len"), ("[mask]", "infill has no [MASK]")):
+        done = command(tmp_path, "sample.py", "--infill", bad)
+        assert done.returncode == 2 and words in done.stderr, done.stderr
 
 
 def test_the_empty_prompt():

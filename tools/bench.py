@@ -154,7 +154,7 @@ def main():
     else:
         model, _ = nt_eval.load_both(args)
     torch.manual_seed(0)
-    prompts = torch.randint(model.cfg.vocab_size, (args.batch_size, args.prompt_len))
+    prompts = torch.randint(model.cfg.mask_id, (args.batch_size, args.prompt_len))
     settings = decoding_defaults(model.cfg) | dict(policy="static", early_stop=False) | given
     s = sample.Decoding(**settings)
     if s.policy != "static" or s.steps or s.early_stop:
