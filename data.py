@@ -219,7 +219,6 @@ class Tokenizer:
 
     def __post_init__(self):
         self.written = {**self.plain, **{i: token.encode() for token, i in self.special.items()}}
-        self.n_vocab = max(self.written) + 1  # one more than the largest id
 
     def decode(self, ids):
         """ids -> text; special tokens are written out, and an embedding row without a token as U+FFFD."""
@@ -298,8 +297,8 @@ def load_tokenizer(name, revision=None):
     folder = checkpoint_dir(name, revision, weights=False)
     cfg = read_config(folder)
     tok = Tokenizer(*tiny_tokens(folder) or bpe_tokens(folder, cfg), cfg.eos_ids[0])
-    if tok.n_vocab > cfg.vocab_size:
-        raise UserError(f"{folder}: the tokeniser has ids up to {tok.n_vocab - 1}, "
+    if max(tok.written) >= cfg.vocab_size:
+        raise UserError(f"{folder}: the tokeniser has ids up to {max(tok.written)}, "
                         f"the model's embedding only {cfg.vocab_size} rows: they belong to different models")
     return tok
 
@@ -370,10 +369,8 @@ def byte_table(hf, byte_level):
 
 
 def pad_response(ids, length, eos_id):
-    """Response ids -> exactly `length` ids, EOS after the answer. Raises UserError if they do not fit."""
-    if len(ids) > length:
-        raise UserError(f"a response has {len(ids)} tokens, more than gen_len {length}: raise gen_len")
-    return list(ids) + [eos_id] * (length - len(ids))
+    """At most `length` response ids -> exactly so many, EOS after the answer."""
+    return ids + [eos_id] * (length - len(ids))
 
 
 def example_rng(seed, epoch, index):
@@ -400,11 +397,10 @@ def response_inputs(model_cfg, prompts, xt, x0=None):
     """Lists of ids, noisy xt (B, L) -> hidden()'s arguments; cols (B, L) of xt. x0: clean blocks to see."""
     if x0 is not None:
         return block_diffusion_layout(model_cfg, prompts, xt, x0)
-    heads = [torch.tensor(prompt, dtype=torch.long) for prompt in prompts]
-    rows = [torch.cat(pair) for pair in zip(heads, xt.cpu())]
+    rows = [torch.tensor(prompt + noisy) for prompt, noisy in zip(prompts, xt.tolist())]
     ids, valid = left_padded(rows, model_cfg.pad_id)
     cols = torch.arange(ids.shape[1])[-xt.shape[1]:].expand(xt.shape)
-    first = torch.tensor([first_position(model_cfg, len(p)) for p in prompts])[:, None]
+    first = first_position(model_cfg, valid.sum(1, keepdim=True) - xt.shape[1])
     return dict(ids=ids, valid=None if valid.all() else valid, positions=token_positions(valid) + first), cols
 
 

@@ -15,6 +15,7 @@ import shutil
 import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import cli  # first
 import torch
@@ -58,22 +59,6 @@ class Config:
     raw: dict = field(default_factory=dict, compare=False, repr=False)  # config.json as it was, for save()
 
 
-@dataclass(frozen=True)
-class Family:
-    """What is true of one family of checkpoints and not of the others; nothing else asks for its name."""
-    presets: dict         # --model NAME -> hub id or embedded directory
-    networks: dict        # model_type of config.json -> fields of Config that it need not say
-    names: dict = field(default_factory=lambda: HF_NAMES)  # our module name -> official module name
-    keys: dict = field(default_factory=lambda: HF_KEYS)  # field of Config -> key of config.json
-    optional: dict = field(default_factory=lambda: HF_OPTIONAL)  # the same; may be absent or null
-    refused: dict = field(default_factory=dict)  # see REFUSED
-    kinds: dict = field(default_factory=lambda: {"": {}})  # what name or architectures must say -> the same
-    thinks: bool = True  # what its chat template is told
-    extra_eos: tuple = ()  # ids that end a response beside those of config.json
-    decoding: dict = field(default_factory=dict)  # fields of sample.Decoding, unless told otherwise
-    tasks: tuple = ()     # embedded ones: what a training run on them measures at its end
-
-
 def pairs(text):
     """'a=b c=d' -> {'a': 'b', 'c': 'd'}"""
     return dict(pair.split("=") for pair in text.split())
@@ -90,6 +75,22 @@ HF_NAMES = pairs("""
     mlp_norm=post_attention_layernorm q_proj=self_attn.q_proj k_proj=self_attn.k_proj v_proj=self_attn.v_proj
     o_proj=self_attn.o_proj q_norm=self_attn.q_norm k_norm=self_attn.k_norm gate_proj=mlp.gate_proj
     up_proj=mlp.up_proj down_proj=mlp.down_proj""")
+
+
+class Family(NamedTuple):
+    """What is true of one family of checkpoints and not of the others; nothing else asks for its name."""
+    presets: dict           # --model NAME -> hub id or embedded directory
+    networks: dict          # model_type of config.json -> fields of Config that it need not say
+    names: dict = HF_NAMES  # our module name -> official module name
+    keys: dict = HF_KEYS    # field of Config -> key of config.json
+    optional: dict = HF_OPTIONAL  # the same; may be absent or null
+    refused: dict = {}      # see REFUSED
+    kinds: dict = {"": {}}  # what name or architectures must say -> the same
+    thinks: bool = True     # what its chat template is told
+    extra_eos: tuple = ()   # ids that end a response beside those of config.json
+    decoding: dict = {}     # fields of sample.Decoding, unless told otherwise
+    tasks: tuple = ()       # embedded ones: what a training run on them measures at its end
+
 
 FAMILIES = {
     "tiny": Family(
@@ -188,7 +189,7 @@ def read_config(folder):
 
 def config_from_json(raw, file="config.json"):
     """config.json (dict) -> Config. Raises UserError for what is missing, wrong or not built."""
-    network = raw.get("model_type") if isinstance(raw, dict) else None
+    network = raw.get("model_type")
     known = {each: name for name, entry in FAMILIES.items() for each in entry.networks}
     if network not in [*known]:
         raise UserError(f"{file} has model_type {network!r}; supported are {', '.join(known)}")
@@ -289,8 +290,7 @@ class Block(nn.Module):
     def qkv(self, x, cos, sin):
         """x (B, T, C) -> rotated q (B, H, T, hd), rotated k and plain v (B, H_kv, T, hd)."""
         x = self.attn_norm(x)
-        heads = (*x.shape[:2], -1, self.cfg.head_dim)
-        q, k, v = (y.view(heads) for y in self.project(x, self.JOINED[0]))
+        q, k, v = (y.unflatten(2, (-1, self.cfg.head_dim)) for y in self.project(x, self.JOINED[0]))
         if self.cfg.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         dtype = torch.float32 if self.cfg.rope_fp32 else q.dtype
@@ -358,9 +358,9 @@ def attention_mask(cfg, q_pos, q_col, k_pos, k_col, k_valid):
     return keep | (q_col[:, :, None] == k_col[:, None, :])  # itself, or a padded query would spread NaN
 
 
-def in_first_block(cfg, n_prompt, block_len=None):
-    """Of n_prompt tokens, those that share a block [of the model's length] with the first of the response."""
-    return n_prompt % ((block_len or cfg.block_len) if cfg.block_len and not cfg.whole_blocks else 1)
+def in_first_block(cfg, n_prompt):
+    """Of n_prompt tokens, those that share a block with the first of the response."""
+    return n_prompt % (cfg.block_len if cfg.block_len and not cfg.whole_blocks else 1)
 
 
 def first_position(cfg, n_prompt):
@@ -394,18 +394,14 @@ def block_diffusion_layout(cfg, prompts, xt, x0):
     n = torch.tensor([len(p) for p in prompts])[:, None]
     end = n + L  # of the noisy half, which begins with the prompt's partial block
     start = n - in_first_block(cfg, n)
-    ids, positions = [], []
-    for p, s, noisy, clean in zip(prompts, start[:, 0], xt.cpu(), x0.cpu()):
-        p = torch.tensor(p, dtype=torch.long)
-        ids.append(torch.cat([p, noisy, p[s:], clean]))
-        position = torch.arange(len(p) + L) + first_position(cfg, len(p))
-        positions.append(torch.cat([position, position[s:]]))
-    ids = pad_sequence(ids, batch_first=True, padding_value=cfg.pad_id)
-    positions = pad_sequence(positions, batch_first=True)
-    more = -ids.shape[1] % LENGTHS
-    ids, positions = (F.pad(t, (0, more)) for t in (ids, positions))
+    rows = [torch.tensor(p + noisy + p[s:] + clean)
+            for p, s, noisy, clean in zip(prompts, start[:, 0], xt.tolist(), x0.tolist())]
+    ids = pad_sequence(rows, batch_first=True, padding_value=cfg.pad_id)
+    ids = F.pad(ids, (0, -ids.shape[1] % LENGTHS))
     col = torch.arange(ids.shape[1])
     noisy, valid = (col >= start) & (col < end), col < 2 * end - start
+    positions = first_position(cfg, n) + torch.where(col < end, col, col - end + start)
+    positions = positions.where(valid, 0)  # the clean half has those of the noisy half again
     q, k = positions[:, :, None] // K, positions[:, None, :] // K
     sees = torch.where(noisy[:, None, :], noisy[:, :, None] & (q == k),  # noisy keys: their own block only
                        torch.where(noisy[:, :, None], q > k, q >= k))    # clean keys: earlier blocks
@@ -457,7 +453,7 @@ class Transformer(nn.Module):
             absolute = valid is None or self.cfg.whole_blocks  # bd3lm pads a prompt to whole blocks
             positions = col.expand(ids.shape) if absolute else token_positions(valid)
         if attn_mask is None and (valid is not None or self.cfg.block_len):
-            valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
+            valid = ids >= 0 if valid is None else valid
             attn_mask = attention_mask(self.cfg, positions, col, positions, col, valid)
         cos, sin = rope_angles(self.cfg, positions) if cache is None else cache.angles(positions)
         x = self.embed(ids)
@@ -633,13 +629,9 @@ TOKENISER_FILES = ("vocab.json merges.txt token* added_tokens.json special_token
 
 
 def copy_tokenizer(name, folder, revision=None):
-    """Copy a checkpoint's tokeniser files beside newly saved weights: the new directory stands alone."""
-    source, folder = checkpoint_dir(name, revision, weights=False), Path(folder)
-    if source.resolve() == folder.resolve():
-        return
+    """Copy a checkpoint's tokeniser files beside the weights in a new folder, which then stands alone."""
+    source = checkpoint_dir(name, revision, weights=False)
     for pattern in TOKENISER_FILES:
-        for old in folder.glob(pattern):
-            old.unlink()
         for file in source.glob(pattern):
             shutil.copyfile(file, folder / file.name)
 

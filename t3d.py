@@ -252,7 +252,6 @@ def main():
 
     # 3. training
     n_steps = cfg.max_steps or cfg.epochs * run.steps_per_epoch(len(records), cfg)
-    epoch = 0
     seen = np.concatenate([r["prompt_ids"] + r["x0"] for r in records])  # other ids may never be trained
     vocabulary = np.setdiff1d(seen, list(tok.special.values()))
 
@@ -260,7 +259,7 @@ def main():
         if ref and step % cfg.refresh:
             return ref.tensors()
 
-    def build(numbers):  # a micro-batch
+    def build(numbers):  # a micro-batch of the epoch that the loop is in
         rngs = [example_rng(cfg.seed, epoch, n) for n in numbers]
         return make_batch([records[n] for n in numbers], rngs, cfg, model.cfg, vocabulary)
 

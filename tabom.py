@@ -123,13 +123,12 @@ def draw_segment(record, cfg, model_cfg, rng):
     n = L if cfg.eos_in_window else min(L, n_content(record["x0"], model_cfg.eos_ids) + 1)
     order = sorted(range(n), key=lambda i: record["rank"][i])
     if cfg.segment == "two_steps":
-        first, last = sorted(rng.choice(n + 1, 2, replace=False).tolist())
-        chosen = order[first:last]
+        first, last = sorted(rng.choice(n + 1, 2, replace=False))
     else:
-        window = cfg.window or n
         whole = cfg.window and not model_cfg.block_len  # a block is shorter than a window: any start will do
-        first = int(rng.integers(max(0, n - window) + 1)) if whole else int(rng.integers(n))
-        chosen = order[first:first + window]
+        first = rng.integers(max(0, n - cfg.window) + 1 if whole else n)
+        last = first + (cfg.window or n)
+    chosen = order[first:last]
     if model_cfg.block_len:
         block = response_blocks(model_cfg, [record["prompt_ids"]], L)[0].tolist()
         chosen = [i for i in chosen if block[i] == block[chosen[0]]]
@@ -193,9 +192,8 @@ def main():
 
     # 3. training
     n_steps = cfg.max_steps or cfg.epochs * run.steps_per_epoch(len(records), cfg)
-    epoch = 0
 
-    def build(numbers):  # a micro-batch
+    def build(numbers):  # a micro-batch of the epoch that the loop is in
         rngs = [example_rng(cfg.seed, epoch, n) for n in numbers]
         return make_batch([records[n] for n in numbers], rngs, cfg, model.cfg)
 

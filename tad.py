@@ -108,10 +108,8 @@ def tad_loss(ce, kl, near, example, n_examples, cfg):
     """The TAD objective over the masked rows of a batch -> scalar fp32, dict of its parts.
     ce, kl (N,) fp32 of token_terms; near (N,) bool; example (N,) int64, which example a row belongs to. Means
     over the tokens of an example, then over n_examples of the global batch, whatever the micro-batches."""
-    n = int(example.max()) + 1 if len(example) else 0  # a random mask may leave no row
-
     def mean_over_examples(values, rows):
-        count = torch.zeros(n, device=values.device).index_add_(0, example, rows.float())
+        count = torch.zeros(n_examples, device=values.device).index_add_(0, example, rows.float())
         n_rows = count.clamp(min=1)[example]  # (N,) rows of the same example
         return (values * rows / n_rows).sum() / n_examples
 
@@ -128,23 +126,16 @@ def make_batch(examples, rngs, cfg, window, model_cfg):
     x0, order, names = stacked([r for r, _ in examples], "x0", "order")
     t = torch.tensor([t for _, t in examples])[:, None]
     if cfg.source in RANDOM:
-        u = np.array([1 - rng.random() for rng in rngs])[:, None]
-        drawn = np.array([rng.random(x0.shape[1]) for rng in rngs])
-        near = masked = torch.tensor(drawn < u)
+        drawn = [1 - rng.random() > rng.random(x0.shape[1]) for rng in rngs]  # u, then a number per position
+        near = masked = torch.tensor(np.array(drawn))
         xt = torch.where(masked, model_cfg.mask_id, x0)
     else:
         xt, masked = state_at(x0, order, t, model_cfg.mask_id)
         near = masked & (order < t + window)  # Eq. 10; the rest of `masked` is Eq. 11
-        if model_cfg.block_len:
-            near = near & in_current_block(masked, names["prompts"], model_cfg)
+        if model_cfg.block_len:  # a window ends with the block being decoded, the first that has a mask
+            block = response_blocks(model_cfg, names["prompts"], x0.shape[1])
+            near = near & (block == torch.where(masked, block, block.max()).amin(1, keepdim=True))
     return dict(names, xt=xt, x0=x0, masked=masked, near=near)
-
-
-def in_current_block(masked, prompts, model_cfg):
-    """SDAR: a window ends with the block being decoded, the first that has a mask. (B, L) bool."""
-    block = response_blocks(model_cfg, prompts, masked.shape[1])
-    current = torch.where(masked, block, block.max()).amin(1, keepdim=True)
-    return block == current
 
 
 def teacher_prompts(records, cfg, tok, model_cfg):

@@ -161,4 +161,4 @@ def score_examples(examples, tok, teacher_tok, cfg, r):
             shard.append([dict(key=k, scores=scores) for k, scores in zip(some_keys, rounded)])
         shard.bar.close()
     done = read()
-    return [np.array(done[k]["scores"], dtype=float).tolist() for k in keys]  # null is NaN
+    return np.array([done[k]["scores"] for k in keys], dtype=float)  # null is NaN

@@ -93,16 +93,15 @@ def mdlm_loss(logits, x0, loss_w):
 
 
 def buckets(scores, n_buckets, ordering, seed=0):
-    """Scores (lists of floats, NaN = EOS filling) -> buckets 1..n_buckets: quantiles over all the tokens."""
-    flat = np.concatenate([np.asarray(s, dtype=np.float64) for s in scores])
-    known = np.flatnonzero(~np.isnan(flat))
-    draw = np.random.default_rng(seed).permutation(len(known))  # not data order, which would rank the files
-    keys = {"descending": -flat[known], "ascending": flat[known], "random": draw}[ordering]
+    """Scores (N, L), NaN = EOS filling -> buckets 1..n_buckets, N lists: quantiles over all the tokens."""
+    scores = np.array(scores)
+    known = ~np.isnan(scores)
+    draw = np.random.default_rng(seed).permutation(known.sum())  # not data order, which would rank the files
+    keys = {"descending": -scores[known], "ascending": scores[known], "random": draw}[ordering]
     place = np.argsort(np.lexsort((draw, keys)))  # equal scores: at random
-    bucket = np.full(len(flat), 1 if ordering == "ascending" else n_buckets)
-    bucket[known] = 1 + place * n_buckets // len(known)
-    ends = np.cumsum([len(s) for s in scores])
-    return [part.tolist() for part in np.split(bucket, ends[:-1])]
+    bucket = np.full(scores.shape, 1 if ordering == "ascending" else n_buckets)
+    bucket[known] = 1 + place * n_buckets // len(place)
+    return bucket.tolist()
 
 
 def trajectory_mask(bucket, cfg, rng):
@@ -126,10 +125,9 @@ def make_batch(examples, rngs, cfg, model_cfg):
     """-> dict of xt, x0 (B, L) int64, masked (B, L) bool, loss_w (B, L) fp32; prompts, lists of ids; ids."""
     x0, names = stacked(examples, "x0")
     noise = [mask_response(e, cfg, rng) for e, rng in zip(examples, rngs)]
-    masked = torch.tensor(np.array([m for m, _ in noise]))
-    loss_w = torch.tensor(np.array([w for _, w in noise])).float()
+    masked, loss_w = (torch.tensor(np.array(part)) for part in zip(*noise))
     return dict(names, xt=torch.where(masked, model_cfg.mask_id, x0), x0=x0, masked=masked,
-                loss_w=loss_w / (x0.shape[1] * cfg.batch_size))
+                loss_w=loss_w.float() / (x0.shape[1] * cfg.batch_size))
 
 
 def training_loss(model, b, cfg):
@@ -197,9 +195,8 @@ def main():
 
     # 2. training
     optimizer = run.adamw(run.trainable(model).values(), cfg)
-    epoch = 0
 
-    def build(numbers):  # a micro-batch
+    def build(numbers):  # a micro-batch of the epoch that the loop is in
         rngs = [example_rng(cfg.seed, epoch, n) for n in numbers]
         return make_batch([drawn[n] for n in numbers], rngs, cfg, model.cfg)
 

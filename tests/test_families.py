@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -158,7 +157,7 @@ def test_a_family_says_whether_its_template_thinks(tmp_path, monkeypatch, thinks
     """A2D is Qwen3 with an empty thought, SDAR has none."""
     folder = official_checkpoint(tmp_path, "sdar")
     assert nt_model.FAMILIES["sdar"].thinks and not nt_model.FAMILIES["a2d"].thinks
-    monkeypatch.setitem(nt_model.FAMILIES, "sdar", replace(nt_model.FAMILIES["sdar"], thinks=thinks))
+    monkeypatch.setitem(nt_model.FAMILIES, "sdar", nt_model.FAMILIES["sdar"]._replace(thinks=thinks))
     tok = data.load_tokenizer(folder)
     assert tok.decode(tok.prompt_ids("q").tolist()) == TURN["sdar"].format("q") + thought
 
