@@ -39,15 +39,11 @@ from sample import AdaptedModel, load_both
 from teacher import load_teacher, load_teacher_tokenizer, token_nll
 
 
-def read_protocols(file):
-    """{NAME, NAME/FAMILY or NAME/FAMILY/TASK: its settings}; the file says what they are."""
-    protocols = tomllib.loads(cli.read_text(file))
-    for name, settings in protocols.items():
-        protocols[name] = protocols[settings.pop("like")] | settings if "like" in settings else settings
-    return protocols
-
-
-PROTOCOLS = read_protocols(nt_model.HERE / "assets" / "protocols.toml")
+# {NAME, NAME/FAMILY or NAME/FAMILY/TASK: its settings}; the file says what they are
+PROTOCOLS = tomllib.loads(cli.read_text(nt_model.HERE / "assets" / "protocols.toml"))
+for _name, _settings in PROTOCOLS.items():
+    if "like" in _settings:
+        PROTOCOLS[_name] = PROTOCOLS[_settings.pop("like")] | _settings
 ANCHOR = dict(policy="entropy", threshold=0.0, name="TPF 1")  # token by token
 # a method has one colour in every picture; of the names in a label the longest counts, "" is in all
 METHODS = ("TAD", "T3D", "TABOM", "TRIMS", "SFT", "SFT-SD", "SFT-SD privileged", "Naive TD", "dInfer", "")
@@ -101,8 +97,8 @@ def known_task(task):
 
 def contamination_warning(task):
     """One line where a benchmark and training data overlap, else ""."""
-    known = recipes.IN_MATH if known_task(task) == "math" else ""
-    return known and f"warning: TAD and TABOM train on PRM12K. {known} (lm_eval: minerva_math500)\n"
+    warning = f"warning: TAD and TABOM train on PRM12K. {recipes.IN_MATH} (lm_eval: minerva_math500)\n"
+    return warning * (known_task(task) == "math")
 
 
 def area_of(pairs, y_max):
@@ -148,7 +144,7 @@ def rule_name(settings):
 
 @torch.no_grad()
 def decode_rows(model, tok, prompts, settings, batch_size, streams=None, progress=False):
-    """Decode prompts (list of (P,) int64) and yield (prompt index, Output, row) as they finish."""
+    """Decode prompts (list of (P,) int64) and yield (prompt index, row) as they finish."""
     if not prompts:
         return
     began, forwards = time.perf_counter(), 0
@@ -156,7 +152,7 @@ def decode_rows(model, tok, prompts, settings, batch_size, streams=None, progres
     for i, out in sample.decode(batch, progress):
         now = time.perf_counter()  # time and forwards: of the batch since the row before, up to its end
         spent = dict(seconds=now - began, forwards=batch.forwards - forwards)
-        yield i, out, sample.response_of(out, tok, model.cfg.eos_ids) | spent
+        yield i, sample.response_of(out, tok, model.cfg.eos_ids) | spent
         began, forwards = time.perf_counter(), batch.forwards
 
 
@@ -168,7 +164,7 @@ def wall_seconds(rows):
     return max(shards.values())
 
 
-def decode_by_id(model, tok, prompts, settings, batch_size, kept=None, name=""):
+def decode_by_id(model, tok, prompts, settings, batch_size, kept, name):
     """Decode prompts {id: (P,) int64} -> {id: row}, see decode_rows. kept: a Kept folder, whose shards `name`
     hold what is finished, row by row; a rank decodes its share and gets the rows of all."""
     done = kept.rows(name) if kept else {}
@@ -180,7 +176,7 @@ def decode_by_id(model, tok, prompts, settings, batch_size, kept=None, name=""):
         list(decode_rows(model, tok, longest, settings, batch_size))
     work = [prompts[i] for i in left]
     streams = [zlib.crc32(i.encode()) for i in left]  # of random numbers, the same on any rank
-    for number, _, row in decode_rows(model, tok, work, settings, batch_size, streams, progress=True):
+    for number, row in decode_rows(model, tok, work, settings, batch_size, streams, progress=True):
         done[left[number]] = row
         if kept:
             append_line(kept.out / f"{name}.rank{kept.rank}.jsonl", dict(id=left[number], **row))
@@ -206,7 +202,7 @@ def curve(model, tok, problems, protocol, label, batch_size=64, allow_code=False
             continue
         rows = [rows[i] for i in prompts]
         columns = {name: [row[name] for row in rows] for name in rows[0]}
-        correct = grade.grade_all(problems, columns["response"], allow_code, progress=bool(kept))
+        correct = grade.grade_all(problems, columns["response"], allow_code)
         point = dict(
             label=label, rule=rule_name(settings), settings=settings,
             ids=list(prompts), correct=list(map(int, correct)), tokens=columns["tokens"],
@@ -224,18 +220,12 @@ def curve(model, tok, problems, protocol, label, batch_size=64, allow_code=False
     return points
 
 
-def join_ranks():
-    """(rank, world size): torchrun's, or (0, 1). The ranks only exchange words, so gloo does on GPUs too."""
-    rank, world = ranks()
-    if world > 1:
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))  # of waiting for another
-    return rank, world
-
-
 class Kept:
     """A folder of results of one config: all that they depend on but the decoding rule; ranks share it."""
-    def __init__(self, out, config, rank, world):
-        self.out, self.config, self.rank, self.world = Path(out), config, rank, world
+    def __init__(self, out, config):
+        self.out, self.config, (self.rank, self.world) = Path(out), config, ranks()
+        if self.world > 1:  # the ranks only exchange words, so gloo does on GPUs too; days: of waiting
+            torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
         self.results, file = self.out / "results.jsonl", self.out / "config.json"
         then = cli.read_object(file) if file.exists() or self.results.exists() else config
         differ = ", ".join(k for k in config | then if config.get(k) != then.get(k))
@@ -243,12 +233,10 @@ class Kept:
             raise UserError(f"{out} holds results already, of another run ({differ} differ): choose another "
                             f"--out or remove it")
         self.out.mkdir(parents=True, exist_ok=True)
-        self.lock = cli.lock(self.out / f"lock-{rank}")
-        if rank == 0:
+        self.lock, rows = cli.lock(self.out / f"lock-{self.rank}"), []
+        if self.rank == 0:
             write_whole(file, json.dumps(config, indent=1) + "\n")
-        rows = []
-        if rank == 0 and self.results.exists():
-            rows = read_jsonl(self.results, ours=True, mend=True, key=str)
+            rows = read_jsonl(self.results, True, mend=True, key=str) if self.results.exists() else []
         self.points = agreed({row["key"]: row for row in rows})  # key: a hash of all that it depends on
 
     def rows(self, name):
@@ -270,8 +258,8 @@ def device_name():
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
 
 
-def made_of(args, model):
-    """The facts about a model that decide what it answers. Files of a hub id are what its revision says."""
+def made_of(args, model, **others):
+    """What results depend on but for the decoding rule. Files of a hub id are what its revision says."""
     return dict(
         model=str(args.model),
         revision=model.revision,
@@ -279,7 +267,8 @@ def made_of(args, model):
         adapter=nt_model.local_weights(args.adapter),
         dtype=str(model.embed.weight.dtype)[6:],
         device=device_name(),
-        **versions("torch", "math-verify", "lm_eval"))
+        label=args.label, protocol=args.protocol, batch_size=args.batch_size,
+        **versions("torch", "math-verify", "lm_eval"), **others)
 
 
 def provenance(**facts):
@@ -340,8 +329,8 @@ def draw(panels, x, y, path):
             dashes = ("-", "--", ":", "-.")[used[color] % 4]
             used[color] += 1
             xs, ys, *errors = zip(*points)
-            style = dict(marker="o", markersize=4 if errors else 2, capsize=2)
-            ax.errorbar(xs, ys, *errors, label=label, color=color, linestyle=dashes, **style)
+            ax.errorbar(xs, ys, *errors, label=label, color=color, linestyle=dashes, marker="o",
+                        markersize=4 if errors else 2, capsize=2)
         ax.set(xlabel=x, title=title, ylim=(0, None))
         ax.grid(alpha=0.3)
     axes[0, 0].set(ylabel=y)
@@ -352,24 +341,25 @@ def draw(panels, x, y, path):
 
 def plot(panels, path):
     """panels: {title: curves}; a line per model: accuracy, with standard errors, against TPF."""
-    drawn = {}
-    for title, curves in panels.items():
-        drawn[title] = {
-            label: [(tpf(p), *accuracy(p)) for p in sorted(points, key=tpf)] for label, points in curves}
+    drawn = {title: {label: [(tpf(p), *accuracy(p)) for p in sorted(points, key=tpf)]
+                     for label, points in curves}
+             for title, curves in panels.items()}
     draw(drawn, "tokens per forward (TPF)", "accuracy, %", path)
 
 
 def closing(r, model, tok, label):
     """The curves of base and trained model on the tiny task, or the command for one."""
     cfg = r.cfg
-    if r.rank == 0 and r.evaluates:
+    if r.rank:
+        return
+    if r.evaluates:
         problems = data.load_problems(cfg.data, "dev", cfg.eval_problems)
         models = ("base", r.load()), (label, model)
         curves = [(name, curve(m, tok, problems, protocol_of("tiny", "tiny"), name)) for name, m in models]
         write_results(curves, r.out)
         show(curves, None, r.out)
         print(f"written: {r.out / 'results.jsonl'}, {r.out / 'curve.png'}")
-    elif r.rank == 0:
+    else:
         base = f"--model {shlex.quote(cfg.model)}" + (f" --revision {cfg.revision}" if cfg.revision else "")
         final = shlex.quote(str(r.final))
         which = f"--model {final}" if r.whole else f"{base} --adapter {final}"
@@ -404,8 +394,8 @@ def report_by_step(label, values, what, unit, path, x="forward"):
 
 
 def along_trajectory(model, record, steps):
-    """Yield, at each of the steps (N,) of a record, for what is masked before the first EOS: its ids in the
-    end (n,), the forwards until its reveal (n,), log-probabilities (n, V) fp32."""
+    """Yield, at each of the steps (N,) of a record, for what is masked before the first EOS: log-probability
+    of its id in the end (n,), the forwards until its reveal (n,), log-probabilities (n, V) fp32."""
     x0 = torch.tensor(record["x0"])
     order = torch.tensor(record["order"])
     for some in steps.split(16):
@@ -414,7 +404,8 @@ def along_trajectory(model, record, steps):
         prompts = [record["prompt_ids"]] * len(some)
         hidden = data.hidden_rows(model, prompts, xt, masked.nonzero(as_tuple=True))
         for t, here, h in zip(some, masked, hidden.split(masked.sum(1).tolist())):
-            yield x0[here], order[here] - t, model.head(h).float().log_softmax(-1)
+            logp = model.head(h).float().log_softmax(-1)
+            yield logp.gather(1, x0[here, None].to(h.device))[:, 0], order[here] - t, logp
 
 
 @torch.no_grad()
@@ -441,9 +432,9 @@ def confidence_decay(model, records):
     offsets, values = [], []
     for r in records[:64]:
         steps = torch.linspace(0, max(r["order"]), 8).long().unique()
-        for ids, offset, logp in along_trajectory(model, r, steps):
+        for right, offset, _ in along_trajectory(model, r, steps):
             offsets.append(offset)
-            values.append(logp.gather(1, ids[:, None].to(logp.device))[:, 0].double().exp().cpu())
+            values.append(right.double().exp().cpu())
     offsets = torch.cat(offsets)
     return (offsets.bincount(torch.cat(values)) / offsets.bincount()).numpy()
 
@@ -455,10 +446,8 @@ def masked_ce(model, record):
     order = np.zeros(len(record["x0"]), int)
     order[:n] = 1 + np.random.default_rng(0).permutation(n)
     steps = 1 + n - (n * torch.arange(1, 11) + 9) // 10
-    values = [math.nan]
-    for ids, _, logp in along_trajectory(model, record | {"order": order}, steps):
-        values.append(-logp.gather(1, ids[:, None].to(logp.device)).mean())
-    return values
+    states = along_trajectory(model, record | {"order": order}, steps)
+    return [math.nan, *(-right.mean() for right, *_ in states)]
 
 
 def trajectory_nll(teacher, teacher_tok, tok, prompt, out, eos_ids):
@@ -545,18 +534,16 @@ def curve_command(args, given):
     protocol = settle(args, [args.task], given)
     problems = problems_of(args)
     grade.check_gradable(problems, args.allow_code_execution)  # before anything is loaded or decoded
-    rank, world = join_ranks()
     model, tok = load_both(args)
     room = model.cfg.max_len - decoding_of(protocol).gen_len
     problems = data.fitting(problems, tok, args.max_prompt, room, lambda p: wording(p, protocol))
-    config = dict(made_of(args, model), label=args.label, task=args.task, protocol=args.protocol,
-                  batch_size=args.batch_size, problems=digest(problems), decoding=given)
+    config = made_of(args, model, task=args.task, problems=digest(problems), decoding=given)
     task = re.sub(r"\W+", "-", Path(re.split("[=:]", args.task)[0]).stem)
     name = f"{args.label}-{Path(args.model).name}-{task}-{args.protocol}-{args.split}-{len(problems)}"
-    kept = Kept(args.out or f"out/eval-{name}", config, rank, world)
+    kept = Kept(args.out or f"out/eval-{name}", config)
     points = curve(
         model, tok, problems, protocol, args.label, args.batch_size, args.allow_code_execution, kept)
-    if rank:
+    if kept.rank:
         return
     show([(args.label, points)], args.y_max, kept.out)
     print(contamination_warning(args.task), end="")
@@ -573,16 +560,14 @@ def nll_command(args, given):
     settings |= nt_model.decoding_defaults(model.cfg) | given
     problems = data.fitting(problems, tok, args.max_prompt, model.cfg.max_len - decoding_of(settings).gen_len)
     outs = sample.generate(model.eval(), [tok.prompt_ids(p) for p in problems], **settings)
-    rows = []
-    for p, out in zip(cli.progress_bar(problems, f"teacher NLL {label}", unit="decoding"), outs):
-        rows.append(trajectory_nll(teacher, teacher_tok, tok, p, out, model.cfg.eos_ids))
+    bar = cli.progress_bar(problems, f"teacher NLL {label}", unit="decoding")
+    rows = [trajectory_nll(teacher, teacher_tok, tok, p, out, model.cfg.eos_ids) for p, out in zip(bar, outs)]
     path = Path(args.out) / "trajectory_nll.png"
     report_by_step(label, mean_by_step(rows), "teacher NLL", "nats per token", path)
 
 
 def tds_command(args):
-    every = data.read_trajectories(args.trajectories)
-    records = [r for r in every if r["solution"] or not args.ce][:args.n]
+    records = [r for r in data.read_trajectories(args.trajectories) if r["solution"] or not args.ce][:args.n]
     if not records:
         raise UserError(f"{args.trajectories} holds no trajectory" + " with a solution" * args.ce)
     model, tok = load_both(args)

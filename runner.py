@@ -66,7 +66,7 @@ def child_says(task, timeout, word=""):
     """Start this file as a process -> (exit code, the first 4096 characters that it says)."""
     with (tempfile.TemporaryDirectory(prefix="nanotraj-", ignore_cleanup_errors=True) as cwd,
           tempfile.TemporaryFile() as said):  # not a pipe, which a program could flood or keep open
-        env = {**ENV, **{k: v for k, v in os.environ.items() if k == "SYSTEMROOT"}}  # Windows needs it
+        env = ENV | {k: v for k, v in os.environ.items() if k == "SYSTEMROOT"}  # Windows needs it
         command = [sys.executable, "-I", "-B", "-Xutf8", os.path.abspath(__file__)]
         line = json.dumps(task)  # ASCII
         try:  # the child keeps the time; what it forked dies with it (PR_SET_PDEATHSIG)
@@ -235,15 +235,15 @@ def landlock():
 
 def forbid_syscalls():
     """A seccomp filter: what SYSCALLS lists fails with 'not permitted', for root as well -> bool."""
-    if os.uname().machine not in SYSCALLS:
+    arch, *calls = SYSCALLS.get(os.uname().machine, [None])
+    if not calls:
         return False
-    arch, *calls = SYSCALLS[os.uname().machine]
-    refused, pretended = (map(int, numbers.split()) for numbers in calls)
     load, equal, greater, ret = 0x20, 0x15, 0x35, 0x06
     kill, deny, pretend, allow = 0x80000000, 0x00050001, 0x00050000, 0x7FFF0000
     lines = [(load, 0, 0, 4), (equal, 1, 0, arch), (ret, 0, 0, kill), (load, 0, 0, 0)]
     rules = [(greater, 1 << 30, deny)]  # x86's second table of calls
-    rules += [(equal, n, deny) for n in refused] + [(equal, n, pretend) for n in pretended]
+    for numbers, verdict in zip(calls, (deny, pretend)):
+        rules += [(equal, int(n), verdict) for n in numbers.split()]
     for test, n, verdict in rules:
         lines += [(test, 0, 1, n), (ret, 0, 0, verdict)]
     lines.append((ret, 0, 0, allow))

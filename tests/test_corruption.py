@@ -122,7 +122,7 @@ def test_results_of_an_evaluation(tmp_path):
     config, draw = dict(model="tiny", label="x", problems="abc", decoding={}), random.Random(0)
     points = [dict(key=f"k{i}", ids=["a", "b"], correct=[1, 0], tokens=[5, 6 + i], nfe=[4, 4]) for i in range(3)]
     rows = [dict(id=f"p{i}", response="é", tokens=3, nfe=2, seconds=0.5, forwards=2) for i in range(3)]
-    kept = nt_eval.Kept(tmp_path, config, 0, 1)
+    kept = nt_eval.Kept(tmp_path, config)
     cli.append_line(kept.results, *points)
     cli.append_line(tmp_path / "rows-k.rank0.jsonl", *rows)
     files = {file: file.read_bytes() for file in tmp_path.glob("*.json*")}
@@ -130,14 +130,14 @@ def test_results_of_an_evaluation(tmp_path):
         file = draw.choice(sorted(files))
         file.write_bytes(damage(files[file], draw))
         try:
-            kept = nt_eval.Kept(tmp_path, config, 0, 1)
+            kept = nt_eval.Kept(tmp_path, config)
             assert all({k: point[k] for k in points[0]} in points for point in kept.points.values())
             assert all({k: row[k] for k in rows[0]} in rows for row in kept.rows("rows-k").values())
         except UserError as e:
             assert "\n" not in str(e)
         for file, raw in files.items():
             file.write_bytes(raw)
-    assert nt_eval.Kept(tmp_path, config, 0, 1).points.keys() == {"k0", "k1", "k2"}
+    assert nt_eval.Kept(tmp_path, config).points.keys() == {"k0", "k1", "k2"}
 
 
 def test_weights_are_as_they_were_written_or_refused(tmp_path):

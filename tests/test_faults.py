@@ -204,11 +204,11 @@ input()"""
     with pytest.raises(UserError, match="in use by another run"):
         rollout.Shard(collected, 0, 1, "", "")
     with pytest.raises(UserError, match="in use by another run"):
-        nt_eval.Kept(evaluated, {}, 0, 1)
+        nt_eval.Kept(evaluated, {})
     rollout.Shard(collected, 1, 1, "", "")  # another rank
     holder.communicate(b"\n")
     rollout.Shard(collected, 0, 1, "", "")
-    nt_eval.Kept(evaluated, {}, 0, 1)
+    nt_eval.Kept(evaluated, {})
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path):

@@ -288,7 +288,7 @@ BROKEN = {  # attack: what must be broken in runner.py for it to get through; th
     "sys.exit(0)": [("said == word and code == 0", "code == 0"),
                     ("    finally:\n        os._exit(1)", "    finally:\n        os._exit(0)")],
     "writes PASS to every descriptor": [("said == word and code == 0", "said and code == 0")],
-    "word from environment, arguments, files": [("env = {**ENV,", "env = {**ENV, 'WORD': word,")],
+    "word from environment, arguments, files": [("env = ENV |", "env = ENV | {'WORD': word} |")],
     "word from descriptors": [(SAYS, "leave(write(said, (execute(code, scope), take(WORD))[1]) - WORD)")],
     "word from frames, modules, functions": [
         (SAYS, "word = take(WORD); leave(write(said, word[execute(code, scope):]) - WORD)")],

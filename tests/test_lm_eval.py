@@ -2,6 +2,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -63,7 +64,7 @@ def scripted(replies, seen):
             text = tok.decode(prompts[i].tolist())
             seen.append(text)
             reply = replies[max(replies, key=text.rfind)]
-            yield i, None, dict(response=reply, tokens=10, nfe=4, seconds=0.5, forwards=4)
+            yield i, dict(response=reply, tokens=10, nfe=4, seconds=0.5, forwards=4)
     return decode_rows
 
 
@@ -71,7 +72,7 @@ def evaluate(monkeypatch, model, tok, tasks, items, **options):
     seen = []
     monkeypatch.setattr(nt_eval, "decode_rows", scripted({q: reply for q, _, reply, *_ in items}, seen))
     bridge = harness.bridge(model, tok, dict(gen_len=16), batch_size=2)
-    tasks, manager = harness.load_tasks(tasks, None, False)
+    manager = harness.load_tasks(tasks, None, False)
     results = lm_eval.simple_evaluate(model=bridge, tasks=tasks, task_manager=manager, bootstrap_iters=0,
                                       **options)
     return results, seen, bridge
@@ -107,7 +108,7 @@ def test_gsm8k_boxed_asks_as_tads_scripts_do(here, monkeypatch):
     assert [row["exact_match"] for row in rows] == [1, 1, 0, 0, 0]
     asked = "Question: How many of {}? Please reason step by step, and put your final answer within \\boxed{{}}."
     assert sorted(seen) == [asked.format(i) for i in range(5)]
-    _, manager = harness.load_tasks([str(here / "gsm8k.yaml")], None, False)
+    manager = harness.load_tasks([str(here / "gsm8k.yaml")], None, False)
     assert "gsm8k_boxed" in manager.all_tasks  # by its name, from any folder
 
 
@@ -166,9 +167,11 @@ def test_the_tiny_model_has_no_chat_template():
         bridge.apply_chat_template([dict(role="user", content="a")])
 
 
-def test_before_stop():
-    assert harness.before_stop("a b c", ["c", "b"]) == "a " and harness.before_stop("abc", ["", "x"]) == "abc"
-    assert harness.before_stop("abc", "b") == "a" and harness.before_stop("abc", None) == "abc"
+@pytest.mark.parametrize("until, said", [(["c", "b"], "a "), (["", "x"], "a b c"), ("b", "a "), (None, "a b c"), ([], "a b c")])
+def test_a_reply_ends_before_its_first_stop_string(monkeypatch, until, said):
+    monkeypatch.setattr(nt_eval, "decode_rows", scripted({"q": "a b c"}, []))
+    bridge = harness.bridge(nt_model.load("tiny"), data.load_tokenizer("tiny"), {})
+    assert bridge.generate_until([SimpleNamespace(args=("q", {"until": until}))]) == [said]
 
 
 def command(here, out, *more):
@@ -217,8 +220,8 @@ def test_an_aup_of_points_that_lm_eval_graded(here, tmp_path, monkeypatch, capsy
     for label, nfe in (("base", (8, 10)), ("fast", (2, 10))):
         for point, forwards in zip((0, 5), nfe):
             def decode_rows(model, tok, prompts, *_, **__):
-                for i, out, row in scripted(replies, [])(model, tok, prompts, {}, 1):
-                    yield i, out, row | dict(nfe=forwards)
+                for i, row in scripted(replies, [])(model, tok, prompts, {}, 1):
+                    yield i, row | dict(nfe=forwards)
             monkeypatch.setattr(nt_eval, "decode_rows", decode_rows)
             monkeypatch.setattr(sys, "argv", [
                 "tools/harness.py", "--model", str(here / "llada"), "--tasks", tasks, "--num_fewshot", "1", "--protocol",

@@ -155,8 +155,7 @@ def main():
         model, _ = nt_eval.load_both(args)
     torch.manual_seed(0)
     prompts = torch.randint(model.cfg.mask_id, (args.batch_size, args.prompt_len))
-    settings = decoding_defaults(model.cfg) | dict(policy="static", early_stop=False) | given
-    s = sample.Decoding(**settings)
+    s = sample.Decoding(**decoding_defaults(model.cfg) | dict(policy="static", early_stop=False) | given)
     if s.policy != "static" or s.steps or s.early_stop:
         raise UserError("--policy, --steps, --early_stop: all decoders here reveal --per_step per forward")
     facts, forward = measure(model, list(prompts), args, s)

@@ -7,6 +7,7 @@ A run is a folder with the results.jsonl of eval.py or tools/sweep.py; a .jsonl.
 import gzip
 import json
 import sys
+from collections import defaultdict
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -55,13 +56,12 @@ def pack(folders, file):
 def read_runs(sources):
     """Folders and packed files -> {label: [points of run 1, points of run 2, ...]}. Runs of one number must
     have the same problems under every label; a label with a single run has those of all."""
-    grouped, runs = {}, {}
+    runs = defaultdict(lambda: defaultdict(list))
     for number, source in enumerate(sources):
         for point in read_points(source):
             point.update((key, np.array(point[key])) for key in COUNTS)
-            grouped.setdefault((f"{number} {point['folder']}", point["label"]), []).append(point)
-    for (_, label), points in grouped.items():
-        runs.setdefault(label, []).append(points)
+            runs[point["label"]][number, point["folder"]].append(point)
+    runs = {label: list(of_label.values()) for label, of_label in runs.items()}
     most = max(runs.values(), key=len)
     for label, of_label in runs.items():
         repeated = of_label * len(most) if len(of_label) == 1 else of_label

@@ -21,15 +21,8 @@ NO_LIKELIHOOD = "a masked diffusion model has no exact log-likelihoods: choose t
 
 
 def lm_eval_package():
-    for name in ("lm_eval.evaluator", "lm_eval"):  # the first imports all that is used here
-        module = package(name, "this needs lm_eval: pip install 'lm_eval[math,ifeval]'")
-    return module
-
-
-def before_stop(text, until):
-    """The text before the first of the stop strings: one, a list of them, or None."""
-    stops = [until] if isinstance(until, str) else until or []
-    return min((text.partition(stop)[0] for stop in stops if stop), key=len, default=text)
+    """Its evaluator imports all that is used here."""
+    return package("lm_eval.evaluator", "this needs lm_eval: pip install 'lm_eval[math,ifeval]'").lm_eval
 
 
 def bridge(model, tok, settings, batch_size=32, kept=None):
@@ -56,6 +49,7 @@ def bridge(model, tok, settings, batch_size=32, kept=None):
             return torch.tensor(self.chats.get(context) or tok.encode(context), dtype=torch.long)
 
         def generate_until(self, requests):
+            from lm_eval.models.utils import postprocess_generated_text as before_stop
             names, prompts, seen = [], {}, Counter()
             for request in requests:
                 context = request.args[0]
@@ -63,9 +57,8 @@ def bridge(model, tok, settings, batch_size=32, kept=None):
                 names.append(f"{name}-{seen[name] if settings.get('temperature') else 0}")
                 prompts[names[-1]] = self.prompt_ids(context)
                 seen[name] += 1
-            rows = nt_eval.decode_by_id(model, tok, prompts, settings, batch_size, kept, "responses")
-            self.decoded |= {name: rows[name] for name in prompts}  # the folder may hold more
-            return [before_stop(rows[name]["response"], request.args[1].get("until"))
+            self.decoded |= nt_eval.decode_by_id(model, tok, prompts, settings, batch_size, kept, "responses")
+            return [before_stop(self.decoded[name]["response"], request.args[1].get("until"), None)
                     for name, request in zip(names, requests)]
 
         def loglikelihood(self, requests):
@@ -76,7 +69,7 @@ def bridge(model, tok, settings, batch_size=32, kept=None):
 
 
 def load_tasks(names, include_path, allow_code):
-    """Names of lm_eval's tasks, groups or tags, of ours in assets/, or YAML files -> tasks, their manager."""
+    """Names of lm_eval's tasks, groups or tags, of ours in assets/, or YAML files -> a manager with them."""
     own = all(map(os.path.isfile, names))  # then lm_eval's thousands need not be read
     places = [nt_eval.nt_model.HERE / "assets", *data.listed(include_path)]
     manager = lm_eval_package().tasks.TaskManager(include_path=places, include_defaults=not own)
@@ -92,9 +85,8 @@ def load_tasks(names, include_path, allow_code):
         if getattr(task, "UNSAFE_CODE", False) and not allow_code:
             raise UserError(f"task {name} runs the model's code, in this process: `eval.py curve --task "
                             f"humaneval` contains it; --allow_code_execution insists")
-    groups = [group for name, group in loaded["groups"].items() if name in names]
-    inside = {task.task_name for group in groups for task in group.get_all_tasks()}
-    return groups + [task for name, task in loaded["tasks"].items() if name not in inside], manager
+    manager.load = lambda names: loaded  # simple_evaluate asks for the same ones again
+    return manager
 
 
 @dataclass
@@ -118,20 +110,18 @@ def main():
     if len(args.points or args.thresholds or [0]) > 1:
         raise UserError("lm_eval takes one point at a time: a single --points or --thresholds")
     settings = protocol | protocol["rules"][0]
-    rank, world = nt_eval.join_ranks()
     model, tok = nt_eval.load_both(args)
-    tasks, manager = load_tasks(names, args.include_path, args.allow_code_execution)
-    config = dict(
-        nt_eval.made_of(args, model), protocol=args.protocol, label=args.label, batch_size=args.batch_size,
-        chat=args.apply_chat_template, decoding=vars(nt_eval.decoding_of(settings)))
+    manager = load_tasks(names, args.include_path, args.allow_code_execution)
+    decoding = vars(nt_eval.decoding_of(settings))
+    config = nt_eval.made_of(args, model, chat=args.apply_chat_template, decoding=decoding)
     out = args.out or f"out/lm_eval-{args.label}-{'-'.join(Path(name).stem for name in names)[:60]}"
-    kept = nt_eval.Kept(out, config, rank, world)
+    kept = nt_eval.Kept(out, config)
     asking = bridge(model, tok, settings, args.batch_size, kept)
     same = "num_fewshot limit apply_chat_template system_instruction fewshot_as_multiturn".split()
     results = lm_eval_package().simple_evaluate(
-        model=asking, tasks=tasks, task_manager=manager, confirm_run_unsafe_code=args.allow_code_execution,
+        model=asking, tasks=names, task_manager=manager, confirm_run_unsafe_code=args.allow_code_execution,
         **{name: getattr(args, name) for name in same})
-    if rank:
+    if kept.rank:
         return
     samples, points = results.pop("samples"), []
     for name, rows in samples.items():

@@ -52,14 +52,12 @@ def paper_commands(table, model, out, quick=False):
     """The commands of a table, lists of words: bash puts in a family and $OUT and unrolls the loops."""
     echo = "python() { printf '%q ' \"$@\"; echo; }\n" + block_of(table)
     family = nt_model.family_of(model)  # what a block asks for
-    settings = {"MODEL": family, "OUT": "@OUT"}
+    settings, tiny = {"MODEL": family, "OUT": "@OUT"}, TINY if family == "tiny" else {}
     said = subprocess.check_output(["bash", "-euc", echo], env=os.environ | settings, text=True)
     for script, *words in map(shlex.split, said.splitlines()):
-        words = [model if (before, word) == ("--model", family) else word.replace("@OUT", str(out))
+        words = [model if (before, word) == ("--model", family) else
+                 word.replace("@OUT", str(out)) if "@OUT" in word else tiny.get(before, word)
                  for before, word in zip([script, *words], words)]
-        if family == "tiny":
-            words = [word if str(out) in word else TINY.get(before, word)
-                     for before, word in zip([script, *words], words)]
         if quick and "--model" in words:
             words += f"{QUICK.get(script, '--n_problems 8')} {FEW * (script in RANKED)}".split()
         yield [script, *words]
@@ -84,11 +82,10 @@ def paper_command(args):
     ended = read_jsonl(done, ours=True, mend=True) if done.exists() else []
     commands = list(paper_commands(args.table, args.model, root, args.quick))
     for words in commands:  # said before hours of training
-        for option_name, name in zip(words, words[1:]):
-            if option_name == "--protocol":
-                nt_eval.protocol_of(name, nt_model.family_of(args.model))
+        if "--protocol" in words:
+            nt_eval.protocol_of(words[words.index("--protocol") + 1], nt_model.family_of(args.model))
     for words in commands:
-        print(shlex.join(["python", *words]), flush=True)
+        print(shlex.join(["python", *words]))  # before what the script says: run_cli flushes every line
         if args.dry_run or {"words": words} in ended:
             continue
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
