@@ -36,7 +36,7 @@ def run_cli(main):
     """Bad input is one line on stderr and exit code 2, never a traceback; main may return an exit code."""
     sys.unraisablehook = come_again
     interrupted.clear()
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as in a script's background
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as behind nohup
         signal.signal(signal.SIGINT, interrupt)
     if "RANK" not in os.environ:  # a rank may be waiting for another, and then only the signal itself ends it
         signal.signal(signal.SIGTERM, interrupt)
@@ -263,6 +263,18 @@ def read_jsonl(path, ours=False, mend=False, growing=False, **kinds):
     if mend and whole != text:
         write_whole(path, whole)
     return rows
+
+
+def continued(path, ours):
+    """The ids that a .jsonl has already; UserError if a line says other things than `ours`, {id: facts}."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    there = read_jsonl(path, ours=True, growing=True)
+    if not all(row.get("id") in ours and row | ours[row["id"]] == row for row in there):
+        raise UserError(f"{path} holds responses of another model, other settings or other prompts: choose "
+                        f"another --to or remove it")
+    read_jsonl(path, ours=True, mend=True)
+    return {row["id"] for row in there}
 
 
 def line_of(row):

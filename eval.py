@@ -275,11 +275,9 @@ def provenance(**facts):
     """What a number needs to be traced and made again; facts: of the model, the data, the protocol."""
     describe = "git describe --always --dirty --abbrev=40 --exclude='*'"
     done = subprocess.run(describe, shell=True, capture_output=True, text=True, cwd=nt_model.HERE)
-    commit, dirty, _ = done.stdout.strip().partition("-dirty")
     return dict(
         command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        commit=commit or None,
-        dirty=bool(dirty),
+        commit=done.stdout.strip() or None,  # "-dirty" behind it: with changes of one's own
         python=platform.python_version(),
         **{"device": device_name()} | versions("torch", "transformers") | facts)
 

@@ -497,6 +497,23 @@ def token_positions(valid):
     return (valid.long().cumsum(1) - 1).clamp(min=0)
 
 
+def stale_hidden(model, old, new, positions, inside):
+    """Hidden states of the slice `inside` of canvas `new` (T,); other keys are of the last refresh, `old`."""
+    cfg = model.cfg
+    mask = attention_mask(cfg, positions, positions, positions, positions, positions >= 0)
+    cos, sin = rope_angles(cfg, positions)
+    h_old = model.embed(old[None])
+    h = model.embed(new[None, inside])
+    for block in model.blocks:
+        _, k, v = block.qkv(h_old, cos, sin)
+        q, k_new, v_new = block.qkv(h, cos[:, :, inside], sin[:, :, inside])
+        k[:, :, inside], v[:, :, inside] = k_new, v_new
+        h = block.mix(h, q, k, v, mask[:, inside])
+        h_old = block(h_old, cos, sin, mask)
+    h = model.norm(h)
+    return torch.cat([h[:, :1], h[:, :-1]], 1) if cfg.shift else h
+
+
 def load(name, device="cpu", dtype=torch.float32, revision=None):
     """Preset name, hub id or directory -> a model in eval mode, every tensor used, every parameter filled."""
     folder = checkpoint_dir(name, revision)
@@ -562,8 +579,7 @@ def checkpoint_dir(name, revision=None, weights=True):
 
 
 def local_weights(name):
-    """A checksum of a local model's, adapter's or teacher's files, or of trajectories; None for a hub id, which
-    its revision pins, and for no name."""
+    """A checksum of a local model's, adapter's or collection's files; None for a hub id, see revision."""
     folder = Path(presets().get(str(name), name))
     patterns = ["*.safetensors", "*config.json", "rank*.jsonl", *TOKENISER_FILES]
     sums = map(sha256, sorted({file for pattern in patterns for file in folder.glob(pattern)}))

@@ -84,8 +84,7 @@ def ranks():
     port = os.environ.get("MASTER_PORT", "") if "MASTER_ADDR" in os.environ else ""
     alone = world == "1" or port.isdecimal()
     if not (alone and rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
-        raise UserError(f"RANK is {rank!r} of WORLD_SIZE {world!r}, MASTER_PORT {port!r}: start with torchrun, or "
-                        f"unset all three")
+        raise UserError(f"RANK {rank!r}, WORLD_SIZE {world!r}, MASTER_PORT {port!r}: use torchrun or none")
     return int(rank), int(world)
 
 
@@ -292,8 +291,7 @@ class Run:
             old = now
             for path in made:  # nothing that a user has put beside it
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        differ = [f"{k} {old.get(k)!r} -> {now.get(k)!r}"
-                  for k in old | now if old.get(k) != now.get(k)]
+        differ = [f"{k} {old.get(k)!r} -> {now.get(k)!r}" for k in old | now if old.get(k) != now.get(k)]
         if differ and trained:  # before, nothing is trained that could be mixed up
             raise UserError(f"{out} belongs to another configuration ({'; '.join(differ)}): "
                             f"choose another --out, or --overwrite")

@@ -35,8 +35,8 @@ import data
 import lora
 from cli import UserError, option, run_cli
 from layers import for_decoding, linear, with_linear
-from model import (KVCache, ModelOptions, attention_mask, config_of, decoding_defaults, default_device,
-                   first_position, in_blocks, in_first_block, load, local_weights, n_content, rope_angles)
+from model import (KVCache, ModelOptions, config_of, decoding_defaults, default_device, first_position,
+                   in_blocks, in_first_block, load, local_weights, n_content, stale_hidden)
 
 CACHES = ("none", "prefix", "dual", "vicinity", "exact")
 SCORES = ("confidence", "entropy", "margin")
@@ -296,16 +296,24 @@ def choose(model, h, s, key, nfe, positions, *state):
     return token, now, POLICIES[s.policy].choose(now, s) & now.masked
 
 
+def with_response(prompt, cfg, gen_len):
+    """-> the prompt's length P, and (P + gen_len,) ids: masks behind it, EOS behind a given response."""
+    P = n_content(prompt, [cfg.mask_id])
+    filling = cfg.mask_id if P == len(prompt) else cfg.eos_ids[0]
+    return P, F.pad(prompt, (0, P + gen_len - len(prompt)), value=filling)
+
+
 @torch.no_grad()
 def reference(model, prompt, **settings):
     """Decode one prompt (P,) int64 with plain code and no cache -> Output: the oracle for `generate`."""
-    s, P = Decoding(**settings), n_content(prompt, [model.cfg.mask_id])
+    s = Decoding(**settings)
     policy = POLICIES[s.policy]
     model = in_blocks(model, s.block_len)
-    cfg, total = model.cfg, P + s.gen_len
-    x = F.pad(prompt, (0, total - len(prompt)), value=cfg.eos_ids[0] if len(prompt) > P else cfg.mask_id)
-    masked = x == cfg.mask_id
-    order, conf, revealed = masked.long() - 1, torch.ones(total), (~masked).nonzero()[P:, 0].tolist()
+    cfg = model.cfg
+    P, x = with_response(prompt, cfg, s.gen_len)
+    total, masked = len(x), x == cfg.mask_id
+    order, conf = masked.long() - 1, torch.ones(total)
+    revealed = (~masked).nonzero()[P:, 0].tolist()
     key = torch.tensor([[row_key(s.seed, 0)]])
     threshold = torch.tensor([[s.threshold]])
     memory = torch.zeros(1, policy.memory).long()
@@ -351,23 +359,6 @@ def reach(s, cfg):
     """Columns left of the block that a window takes along; a shifted model needs the left neighbour."""
     columns = {"vicinity": s.vicinity, "exact": s.block_len}.get(s.cache, 0)  # exact: keys to commit
     return max(columns, int(cfg.shift))
-
-
-def stale_hidden(model, old, new, positions, inside):
-    """Hidden states of the slice `inside` of canvas `new` (T,); other keys are of the last refresh, `old`."""
-    cfg = model.cfg
-    mask = attention_mask(cfg, positions, positions, positions, positions, positions >= 0)
-    cos, sin = rope_angles(cfg, positions)
-    h_old = model.embed(old[None])
-    h = model.embed(new[None, inside])
-    for block in model.blocks:
-        _, k, v = block.qkv(h_old, cos, sin)
-        q, k_new, v_new = block.qkv(h, cos[:, :, inside], sin[:, :, inside])
-        k[:, :, inside], v[:, :, inside] = k_new, v_new
-        h = block.mix(h, q, k, v, mask[:, inside])
-        h_old = block(h_old, cos, sin, mask)
-    h = model.norm(h)
-    return torch.cat([h[:, :1], h[:, :-1]], 1) if cfg.shift else h
 
 
 def generate(model, prompts, batch_size=32, **options):
@@ -446,21 +437,21 @@ class Rows:
     age: torch.Tensor        # (R, 1) int64, forwards since its keys were stored, or STALE
 
     @staticmethod
-    def new(prompts, keys, s, cfg, T):
+    def new(prompts, streams, s, cfg, T):
         """prompts: list of 1-D int64 tensors -> their rows of T columns, on the CPU."""
         P = T - 1 - s.gen_len
-        length = torch.tensor([[n_content(p, [cfg.mask_id])] for p in prompts])
+        rows = [with_response(p, cfg, s.gen_len) for p in prompts]
+        length = torch.tensor([[n] for n, _ in rows])
         column = torch.arange(T).expand(len(prompts), T)
         position, used = column - P + length, column < T - 1
         canvas = torch.full_like(column, cfg.pad_id)
-        for row, prompt, n in zip(canvas, prompts, length):
-            row[P:-1] = cfg.mask_id if n == len(prompt) else cfg.eos_ids[0]
-            row[P - n:P - n + len(prompt)] = prompt
+        for row, (n, ids) in zip(canvas, rows):
+            row[P - n:-1] = ids
         masked = used & (column >= P) & (canvas == cfg.mask_id)
         zero, ones = torch.zeros_like(length), torch.ones(column.shape)
         return Rows(valid=used & (position >= 0),
                     positions=position.clamp(min=0) + first_position(cfg, length),
-                    key=torch.tensor(keys), threshold=zero + float(s.threshold),
+                    key=torch.tensor([[row_key(s.seed, i)] for i in streams]), threshold=zero + float(s.threshold),
                     canvas=canvas, masked=masked, order=masked.long() - 1, conf=ones, entropy=ones * math.inf,
                     start=zero + P - in_first_block(cfg, length), nfe=zero, tries=zero,
                     memory=zero.repeat(1, POLICIES[s.policy].memory), age=zero + STALE)
@@ -571,7 +562,7 @@ class Batch:
             T = 32 * math.ceil(T / 32)
         n_rows = min(batch_size, n_rows)
         self.P = T - s.gen_len - 1  # where the responses begin
-        empty = Rows.new([torch.empty(0)] * n_rows, [[0]] * n_rows, s, self.model.cfg, T)
+        empty = Rows.new([torch.empty(0)] * n_rows, [0] * n_rows, s, self.model.cfg, T)
         self.rows = Rows(*(t.to(self.dev).clone() for t in vars(empty).values()))
         self.rows.masked.fill_(False)
         self.cache = None
@@ -634,8 +625,8 @@ class Batch:
         if not places:
             return
         s, prompts = self.s, [self.prompts[i] for i in places.values()]
-        keys = [[row_key(s.seed, self.streams[i])] for i in places.values()]
-        new = Rows.new(prompts, keys, s, self.model.cfg, self.rows.canvas.shape[1])
+        streams = [self.streams[i] for i in places.values()]
+        new = Rows.new(prompts, streams, s, self.model.cfg, self.rows.canvas.shape[1])
         left = new.masked.gather(1, new.window(s.block_len)).sum(1).tolist()
         for (row, index), (start,), n in zip(places.items(), new.start.tolist(), left):
             self.owner[row], self.fresh[row] = index, False
@@ -786,9 +777,11 @@ def asked_ids(model, tok, row):
 
 def response_of(out, tok, eos_ids, row={}):
     """What is kept of an Output: its text, how many tokens of it were decoded, the forwards."""
-    n, before = out.n_tokens(eos_ids), row.get("infill", "").partition("[MASK")[0]
+    n = out.n_tokens(eos_ids)
+    before = row.get("infill", "").partition("[MASK")[0]
     text = before + tok.decode(out.ids[:n].tolist())
-    return dict(response=text, tokens=int((out.order[:n] >= 0).sum()), nfe=out.nfe)
+    decoded = out.order[:n] >= 0  # others were given
+    return dict(response=text, tokens=int(decoded.sum()), nfe=out.nfe)
 
 
 def decode_one(model, tok, row, how, by, path):
@@ -828,14 +821,7 @@ def decode_file(model, tok, args, rows, settings):
                    decoding=settings | dict(system=args.system, raw=args.raw))
     ours = {r["id"]: r | made_by for r in rows}  # what a line of this run says
     cli.check_apart([args.prompts], [to])
-    to.parent.mkdir(parents=True, exist_ok=True)
-    to.touch()
-    there = cli.read_jsonl(to, ours=True, growing=True)
-    if not all(r.get("id") in ours and r | ours[r["id"]] == r for r in there):
-        raise UserError(f"{to} holds responses of another model, other settings or other prompts: choose "
-                        f"another --to or remove it")
-    cli.read_jsonl(to, ours=True, mend=True)
-    done = {r["id"] for r in there}
+    done = cli.continued(to, ours)
     todo = [i for i, r in enumerate(rows) if r["id"] not in done]
     prompts = [asked_ids(model, tok, rows[i]) for i in todo]
     for i, out in stream(model, prompts, args.batch_size, True, todo, args.compiled, **settings):
@@ -846,10 +832,9 @@ def decode_file(model, tok, args, rows, settings):
 
 def main():
     args, given = cli.parse(__doc__, Options, Decoding)
-    kind, other = ("one prompt", "prompt infill show html") if args.prompts else ("--prompts", "to max_prompt")
-    for name in other.split():
+    for name in ("prompt infill show html" if args.prompts else "to max_prompt").split():
         if getattr(args, name):
-            raise UserError(f"--{name} is for {kind}: leave it out")
+            raise UserError(f"--{name} is for {'one prompt' if args.prompts else '--prompts'}: leave it out")
     rows = read_prompts(Path(args.prompts)) if args.prompts else data.load_problems("tiny", "test", 1)
     if args.prompt:
         rows = [dict(id="prompt", prompt=args.prompt)]

@@ -318,7 +318,7 @@ def test_a_killed_curve_goes_on(tmp_path, monkeypatch, capsys):
     assert content(tmp_path / "again", "provenance") == content(tmp_path / "whole", "provenance")
     assert not list(tmp_path.glob("*/rows-*")) and len(rows) == 4 + 12
     facts = json.loads((tmp_path / "whole/results.jsonl").read_text().splitlines()[0])["provenance"]
-    assert facts["command"].startswith("eval.py curve") and facts["weights"] and "dirty" in facts
+    assert facts["command"].startswith("eval.py curve") and facts["weights"] and re.fullmatch("[0-9a-f]{40}(-dirty)?", facts["commit"])
     cli(monkeypatch, *argv[1:])  # finished: nothing is decoded
     cli(monkeypatch, *argv[1:4], "--n", "5", "--batch_size", "2", "--out", "again", "--thresholds", "0.8")
     assert len(rows) == 16 + 6 and len(content(tmp_path / "again")) == 3  # one more point, in the same folder
