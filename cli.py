@@ -247,16 +247,19 @@ def read_jsonl(path, ours=False, mend=False, growing=False, **kinds):
     """Objects of a .jsonl. ours: of line_of(); mend: cut damaged lines off; growing: the last may be torn."""
     text, rows, whole = read_text(path, "replace" if ours else "strict"), [], ""
     sealed = False  # lines of before checksums do not stand behind those with one
-    for i, line in enumerate(text.split("\n")[:-1 if growing else None], 1):
+    for i, line in enumerate(text.split("\n"), 1):
         try:
             rows += [row_of(line, kinds, sealed) if ours else json.loads(line)] if line.strip() else []
             whole += line + "\n" * bool(line)
             sealed = sealed or CRC[:10] in line
         except (ValueError, RecursionError) as e:
+            torn = i > text.count("\n")  # the last one, which is no news
+            if growing and torn:
+                break
             fault = f"{path} line {i} is not valid JSON or is damaged ({e}): {line[:60]!r}"
             if not mend:
                 raise UserError(f"{fault}; remove or repair that line") from None
-            if i <= text.count("\n"):  # a last one without its end is no news
+            if not torn:
                 print(f"warning: {fault}; it is made again, and kept in {path}.damaged", file=sys.stderr)
             with open(f"{path}.damaged", "a") as f:
                 f.write(line + "\n")

@@ -8,6 +8,7 @@ docs/evaluation.md defines all measures. Tables of runs: tools/compare.py; tasks
 import hashlib
 import json
 import math
+import os
 import platform
 import re
 import shlex
@@ -312,11 +313,11 @@ def show(curves, y_max, out):
 def draw(panels, x, y, path):
     """panels: {title: {label: [(x, y) or (x, y, error)]}}, side by side -> a PNG. No y: one per panel."""
     try:
+        os.environ["MPLBACKEND"] = "agg"  # no window, and not a notebook's
         from matplotlib import pyplot as plt  # slow to import
     except ImportError:
         print(f"no {path}: drawing needs matplotlib: pip install matplotlib")
         return
-    plt.switch_backend("Agg")  # no window
     plt.rcParams["text.parse_math"] = False  # a $ in a label is one
     fig, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels) + 1.8, 4.2), dpi=140,
                              sharey=bool(y), squeeze=False, layout="constrained")

@@ -53,7 +53,7 @@ def rollout(model, tok, problems, folder, model_name, privileged=False, batch_si
     done = {r["id"]: r for r in read_trajectories(folder, growing=True)}
     facts = dict(model=str(model_name), revision=model.revision, weights=local_weights(model_name),
                  decoding=settings, schema=SCHEMA)
-    prompts = {p["id"]: {k: p.get(k) for k in ("prompt", "earlier", "raw", "solution")} |
+    prompts = {p["id"]: {k: p.get(k) for k in ("prompt", "solution", *CARRIED)} |
                         {"answer": p.get("answer", "")} for p in problems}
     for r in done.values():  # none may be of another model, of other settings or prompts
         now, then = settings | facts | prompts.get(r["id"], {}), r["decoding"] | r

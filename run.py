@@ -73,7 +73,11 @@ def parse(Config, presets, doc):
     name = given.get("model", Config.model)
     family = nt_model.family_of(name, given.get("revision"))
     own_task = {"data": name} if name in nt_model.FAMILIES[family].tasks else {}
-    cfg = Config(**presets.get(family, presets["others"]) | own_task | given)
+    preset = dict(presets.get(family, presets["others"]))
+    for mine, theirs in (("warmup_steps", "warmup_ratio"), ("epochs", "max_steps")):
+        if mine in given:  # which the preset's would overrule
+            preset.pop(theirs, None)
+    cfg = Config(**preset | own_task | given)
     lora.named(cfg.lora_targets)  # an error before anything long
     return cfg
 
@@ -82,7 +86,7 @@ def ranks():
     """torchrun's rank and world size; (0, 1) without."""
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     port = os.environ.get("MASTER_PORT", "") if "MASTER_ADDR" in os.environ else ""
-    alone = world == "1" or port.isdecimal()
+    alone = world == "1" or port.isdecimal() and int(port) < 2**16
     if not (alone and rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
         raise UserError(f"RANK {rank!r}, WORLD_SIZE {world!r}, MASTER_PORT {port!r}: use torchrun or none")
     return int(rank), int(world)
@@ -279,8 +283,8 @@ class Run:
         now["weights"] = list(map(nt_model.local_weights, used))
         now["problems"] = zlib.crc32(json.dumps(data, default=len).encode())  # of games: how many
         made = [path for name in MADE for path in out.glob(name)]
-        trained, known = (any(any(out.glob(name)) for name in MADE[:n]) for n in (4, 6))
-        old = cli.read_json(file) if file.exists() else {} if known else now
+        trained = any(any(out.glob(name)) for name in MADE[:4])
+        old = cli.read_json(file) if file.exists() else {} if made else now
         if not isinstance(old, dict) or not OURS <= old.keys():
             raise UserError(f"{file} is absent or not that of a run: choose another --out")
         cli.check_apart(vars(cfg).values(), made if cfg.overwrite else [out / "adapter", out / "model"])
@@ -289,8 +293,11 @@ class Run:
         restarts = {os.environ.get(f"{by}_RESTART_COUNT", "0") for by in ("TORCHELASTIC", "SLURM")}
         if cfg.overwrite and restarts == {"0"} and file.exists():
             old = now
-            for path in made:  # nothing that a user has put beside it
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            before = out / f"overwritten-{len(list(out.glob('overwritten-*')))}"
+            before.mkdir()
+            for path in made:  # nothing that a user has put beside it, or into it, is lost
+                path.rename(before / path.name)
+            print(f"the run of before is in {before}")
         differ = [f"{k} {old.get(k)!r} -> {now.get(k)!r}" for k in old | now if old.get(k) != now.get(k)]
         if differ and trained:  # before, nothing is trained that could be mixed up
             raise UserError(f"{out} belongs to another configuration ({'; '.join(differ)}): "

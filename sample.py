@@ -451,7 +451,8 @@ class Rows:
         zero, ones = torch.zeros_like(length), torch.ones(column.shape)
         return Rows(valid=used & (position >= 0),
                     positions=position.clamp(min=0) + first_position(cfg, length),
-                    key=torch.tensor([[row_key(s.seed, i)] for i in streams]), threshold=zero + float(s.threshold),
+                    key=torch.tensor([[row_key(s.seed, i)] for i in streams]),
+                    threshold=zero + float(s.threshold),
                     canvas=canvas, masked=masked, order=masked.long() - 1, conf=ones, entropy=ones * math.inf,
                     start=zero + P - in_first_block(cfg, length), nfe=zero, tries=zero,
                     memory=zero.repeat(1, POLICIES[s.policy].memory), age=zero + STALE)

@@ -39,7 +39,7 @@ import torch.nn.functional as F
 import eval as nt_eval
 import model as nt_model
 import run
-from data import (GAMES, GameExamples, example_rng, fitting, hidden_rows, load_problems,
+from data import (GAMES, TINY_LEN, GameExamples, example_rng, fitting, hidden_rows, load_problems,
                   load_tokenizer, pad_response, read_trajectories, stacked)
 from teacher import load_teacher_tokenizer, score_examples
 
@@ -144,6 +144,8 @@ def training_loss(model, b, cfg):
 def load_examples(cfg, tok):
     """The data as a sequence of {id, prompt_ids, x0}."""
     if cfg.data in GAMES:
+        if cfg.gen_len != TINY_LEN:
+            raise UserError(f"--gen_len {cfg.gen_len}: responses of {cfg.data} have {TINY_LEN} tokens")
         return GameExamples(tok, cfg.data, cfg.n_examples)
     if Path(cfg.data).is_dir():
         records = [r for r in read_trajectories(cfg.data) if r["correct"] or not cfg.only_correct]

@@ -225,6 +225,49 @@ def test_overwrite_removes_only_what_a_run_made(runs):
     assert all((out / name).read_text() == "mine" for name in [*mine, "../elsewhere/rank0.jsonl"])
 
 
+def contents(folder):
+    return sorted(file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name != "lock")
+
+
+@pytest.mark.parametrize("wrong", [[], ["--gen_len", "8000"], ["--batch_size", "64"], ["--trajectories", "other"]])
+def test_overwrite_loses_nothing(runs, wrong):
+    """Neither a run that is finished, where the new one ends in an error, nor what somebody put into its folders."""
+    assert runs("tabom", "other", "--max_steps", "1", "--collect_seed", "3", "--collect_temperature", "1") == (0, [])
+    out, mine = runs.folder / "run", ["trajectories/thesis.tex", "adapter/README.md", "curve.png", "epoch-1-notes.txt"]
+    assert runs("tabom", "run", "--max_steps", "1") == (0, [])
+    for name in mine:
+        (out / name).write_text("mine")
+    (out / "config.json").rename(runs.folder / "config.json")  # it alone is written anew
+    before = contents(out)
+    (runs.folder / "config.json").rename(out / "config.json")
+    wrong = [runs.folder / "other/trajectories" if word == "other" else word for word in wrong]
+    code, said = runs("tabom", "run", "--max_steps", "2", "--overwrite", *wrong)
+    assert code == (2 if wrong else 0) and not (out / "curve.png").exists()
+    assert contents(out / "overwritten-0") == before
+    if wrong:
+        assert len(said) == 1 and said[0].startswith("error: "), said
+        assert not (out / "adapter").exists() and runs("tabom", "run", "--max_steps", "2") == (0, [])
+    assert runs("tabom", "run", "--max_steps", "1", "--overwrite") == (0, [])
+    assert (out / "overwritten-1/adapter").is_dir() and contents(out / "overwritten-0") == before
+
+
+@pytest.mark.parametrize("name", ["trajectories/thesis.txt", "difficulty/mine.txt", "curve.png", "window.json", "log.png"])
+def test_a_new_run_writes_over_nothing(runs, name):
+    """A folder may hold other files, a job's own log say, but none of a name that a run writes."""
+    out = runs.folder / "run"
+    (out / name).parent.mkdir(parents=True)
+    for file in (out / name, out / "slurm.log"):
+        file.write_text("mine")
+    for more in ([], ["--overwrite"]):
+        code, said = runs("tabom", "run", "--max_steps", "1", *more)
+        assert code == 2 and len(said) == 1 and "config.json is absent or not that of a run" in said[0], said
+    assert (out / name).read_text() == "mine"
+    (out / name).unlink()
+    if "/" in name:
+        (out / name).parent.rmdir()
+    assert runs("tabom", "run", "--max_steps", "1") == (0, []) and (out / "slurm.log").read_text() == "mine"
+
+
 @pytest.mark.parametrize("given, option", [
     ("run/model", "--model"), ("run/trajectories", "--trajectories"), ("run/trajectories+other", "--trajectories"),
     ("linked", "--model"), ("run/difficulty/rank0.jsonl", "--data"), ("gsm8k={}/run/difficulty/g.jsonl", "--data"),
@@ -485,7 +528,7 @@ def test_problems_whose_answers_changed_since(tmp_path):
     problems = data.load_problems("tiny", "train", 2)
     settings = dict(gen_len=8, block_len=4, policy="static", per_step=1)
     assert len(rollout.rollout(model, tok, problems, tmp_path, "x", **settings)) == 2
-    for key in ("answer", "solution", "prompt"):
+    for key in ("answer", "solution", "prompt", "grader", "question", "tests", "setup", "entry_point"):
         changed = [problems[0], problems[1] | {key: "something else"}]
         with pytest.raises(UserError, match=f"other settings .{key}."):
             rollout.rollout(model, tok, changed, tmp_path, "x", **settings)

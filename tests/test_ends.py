@@ -158,7 +158,7 @@ def test_a_rank_that_cannot_be(rank, world, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("MASTER_ADDR", "localhost")
-    for port in ("abc", "", "-1", "29 500"):
+    for port in ("abc", "", "-1", "29 500", "65536", "99999"):
         monkeypatch.setenv("MASTER_PORT", port)
         with pytest.raises(cli.UserError, match=f"MASTER_PORT '{port}': use torchrun"):
             training.ranks()

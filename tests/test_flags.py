@@ -4,9 +4,11 @@ import importlib
 import inspect
 import io
 import math
+import os
 import random
 import re
 import runpy
+import subprocess
 import sys
 from dataclasses import fields
 from typing import get_args, get_origin, get_type_hints
@@ -19,6 +21,7 @@ import cli
 import compare
 import data
 import harness
+import run
 import sample
 import sweep
 import t3d
@@ -137,3 +140,29 @@ def test_no_colour_goes_into_a_file(monkeypatch):
                                        "  2 | \033[1;38;5;208ma\033[0m \033[38;5;46mb\033[0m")):
         monkeypatch.setattr(sys, "stdout", stream)
         assert sample.show(out, ["a", "b"]) == drawn
+
+
+@pytest.mark.parametrize("words, want", [
+    ("--model llada --warmup_steps 200", dict(warmup_steps=200, warmup_ratio=0)), ("--model llada", dict(warmup_ratio=0.03)),
+    ("--model tiny --epochs 5", dict(epochs=5, max_steps=0)), ("--epochs 5 --max_steps 7", dict(epochs=5, max_steps=7)),
+    ("--model dream --warmup_steps 0", dict(warmup_steps=0, warmup_ratio=0)),
+    ("--model llada --warmup_steps 9 --warmup_ratio 0.1", dict(warmup_steps=9, warmup_ratio=0.1))])
+def test_what_is_given_is_not_overruled_by_a_preset(words, want, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["trims.py", *words.split()])
+    cfg = vars(run.parse(trims.Config, trims.PRESETS, ""))
+    assert {name: cfg[name] for name in want} == want
+
+
+@pytest.mark.parametrize("gen_len", [24, 47, 96, 256])
+def test_the_responses_of_a_game_have_one_length(gen_len):
+    with pytest.raises(cli.UserError, match=f"--gen_len {gen_len}: responses of tiny have 48 tokens"):
+        trims.load_examples(trims.Config(gen_len=gen_len), data.load_tokenizer("tiny"))
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "TkAgg", "none of these"])
+def test_pictures_are_drawn_whatever_the_backend(backend, tmp_path):
+    """A notebook's variable reaches the programs that are started from it."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import eval; eval.draw({'a': {'b': [(1, 2)]}}, 'x', 'y', 'a.png')"
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT)], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | dict(MPLBACKEND=backend))
+    assert done.returncode == 0 and (tmp_path / "a.png").stat().st_size > 1000, done.stderr

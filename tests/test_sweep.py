@@ -387,3 +387,20 @@ def test_an_ablation_runs_and_continues(tmp_path, monkeypatch, small_tables, cap
     with pytest.raises(UserError, match="no table 'TAD-5' in docs/papers-.\\.md: there are"):
         monkeypatch.undo()
         sweep.block_of("TAD-5")
+
+
+def test_a_table_of_a_model_that_changed_is_made_again(monkeypatch, tmp_path):
+    shutil.copytree(ROOT / "weights/tiny", tmp_path / "m")
+    ran = []
+    monkeypatch.setattr(sweep, "run_script", lambda words, launch: ran.append(words))
+    monkeypatch.setattr("sys.argv", ["sweep.py", "paper", "TAD-9", "--model", str(tmp_path / "m"), "--out", str(tmp_path / "out")])
+    sweep.main()
+    n = len(ran)
+    sweep.main()
+    assert len(ran) == n > 1
+    for name in ("model.safetensors", "vocab.json", "config.json"):
+        with open(tmp_path / "m" / name, "a") as f:
+            f.write("\n")
+        n += n if name == "model.safetensors" else len(list(sweep.paper_commands("TAD-9", "tiny", "o")))
+        sweep.main()
+        assert len(ran) == n

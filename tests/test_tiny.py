@@ -159,6 +159,31 @@ def test_responses_of_a_model_that_changed(tmp_path, monkeypatch, capsys, what):
     assert "0 responses written" in capsys.readouterr().out and (tmp_path / "p.responses.jsonl").read_text() == before
 
 
+@pytest.mark.parametrize("theirs", [None, '{"mine": 1}', '{"id": "p-0"}', '{"id": "p-0", "response": "a"}'])
+def test_a_last_response_without_its_end(tmp_path, monkeypatch, capsys, theirs):
+    """As an editor leaves a file: ours goes on, with no id twice; somebody else's, or one of other settings, is refused."""
+    (tmp_path / "p.txt").write_text("a\nb\n")
+    to = tmp_path / "p.responses.jsonl"
+    monkeypatch.setattr("sys.argv", ["sample.py", "--prompts", str(tmp_path / "p.txt"), "--gen_len", "8", "--block_len", "8"])
+    if theirs:
+        to.write_text(theirs)
+        with pytest.raises(cli.UserError, match="another model, other settings"):
+            sample.main()
+        assert to.read_text() == theirs
+        to.write_text("a line")  # as torn as ours may be: it is kept beside
+    sample.main()
+    assert not theirs or (tmp_path / "p.responses.jsonl.damaged").read_text() == "a line\n"
+    whole = to.read_text()
+    to.write_text(whole[:-1])
+    sample.main()
+    assert to.read_text() == whole and "0 responses written" in capsys.readouterr().out
+    to.write_text(whole[:-1])
+    monkeypatch.setattr("sys.argv", [*sample.sys.argv, "--threshold", "0.1"])
+    with pytest.raises(cli.UserError, match="another model, other settings"):
+        sample.main()
+    assert to.read_text() == whole[:-1]
+
+
 @pytest.mark.parametrize("folder", ["my run", "it's", "a;b", "plain"])
 def test_the_command_that_a_run_ends_with_can_be_pasted(folder, capsys):
     for whole in (False, True):

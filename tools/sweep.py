@@ -86,13 +86,14 @@ def paper_command(args):
             nt_eval.protocol_of(words[words.index("--protocol") + 1], nt_model.family_of(args.model))
     for words in commands:
         print(shlex.join(["python", *words]))  # before what the script says: run_cli flushes every line
-        if args.dry_run or {"words": words} in ended:
+        row = dict(words=words, weights=nt_model.local_weights(args.model))
+        if args.dry_run or row in ended:
             continue
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
         launch *= gpus > 1 and not RANKED.isdisjoint(words[:2])
         run_script(words, launch)
         root.mkdir(parents=True, exist_ok=True)
-        cli.append_line(done, {"words": words})
+        cli.append_line(done, row)
 
 
 def command(label, seed, folder, task="tiny"):
