@@ -24,7 +24,6 @@ from typing import Literal, get_args, get_origin, get_type_hints
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-
 sys.stderr = sys.stderr or open(os.devnull, "w")  # `2>&-`
 
 
@@ -128,7 +127,7 @@ def check_numbers(values):
 
 
 def option(default=dataclasses.MISSING, **about):
-    """A field that must be given (no default), has no dashes (positional), a value when bare, or choices."""
+    """A field that must be given (no default), has no dashes (positional), or choices."""
     about["required"] = default is dataclasses.MISSING
     return dataclasses.field(default=None if about["required"] else default, metadata=about)
 
@@ -152,8 +151,6 @@ def add_options(parser, cls, presets={}):
             names, settings["nargs"] = [field.name], None if about["required"] else "?"
         else:
             settings["required"] = about.get("required", False)
-        if about.get("bare") is not None:
-            settings.update(nargs="?", const=about["bare"])
         if get_origin(kind) is list:
             settings["nargs"], kind = "+", get_args(kind)[0]
         if kind is bool:
@@ -261,8 +258,8 @@ def read_jsonl(path, ours=False, mend=False, growing=False, **kinds):
                 raise UserError(f"{fault}; remove or repair that line") from None
             if not torn:
                 print(f"warning: {fault}; it is made again, and kept in {path}.damaged", file=sys.stderr)
-            with open(f"{path}.damaged", "a") as f:
-                f.write(line + "\n")
+            with open(f"{path}.damaged", "ab") as f:
+                f.write(f"{line}\n".encode())
     if mend and whole != text:
         write_whole(path, whole)
     return rows
@@ -334,7 +331,7 @@ def write_whole(path, text):
     """Under another name, then renamed: whole and on the disk, or absent."""
     path = Path(path)
     tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text(text)
+    tmp.write_text(text, "utf-8")
     sync(tmp)
     os.replace(tmp, path)
     sync(path.parent)

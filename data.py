@@ -36,7 +36,7 @@ TINY_TRAINING = dict(  # what the methods that collect train the tiny model with
 GAMES = FAMILIES["tiny"].tasks  # weights/NAME/game.py makes the problems of an embedded task
 AVOIDED = {"train": ("dev", "test"), "dev": (), "test": ("dev",)}  # whose held-out prompts do not occur
 
-TEXTS = "prompt question solution thinking entry_point grader source infill".split()  # fields that hold text
+TEXTS = "prompt question solution thinking entry_point grader source".split()  # fields that hold text
 OWN_FIELDS = ("id", *TEXTS, "answer", "tests", "setup", "messages")  # of a problem
 CARRIED = "earlier raw question grader tests entry_point setup".split()  # into its record, where it has them
 RECORD_FIELDS = {**dict.fromkeys("id source prompt solution model".split(), str),
@@ -160,8 +160,10 @@ def own_problems(source):
         for key in TEXTS:
             if not isinstance(p.get(key, ""), str):
                 raise UserError(f"{where}: {key} must be text, it is {str(p[key])[:40]!r}")
-        if not all(isinstance(t, str) for t in listed(p.get("tests")) + listed(p.get("setup"))):
-            raise UserError(f"{where}: tests and setup must be text or lists of texts")
+        if not all(isinstance(t, str) for k in ("tests", "setup", "test_setup") for t in listed(p.get(k))):
+            raise UserError(f"{where}: tests, setup, test_setup must be text or lists of texts")
+        if "earlier" in p and "messages" not in p:
+            raise UserError(f"{where} has earlier, a name of ours: give a chat as messages, or rename it")
         if type(p.get("answer", "")) not in (str, int, float):
             raise UserError(f"{where}: answer must be text or a number, it is {str(p['answer'])[:40]!r}")
         if "messages" in p:
@@ -264,7 +266,7 @@ class OwnChat:
         said = [dict(role=role, content=text) for role, text in turns]
         settings = dict(tokenize=False, enable_thinking=self.thinks) | settings
         try:
-            return whole(self.hf.apply_chat_template(said, **settings))
+            return whole(self.hf.apply_chat_template(said, **settings)).removeprefix("\ufeff")
         except Exception as e:  # whatever a template raises
             raise UserError(f"{self.name}: its chat_template fails ({e}): repair or remove it") from None
 

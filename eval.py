@@ -207,8 +207,7 @@ def curve(model, tok, problems, protocol, label, batch_size=64, allow_code=False
         point = dict(
             label=label, rule=rule_name(settings), settings=settings,
             ids=list(prompts), correct=list(map(int, correct)), tokens=columns["tokens"],
-            nfe=columns["nfe"], responses=columns["response"],
-            seconds=wall_seconds(rows),
+            nfe=columns["nfe"], responses=columns["response"], seconds=wall_seconds(rows),
             ms_per_forward=1000 * sum(columns["seconds"]) / sum(columns["forwards"]),
             device=device_name(), dtype=str(model.embed.weight.dtype)[6:], batch_size=batch_size,
             ranks=len({row.get("shard") for row in rows}))
@@ -262,12 +261,9 @@ def device_name():
 def made_of(args, model, **others):
     """What results depend on but for the decoding rule. Files of a hub id are what its revision says."""
     return dict(
-        model=str(args.model),
-        revision=model.revision,
-        weights=nt_model.local_weights(args.model),
-        adapter=nt_model.local_weights(args.adapter),
-        dtype=str(model.embed.weight.dtype)[6:],
-        device=device_name(),
+        model=str(args.model), revision=model.revision,
+        weights=nt_model.local_weights(args.model), adapter=nt_model.local_weights(args.adapter),
+        dtype=str(model.embed.weight.dtype)[6:], device=device_name(),
         label=args.label, protocol=args.protocol, batch_size=args.batch_size,
         **versions("torch", "math-verify", "lm_eval"), **others)
 
@@ -558,9 +554,9 @@ def nll_command(args, given):
     settings = dict(cache="none", policy="static", per_step=1, early_stop=False)
     settings |= nt_model.decoding_defaults(model.cfg) | given
     problems = data.fitting(problems, tok, args.max_prompt, model.cfg.max_len - decoding_of(settings).gen_len)
-    outs = sample.generate(model.eval(), [tok.prompt_ids(p) for p in problems], **settings)
+    outs = sample.generate(model.eval(), [tok.prompt_ids(p) for p in problems], args.batch_size, **settings)
     bar = cli.progress_bar(problems, f"teacher NLL {label}", unit="decoding")
-    rows = [trajectory_nll(teacher, teacher_tok, tok, p, out, model.cfg.eos_ids) for p, out in zip(bar, outs)]
+    rows = [trajectory_nll(teacher, teacher_tok, tok, *pair, model.cfg.eos_ids) for pair in zip(bar, outs)]
     path = Path(args.out) / "trajectory_nll.png"
     report_by_step(label, mean_by_step(rows), "teacher NLL", "nats per token", path)
 

@@ -23,10 +23,12 @@ from runner import run_program
 MATH = ("math_verify", "grader math needs math-verify: pip install math-verify")
 MANY = 100  # formulas from which on processes are worth their start
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-NUMBER = re.compile(r"(?<!\^{)(?:(?<![\w.)^])-?(?:\$\s?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
-                    r"|(?<![\w.)])-?\$?\.\d+|(?<![\d^])\d+(?:\.\d+)?)")  # no exponent
-UNIT = r"\\?%|(?:\s|\\[,;: ])*\\(?:text|mathrm){[^{}0-9]*}|\s[^0-9=+*^\\-]*"
-THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|,?\\[,!]|[\u00a0\u2009\u202f])(?=[0-9]{3}(?![0-9]))")
+NUMBER = re.compile(r"(?<!\^{)(?<!\^-)(?<!\^{-)(?:(?<![\w.)^])-?(?:[$€£]\s?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|"
+                    r"\d+)(?:\.\d+)?|(?<![\w.)])-?[$€£]?\.\d+|(?<![\d^])\d+(?:\.\d+)?)")  # no exponent
+UNIT = (r"\\?%|[€£]|\s?(?:°|\^{?\\circ}?)\s?[CF]?|(?:[\s~]|\\[,;: ])*+\\(?:text|mathrm){[^{}0-9]*}"
+        r"(?:\^{?\d}?)?|\s(?:[cdkm]?m|ft|in|yd|mi|units?)\^{?\d}?|\s[^0-9=+*^\\-]*+")
+AROUND = r"(?:[*_`$ ]|\\[\[\]()])*+"  # markup
+THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|,?\\[,!]|[\u00a0\u2007-\u200a\u202f])(?=[0-9]{3}(?![0-9]))")
 FENCE = re.compile(r"((?:^[ \t]*)?)(`{3,}|~{3,})[ \t]*(\w*)[^\n]*\n(.*?)"  # a docstring may hold one
                    r"(?:^\1\2|(?<=\S)\2|\Z)", re.M | re.S)  # a last block may be cut off
 CODE = re.compile(r"^(?:@|(?:async )?def |class |import \w|from \S+ import |\w+ *=[^=]).*"  # at the margin,
@@ -92,19 +94,18 @@ def grade_all(problems, texts, allow_code=False):
 
 def typed(text):
     """A minus and thousands as a keyboard has them, however they are set."""
-    return THOUSANDS.sub(",", text.replace("\N{MINUS SIGN}", "-"))
+    return THOUSANDS.sub(",", re.sub("[\u2212\u2013]", "-", text))
 
 
 def last_number(text):
     """-> Decimal or None. '$1,234.50' is one number; a minus after a digit, a letter or a bracket is none."""
     found = NUMBER.findall(typed(text))
-    return Decimal(re.sub(r"[$,\s]", "", found[-1])) if found else None
+    return Decimal(re.sub(r"[$€£,\s]", "", found[-1])) if found else None
 
 
 def boxed(text):
     """What the last \\boxed{...}, \\fbox{...} (braces balanced) or \\boxed 7 holds; None if it is cut off."""
-    found = re.match(r"(?s).*\\(?:boxed|fbox)\s*(.*)", text)
-    rest = found[1] if found else ""
+    rest = ["", *re.split(r"\\(?:boxed|fbox)\s*", text)[1:]][-1]
     if not rest.startswith("{"):
         return re.split(r"[\s$]", rest, maxsplit=1)[0] or None
     depth = 0
@@ -121,21 +122,21 @@ def final_answer(text):
     if found is None:
         number = last_number(text)
         found = "" if number is None else f"{number:f}"
-    return found.strip().rstrip(".").strip()
+    return found.strip().rstrip(".,;").strip()
 
 
 def amount(text):
     """'$1,234.50' or '15\\text{ km}' -> number, letters of its unit; other text: NaN, equal to nothing."""
-    plain = typed(text).replace("\\$", "$").strip("*_ ")
-    found = re.fullmatch(rf"\$?({NUMBER.pattern})({UNIT})?\$?", plain)
-    unit = found and re.sub(r"\\text|\\mathrm|[^a-z]", "", (found[2] or "").lower())
+    found = re.fullmatch(rf"{AROUND}(?:\\(?:text|math)(?:bf|rm)?{{)?\+?({NUMBER.pattern})[*_`]*+({UNIT})?"
+                         rf"}}?{AROUND}", typed(text).replace("\\$", "$"))
+    unit = found and re.sub(r"\\text|\\mathrm|\\circ|[^a-z0-9]", "", (found[2] or "").lower())
     return (last_number(found[1]), unit) if found else (Decimal("NaN"), "")
 
 
 def final_correct(problem, text):
     """Same text, or the same number ('1,234.50' and '$1234.5 in all'), and not of two units."""
     given, wanted = final_answer(text), str(problem["answer"])
-    wanted = final_answer(wanted) if "####" in wanted else wanted.strip()
+    wanted = final_answer(wanted) if "####" in wanted else wanted.strip().rstrip(".,;")
     (a, unit), (b, other) = amount(given), amount(wanted)
     return given != "" and (given == wanted or a == b and (not unit or not other or unit == other))
 
@@ -228,10 +229,8 @@ def calls_of(node):
         setup = methods.get("setup_method")
         before = f"one.setup_method({'None' if len(setup.args.args) > 1 else ''}); " if setup else ""
         return [f"one = {node.name}(); {before}one.{name}()" for name in tests]
-    call = f"{node.name}()"
-    if isinstance(node, ast.AsyncFunctionDef):
-        call = f"__import__('asyncio').run({call})"
-    return [call] * node.name.startswith("test")
+    run = "__import__('asyncio').run" * isinstance(node, ast.AsyncFunctionDef)
+    return [f"{run}({node.name}())"] if node.name.startswith("test") else []
 
 
 GRADERS = dict(

@@ -497,6 +497,13 @@ def token_positions(valid):
     return (valid.long().cumsum(1) - 1).clamp(min=0)
 
 
+def with_response(prompt, cfg, gen_len):
+    """-> the prompt's length P, and (P + gen_len,) ids: masks behind it, EOS behind a given response."""
+    P = n_content(prompt, [cfg.mask_id])
+    filling = cfg.mask_id if P == len(prompt) else cfg.eos_ids[0]
+    return P, F.pad(prompt, (0, P + gen_len - len(prompt)), value=filling)
+
+
 def stale_hidden(model, old, new, positions, inside):
     """Hidden states of the slice `inside` of canvas `new` (T,); other keys are of the last refresh, `old`."""
     cfg = model.cfg

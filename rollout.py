@@ -123,11 +123,9 @@ def decode_into(shard, model, tok, todo, facts, batch_size, allow_code):
         if decoding["early_stop"] and n < len(out.ids):
             order, rank = consecutive_tail(out, n)
         record = dict(
-            id=p["id"], source=p["source"], prompt=p["prompt"],
-            prompt_ids=tok.prompt_ids(p).tolist(),
+            id=p["id"], source=p["source"], prompt=p["prompt"], prompt_ids=tok.prompt_ids(p).tolist(),
             x0=out.ids.tolist(), order=order.tolist(), rank=rank.tolist(), nfe=out.nfe,
-            solution=p["solution"], answer=p.get("answer", ""),
-            correct=verdict and verdict.result(),
+            solution=p["solution"], answer=p.get("answer", ""), correct=verdict and verdict.result(),
             **facts, **{k: p[k] for k in CARRIED if k in p})
         if privileged:
             record["privileged_prompt_ids"] = prompts[i].tolist()

@@ -36,7 +36,7 @@ import lora
 from cli import UserError, option, run_cli
 from layers import for_decoding, linear, with_linear
 from model import (KVCache, ModelOptions, config_of, decoding_defaults, default_device, first_position,
-                   in_blocks, in_first_block, load, local_weights, n_content, stale_hidden)
+                   in_blocks, in_first_block, load, local_weights, n_content, stale_hidden, with_response)
 
 CACHES = ("none", "prefix", "dual", "vicinity", "exact")
 SCORES = ("confidence", "entropy", "margin")
@@ -155,8 +155,7 @@ def uniform_noise(key, nfe, positions, n_vocab):
             x = (x ^ (x >> shift)) * factor & 0xFFFFFFFF
         return x ^ (x >> 15)
     stream = mix(mix(key) + nfe & 0xFFFFFFFF)
-    token = torch.arange(n_vocab, device=key.device)
-    index = positions[..., None] * n_vocab + token
+    index = positions[..., None] * n_vocab + torch.arange(n_vocab, device=key.device)
     x = mix(stream[..., None] ^ index)
     return ((x >> 9).float() + 0.5) / 2**23
 
@@ -296,13 +295,6 @@ def choose(model, h, s, key, nfe, positions, *state):
     return token, now, POLICIES[s.policy].choose(now, s) & now.masked
 
 
-def with_response(prompt, cfg, gen_len):
-    """-> the prompt's length P, and (P + gen_len,) ids: masks behind it, EOS behind a given response."""
-    P = n_content(prompt, [cfg.mask_id])
-    filling = cfg.mask_id if P == len(prompt) else cfg.eos_ids[0]
-    return P, F.pad(prompt, (0, P + gen_len - len(prompt)), value=filling)
-
-
 @torch.no_grad()
 def reference(model, prompt, **settings):
     """Decode one prompt (P,) int64 with plain code and no cache -> Output: the oracle for `generate`."""
@@ -334,15 +326,20 @@ def reference(model, prompt, **settings):
         token, now, chosen = choose(model, h, s, key, torch.tensor([[nfe]]), window, masked[window],
                                     window - P, masked[None, P:], threshold, torch.tensor([[tries]]), memory)
         memory, at = now.memory, window[chosen]
-        x[at], conf[at] = token[chosen], now.confidence[chosen]
-        order[at], masked[at] = nfe, False
+        x[at] = token[chosen]
+        conf[at] = now.confidence[chosen]
+        order[at] = nfe
+        masked[at] = False
         revealed += at[now.entropy[chosen].argsort(stable=True)].tolist()  # the lowest first
         first_eos = P + n_content(x[P:], cfg.eos_ids)
         if s.early_stop and not masked[:first_eos].any():  # the rest becomes EOS
             at = masked.nonzero()[:, 0]
-            x[at], order[at], masked[at] = cfg.eos_ids[0], nfe, False
+            x[at] = cfg.eos_ids[0]
+            order[at] = nfe
+            masked[at] = False
             revealed += at.tolist()
-        nfe, tries = nfe + 1, tries + 1
+        nfe += 1
+        tries += 1
         # the window moves behind its first blocks that are full (multiblock: since `cache_delay` forwards)
         for at in range(start, total, s.block_len):
             block = slice(at, at + s.block_len)
@@ -356,9 +353,8 @@ def reference(model, prompt, **settings):
 
 
 def reach(s, cfg):
-    """Columns left of the block that a window takes along; a shifted model needs the left neighbour."""
-    columns = {"vicinity": s.vicinity, "exact": s.block_len}.get(s.cache, 0)  # exact: keys to commit
-    return max(columns, int(cfg.shift))
+    """Columns left of the block that a window takes along: keys to commit, a shifted model's neighbour."""
+    return max({"vicinity": s.vicinity, "exact": s.block_len}.get(s.cache, 0), int(cfg.shift))
 
 
 def generate(model, prompts, batch_size=32, **options):
@@ -409,12 +405,12 @@ def check_prompts(cfg, prompts, s):
     for i, p in enumerate(prompts):
         n = n_content(p, [cfg.mask_id])
         if len(p) > n + s.gen_len:
-            raise UserError(f"prompt {i} holds {len(p) - n} tokens of its response: raise gen_len")
+            raise UserError(f"prompt {i!r} holds {len(p) - n} tokens of its response: raise gen_len")
         if n + s.gen_len > cfg.max_len:
-            raise UserError(f"prompt {i} has {n} tokens; with gen_len {s.gen_len} that exceeds "
+            raise UserError(f"prompt {i!r} has {n} tokens; with gen_len {s.gen_len} that exceeds "
                             f"the model's {cfg.max_len}: shorten the prompt or gen_len")
         if len(p) and (p.min() < 0 or p.max() >= cfg.vocab_size):
-            raise UserError(f"prompt {i} holds token ids outside 0..{cfg.vocab_size - 1}: wrong tokeniser?")
+            raise UserError(f"prompt {i!r} holds token ids outside 0..{cfg.vocab_size - 1}: wrong tokeniser?")
 
 
 @dataclass
@@ -698,11 +694,10 @@ class Batch:
         graph.replay()
 
 
-def show(out, tokens, by="confidence"):
-    """The decoding as text, a line per forward: masks are dots, tokens have the colour of `by`."""
+def show(out, tokens):
+    """The decoding as text, a line per forward: masks are dots, tokens are coloured by confidence."""
     palette = [196, 202, 208, 214, 220, 190, 154, 118, 82, 46]  # red ... green
-    level = out.conf if by == "confidence" else 1 - out.order.double() / max(1, out.nfe - 1)
-    colors = [palette[min(9, int(10 * p))] for p in level.tolist()]
+    colors = [palette[min(9, int(10 * p))] for p in out.conf.tolist()]
     lines = []
     for t in range(out.nfe):
         words = []
@@ -745,7 +740,7 @@ class Options(AdaptedModel):
     system: str = ""  # system turn before it, and before each of --prompts
     raw: bool = False  # all of these without the chat template
     infill: str = ""  # the response, in which only [MASK], or [MASK:8] of 8 tokens, is decoded
-    show: str = option("", bare="confidence", choices=["confidence", "step"])  # draw each forward in colour
+    show: bool = False  # draw each forward in colour
     html: str = ""  # page to write in which you step through the forwards; with --adapter also the base's
     prompts: str = ""  # file of prompts: .jsonl, or text with one per line
     max_prompt: int | None = None  # leave out --prompts that are longer, tokens
@@ -764,59 +759,57 @@ def load_both(args):
     return model, data.load_tokenizer(args.model, args.revision)
 
 
-def asked_ids(model, tok, row):
-    """A row -> (P,) int64 ids of its prompt, and of its `infill`, where [MASK:8] stands for eight masks."""
-    ids, pieces = tok.prompt_ids(row), re.split(r"\[MASK(?::(\d{1,4}))?\]", row.get("infill", ""))
-    if "infill" not in row:
-        return ids
-    if len(pieces) == 1:
-        raise UserError(f"prompt {row['id']!r}: infill has no [MASK] (or [MASK:8], eight tokens): write one")
-    masks = [model.cfg.mask_id]
-    given = [masks * int(piece or 1) if i % 2 else tok.encode(piece) for i, piece in enumerate(pieces)]
-    return torch.tensor(ids.tolist() + sum(given, []) + [tok.chat.end_id])
+def holes(infill, tok, mask_id):
+    """A response with holes -> ids of the text before the first one, and of all: [MASK:8] is eight masks."""
+    pieces = re.split(r"\[MASK(?::([1-9]\d{0,3}))?\]", infill)  # text, number of masks, text ...
+    if len(pieces) == 1 or "[MASK:" in "".join(pieces[::2]):
+        raise UserError(f"--infill {infill!r} needs [MASK], or [MASK:8] for eight tokens")
+    ids = [[mask_id] * int(p or 1) if i % 2 else tok.encode(p) for i, p in enumerate(pieces)]
+    return ids[0], [*sum(ids, []), tok.chat.end_id]
 
 
-def response_of(out, tok, eos_ids, row={}):
-    """What is kept of an Output: its text, how many tokens of it were decoded, the forwards."""
-    n = out.n_tokens(eos_ids)
-    before = row.get("infill", "").partition("[MASK")[0]
-    text = before + tok.decode(out.ids[:n].tolist())
-    decoded = out.order[:n] >= 0  # others were given
-    return dict(response=text, tokens=int(decoded.sum()), nfe=out.nfe)
+def response_of(out, tok, eos_ids, before=()):
+    """What is kept of an Output: its text behind ids of `before`, its decoded tokens, the forwards."""
+    ids = out.ids[:out.n_tokens(eos_ids)].tolist()
+    decoded = out.order[:len(ids)] >= 0  # others were given
+    return dict(response=tok.decode([*before, *ids]), tokens=int(decoded.sum()), nfe=out.nfe)
 
 
-def decode_one(model, tok, row, how, by, path):
-    """Print the response to a prompt; by: show every forward; path: write a page there."""
-    ids = asked_ids(model, tok, row)
-    (out,) = generate(model, [ids], **how)
-    if by:
+def decode_one(model, tok, prompt, args, settings):
+    """Print the response to a prompt, and what --show and --html ask for."""
+    ids, before = tok.prompt_ids(prompt), []
+    if args.infill:
+        before, given = holes(args.infill, tok, model.cfg.mask_id)
+        ids = torch.tensor(ids.tolist() + given)
+    (out,) = generate(model, [ids], compiled=args.compiled, **settings)
+    if args.show:
         words = [tok.decode([i]).strip() or "∅" for i in out.ids.tolist()]
-        print(show(out, words, by))
-    response, n, nfe = response_of(out, tok, model.cfg.eos_ids, row).values()
+        print(show(out, words))
+    response, n, nfe = response_of(out, tok, model.cfg.eos_ids, before).values()
     print(f"response {response}\n{n} tokens in {nfe} forwards: {n / nfe:.2f} tokens per forward")
-    if path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    if args.html:
+        Path(args.html).parent.mkdir(parents=True, exist_ok=True)
         outs = {"model": out}
         if lora.adapters(model):
             with lora.off(model):
-                (base,) = generate(model, [ids], **how)
+                (base,) = generate(model, [ids], compiled=args.compiled, **settings)
             outs = {"base": base, "trained": out}
-        page(outs, tok, model.cfg.eos_ids, row["prompt"], path)
+        page(outs, tok, model.cfg.eos_ids, f"{prompt}\n{args.infill}".strip(), args.html)
 
 
 def read_prompts(source):
     """A .jsonl of problems, whose answers are not used, or a text with a prompt per line -> rows."""
     if source.suffix == ".jsonl":
         return data.load_problems(str(source))
-    lines = [line for line in cli.read_text(source).splitlines() if line.strip()]
+    lines = [line for line in cli.read_text(source).split("\n") if line.strip()]
     return [dict(id=f"{source.stem}-{i}", prompt=line) for i, line in enumerate(lines)]
 
 
-def decode_file(model, tok, args, rows, settings):
+def decode_file(model, tok, args, settings):
     """--prompts: append a line per finished prompt to --to, or continue such a file, but no other one."""
     to = Path(args.to or Path(args.prompts).with_suffix(".responses.jsonl"))
     room = model.cfg.max_len - settings["gen_len"]
-    rows = data.fitting(rows, tok, args.max_prompt, room)
+    rows = data.fitting(read_prompts(Path(args.prompts)), tok, args.max_prompt, room)
     made_by = dict(model=args.model, revision=model.revision, adapter=args.adapter,
                    weights=list(map(local_weights, (args.model, args.adapter))),
                    decoding=settings | dict(system=args.system, raw=args.raw))
@@ -824,10 +817,9 @@ def decode_file(model, tok, args, rows, settings):
     cli.check_apart([args.prompts], [to])
     done = cli.continued(to, ours)
     todo = [i for i, r in enumerate(rows) if r["id"] not in done]
-    prompts = [asked_ids(model, tok, rows[i]) for i in todo]
+    prompts = [tok.prompt_ids(rows[i]) for i in todo]
     for i, out in stream(model, prompts, args.batch_size, True, todo, args.compiled, **settings):
-        row = rows[todo[i]]
-        cli.append_line(to, row | response_of(out, tok, model.cfg.eos_ids, row) | made_by)
+        cli.append_line(to, rows[todo[i]] | response_of(out, tok, model.cfg.eos_ids) | made_by)
     print(f"{len(todo)} responses written to {to}, {len(done)} were there")
 
 
@@ -836,21 +828,16 @@ def main():
     for name in ("prompt infill show html" if args.prompts else "to max_prompt").split():
         if getattr(args, name):
             raise UserError(f"--{name} is for {'one prompt' if args.prompts else '--prompts'}: leave it out")
-    rows = read_prompts(Path(args.prompts)) if args.prompts else data.load_problems("tiny", "test", 1)
-    if args.prompt:
-        rows = [dict(id="prompt", prompt=args.prompt)]
-    if args.infill:
-        rows[0]["infill"] = args.infill
     defaults = decoding_defaults(config_of(args.model, args.revision))
-    defaults["no_eos"] = all("infill" in row for row in rows)  # behind a hole the text goes on
+    defaults["no_eos"] = bool(args.infill)  # behind a hole the text goes on
     settings = vars(Decoding(**defaults | given))
     model, tok = load_both(args)
     tok.system, tok.raw = args.system, args.raw
     if args.prompts:
-        decode_file(model, tok, args, rows, settings)
-    else:
-        print(f"prompt   {rows[0]['prompt']}")
-        decode_one(model, tok, rows[0], settings | {"compiled": args.compiled}, args.show, args.html)
+        return decode_file(model, tok, args, settings)
+    prompt = args.prompt or data.load_problems("tiny", "test", 1)[0]["prompt"]
+    print(f"prompt   {prompt}")
+    decode_one(model, tok, prompt, args, settings)
 
 
 if __name__ == "__main__":

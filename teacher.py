@@ -1,5 +1,4 @@
 """An autoregressive teacher: loading it, its negative log-likelihood per token, and TRIMS's difficulty.
-
 Teacher and student may have different tokenisers: scores move through UTF-8 bytes (see `spread`).
 """
 import hashlib
@@ -136,14 +135,14 @@ def score_examples(examples, tok, teacher_tok, cfg, r):
     """difficulty() of every example, kept in the folder of the run r: an interrupted run goes on."""
     folder = r.out / "difficulty"
     folder.mkdir(exist_ok=True)
+    weights = local_weights(cfg.teacher)
 
     def read():
         return read_shards(folder, "rank*.jsonl", "key", r.rank, r.world, scores=list)
 
-    weights = local_weights(cfg.teacher)
-
     def key(e):  # everything the scores depend on
-        what = json.dumps([weights, cfg.teacher, cfg.metric, e["prompt"], e["x0"], *e.get("earlier", [])])
+        asked = e["prompt"], e["x0"], *e.get("earlier", []), e.get("raw")
+        what = json.dumps([weights, cfg.teacher, cfg.metric, *asked])
         return hashlib.sha256(what.encode()).hexdigest()
     examples = [examples[i] for i in range(len(examples))]
     keys = list(map(key, examples))

@@ -165,7 +165,7 @@ def load_examples(cfg, tok):
         ids = tok.response_ids(unicodedata.normalize("NFC", text))
         if p["solution"].strip() and len(ids) <= cfg.gen_len:
             fits.append(dict(id=p["id"], prompt=p["prompt"], earlier=p.get("earlier", []),
-                             prompt_ids=tok.prompt_ids(p).tolist(),
+                             **{k: p[k] for k in ["raw"] if k in p}, prompt_ids=tok.prompt_ids(p).tolist(),
                              x0=pad_response(ids, cfg.gen_len, tok.eos_id)))
     bare = [p["id"] for p in problems if not p["solution"].strip()]
     if len(fits) < len(problems):

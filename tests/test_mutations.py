@@ -103,11 +103,12 @@ def test_mutated_adapters(tmp_path):
 
 def test_mutated_rows(tmp_path):
     good = dict(id="a", prompt="1 + 1?", solution="2", answer="2", tests=["assert True"], setup="x = 1",
-                entry_point="f", question="q", thinking="t", grader="code")
+                entry_point="f", question="q", thinking="t", grader="code", raw=True, test_setup="y = 2")
     chat = dict(messages=[dict(role=role, content="x") for role in ("system", "user", "assistant", "user", "assistant")], answer="x")
     tok, rng, file = data.load_tokenizer("tiny"), random.Random(2), tmp_path / "rows.jsonl"
+    raw = dict(prompt="a", raw=True, earlier=None)
     for number in range(160):
-        rows = [good, mutated(chat if number % 4 == 3 else good, rng), {**good, "id": "c"}]
+        rows = [good, mutated(raw if number % 8 == 1 else chat if number % 4 == 3 else good, rng), {**good, "id": "c"}]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         cfg = trims.Config(data=str(file), gen_len=64, with_thinking=number % 2 == 0)
         for read in (lambda: trims.load_examples(cfg, tok), lambda: read_prompts(file), lambda: used(file, tok)):
@@ -119,6 +120,7 @@ def used(file, tok):
     protocol = dict(prompt="{question} Think. {prompt}")
     problems = data.fitting(data.load_problems(str(file)), tok, None, 500, lambda p: nt_eval.wording(p, protocol))
     for p in problems:
+        tok.prompt_ids(p)
         if p["solution"]:
             data.privileged_prompt(p)
         grade.check_gradable([p], True)

@@ -7,7 +7,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS, FIXTURES, command, prompts_of, random_model
+from checkpoints import official_checkpoint
+from conftest import CONFIGS, FIXTURES, prompts_of, random_model
 
 import cli
 import data
@@ -421,10 +422,11 @@ def test_early_stop_fills_the_tail_at_the_forward_that_completed_the_answer():
 
 
 @torch.no_grad()
-def by_hand(model, prompt, L, K, no_eos, late_eos):
-    """LLaDA's generate(), a token per forward, with its two ways to put off the end of a response."""
-    eos, P = list(model.cfg.eos_ids), len(prompt)
-    x = torch.cat([prompt, torch.full((L,), model.cfg.mask_id)])
+def by_hand(model, prompt, L, K, no_eos, late_eos, P=None):
+    """LLaDA's generate(), a token per forward, with its two ways to put off the end of a response. P: where it begins, if given."""
+    eos, tail = list(model.cfg.eos_ids), model.cfg.eos_ids[0] if P else model.cfg.mask_id
+    P = P or len(prompt)
+    x = torch.cat([prompt, torch.full((P + L - len(prompt),), tail)])
     for first in range(P, P + L, K):
         while (x[first:first + K] == model.cfg.mask_id).any():
             logits = model(x[None])[0].double()
@@ -495,22 +497,69 @@ def test_what_is_given_of_a_response_stays_and_only_masks_are_decoded(name, case
         generate(model, [torch.tensor([5, M, 5, M])], **settings | dict(gen_len=2))
 
 
-def test_infilling_from_the_command_line(tmp_path):
-    """--infill and rows with `infill`, in a batch: as alone, the given text stays, and the masks alone are counted."""
-    texts = ["then in [MASK] . [MASK:11] then in red .", "[MASK][MASK] red . [MASK] [MASK:2] gold", "ball at [MASK]", "[MASK:4] #### red"]
+def infilled(monkeypatch, capsys, prompt, text, *options):
+    """--infill on the command line -> the response, how many tokens were decoded."""
+    monkeypatch.setattr("sys.argv", ["sample.py", "--prompt", prompt, "--infill", text, *map(str, options)])
+    sample.main()
+    said = re.search(r"response (.*)\n(\d+) tokens in", capsys.readouterr().out, re.S)
+    return said[1], int(said[2])
+
+
+def test_infilling_from_the_command_line(monkeypatch, capsys):
+    """The given text stays, and the masks alone are counted."""
+    texts = {"then in [MASK] . [MASK:11] then in red .": 12, "[MASK][MASK] red . [MASK] [MASK:2] gold": 5, "ball at [MASK]": 1, "[MASK:4] #### red": 4}
     prompt = data.load_problems("tiny", "dev", 1)[0]["prompt"]
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps(dict(prompt=prompt, infill=text)) + "\n" for text in texts))
-    assert command(tmp_path, "sample.py", "--prompts", "q.jsonl", "--batch_size", 3).returncode == 0
-    rows = cli.read_jsonl(tmp_path / "q.responses.jsonl", ours=True)
-    for row in rows:
-        pieces = [piece.strip() for piece in re.split(r"\[MASK[:\d]*\]", row["infill"]) if piece.strip()]
-        assert re.search(".*".join(map(re.escape, pieces)), row["response"]) and row["decoding"]["no_eos"]
-        assert row["tokens"] == {texts[0]: 12, texts[1]: 5, texts[2]: 1, texts[3]: 4}[row["infill"]] and "eos" not in row["response"]
-    alone = command(tmp_path, "sample.py", "--prompt", prompt, "--infill", texts[0]).stdout
-    assert len(rows) == 4 and f"response {next(r['response'] for r in rows if r['infill'] == texts[0])}\n12 tokens in" in alone
-    for bad, words in (("then in red", "infill has no [MASK]"), ("a [MASK:99]", "raise gen_len"), ("[mask]", "infill has no [MASK]")):
-        done = command(tmp_path, "sample.py", "--infill", bad)
-        assert done.returncode == 2 and words in done.stderr, done.stderr
+    for text, n in texts.items():
+        pieces = [piece.strip() for piece in re.split(r"\[MASK[:\d]*\]", text) if piece.strip()]
+        response, decoded = infilled(monkeypatch, capsys, prompt, text)
+        assert re.search(".*".join(map(re.escape, pieces)), response) and decoded == n and "eos" not in response
+    with pytest.raises(UserError, match="prompt 0 holds 100 tokens of its response: raise gen_len"):
+        infilled(monkeypatch, capsys, "a", "a [MASK:99]")
+    for bad in ("then in red", "[mask]", "a [MASK:0] b", "[MASK] [MASK:0]", "[MASK: 8] [MASK]", "[MASK:12345]"):
+        with pytest.raises(UserError, match=r"needs \[MASK\], or \[MASK:8\] for eight tokens"):
+            infilled(monkeypatch, capsys, "a", bad)
+
+
+def test_infilling_equals_a_loop_by_hand_on_the_tiny_model():
+    """A token per forward, no end of a response among them; alone, in a batch, and by the reference."""
+    tiny, tok = nt_model.load("tiny"), data.load_tokenizer("tiny")
+    M, end, settings = tiny.cfg.mask_id, tok.chat.end_id, dict(gen_len=24, block_len=8, policy="static", cache="none", no_eos=True)
+    asked = [tok.prompt_ids(p["prompt"]) for p in data.load_problems("tiny", "dev", 4)]
+    given = [[M, *tok.encode("in red . then"), M, M, end], [M] * 9 + tok.encode("red gold"), [*[M] * 3, end], [M, *tok.encode("." * 11), M, M, end]]
+    prompts = [torch.tensor(p.tolist() + g) for p, g in zip(asked, given)]
+    for p, prompt, out in zip(asked, prompts, generate(tiny, prompts, batch_size=3, **settings)):
+        assert out.ids.tolist() == by_hand(tiny, prompt, 24, 8, True, False, len(p)).tolist()
+        assert same(out, reference(tiny, prompt, **settings)) and same(out, generate(tiny, [prompt], **settings)[0])
+
+
+def test_chats_system_turns_and_raw_texts_equal_a_loop_by_hand_on_the_tiny_model():
+    """In one batch: each is decoded from the ids that are written out here."""
+    tiny, tok = nt_model.load("tiny"), data.load_tokenizer("tiny")
+    bos, sep, (text, more) = tok.special["<bos>"], tok.special["<sep>"], (p["prompt"] for p in data.load_problems("tiny", "dev", 2))
+    said = [["user", more], ["assistant", "in red ."]]
+    asked = [tok.prompt_ids(dict(prompt=text, earlier=said)), tok.prompt_ids(text, "swap red"), tok.prompt_ids(dict(prompt=text, raw=True)),
+             tok.prompt_ids(dict(prompt=text, earlier=said, raw=True), "swap red")]
+    words = [tok.encode(t) for t in (text, more, "in red .", "swap red")]
+    want = [[bos, *words[1], *words[2], *words[0], sep], [bos, *words[3], *words[0], sep], words[0], [*words[3], *words[1], *words[2], *words[0]]]
+    assert [ids.tolist() for ids in asked] == want
+    outs = generate(tiny, asked, batch_size=3, gen_len=8, block_len=4, policy="static", cache="none", early_stop=False)
+    for ids, out in zip(want, outs):
+        assert out.ids.tolist() == by_hand(tiny, torch.tensor(ids), 8, 4, False, False).tolist()
+
+
+@pytest.mark.parametrize("family", ["sdar", "dream", "a2d-bd3lm"])
+def test_infilling_of_families(tmp_path, family, monkeypatch, capsys):
+    """What is given comes back to the character; it stands on the page, too."""
+    official_checkpoint(tmp_path / "m", family)
+    texts = {"ab [MASK:3] cd ": 3, "é[MASK][MASK:2]中": 3, "[MASKED] x [MASK] y": 1, "[MASK:20]": 20, " [MASK:5]\n  [MASK]": 6}
+    how = "--model", tmp_path / "m", "--gen_len", 24, "--block_len", 4, "--html", tmp_path / "a.html"
+    for text, n in texts.items():
+        pattern = ".+".join(map(re.escape, re.split(r"(?:\[MASK(?::\d+)?\])+", text)))
+        response, decoded = infilled(monkeypatch, capsys, "hi", text, *how)
+        assert re.fullmatch(pattern, response, re.S) and decoded == n
+        assert json.dumps(f"hi\n{text}".strip())[1:-1] in (tmp_path / "a.html").read_text()
+    with pytest.raises(UserError, match="prompt 0 has 6"):
+        infilled(monkeypatch, capsys, "hi", "x" * 600 + "[MASK]", *how)
 
 
 def test_the_empty_prompt():

@@ -65,7 +65,7 @@ def test_show_draws_every_forward(monkeypatch):
         assert [w.startswith("·") for w in drawn] == [o > t for o in out.order.tolist()]
     monkeypatch.delenv("NO_COLOR")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    assert "\033[" in show(out, words, "step")
+    assert "\033[" in show(out, words)
 
 
 def test_sample_command(tmp_path):

@@ -1,9 +1,11 @@
 """Files, answers and replies as people have them: of each kind several, right and wrong ones."""
+import gzip
 import json
 import os
 import stat
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +17,10 @@ import eval as nt_eval
 import grade
 import lora
 import model as nt_model
+import teacher as nt_teacher
 import trims
 from cli import UserError
-from sample import reference
+from sample import read_prompts, reference
 
 
 def problems(folder, *rows, name="mine.jsonl", before=b""):
@@ -39,14 +42,20 @@ def right(answer, text, grader="final"):
     ("24", "#### 24 boxes", True), ("15", r"\boxed{15\text{ km}}", True), ("15", r"\boxed{15\ \mathrm{km}}", True),
     ("5", "#### 5 km/h", True), ("15 km", "#### 15", True), ("15 km", "#### 15 miles", False), ("15 km", r"\boxed{15\text{km}}", True),
     ("24", "#### 25 boxes", False), ("50", r"#### 50\%", True),
+    ("24", "#### 24 cm^2", True), ("24", r"\boxed{24\text{ cm}^2}", True), ("24", r"\boxed{24~\mathrm{m}^{2}}", True), ("24", "#### 24 m²", True),
+    ("24", r"\boxed{24^\circ}", True), ("24", "#### 24°", True), ("24", "#### €24", True), ("24", "#### 24€", True), ("24 cm^2", "#### 24 cm", False),
     # and not every text that holds the number
+    ("3", "#### 3 x^2", False), ("2", "#### 2**3", False), ("24", "#### 24 or 25", False), ("2", r"\boxed{\sqrt{2}\text{ km}}", False),
     ("7", "#### 7 of 9", False), ("2", r"\boxed{2x}", False), ("2", r"\boxed{\sqrt{2}}", False), ("2", r"\boxed{x^2}", False),
     ("3", r"\boxed{3 + x}", False), ("3", r"\boxed{3\pi}", False), ("1", r"\boxed{\frac{1}{2}}", False), ("3", "#### x = 3", False),
     # signs and thousands as typesetters have them
     ("-7", "#### −7", True), ("-7", "\\boxed{−7}", True), ("7", "#### −7", False), ("-7.5", "#### −7.50", True),
     ("12000", r"\boxed{12{,}000}", True), ("12000", r"\boxed{12,\!000}", True), ("1234567", r"\boxed{1{,}234{,}567}", True),
     ("12000", "#### 12\u202f000", True), ("12000", r"\boxed{12\,000}", True), ("12000", "#### 12 000", False),
-    # markup
+    ("-7", "#### –7", True), ("1234.5", "#### 1\u200a234.5", True), ("7", "#### +7", True),
+    # markup, and what ends a sentence
+    ("24", "#### **24** boxes", True), ("24", "#### `24`", True), ("24", r"#### \(24\)", True), ("24", r"\boxed{\textbf{24}}", True),
+    ("24", r"\boxed{\text{24 km}}", True), ("24", "#### 24,", True), ("the U.S.", "#### the U.S.", True), ("U.S.", "#### U.K.", False),
     ("24", "#### **24**", True), ("24", "#### $24$", True), ("24", r"#### \$24", True), ("24", r"#### \boxed{24}", True),
     ("blue", "#### *blue*", False)])
 def test_what_may_stand_around_a_final_answer(answer, text, want):
@@ -56,7 +65,7 @@ def test_what_may_stand_around_a_final_answer(answer, text, want):
 @pytest.mark.parametrize("answer, text, want", [
     ("12000", "It is 12\\,000 dollars.", True), ("12000", "It is 12\u00a0000 dollars.", True), ("12000", "12\u202f000", True),
     ("12000", "12\u2009000 in all", True), ("12000", "It is 12 000 dollars.", False), ("0", "12\\,000", False),
-    ("50", "The area is 50 cm^2.", True), ("50", "50 m^{2}", True), ("3", "50 cm^3", False), ("1024", "2^10 = 1024", True)])
+    ("50", "The area is 50 cm^2.", True), ("50", "50 m^{2}", True), ("3", "50 cm^3", False), ("50", "50 s^{-1}", True), ("50", "50 s^-2", True), ("12000", "12\u2007000", True), ("1024", "2^10 = 1024", True)])
 def test_number_reads_thousands_and_no_exponents(answer, text, want):
     assert right(answer, text, "number") is want
 
@@ -135,6 +144,7 @@ def test_rows_without_a_response_are_never_trained_on(tmp_path, capsys):
 def test_half_a_character_is_read_as_the_replacement_character(tmp_path, family):
     tok, tiny = data.load_tokenizer(official_checkpoint(tmp_path, family)), data.load_tokenizer("tiny")
     for text, want in (("a\ud83db", "a\ufffdb"), ("\udc00", "\ufffd"), ("x\ud83d\ud83d", "x\ufffd\ufffd"), ("\ud83d\ude00", "\U0001f600")):
+        assert tok.bytes_of(271) == tok.bytes_of(10**6) == b""  # rows without a token
         for each in (tok, tiny):
             assert want in each.decode(each.prompt_ids(text).tolist()) and want in each.decode(each.response_ids(text))
     assert "\ufffd" in tok.decode(tok.prompt_ids("q", system="\ud83d").tolist())
@@ -151,14 +161,26 @@ def test_half_a_character_can_be_decoded_and_printed(tmp_path):
 def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path, name):
     row = dict(prompt="q", answer="1")
     assert problems(tmp_path, row, name=name, before=b"\xef\xbb\xbf") == problems(tmp_path, row, name=name)
-    (tmp_path / "p.txt").write_bytes("\ufeffone\ntwo\n".encode())
-    from sample import read_prompts
-    assert [r["prompt"] for r in read_prompts(tmp_path / "p.txt")] == ["one", "two"]
+    with gzip.open(tmp_path / f"{name}.gz", "wb") as f:
+        f.write((tmp_path / name).read_bytes())
+    assert data.load_problems(str(tmp_path / f"{name}.gz")) == problems(tmp_path, row, name=name)
+    for sep in "\u2028\u2029\x85\x0b\x0c\x1c":  # no line ends there but that of a file
+        (tmp_path / "p.txt").write_bytes(f"\ufeffone{sep}more\r\ntwo\n".encode())
+        assert [r["prompt"] for r in read_prompts(tmp_path / "p.txt")] == [f"one{sep}more", "two"]
+        line = json.dumps(dict(prompt=f"a{sep}b"), ensure_ascii=False)
+        (tmp_path / name).write_text(f"[{line}]" if name.endswith(".json") else line)
+        assert data.load_problems(str(tmp_path / name))[0]["prompt"] == f"a{sep}b"
     folder = tmp_path / "tiny"
     nt_model.save(random_model(), folder)
     config = (folder / "config.json").read_bytes()
     (folder / "config.json").write_bytes(b"\xef\xbb\xbf" + config)
     assert nt_model.load(folder).cfg == random_model().cfg
+    folder = official_checkpoint(tmp_path / "own", "sdar")
+    for file in ("generation_config.json", "model.safetensors.index.json", "chat_template.jinja"):
+        made = {"gen": '{"eos_token_id": 258}', "cha": json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]}.get(file[:3])
+        (folder / file).write_text("\ufeff" + (made or (folder / file).read_text()))
+    tok = data.load_tokenizer(folder)
+    assert 258 in nt_model.load(folder).cfg.eos_ids and tok.decode(tok.prompt_ids("q").tolist()).startswith("<|im_start|>user")
 
 
 def test_a_plus_may_be_in_a_path(tmp_path):
@@ -172,11 +194,15 @@ def test_a_plus_may_be_in_a_path(tmp_path):
     assert len(data.load_problems(f"gsm8k={tmp_path}/c++/g*.jsonl")) == 2
     (tmp_path / "z.jsonl").write_text('{"prompt": "z", "answer": "1"}\n')
     assert len(data.load_problems(f"tiny+{tmp_path}/z.jsonl", n=3)) == 4
+    mine.rename(tmp_path / "c++/a+b+.jsonl")
+    for name in ("a+b+.jsonl", "a+b+.jsonl:answer=target", "a+b+.jsonl:prompt=ask"):
+        (p,) = data.load_problems(f"{tmp_path}/c++/{name}")
+        assert p["id"] == "a+b+-0" and p["answer"] == "12"["target" in name] and p["prompt"] == "ab"["ask" in name]
 
 
-@pytest.mark.parametrize("key", ["setup", "tests", "entry_point", "prompt", "solution", "grader", "question", "thinking"])
+@pytest.mark.parametrize("key", ["setup", "tests", "test_setup", "earlier", "entry_point", "prompt", "solution", "grader", "question", "thinking"])
 def test_fields_of_another_type_are_named_with_their_line(tmp_path, key):
-    for value in (3, True, [1], {"a": 1}, 2.5):
+    for value in (3, True, [1], {"a": 1}, 2.5, *[["x", 3]] * (key in ("setup", "test_setup"))):
         with pytest.raises(UserError, match=rf"mine.jsonl line 2.*{key}"):
             problems(tmp_path, dict(prompt="q"), {"prompt": "r", key: value})
 
@@ -200,7 +226,9 @@ def test_files_are_utf8_whatever_the_locale(tmp_path):
     (tmp_path / "p.txt").write_bytes("né 中 🙂\n".encode())
     code = ("import cli, sys; from pathlib import Path\nassert list(cli.read_json('vocab.json')) == ['n\\xe9', '\\u4e2d', '\\U0001f642']\n"
             "(row,) = cli.read_rows('p.jsonl'); assert row['prompt'] == cli.read_text('p.txt').strip() == 'n\\xe9 \\u4e2d \\U0001f642'\n"
-            "cli.append_line('q.jsonl', row); assert cli.read_jsonl('q.jsonl', ours=True) == [row]; print(sys.getfilesystemencoding())")
+            "cli.append_line('q.jsonl', row); assert cli.read_jsonl('q.jsonl', ours=True) == [row]\n"
+            "cli.write_whole('w.txt', row['prompt']); assert open('w.txt', 'rb').read().decode('utf-8') == row['prompt']\n"
+            "open('r.jsonl', 'wb').write(f'{{{chr(10)}{chr(233)}'.encode('utf-8')); cli.read_jsonl('r.jsonl', ours=True, mend=True); print(sys.getfilesystemencoding())")
     env = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-X", "utf8=0", "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip() != "utf-8", done.stderr
@@ -278,6 +306,11 @@ def test_what_is_too_long_is_what_is_shown(tmp_path):
     for room in (privileged - 1, plain):
         with pytest.raises(UserError, match=f"prompt 'a' has {privileged} tokens, of which model and gen_len allow {room}"):
             data.fitting([problem], tok, None, room, data.privileged_prompt)
+    short = [dict(id=i, source="x", prompt="1") for i in "bcd"]
+    for rows in ([problem, *short], [*short, problem], [short[0], problem, problem | dict(id="z"), *short[1:]]):
+        with pytest.raises(UserError, match="prompt 'a' has .* leave such out by --max_prompt 6"):
+            data.fitting(rows, tok, None, 6)
+        assert [p["id"] for p in data.fitting(rows, tok, 6, 6)] == ["b", "c", "d"]
     for none_left in ([problem], []):
         with pytest.raises(UserError, match="no prompt is left: raise --max_prompt"):
             data.fitting(none_left, tok, plain - 1, 99)
@@ -344,7 +377,7 @@ def test_chats_that_cannot_be_read_are_named_with_their_line(tmp_path, messages)
 
 
 @pytest.mark.parametrize("family", ["llada", "dream", "sdar", "tiny"])
-def test_raw_rows_are_asked_without_a_template(tmp_path, family):
+def test_raw_rows_are_asked_without_a_template(tmp_path, family, monkeypatch):
     """In decoding, evaluation, collection: the text's own bytes, special tokens as plain text, and nothing around them."""
     texts = ["def f(x):\n    return", " <|im_end|>é 中", "a\n"]
     folder = "tiny" if family == "tiny" else official_checkpoint(tmp_path / "model", family)
@@ -359,6 +392,19 @@ def test_raw_rows_are_asked_without_a_template(tmp_path, family):
     assert tok.decode(tok.prompt_ids(p).tolist()).split() == "Be brief. 2 + 2? 4 <|im_end|> and 3 + 3?".split()
     if family != "sdar":
         return
+    problems(tmp_path, *[dict(prompt=text, raw=raw, solution="2") for text in texts for raw in (True, False)])
+    examples = trims.load_examples(trims.Config(data=str(tmp_path / "mine.jsonl"), gen_len=16, model=str(folder)), tok)
+    assert [e["prompt_ids"] for e in examples][::2] == want
+    teacher_tok = data.load_tokenizer("tiny")  # the teacher of a raw row sees the raw text, too
+    heads = [nt_teacher.teacher_pieces(e, tok, teacher_tok)[0] for e in examples]
+    bos, sep = teacher_tok.special["<bos>"], teacher_tok.special["<sep>"]
+    assert heads == [[*head] for text in texts for head in (teacher_tok.encode(text), [bos, *teacher_tok.encode(text), sep])]
+    (tmp_path / "scored").mkdir()  # and has a score of its own
+    monkeypatch.setattr(nt_teacher, "load_teacher", lambda *_: None)
+    monkeypatch.setattr(nt_teacher, "difficulty", lambda some, *_: [[float(e["id"][5:])] for e in some])
+    how = SimpleNamespace(out=tmp_path / "scored", rank=0, world=1, device="cpu", dtype=None)
+    cfg = SimpleNamespace(teacher="tiny-ar", metric="nll", score_batch=4)
+    assert nt_teacher.score_examples(examples, tok, teacher_tok, cfg, how) .tolist() == [[float(i)] for i in range(6)]
     problems(tmp_path, *[dict(prompt=text, raw=True, answer="1") for text in texts])
     how = ["rollout.py", "collect", "mine.jsonl", "--out", "run", "--model", "model", "--gen_len", 4, "--block_len", 4]
     for _ in range(2):  # the second run finds all of it there

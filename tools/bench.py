@@ -114,13 +114,9 @@ def measure(model, prompts, args, s):
     flop_of_ours = flop_of(lambda: decode(False))
     facts = dict(
         **nt_eval.provenance(),
-        model=args.model,
-        batch=n, prompt_len=args.prompt_len,
-        **vars(s),
-        compiled=batch.compiled,
+        model=args.model, batch=n, prompt_len=args.prompt_len, **vars(s), compiled=batch.compiled,
         first_s=first["ours"], seconds=seconds["ours"],
-        tok_per_s=n * s.gen_len / seconds["ours"],
-        samples_per_h=3600 * n / seconds["ours"],
+        tok_per_s=n * s.gen_len / seconds["ours"], samples_per_h=3600 * n / seconds["ours"],
         nfe=sum(out.nfe for out in outs), forwards=batch.forwards, looks=batch.looks)
     for name in others:  # how many times its time and its products, for as many prompts
         facts[f"time_of_{name}"] = n * seconds[name] / seconds["ours"]

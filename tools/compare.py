@@ -200,7 +200,7 @@ def runs_command(args):
         raise UserError(f"no run is labelled {label!r}: there are {', '.join(runs)}; see --base, --control")
     out.mkdir(parents=True, exist_ok=True)
     text = compare(runs, args.base, args.control, y_max=args.y_max)
-    (out / "compare.md").write_text(text + "\n")
+    cli.write_whole(out / "compare.md", text + "\n")
     picture(runs, out / "compare.png")
     print(f"{text}\nwritten: {out / 'compare.md'}, with a picture of curves")
 

@@ -34,7 +34,7 @@ N_TRAJECTORIES = 1000
 
 def block_of(table):
     """The commands under a heading of docs/papers-*.md: a block of bash."""
-    pages = [page.read_text() for page in sorted((nt_model.HERE / "docs").glob("papers-*.md"))]
+    pages = [page.read_text("utf-8") for page in sorted((nt_model.HERE / "docs").glob("papers-*.md"))]
     found = dict(re.findall(r"^## (\S+)[^`]*```bash\n(.*?)^```", "\n".join(pages), re.M | re.S))
     if table not in found:
         raise UserError(f"no table {table!r} in docs/papers-*.md: there are {', '.join(found)}")
