@@ -20,7 +20,7 @@ COMMON = ["--data", "tiny", "--gen_len", "16", "--eval_problems", "0", "--max_st
           "--lora_dropout", "0", "--lora_r", "8", "--lora_alpha", "8"]
 N_BLOCKS, STEPS = 2, 3
 MODELS = {"tad": "shift", "t3d": "block", "tabom": "grouped", "trims": "qk_norm"}  # grouped: tied head
-VOCAB = dict(vocab_size=300, mask_token_id=279, eos_token_id=278, pad_token_id=278)  # the tiny tokeniser's
+VOCAB = dict(vocab_size=300, mask_token_id=297, eos_token_id=296, pad_token_id=296)  # the tiny tokeniser's
 
 
 def jobs(root):
@@ -60,6 +60,7 @@ def runs(tmp_path_factory):
         for name in chosen if world == 4 else ():  # four teachers need not be loaded once more
             if name.startswith("trims") and "empty" not in name:
                 shutil.copytree(root / f"world-2/{name}/difficulty", folder / name / "difficulty")
+                shutil.copy(root / f"world-2/{name}/config.json", folder / name)
         ended = ranks.launch(world, ROOT / "tests/distributed_driver.py", root / "jobs.json", folder,
                              log=root / "log")
         assert ended == [0] * world, (root / "log").read_text()[-3000:]
