@@ -405,12 +405,12 @@ def check_prompts(cfg, prompts, s):
     for i, p in enumerate(prompts):
         n = n_content(p, [cfg.mask_id])
         if len(p) > n + s.gen_len:
-            raise UserError(f"prompt {i!r} holds {len(p) - n} tokens of its response: raise gen_len")
+            raise UserError(f"prompt {i} holds {len(p) - n} tokens of its response: raise gen_len")
         if n + s.gen_len > cfg.max_len:
-            raise UserError(f"prompt {i!r} has {n} tokens; with gen_len {s.gen_len} that exceeds "
+            raise UserError(f"prompt {i} has {n} tokens; with gen_len {s.gen_len} that exceeds "
                             f"the model's {cfg.max_len}: shorten the prompt or gen_len")
         if len(p) and (p.min() < 0 or p.max() >= cfg.vocab_size):
-            raise UserError(f"prompt {i!r} holds token ids outside 0..{cfg.vocab_size - 1}: wrong tokeniser?")
+            raise UserError(f"prompt {i} holds token ids outside 0..{cfg.vocab_size - 1}: wrong tokeniser?")
 
 
 @dataclass

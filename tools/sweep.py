@@ -84,14 +84,14 @@ def paper_command(args):
     for words in commands:  # said before hours of training
         if "--protocol" in words:
             nt_eval.protocol_of(words[words.index("--protocol") + 1], nt_model.family_of(args.model))
+    weights = nt_model.local_weights(args.model)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
     for words in commands:
         print(shlex.join(["python", *words]))  # before what the script says: run_cli flushes every line
-        row = dict(words=words, weights=nt_model.local_weights(args.model))
+        row = dict(words=words, weights=weights)
         if args.dry_run or row in ended:
             continue
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
-        launch *= gpus > 1 and not RANKED.isdisjoint(words[:2])
-        run_script(words, launch)
+        run_script(words, torchrun * (gpus > 1 and not RANKED.isdisjoint(words[:2])))
         root.mkdir(parents=True, exist_ok=True)
         cli.append_line(done, row)
 
