@@ -433,21 +433,20 @@ class Rows:
     age: torch.Tensor        # (R, 1) int64, forwards since its keys were stored, or STALE
 
     @staticmethod
-    def new(prompts, streams, s, cfg, T):
-        """prompts: list of 1-D int64 tensors -> their rows of T columns, on the CPU."""
+    def new(prompts, s, cfg, T):
+        """prompts: (length, ids and those of a response, random stream) -> rows of T columns, on the CPU."""
         P = T - 1 - s.gen_len
-        rows = [with_response(p, cfg, s.gen_len) for p in prompts]
-        length = torch.tensor([[n] for n, _ in rows])
+        length = torch.tensor([[n] for n, *_ in prompts])
         column = torch.arange(T).expand(len(prompts), T)
         position, used = column - P + length, column < T - 1
         canvas = torch.full_like(column, cfg.pad_id)
-        for row, (n, ids) in zip(canvas, rows):
-            row[P - n:-1] = ids
+        for row, (n, ids, _) in zip(canvas, prompts):
+            row[P - n:-1] = torch.as_tensor(ids)
         masked = used & (column >= P) & (canvas == cfg.mask_id)
         zero, ones = torch.zeros_like(length), torch.ones(column.shape)
         return Rows(valid=used & (position >= 0),
                     positions=position.clamp(min=0) + first_position(cfg, length),
-                    key=torch.tensor([[row_key(s.seed, i)] for i in streams]),
+                    key=torch.tensor([[row_key(s.seed, stream)] for *_, stream in prompts]),
                     threshold=zero + float(s.threshold),
                     canvas=canvas, masked=masked, order=masked.long() - 1, conf=ones, entropy=ones * math.inf,
                     start=zero + P - in_first_block(cfg, length), nfe=zero, tries=zero,
@@ -546,20 +545,21 @@ class Batch:
     """The rows of a batch, the cache, and the host's picture of them as of its last look."""
     def __init__(self, model, prompts, s, batch_size, streams=None, compiled=None, sync_every=0):
         check_prompts(model.cfg, prompts, s)
-        self.prompts = [p.cpu() for p in prompts]
-        self.streams = streams or range(len(prompts))
         self.dev = model.embed.weight.device
         self.sync_every = sync_every if sync_every > 0 else 4 if self.dev.type == "cuda" else 1
         self.compiled = self.dev.type == "cuda" if compiled is None else compiled
         self.model = in_blocks(for_decoding(model), s.block_len)
         self.s = s
+        given = (with_response(p.cpu(), self.model.cfg, s.gen_len) for p in prompts)
+        streams = streams or range(len(prompts))  # lists: no tensor is read later
+        self.prompts = [(n, ids.tolist(), stream) for (n, ids), stream in zip(given, streams)]
         n_rows, T = len(prompts), max(map(len, prompts)) + reach(s, model.cfg) + s.gen_len + 1
         if self.compiled:  # prompts in any number and of many lengths, few shapes
             n_rows = 1 << (n_rows - 1).bit_length()  # the next power of two
             T = 32 * math.ceil(T / 32)
         n_rows = min(batch_size, n_rows)
         self.P = T - s.gen_len - 1  # where the responses begin
-        empty = Rows.new([torch.empty(0)] * n_rows, [0] * n_rows, s, self.model.cfg, T)
+        empty = Rows.new([(0, [0] * s.gen_len, 0)] * n_rows, s, self.model.cfg, T)
         self.rows = Rows(*(t.to(self.dev).clone() for t in vars(empty).values()))
         self.rows.masked.fill_(False)
         self.cache = None
@@ -621,13 +621,14 @@ class Batch:
         """places {row: prompt index}: put waiting prompts into free rows."""
         if not places:
             return
-        s, prompts = self.s, [self.prompts[i] for i in places.values()]
-        streams = [self.streams[i] for i in places.values()]
-        new = Rows.new(prompts, streams, s, self.model.cfg, self.rows.canvas.shape[1])
-        left = new.masked.gather(1, new.window(s.block_len)).sum(1).tolist()
-        for (row, index), (start,), n in zip(places.items(), new.start.tolist(), left):
+        s, cfg = self.s, self.model.cfg
+        prompts = [self.prompts[index] for index in places.values()]
+        for (row, index), (n, ids, _) in zip(places.items(), prompts):
+            shared = in_first_block(cfg, n)
             self.owner[row], self.fresh[row] = index, False
-            self.start[row], self.left[row] = start, n
+            self.start[row] = self.P - shared
+            self.left[row] = ids[n - shared:n - shared + s.block_len].count(cfg.mask_id)
+        new = Rows.new(prompts, s, cfg, self.rows.canvas.shape[1])
         rows = torch.tensor(list(places)).to(self.dev, non_blocking=True)
         for name, t in vars(new).items():
             getattr(self.rows, name)[rows] = t.to(self.dev, non_blocking=True)

@@ -147,8 +147,7 @@ def teacher_prompts(records, cfg, tok, model_cfg):
         return [r.get("privileged_prompt_ids") or privileged_ids(tok, model_cfg, r).tolist()
                 for r in records]
     system = f"{tok.chat.system}\n\nReference Answer: "  # behind the family's own, in one turn
-    return [privileged_ids(tok, model_cfg, r, r["prompt"], system + r["solution"]).tolist()
-            for r in records]
+    return [privileged_ids(tok, model_cfg, r, r["prompt"], system + r["solution"]).tolist() for r in records]
 
 
 def soft_rows(teacher, b, cfg, x0):

@@ -279,7 +279,7 @@ def test_the_step_reads_no_value(case):
         return torch.zeros(shape, dtype=dtype)
     with FakeTensorMode(), torch.no_grad():
         model.load_state_dict({k: zeros(*v, dtype=torch.float32) for k, v in shapes.items()}, assign=True)
-        rows, cache = Rows.new([zeros(4 + i) for i in range(R)], [[0]] * R, s, cfg, T), None
+        rows, cache = Rows.new([(4 + i, zeros(4 + i + s.gen_len), 0) for i in range(R)], s, cfg, T), None
         if s.cache != "none":
             cache = nt_model.KVCache(cfg, rows.valid, rows.positions, torch.float32)
         sample.step(model, rows, cache, s, zeros(2), s.scored_len, sample.conclude)
