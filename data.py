@@ -314,10 +314,8 @@ def tiny_tokens(folder):
     special = {token: i for i, token in enumerate(table["special"], len(pieces))}
     ranks = {piece: i for i, piece in enumerate(pieces)}
     bpe = tiktoken.Encoding("tiny", pat_str=r" ?\S+|\s+", mergeable_ranks=ranks, special_tokens={})
-
     def encode(text):
         return bpe.encode((" " + text.strip()).rstrip())
-
     def prompt_ids(turns, raw=False):
         ids = [i for _, text in turns for i in encode(text)]
         return ids if raw else [special["<bos>"], *ids, special["<sep>"]]
@@ -344,7 +342,6 @@ def bpe_tokens(folder, cfg):
     except Exception as e:  # the libraries raise many kinds
         raise UserError(f"{folder} has no tokeniser: neither tokenizer.json nor vocab.json and merges.txt is "
                         f"a byte-level BPE ({e})") from None
-
     def encode(text):
         return bare.encode(whole(text), add_special_tokens=False).ids
     chat = OwnChat(folder, hf, encode, FAMILIES[cfg.family].thinks, cfg.eos_ids[0])

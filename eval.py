@@ -11,7 +11,6 @@ import math
 import os
 import platform
 import re
-import shlex
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import metadata
+from itertools import zip_longest
 from pathlib import Path
 from typing import Literal
 
@@ -39,12 +39,12 @@ from run import agreed, ranks, read_shards
 from sample import AdaptedModel, load_both
 from teacher import load_teacher, load_teacher_tokenizer, token_nll
 
-
-# {NAME, NAME/FAMILY or NAME/FAMILY/TASK: its settings}; the file says what they are
-PROTOCOLS = tomllib.loads(cli.read_text(nt_model.HERE / "assets" / "protocols.toml"))
+PROTOCOLS = tomllib.loads(cli.read_text(nt_model.HERE / "assets" / "protocols.toml"))  # see there
 for _name, _settings in PROTOCOLS.items():
     if "like" in _settings:
         PROTOCOLS[_name] = PROTOCOLS[_settings.pop("like")] | _settings
+Y_MAX = cli.read_object(nt_model.HERE / "assets/aup_points.json")["y_max"]  # {family: {task: percent}}
+COUNTS = ("correct", "tokens", "nfe")  # per problem
 ANCHOR = dict(policy="entropy", threshold=0.0, name="TPF 1")  # token by token
 # a method has one colour in every picture; of the names in a label the longest counts, "" is in all
 METHODS = ("TAD", "T3D", "TABOM", "TRIMS", "SFT", "SFT-SD", "SFT-SD privileged", "Naive TD", "dInfer", "")
@@ -92,7 +92,7 @@ def wording(problem, protocol):
 def known_task(task):
     """A task's name here or in lm_eval -> its benchmark's in PROTOCOLS, or None."""
     names = "gsm8k|math|math500|humaneval|mbpp|ifeval"
-    known = re.match(f"(?:minerva_)?({names})(_cot|_cot_zeroshot|_instruct)?([=:]|$)", task)
+    known = re.match(f"(?:minerva_)?({names})(_cot|_cot_zeroshot|_instruct|_boxed)?([=:]|$)", task)
     return known and known[1]
 
 
@@ -130,7 +130,7 @@ def rho(point):
 
 def anchor_warning(curves):
     """A line that names the curves without a point near TPF 1, whose AUP is no published one; or ''."""
-    labels = ", ".join(dict.fromkeys(label for label, points in curves if min(map(rho, points)) > 1.1))
+    labels = ", ".join(dict.fromkeys(label for label, kept in curves if min(map(rho, kept), default=1) > 1.1))
     return labels and (f"warning: the curve of {labels} has no token-by-token point, with which published "
                        f"ones begin: its AUP is overrated\n")
 
@@ -166,8 +166,7 @@ def wall_seconds(rows):
 
 
 def decode_by_id(model, tok, prompts, settings, batch_size, kept, name):
-    """Decode prompts {id: (P,) int64} -> {id: row}, see decode_rows. kept: a Kept folder, whose shards `name`
-    hold what is finished, row by row; a rank decodes its share and gets the rows of all."""
+    """Prompts {id: (P,) int64} -> {id: row of decode_rows} of all ranks; shards `name` of kept hold them."""
     done = kept.rows(name) if kept else {}
     left = [i for i in prompts if i not in done]
     if kept:  # what the clock must not see: where something is compiled, a batch of the shapes to come
@@ -185,8 +184,7 @@ def decode_by_id(model, tok, prompts, settings, batch_size, kept, name):
 
 
 def curve(model, tok, problems, protocol, label, batch_size=64, allow_code=False, kept=None):
-    """Decode and grade problems under each rule of a protocol -> points, lists in the order of the problems.
-    kept: a Kept folder, which gets them from rank 0; what is there is not computed again."""
+    """Decode and grade under each rule of a protocol -> points; kept: a Kept folder, which gets them."""
     model.eval()
     points = []
     prompts = {p["id"]: tok.prompt_ids(p | dict(prompt=wording(p, protocol))) for p in problems}
@@ -286,9 +284,27 @@ def write_results(curves, out):
     write_whole(out / "results.jsonl", "".join(lines))
 
 
-def show(curves, y_max, out):
-    """Print a table of curves and draw them as curve.png; y_max: in percent, None: the best."""
-    y_max = y_max or max(accuracy(point)[0] for _, points in curves for point in points)
+def read_points(source):
+    """The points of a folder and those in it, or of a file that pack() wrote, which names their folders."""
+    source = Path(source)
+    rows, kinds = [], set()
+    for file in [source] if source.is_file() else sorted(source.rglob("results.jsonl")):
+        rows += read_jsonl(file, ours=True, label=str, rule=str, seconds=float,
+                           ids=list, correct=list, tokens=list, nfe=list)
+    for row in rows:
+        kinds |= {tuple(map(type, problem)) for problem in zip_longest(row["ids"], *map(row.get, COUNTS))}
+        if not all(isinstance(row.get(key, {}), dict) for key in ("run", "provenance")):
+            raise UserError(f"{source}: run and provenance of a point must be objects")
+        row["task"] = row.get("provenance", {}).get("task", "")
+        row.setdefault("folder", f"{source.name} {row['task']}")
+    if kinds != {(str, int, int, int)}:
+        raise UserError(f"{source} holds no results, or not an id and three counts for every problem")
+    return rows
+
+
+def show(curves, out):
+    """Print a table of curves and draw them as curve.png; y_max of AUP is the best accuracy here."""
+    y_max = max(accuracy(point)[0] for _, points in curves for point in points)
     print("model      decoding rule             accuracy %    TPF  forwards    tok/s  s/sample ms/forward")
     for label, points in curves:
         for point in points:
@@ -336,31 +352,22 @@ def draw(panels, x, y, path):
 
 def plot(panels, path):
     """panels: {title: curves}; a line per model: accuracy, with standard errors, against TPF."""
-    drawn = {title: {label: [(tpf(p), *accuracy(p)) for p in sorted(points, key=tpf)]
+    drawn = {title: {label: [(rho(p), *accuracy(p)) for p in sorted(points, key=rho)]
                      for label, points in curves}
              for title, curves in panels.items()}
     draw(drawn, "tokens per forward (TPF)", "accuracy, %", path)
 
 
 def closing(r, model, tok, label):
-    """The curves of base and trained model on the tiny task, or the command for one."""
-    cfg = r.cfg
-    if r.rank:
+    """The curves of base and trained model on an embedded task."""
+    if r.rank or not r.evaluates:
         return
-    if r.evaluates:
-        problems = data.load_problems(cfg.data, "dev", cfg.eval_problems)
-        models = ("base", r.load()), (label, model)
-        curves = [(name, curve(m, tok, problems, protocol_of("tiny", "tiny"), name)) for name, m in models]
-        write_results(curves, r.out)
-        show(curves, None, r.out)
-        print(f"written: {r.out / 'results.jsonl'}, {r.out / 'curve.png'}")
-    else:
-        base = f"--model {shlex.quote(cfg.model)}" + (f" --revision {cfg.revision}" if cfg.revision else "")
-        final = shlex.quote(str(r.final))
-        which = f"--model {final}" if r.whole else f"{base} --adapter {final}"
-        task = cfg.data if cfg.data in data.GAMES else "problems.jsonl"
-        blocks = f" --block_len {model.cfg.block_len}" if model.cfg.block_len else ""
-        print(f"evaluate: python eval.py curve {which} --task {task} --gen_len {cfg.gen_len}{blocks}")
+    problems = data.load_problems(r.cfg.data, "dev", r.cfg.eval_problems)
+    models = ("base", r.load()), (label, model)
+    curves = [(name, curve(m, tok, problems, protocol_of("tiny", "tiny"), name)) for name, m in models]
+    write_results(curves, r.out)
+    show(curves, r.out)
+    print(f"written: {r.out / 'results.jsonl'}, {r.out / 'curve.png'}")
 
 
 def mean_by_step(rows):
@@ -389,8 +396,7 @@ def report_by_step(label, values, what, unit, path, x="forward"):
 
 
 def along_trajectory(model, record, steps):
-    """Yield, at each of the steps (N,) of a record, for what is masked before the first EOS: log-probability
-    of its id in the end (n,), the forwards until its reveal (n,), log-probabilities (n, V) fp32."""
+    """At each of the steps (N,), of what is masked: log p of its id, forwards to its reveal, all log p."""
     x0 = torch.tensor(record["x0"])
     order = torch.tensor(record["order"])
     for some in steps.split(16):
@@ -422,8 +428,7 @@ def mean_of(measure, model, records, label):
 
 @torch.no_grad()
 def confidence_decay(model, records):
-    """TAD Fig. 3(b): mean p(x0_i | plain prompt, x_t) of the untrained student by order_i - t, at 8 states of
-    each trajectory: (T,) numpy, NaN where no token is that far away."""
+    """TAD Fig. 3(b): mean p(x0_i | prompt, x_t) by order_i - t, at 8 states of each record: (T,) or NaN."""
     offsets, values = [], []
     for r in records[:64]:
         steps = torch.linspace(0, max(r["order"]), 8).long().unique()
@@ -480,7 +485,6 @@ class ProtocolOptions:
 @dataclass
 class CurveOptions(ProblemOptions, ProtocolOptions):
     """accuracy and TPF over the rules of a protocol; options of decoding replace what the protocol says"""
-    y_max: float | None = None  # of AUP, percent [the best accuracy of this curve]
 
 
 @dataclass
@@ -540,7 +544,7 @@ def curve_command(args, given):
         model, tok, problems, protocol, args.label, args.batch_size, args.allow_code_execution, kept)
     if kept.rank:
         return
-    show([(args.label, points)], args.y_max, kept.out)
+    show([(args.label, points)], kept.out)
     print(contamination_warning(args.task), end="")
     print(f"written: {kept.results}, {kept.out / 'curve.png'}")
 

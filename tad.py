@@ -105,9 +105,8 @@ def token_terms(student, teacher, x0, cfg):
 
 
 def tad_loss(ce, kl, near, example, n_examples, cfg):
-    """The TAD objective over the masked rows of a batch -> scalar fp32, dict of its parts.
-    ce, kl (N,) fp32 of token_terms; near (N,) bool; example (N,) int64, which example a row belongs to. Means
-    over the tokens of an example, then over n_examples of the global batch, whatever the micro-batches."""
+    """The TAD objective over masked rows -> scalar fp32, dict of its parts. ce, kl (N,) fp32; near (N,) bool;
+    example (N,) int64: a row's. Means over an example's tokens, then over n_examples of the global batch."""
     def mean_over_examples(values, rows):
         count = torch.zeros(n_examples, device=values.device).index_add_(0, example, rows.float())
         n_rows = count.clamp(min=1)[example]  # (N,) rows of the same example

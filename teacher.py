@@ -136,10 +136,8 @@ def score_examples(examples, tok, teacher_tok, cfg, r):
     folder = r.out / "difficulty"
     folder.mkdir(exist_ok=True)
     weights = local_weights(cfg.teacher)
-
     def read():
         return read_shards(folder, "rank*.jsonl", "key", r.rank, r.world, scores=list)
-
     def key(e):  # everything the scores depend on
         asked = e["prompt"], e["x0"], *e.get("earlier", []), e.get("raw")
         what = json.dumps([weights, cfg.teacher, cfg.metric, *asked])

@@ -190,8 +190,9 @@ def test_a_changed_command_line(command, called):
     ("trims", "--n_examples 0 --trajectory_share 0 --max_steps 0", "exceeds the data"),
     ("sample", "--html a.html --prompts rows.jsonl", "is for one prompt"),
     ("eval curve", "--points 99", "has 0 to"),
-    ("eval curve", "--protocol tiny-static --thresholds 0.5", "has one"), ("compare runs", "--control SFT-X", "labelled"),
-    ("compare runs", "--base TAD", "no run is labelled 'TAD'"), ("lora merge", "--to base", "not empty"),
+    ("eval curve", "--protocol tiny-static --thresholds 0.5", "has one"),
+    *(("compare runs", f"--control {label}", f"'{label}': there are") for label in ("SFT-X", "TAD", "SFT-SD")),
+    ("lora merge", "--to base", "not empty"),
     *((method, f"--batch_size 5000 {more}", "exceeds the data") for method in METHODS
       for more in ("", "--max_steps 5"))])
 def test_options_that_contradict(command, words, why, called):

@@ -191,7 +191,7 @@ def test_what_is_only_shown(tmp_path, monkeypatch):
     cli.append_line(tmp_path / "results.jsonl", *points)
     cli.append_line(tmp_path / "log.jsonl", *rows)
     cli.append_line(tmp_path / "rank0.seconds", dict(seconds=1.25), dict(seconds=0.5))
-    readers = {"results.jsonl": lambda: len(compare.read_points(tmp_path)), "log.jsonl": lambda: (
+    readers = {"results.jsonl": lambda: len(nt_eval.read_points(tmp_path)), "log.jsonl": lambda: (
         nt_eval.log_command(nt_eval.LogOptions([tmp_path])) or len(drawn.pop()[tmp_path])),
         "rank0.seconds": lambda: rollout.collection_seconds(tmp_path)}
     draw, refused = random.Random(0), 0

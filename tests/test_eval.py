@@ -55,7 +55,7 @@ def test_report_writes_results_and_picture(tmp_path, capsys):
                        point(label, "threshold 0.9", good, [8] * 4, [4] * 4)])
               for label, good in (("base", [1, 0, 0, 1]), ("TAD", [1, 1, 0, 1]))]
     nt_eval.write_results(curves, tmp_path)
-    nt_eval.show(curves, None, tmp_path)
+    nt_eval.show(curves, tmp_path)
     printed = capsys.readouterr().out
     assert "AUP base: 75.0" in printed and "AUP TAD: 150.0" in printed and "y_max 75.0" in printed
     assert (tmp_path / "curve.png").stat().st_size > 5000
@@ -72,13 +72,13 @@ def test_compare_is_paired_and_refuses_other_problems(tmp_path):
     write("b", "base", [1] * 47 + [0] * 3)
     write("s", "SFT", [1] * 48 + [0] * 2)
     write("t", "TAD", [1] * 50)
-    text = compare.compare(compare.read_runs([tmp_path / x for x in "bst"]), "base", "SFT", n_boot=50)
+    text = compare.compare(compare.read_runs([tmp_path / x for x in "bst"]), "SFT", n_boot=50)
     rows = {line.split(" | ")[0]: line.split(" | ") for line in text.splitlines() if line.startswith("|")}
     header = rows["| model"]
     assert "2 per forward, %" not in header  # no run has it
     assert rows["| TAD"][header.index("AUP")] == "200.0 ± 0.0"
     assert rows["| TAD"][header.index("TPF at 0.9")] == "2.00 ± 0.00" and rows["| SFT"][1] == "1"
-    assert "at 0.9, %, TAD - SFT: 4.00" in text and "AUP TAD / base: 2.00" in text
+    assert "at 0.9, %, TAD - SFT: 4.00" in text
     p = point("odd", "threshold 0.9", [1], [8], [4])
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "results.jsonl").write_text(json.dumps(p) + "\n")
@@ -86,13 +86,13 @@ def test_compare_is_paired_and_refuses_other_problems(tmp_path):
         compare.read_runs([tmp_path / "b", tmp_path / "odd"])
     compare.pack([tmp_path / x for x in "bst"], tmp_path / "all.jsonl.gz")  # as folders, and without responses
     packed = compare.read_runs([tmp_path / "all.jsonl.gz"])
-    assert compare.compare(packed, "base", "SFT", n_boot=50) == text and "responses" not in packed["TAD"][0][0]
+    assert compare.compare(packed, "SFT", n_boot=50) == text and "responses" not in packed["TAD"][0][0]
 
 
 def test_the_stored_comparison_makes_the_readmes_table():
     runs = compare.read_runs([ROOT / "assets/comparison.jsonl.gz"])
     assert len(runs) == 20 and all(len(of_label) == 4 for of_label in runs.values())
-    table = compare.compare(runs, "base", "SFT-SD", n_boot=2)
+    table = compare.compare(runs, "SFT-SD", n_boot=2)
     rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
     means = {row[0]: [value.split(" ± ")[0] for value in row[2:9]] for row in rows}
     assert means["base"] == ["99.7", "62.6", "29.1", "92.3", "1.91", "181.2", "0.25"]
@@ -122,10 +122,11 @@ def test_published_aups_are_reproduced():
     for number, family in ((1, "llada"), (2, "dream")):
         lines = [line.strip("| ").split(" | ") for line in page.split(f"\n## TAD-{number} ")[1].splitlines()]
         header, _, *table = lines[lines.index(next(cells for cells in lines if cells[0] == "method")):][:9]
-        assert header[1:5] == ["gsm8k", "math", "mbpp", "humaneval"]
+        assert header[1:5] == ["gsm8k", "math", "mbpp", "humaneval"] == list(nt_eval.Y_MAX[family])
         for column, (task, curves) in enumerate(zip(header[1:5], published[family].values()), 1):
             rows = {row[0]: float(row[column].split("/")[-1]) for row in table}
             y_max = max(accuracy for points in curves.values() for _, accuracy in points)
+            assert nt_eval.Y_MAX[family][task] == y_max
             short = {re.sub("-(LLaDA|Dream|7B)", "", name).replace("Quality", "Q").replace("Speed", "S"): name
                      for name in curves}  # AR models have no AUP in the tables
             assert rows.keys() <= short.keys() and len(rows) == 7
@@ -140,19 +141,43 @@ def test_published_aups_are_reproduced():
     assert nt_eval.area_of([(5.74, 30.36)], 43.14) > 174  # d3LLM on MATH without its first point; with it 100.1
 
 
+PUBLISHED_TASKS = dict(llada=["gsm8k_boxed", "minerva_math", "mbpp", "humaneval"],  # lm_eval's names
+                       dream=["gsm8k_cot_zeroshot", "math", "mbpp_instruct", "humaneval_instruct"])
+
+
+@pytest.mark.parametrize("family, y_max, quality, speed", [  # TAD Tables 1 and 2: their averages of four tasks
+    ("llada", "llada", 225.2, 257.1), ("dream", "dream", 164.2, 195.3), ("llada", "", 276.1, None)])
+def test_the_authors_curves_as_runs_give_their_average_aups(family, y_max, quality, speed):
+    """Of base and TAD alone, as our tables have them; without --y_max the AUPs are of another scale."""
+    published, runs = json.loads((ROOT / "assets/aup_points.json").read_text())[family], {}
+    for task, curves in zip(PUBLISHED_TASKS[family], published.values()):
+        ids = [f"{task}-{i}" for i in range(10_000)]
+        for method in [name for name in curves if re.match("TAD|LLaDA$|Dream$", name)]:
+            points = [dict(label=method, rule="TPF 1" if tpf == 1 else f"multiblock {tpf}", ids=ids, task=task,
+                           correct=np.arange(10_000) < round(100 * accuracy), seconds=1.0,
+                           tokens=np.full(10_000, round(100 * tpf)), nfe=np.full(10_000, 100))
+                      for tpf, accuracy in curves[method][::-1]]
+            runs.setdefault(method, []).append(points)
+    table = compare.compare(runs, "none", 1, y_max).split("\n## ")[0]
+    header, _, *rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")]
+    areas = {row[0].split("-")[-1]: float(row[header.index("AUP")].split()[0]) for row in rows}
+    assert len(rows) == 3 and areas["Quality"] == pytest.approx(quality, abs=0.101)
+    assert speed is None or areas["Speed"] == pytest.approx(speed, abs=0.101)
+
+
 def test_a_curve_without_its_anchor_warns(tmp_path, capsys):
     def curve(first):
         return [("m", [point("m", first, [1, 1], [8, 8], [n, n]) for n in (4, 2)])]
-    nt_eval.show(curve("multiblock 0.5"), 100, tmp_path)
+    nt_eval.show(curve("multiblock 0.5"), tmp_path)
     assert "warning: the curve of m has no token-by-token point" in capsys.readouterr().out
     slow = ("m", [point("m", "TPF 1", [1, 0], [4, 4], [8, 8]), *curve("multiblock 0.5")[0][1][:1]])
-    nt_eval.show([slow], 100, tmp_path)  # its TPF of 0.5, EOS tail included, is written as 1
+    nt_eval.show([slow], tmp_path)  # its TPF of 0.5, EOS tail included, is written as 1
     printed = capsys.readouterr().out
     assert "warning" not in printed
     assert f"AUP m: {nt_eval.area_of([(1, 50), (2, 100)], 100):.1f}" in printed
-    arrays = [{**p, "folder": "a", **{k: np.array(p[k]) for k in compare.COUNTS}} for p in slow[1]]
-    assert "warning" not in compare.compare({"m": [arrays]}, "m", "none", n_boot=2)
-    assert "warning: the curve of m" in compare.compare({"m": [arrays[1:]]}, "m", "none", n_boot=2)
+    arrays = [{**p, "folder": "a", "task": "", **{k: np.array(p[k]) for k in compare.COUNTS}} for p in slow[1]]
+    assert "warning" not in compare.compare({"m": [arrays]}, "none", n_boot=2)
+    assert "warning: the curve of m" in compare.compare({"m": [arrays[1:]]}, "none", n_boot=2)
     assert not nt_eval.anchor_warning([("m", [point("m", "1 per forward", [1], [46], [48])])])
     for name, family, task in (("tad", "llada", "gsm8k"), ("tad-code", "dream", "mbpp"), ("d3llm", "llada", "")):
         *first, last = nt_eval.protocol_of(name, family, task)["rules"]
@@ -174,12 +199,12 @@ def test_a_table_over_tasks_is_their_average():
         points = [point(label, "multiblock 0.5", [1] * right + [0] * (10 - right), [8] * 10, [nfe] * 10),
                   point(label, "TPF 1", [1] * 9 + [0], [8] * 10, [8] * 10)]
         ids = [f"{task}-{i}" for i in range(10)]
-        return [{**p, "ids": ids, "folder": label + task, "provenance": {"task": task},
+        return [{**p, "ids": ids, "folder": label + task, "task": task,
                  **{k: np.array(p[k]) for k in compare.COUNTS}} for p in points]
     runs = {"base": [run("base", "a", 9, 4), run("base", "b", 9, 8)],
             "TAD": [run("TAD", "a", 10, 2), run("TAD", "b", 9, 2)]}
     rows = {line.split(" | ")[0]: line.strip(" |").split(" | ")
-            for line in compare.compare(runs, "base", "none", n_boot=3).splitlines()}
+            for line in compare.compare(runs, "none", n_boot=3).split("\n## ")[0].splitlines()}
     assert rows["| model"][2:] == ["AUP", "first point, %", "TPF there"]
     means = [[float(cell.split(" ")[0]) for cell in rows[f"| {label}"][2:]] for label in runs]
     two = [[(2, 90), (1, 90)], [(1, 90), (1, 90)]], [[(4, 100), (1, 90)], [(4, 90), (1, 90)]]
@@ -187,6 +212,34 @@ def test_a_table_over_tasks_is_their_average():
         areas = [nt_eval.area_of(pairs, y_max) for pairs, y_max in zip(tasks, (100, 90))]
         assert mean == pytest.approx([sum(areas) / 2, sum(y for (_, y), _ in tasks) / 2,
                                       sum(x for (x, _), _ in tasks) / 2], abs=0.05)
+
+
+def test_the_tasks_of_a_table_are_sections_and_panels(tmp_path, monkeypatch):
+    """After the average the same columns per task; a panel per task, whose token-by-token point stands at 1."""
+    right = {("base", "a"): (9, 9), ("base", "b"): (2, 3), ("TAD", "a"): (10, 8), ("TAD", "b"): (4, 4)}
+    for (label, task), counts in right.items():
+        rows = [point(label, rule, [1] * n + [0] * (10 - n), [8] * 10, [nfe] * 10) | dict(
+            ids=[f"{task}-{i}" for i in range(10)], provenance=dict(task=task))
+            for n, rule, nfe in zip(counts, ("multiblock 0.5", "TPF 1"), (4, 16))]
+        (tmp_path / f"{label}-{task}").mkdir()
+        (tmp_path / f"{label}-{task}/results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folders, panels = [str(tmp_path / f"{label}-{task}") for label, task in right], {}
+    monkeypatch.setattr(compare.compare, "__defaults__", (3, ""))
+    monkeypatch.setattr(nt_eval, "draw", lambda drawn, *_: panels.update(drawn))
+    compare.runs_command(compare.RunsOptions(folders, out=str(tmp_path)))
+    sections = re.split("^## (.*)$", (tmp_path / "compare.md").read_text(), flags=re.M)
+    assert sections[1::2] == ["a", "b"]
+    table = [{line.split(" | ")[0][2:]: [cell.split(" ± ")[0] for cell in line.strip(" |").split(" | ")[1:]]
+              for line in section.splitlines() if line.startswith("| ")} for section in sections[::2]]
+    assert [part["model"] for part in table] == [["runs", "AUP", "first point, %", "TPF there"]] * 3
+    assert [part["TAD"] for part in table[1:]] == [["1", f"{nt_eval.area_of([(1, 80), (2, 100)], 100):.1f}", "100.0", "2.00"],
+                                                   ["1", "80.0", "40.0", "2.00"]]
+    assert table[0]["TAD"][2] == "70.0" and table[0]["base"][2] == "55.0"
+    assert {title: {label: [x for x, *_ in line] for label, line in lines.items()} for title, lines in panels.items()} == {
+        f"{task}: thresholds, and token by token": {"base": [1, 2], "TAD": [1, 2]} for task in "ab"}
+    assert panels["b: thresholds, and token by token"]["base"][0][1] == 30  # of its task alone
+    with pytest.raises(UserError, match="run 2 of 'TAD' was not evaluated on the same problems"):
+        compare.read_runs(folders[:3])  # a label with one of two tasks
 
 
 def test_contamination_warning():
@@ -379,7 +432,7 @@ def test_humaneval_end_to_end_on_a_random_checkpoint(tmp_path, monkeypatch):
     (["--points", "9"], "has 0 to 7"), (["--n", "0"], "n is 0: it must be at least 1"),
     (["--protocol", "tiny-static", "--thresholds", "0.5"], "no chosen point of protocol tiny-static has one"),
     (["--protocol", "t3d"], "it is for sdar"), (["--block_len", "-1"], "block_len is -1"),
-    (["--task", "no.jsonl"], "no.jsonl"), (["--y_max", "-5"], "y_max is -5.0: it must be at least"),
+    (["--task", "no.jsonl"], "no.jsonl"), (["--n", "-5"], "n is -5: it must be at least"),
     (["--out", "old"], "holds results already")])
 def test_bad_input_is_one_line(tmp_path, monkeypatch, words, match):
     (tmp_path / "old").mkdir()

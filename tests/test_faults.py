@@ -284,7 +284,7 @@ class Processes:
         if process.is_alive():
             os.kill(process.pid, number)
         process.join(120)
-        usual = ("began", "decoding", "8 of 8 ", "saved", "evaluate:")
+        usual = ("began", "decoding", "8 of 8 ", "saved")
         said = [line for line in log.read_text().splitlines() if not line.startswith(usual)]
         return process.exitcode, [line for line in said if "is finished already" not in line]
 

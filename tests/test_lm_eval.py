@@ -231,7 +231,7 @@ def test_an_aup_of_points_that_lm_eval_graded(here, tmp_path, monkeypatch, capsy
     runs = compare.read_runs([tmp_path / "base", tmp_path / "fast"])
     assert {label: [[p["rule"] for p in points] for points in of_label] for label, of_label in runs.items()} == {
         label: [["multiblock 0.5", "TPF 1"]] * 2 for label in ("base", "fast")}
-    rows = [line.strip("| ").split(" | ") for line in compare.compare(runs, "base", "none", 3).splitlines() if "| " in line]
+    rows = [line.strip("| ").split(" | ") for line in compare.compare(runs, "none", 3).split("\n## ")[0].splitlines() if "| " in line]
     areas = [float(row[rows[0].index("AUP")].split()[0]) for row in rows[1:]]
     gsm, math = (100 / 3, 100 / 3), (50, 50)  # right by strict-match, by minerva's exact match
     want = [np.mean([nt_eval.area_of([(1, one), (tpf, other)], other) for one, other in (gsm, math)]) for tpf in (1.25, 5)]
@@ -239,6 +239,43 @@ def test_an_aup_of_points_that_lm_eval_graded(here, tmp_path, monkeypatch, capsy
     with pytest.raises(UserError, match="--metric bleu: gsm8k has "):
         monkeypatch.setattr(sys, "argv", [*sys.argv[:-4], "--metric", "bleu", "--out", str(tmp_path / "x")])
         harness.main()
+
+
+def test_the_subtasks_of_a_group_are_one_task(here, tmp_path, monkeypatch):
+    """As minerva_math's seven: weighed by their sizes, under the group's name, once beside gsm8k."""
+    base = (here / "minerva_math500.yaml").read_text()
+    write_jsonl(here / "half.jsonl", [dict(problem=p, solution=s, answer="") for p, s, *_ in MATH[:1]])
+    for name, file in (("leaf_one", "half.jsonl"), ("leaf_two", "math.jsonl")):
+        (here / f"{name}.yaml").write_text(base.replace("task: minerva_math500", f"task: {name}").replace("math.jsonl", file))
+    (here / "inner.yaml").write_text("group: inner\ntask: [leaf_two]\n")
+    (here / "grouped.yaml").write_text("group: grouped\ntask: [leaf_one, inner]\nmetadata: {version: 1.0}\n")
+    replies = {q: reply for q, _, reply, *_ in [*GSM8K, *MATH]}
+    monkeypatch.setattr(nt_eval, "decode_rows", scripted(replies, []))
+    monkeypatch.setattr(sys, "argv", [
+        "tools/harness.py", "--model", str(here / "llada"), "--tasks", f"grouped,{here}/gsm8k.yaml", "--include_path",
+        str(here), "--num_fewshot", "1", "--protocol", "tad", "--metric", "exact_match", "--out", str(tmp_path)])
+    harness.main()
+    points = {row["key"]: row for row in read_jsonl(tmp_path / "results.jsonl", ours=True)}
+    assert points.keys() == {"grouped", "gsm8k"} and points["gsm8k"]["correct"] == [1, 0, 0]
+    assert points["grouped"]["ids"] == ["leaf_one-0", "leaf_two-0", "leaf_two-1"]
+    assert points["grouped"]["correct"] == [1, 1, 0] and points["grouped"]["tokens"] == [10] * 3
+    assert [row["provenance"]["task"] for row in points.values()] == list(points)
+    assert {name.name for name in tmp_path.glob("samples-*")} == {f"samples-{leaf}.jsonl" for leaf in (
+        "leaf_one", "leaf_two", "gsm8k")}
+
+
+def test_tasks_that_run_code_ask_for_it_at_import(here, tmp_path, monkeypatch):
+    """As mbpp and humaneval, whose code_eval refuses without HF_ALLOW_CODE_EVAL; before a model is loaded."""
+    (tmp_path / "utils.py").write_text("import os\nif os.environ.get('HF_ALLOW_CODE_EVAL') != '1':\n"
+                                       "    raise ValueError('#####\\nset HF_ALLOW_CODE_EVAL=\"1\"')\ndef text(doc):\n    return 'q'\n")
+    (tmp_path / "code.yaml").write_text((here / "gsm8k.yaml").read_text().replace("task: gsm8k", "task: code")
+                                        + "doc_to_text: !function utils.text\nunsafe_code: true\n")
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "0")
+    monkeypatch.setattr(nt_eval, "load_both", lambda args: pytest.fail("loaded a model"))
+    monkeypatch.setattr(sys, "argv", ["tools/harness.py", "--model", str(here / "llada"), "--tasks", str(tmp_path / "code.yaml")])
+    with pytest.raises(UserError, match="code.yaml would run code here: .* --allow_code_execution"):
+        harness.main()
+    assert list(harness.load_tasks([str(tmp_path / "code.yaml")], None, True).load(None)["tasks"]) == ["code"]
 
 
 def test_one_point_and_one_protocol_at_a_time(here, monkeypatch):

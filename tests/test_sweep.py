@@ -29,7 +29,7 @@ def small(monkeypatch, tmp_path):
            for label, command in sweep.METHODS.items() if label in rows}
     monkeypatch.setattr(sweep, "METHODS", few)
     monkeypatch.setattr(sweep, "N_TRAJECTORIES", 4)
-    monkeypatch.setattr(compare.compare, "__defaults__", (20, None))  # redraws
+    monkeypatch.setattr(compare.compare, "__defaults__", (20, ""))  # redraws
     monkeypatch.setattr(sweep, "COMMON", sweep.COMMON.replace("200", "1").replace("16", "4"))
     protocol = {**nt_eval.PROTOCOLS["tiny-table"], "compiled": False}
     monkeypatch.setitem(nt_eval.PROTOCOLS, "tiny-table", protocol)
@@ -91,7 +91,7 @@ def test_a_sweep_is_resumed_and_makes_the_table(small, started, monkeypatch, cap
         assert "±" in rows["TAD: near only"][rows["model"].index(column)], column
     assert (small / "compare.png").stat().st_size > 5000
     packed = compare.read_runs([small / "comparison.jsonl.gz"])
-    assert list(packed) == list(sweep.METHODS) and compare.compare(packed, "base", "SFT-SD") + "\n" == text
+    assert list(packed) == list(sweep.METHODS) and compare.compare(packed, "SFT-SD") + "\n" == text
     monkeypatch.setattr(sweep, "prepare", None)  # what is finished is only shown
     sweep.main()
     assert (small / "compare.md").read_text() == text
@@ -194,6 +194,43 @@ def test_a_block_asks_for_the_family(tmp_path, table, words, n):
     assert least >= n and count("dream-coder") == count(str(tmp_path / "models")) == least and count("llada") == 0
 
 
+@pytest.mark.parametrize("table, model, windows", [
+    ("TAD-10", "llada", ["8", "20"]), ("TAD-10", "dream", ["6", "auto-speed"]), ("TAD-1", "llada", ["8", "20"]),
+    ("TAD-2", "dream", ["6", "auto-speed"])])
+def test_a_family_trains_with_its_own_recipe(tmp_path, monkeypatch, table, model, windows):
+    trained = [accepted(words, model, monkeypatch) for words in sweep.paper_commands(table, model, tmp_path)
+               if words[0] == "tad.py"]
+    assert [cfg.window for cfg in trained] == windows
+    dream = (cfg.collect_temperature, cfg.collect_top_p, cfg.collect_score) if (cfg := trained[0]) else None
+    assert (dream == (0.2, 0.95, "entropy")) == (model == "dream")
+
+
+@pytest.mark.parametrize("table", ["TAD-few-shot", "TAD-fig1"])
+def test_a_heading_that_calls_another_calls_that_of_the_family(tmp_path, table):
+    for model, called in (("llada", "TAD-1"), ("dream", "TAD-2"), ("dream-coder", "TAD-2"), ("tiny", "TAD-1")):
+        words = [words for words in sweep.paper_commands(table, model, tmp_path) if words[0] == "tools/sweep.py"]
+        assert [line[2] for line in words] == [called]
+
+
+def test_few_shots_and_filters_are_those_of_table_8(tmp_path):
+    asked = {}
+    for model in ("llada", "dream"):
+        for words in sweep.paper_commands("TAD-few-shot", model, tmp_path):
+            if words[0] == "tools/harness.py":
+                task, line = words[words.index("--tasks") + 1], " ".join(words)
+                asked.setdefault((model, task), set()).add((
+                    "--num_fewshot 0" in line, "--metric exact_match,flexible-extract" in line, "--apply_chat_template" in line))
+    assert asked == {**{("llada", task): {(False, False, False)} for task in ("gsm8k_boxed", "minerva_math", "mbpp", "humaneval")},
+                     **{("dream", task): {(task == "mbpp_instruct", task == "gsm8k_cot_zeroshot", True)} for task in (
+                         "gsm8k_cot_zeroshot", "minerva_math", "mbpp_instruct", "humaneval_instruct")}}
+
+
+@pytest.mark.parametrize("table", ["TAD-1", "TAD-2", "TAD-3", "TAD-4", "TAD-6", "TAD-few-shot"])
+def test_a_table_of_aups_has_the_published_y_max(tmp_path, table):
+    *_, last = sweep.paper_commands(table, "dream-coder", tmp_path)
+    assert last[0] == "tools/compare.py" and last[last.index("--y_max") + 1] == "dream"
+
+
 def test_the_tiny_model_downloads_nothing_and_collects_its_one_task_once(tmp_path):
     for table in TABLES:
         commands = list(sweep.paper_commands(table, "tiny", tmp_path))
@@ -203,7 +240,9 @@ def test_the_tiny_model_downloads_nothing_and_collects_its_one_task_once(tmp_pat
 
 TABLES = re.findall(r"^## ((?:TAD|T3D|TABOM|TRIMS)-\S+)", "\n".join(
     page.read_text() for page in sorted(ROOT.glob("docs/papers-*.md"))), re.M)
-MODELS = {"T3D": "sdar-4b", "TAD-2": "dream", "TABOM-4": "dream"}  # else llada: what a block is written for
+MODELS = {"T3D": ["sdar-4b"], "TAD-2": ["dream"], "TABOM-4": ["dream"], "TABOM": ["llada", "dream"],  # else llada:
+          **dict.fromkeys(["TAD-9", "TAD-10", "TAD-few-shot", "TAD-fig1", "TRIMS-1", "TRIMS-fig5", "TRIMS-fig7"],
+                          ["llada", "dream"])}  # what a block is written for
 
 
 def test_the_index_has_every_table_and_figure():
@@ -252,9 +291,9 @@ def check_commands(monkeypatch, root, table, name, quick=False):
 
 @pytest.mark.parametrize("table", TABLES)
 def test_every_command_of_a_table_is_accepted(monkeypatch, tmp_path, table, capsys):
-    """For the model of the paper and, small, for the tiny one."""
-    model = MODELS.get(table, MODELS.get(table.split("-")[0], "llada"))
-    check_commands(monkeypatch, tmp_path, table, model)
+    """For the models of the paper and, small, for the tiny one."""
+    for model in MODELS.get(table, MODELS.get(table.split("-")[0], ["llada"])):
+        check_commands(monkeypatch, tmp_path, table, model)
     check_commands(monkeypatch, tmp_path, table, "tiny", quick=True)
     monkeypatch.setattr("sys.argv", ["sweep.py", "paper", table, "--model", model, "--dry_run", "--out", "o"])
     sweep.main()  # what is printed is what would run
@@ -339,7 +378,7 @@ def small_tables(monkeypatch):
             yield [*words, "--n_problems", "2"] if at else words
     monkeypatch.setattr(sweep, "block_of", block_of)
     monkeypatch.setattr(sweep, "paper_commands", few)
-    monkeypatch.setattr(compare.compare, "__defaults__", (20, None))  # redraws
+    monkeypatch.setattr(compare.compare, "__defaults__", (20, ""))  # redraws
     protocols = {**nt_eval.PROTOCOLS, "tiny": nt_eval.PROTOCOLS["tiny-static"] | dict(compiled=False)}
     monkeypatch.setattr(nt_eval, "PROTOCOLS", protocols)
 

@@ -1,12 +1,10 @@
 """The embedded model, and the commands a newcomer runs."""
 import contextlib
 import json
-import shlex
 import shutil
-from pathlib import Path
 
 import pytest
-from conftest import ROOT, command, random_model
+from conftest import ROOT, command
 from safetensors.torch import load_file, save_file
 from html.parser import HTMLParser
 from types import SimpleNamespace
@@ -182,17 +180,6 @@ def test_a_last_response_without_its_end(tmp_path, monkeypatch, capsys, theirs):
     with pytest.raises(cli.UserError, match="another model, other settings"):
         sample.main()
     assert to.read_text() == whole[:-1]
-
-
-@pytest.mark.parametrize("folder", ["my run", "it's", "a;b", "plain"])
-def test_the_command_that_a_run_ends_with_can_be_pasted(folder, capsys):
-    for whole in (False, True):
-        cfg = SimpleNamespace(model=f"{folder}/base", revision="", data=f"{folder}.jsonl", gen_len=8)
-        made = SimpleNamespace(cfg=cfg, rank=0, evaluates=False, whole=whole, final=Path(folder, "model"))
-        nt_eval.closing(made, random_model(), None, "TAD")
-        words = shlex.split(capsys.readouterr().out.removeprefix("evaluate: "))
-        named = ["--model", f"{folder}/model"] if whole else ["--model", f"{folder}/base", "--adapter", f"{folder}/model"]
-        assert words == ["python", "eval.py", "curve", *named, "--task", "problems.jsonl", "--gen_len", "8"]
 
 
 class Page(HTMLParser):

@@ -18,30 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cli  # noqa: E402
 import eval as nt_eval  # noqa: E402
-from cli import UserError, option, read_jsonl, run_cli  # noqa: E402
+from cli import UserError, option, run_cli  # noqa: E402
+from eval import COUNTS, read_points  # noqa: E402
 
 COLUMNS = ("token by token, %|2 per forward, %|4 per forward, %|at 0.9, %|TPF at 0.9|AUP|"
            "first point, %|TPF there|"  # of a protocol that begins with none of these rules
            "TDS, nats^2|tok/s at 0.9|training, min|collecting, min").split("|")
 ACCURACY_AT = dict(zip(("1 per forward", "2 per forward", "4 per forward", "threshold 0.9"), COLUMNS))
-COUNTS = ("correct", "tokens", "nfe")  # per problem
-FIELDS = dict(label=str, rule=str, seconds=float, **dict.fromkeys(("ids", *COUNTS), list))
-
-
-def read_points(source):
-    """The points of a folder and those in it, or of a file that pack() wrote, which names their folders."""
-    source = Path(source)
-    rows, kinds = [], set()
-    for file in [source] if source.is_file() else sorted(source.rglob("results.jsonl")):
-        rows += read_jsonl(file, ours=True, **FIELDS)
-    for row in rows:
-        kinds |= {tuple(map(type, problem)) for problem in zip_longest(row["ids"], *map(row.get, COUNTS))}
-        if not all(isinstance(row.get(key, {}), dict) for key in ("run", "provenance")):
-            raise UserError(f"{source}: run and provenance of a point must be objects")
-        row.setdefault("folder", f"{source.name} {row.get('provenance', {}).get('task', '')}")
-    if kinds != {(str, int, int, int)}:
-        raise UserError(f"{source} holds no results, or not an id and three counts for every problem")
-    return rows
 
 
 def pack(folders, file):
@@ -54,8 +37,7 @@ def pack(folders, file):
 
 
 def read_runs(sources):
-    """Folders and packed files -> {label: [points of run 1, points of run 2, ...]}. Runs of one number must
-    have the same problems under every label; a label with a single run has those of all."""
+    """-> {label: [points of run 1, ...]}: a run's problems are the same under every label; one run is all."""
     runs = defaultdict(lambda: defaultdict(list))
     for number, source in enumerate(sources):
         for point in read_points(source):
@@ -65,7 +47,7 @@ def read_runs(sources):
     most = max(runs.values(), key=len)
     for label, of_label in runs.items():
         repeated = of_label * len(most) if len(of_label) == 1 else of_label
-        for i, (points, theirs) in enumerate(zip(repeated, most), 1):
+        for i, (points, theirs) in enumerate(zip_longest(repeated, most, fillvalue=[{"ids": []}]), 1):
             if any(point["ids"] != theirs[0]["ids"] for point in points):
                 raise UserError(f"run {i} of {label!r} was not evaluated on the same problems as the others: "
                                 f"a paired comparison needs that")
@@ -78,8 +60,7 @@ def on_curve(point):
 
 
 def summarize(points, y_max, pick=slice(None)):
-    """A run on the problems `pick` (an index array) -> the values of COLUMNS, NaN where it has none.
-    y_max: {task of the run: percent}."""
+    """A run on the problems `pick` (indices), y_max in percent -> the values of COLUMNS, or NaN."""
     curve = []
     cost = points[0].get("run", {})
     row = {"TDS, nats^2": cost.get("tds", np.nan),
@@ -98,25 +79,34 @@ def summarize(points, y_max, pick=slice(None)):
             row |= {"first point, %": accuracy, "TPF there": tpf}
         if rule == "threshold 0.9":
             row |= {"TPF at 0.9": tpf, "tok/s at 0.9": point["tokens"].sum() / point["seconds"]}
-    row["AUP"] = nt_eval.area_of(curve, y_max[points[0].get("provenance", {}).get("task")])
+    row["AUP"] = nt_eval.area_of(curve, y_max)
     return [row.get(column, np.nan) for column in COLUMNS]
 
 
-def bootstrap(runs, y_max, n_boot):
-    """{label: (1 + n_boot, columns)}: the mean over its runs, then means of runs and problems drawn anew."""
-    draws = {label: [[summarize(points, y_max) for points in of_label]] for label, of_label in runs.items()}
+def by_task(runs):
+    """Runs {label: [points of a run, ...]} -> {task: runs}."""
+    tasks = defaultdict(lambda: defaultdict(list))
+    for label, of_label in runs.items():
+        for points in of_label:
+            tasks[points[0]["task"]][label].append(points)
+    return tasks
+
+
+def bootstrap(runs, y_max, number, n_boot):
+    """{label: (1 + n_boot, columns)}: the mean over runs, then means of runs and problems drawn anew."""
+    draws = {label: [] for label in runs}
     sets = sorted({tuple(points[0]["ids"]) for of_label in runs.values() for points in of_label})
-    for replicate in cli.progress_bar(range(1, n_boot + 1), "bootstrap"):
-        rng = np.random.default_rng([0, replicate])  # the same problems and run numbers for every label
+    for replicate in cli.progress_bar(range(1 + n_boot), "bootstrap"):
+        rng = np.random.default_rng([number, replicate])
         picks = {ids: rng.integers(len(ids), size=len(ids)) for ids in sets}
         for label, of_label in runs.items():
-            same = np.random.default_rng([0, replicate, 1])
             n = len(of_label)
-            drawn = range(n) if len(y_max) > 1 else same.integers(n, size=n)  # tasks are not drawn
-            chosen = [of_label[i] for i in drawn]
-            rows = [summarize(points, y_max, picks[tuple(points[0]["ids"])]) for points in chosen]
-            draws[label].append(rows)
-    return {label: np.mean(rows, 1) for label, rows in draws.items()}
+            chosen = np.random.default_rng([number, replicate, 1]).integers(n, size=n)
+            if not replicate:
+                picks, chosen = dict.fromkeys(sets, slice(None)), range(n)
+            rows = [summarize(of_label[i], y_max, picks[tuple(of_label[i][0]["ids"])]) for i in chosen]
+            draws[label].append(np.mean(rows, 0))
+    return {label: np.array(rows) for label, rows in draws.items()}
 
 
 def shown(values, bracketed=False):
@@ -130,55 +120,63 @@ def shown(values, bracketed=False):
     return f"{values[0]:.{digits}f} ± {(hi - lo) / 2:.{digits}f}"
 
 
-def compare(runs, base, control, n_boot=1000, y_max=None):
-    """The table of means over runs and, below it, paired: ratios to base, differences from control."""
-    every = sum(runs.values(), [])
-    best, curves = {}, []
-    for points in every:  # of a label they may be of several tasks: its row is their average
-        kept = list(filter(on_curve, points))
-        task = points[0].get("provenance", {}).get("task")
-        best.setdefault(task, []).extend(point["correct"].mean() for point in kept)
-        if kept:
-            curves.append((points[0]["label"], kept))
-    y_max = {task: y_max or 100 * max(values, default=0) for task, values in best.items()}
-    draws = bootstrap(runs, y_max, n_boot)
-    (known,) = np.isfinite([rows[0] for rows in draws.values()]).any(0).nonzero()
-    table = [["model", "runs", *(COLUMNS[j] for j in known)]]
+def table_of(draws, runs, control):
+    """{label: (1 + n_boot, columns)} -> lines: a table of means, and paired differences from control."""
+    means = [rows[0] for rows in draws.values()]
+    known = [j for j in range(len(COLUMNS)) if np.isfinite(means)[:, j].any()]
+    titles = "model", "runs", *(COLUMNS[j] for j in known)
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for label, rows in draws.items():
         cells = [shown(rows[:, j]) for j in known]
-        table.append([label, str(len(runs[label])), *cells])
-    header, *body = (f"| {' | '.join(cells)} |" for cells in table)
-    n = len({i for points in every for i in points[0]["ids"]})
-    highest = ", ".join(f"{value:.2f}" for value in y_max.values())
-    about = f"{n} problems, y_max {highest}; ± is half of a 95% bootstrap interval over problems and runs"
-    warning = nt_eval.anchor_warning(curves)
-    lines = [about, *warning.splitlines(), "", header, "|---" * len(table[0]) + "|", *body, ""]
-    aup = COLUMNS.index("AUP")
-    for label, rows in draws.items():
-        if label != base:
-            lines.append(f"AUP {label} / {base}: {shown(rows[:, aup] / draws[base][:, aup], bracketed=True)}")
-        for j, name in enumerate(COLUMNS[:6]) if control in draws and label not in (base, control) else ():
-            values = rows[:, j] - draws[control][:, j]
+        lines.append(f"| {label} | {len(runs[label])} | {' | '.join(cells)} |")
+    lines.append("")
+    for label in draws if control in draws else ():
+        if label == control:
+            continue
+        for j, name in enumerate(COLUMNS[:6]):
+            values = draws[label][:, j] - draws[control][:, j]
             if not np.isnan(values).any():  # else the protocol lacks this rule
-                lines.append(f"{name}, {label} - {control}: {shown(values, True)}")
+                lines.append(f"{name}, {label} - {control}: {shown(values, bracketed=True)}")
+    return lines
+
+
+def compare(runs, control, n_boot=1000, y_max=""):
+    """A table per task, of several tasks their average first. y_max: a family of Y_MAX, or our best."""
+    published, tasks = nt_eval.Y_MAX.get(y_max, {}), by_task(runs)
+    every, lines = [], []
+    for number, (task, own) in enumerate(tasks.items()):
+        alike = sum(own.values(), [])
+        curves = [(points[0]["label"], list(filter(on_curve, points))) for points in alike]
+        best = max((point["correct"].mean() for _, kept in curves for point in kept), default=0)
+        highest = published.get(nt_eval.known_task(task), 100 * best)
+        every.append(bootstrap(own, highest, number, n_boot))
+        n = len({i for points in alike for i in points[0]["ids"]})
+        if len(tasks) > 1:
+            lines += ["", f"## {task}", ""]
+        lines.append(f"{n} problems, y_max {highest:.2f}; ± is half of a 95% bootstrap interval over "
+                     f"problems and runs")
+        lines += [*nt_eval.anchor_warning(curves).splitlines(), ""]
+        lines += table_of(every[-1], own, control)
+    if len(tasks) > 1:
+        average = {label: np.mean([draws[label] for draws in every], 0) for label in runs}
+        lines = [f"average of {len(tasks)} tasks", "", *table_of(average, runs, control), *lines]
     return "\n".join(lines)
 
 
-def picture(runs, path):
-    """A curve per label, over the problems of all its runs; none of ablations ("TAD: near only")."""
-    curves, panels = {}, {}
-    for label, of_label in runs.items():
-        if ":" not in label:
-            curves[label] = [
-                alike[0] | {key: np.concatenate([point[key] for point in alike]) for key in COUNTS}
-                for alike in zip(*of_label)]
-    for title, keep in {
-        "thresholds, and token by token": on_curve,
-        "a fixed number of tokens per forward": lambda point: point["rule"].endswith("per forward"),
-    }.items():
-        kept = [(label, list(filter(keep, points))) for label, points in curves.items()]
-        if all(len(points) > 1 for _, points in kept):
-            panels[title] = kept
+def picture(tasks, path):
+    """A panel per task and kind of rule; in it a curve per label, none of ablations ("TAD: near only")."""
+    panels = {}
+    for task, runs in tasks.items():
+        curves = {label: [alike[0] | {key: np.concatenate([point[key] for point in alike]) for key in COUNTS}
+                          for alike in zip(*of_label)]  # over the problems of all runs
+                  for label, of_label in runs.items() if ":" not in label}
+        for title, keep in {
+            "thresholds, and token by token": on_curve,
+            "a fixed number of tokens per forward": lambda point: point["rule"].endswith("per forward"),
+        }.items():
+            kept = [(label, list(filter(keep, points))) for label, points in curves.items()]
+            if all(len(points) > 1 for _, points in kept):
+                panels[f"{task}: {title}" if len(tasks) > 1 else title] = kept
     if panels:  # not of single points
         nt_eval.plot(panels, path)
 
@@ -187,21 +185,20 @@ def picture(runs, path):
 class RunsOptions:
     """one table and one picture over several runs"""
     sources: list[str] = option(positional=True)  # folders of results, or files that hold many
-    base: str = "base"  # label the AUP ratios refer to
-    control: str = "SFT-SD"  # label the differences refer to
-    y_max: float | None = None  # of AUP, percent [the best accuracy of all of them]
+    control: str = "base"  # label that the differences refer to
+    y_max: str = option("", choices=nt_eval.Y_MAX)  # of AUP: family whose published best counts [our best]
     out: str = "out/compare"  # directory of compare.md and compare.png
 
 
 def runs_command(args):
     runs = read_runs(args.sources)
     out = Path(args.out)
-    for label in {args.base, args.control} - {*runs, "SFT-SD"}:  # the default need not be there
-        raise UserError(f"no run is labelled {label!r}: there are {', '.join(runs)}; see --base, --control")
+    if args.control not in {*runs, "base"}:  # the default need not be there
+        raise UserError(f"--control {args.control!r}: there are {', '.join(runs)}")
     out.mkdir(parents=True, exist_ok=True)
-    text = compare(runs, args.base, args.control, y_max=args.y_max)
+    text = compare(runs, args.control, y_max=args.y_max)
     cli.write_whole(out / "compare.md", text + "\n")
-    picture(runs, out / "compare.png")
+    picture(by_task(runs), out / "compare.png")
     print(f"{text}\nwritten: {out / 'compare.md'}, with a picture of curves")
 
 

@@ -17,17 +17,16 @@ import eval as nt_eval
 from cli import UserError, option, package, run_cli, write_whole
 from sample import Decoding
 
+UNSAFE = "would run code here: `eval.py curve --task humaneval` contains it, --allow_code_execution insists"
 NO_LIKELIHOOD = "a masked diffusion model has no exact log-likelihoods: choose tasks of generate_until"
 
 
 def lm_eval_package():
-    """Its evaluator imports all that is used here."""
     return package("lm_eval.evaluator", "this needs lm_eval: pip install 'lm_eval[math,ifeval]'").lm_eval
 
 
 def bridge(model, tok, settings, batch_size=32, kept=None):
-    """The model as an LM of lm_eval, whose wishes about decoding lose against `settings`; kept: an eval.Kept.
-    Every rank sees all requests and decodes its share: few-shots do not depend on the number of ranks."""
+    """The model as an LM of lm_eval: `settings` decide; each rank sees all requests and decodes its share."""
     class MaskedDiffusion(lm_eval_package().api.model.LM):
         tokenizer_name = f"nanotraj-{model.cfg.family}"
         chats = {}  # a rendered text -> its ids: not every special token in it is one
@@ -70,12 +69,16 @@ def bridge(model, tok, settings, batch_size=32, kept=None):
 
 def load_tasks(names, include_path, allow_code):
     """Names of lm_eval's tasks, groups or tags, of ours in assets/, or YAML files -> a manager with them."""
+    if allow_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # its tasks of code want it when they are imported
     own = all(map(os.path.isfile, names))  # then lm_eval's thousands need not be read
     places = [nt_eval.nt_model.HERE / "assets", *data.listed(include_path)]
     manager = lm_eval_package().tasks.TaskManager(include_path=places, include_defaults=not own)
     try:
         loaded = manager.load(names)
     except Exception as e:  # no such task, no hub, a package the task needs, a broken YAML
+        if "HF_ALLOW_CODE_EVAL" in str(e):
+            raise UserError(f"{', '.join(names)} {UNSAFE}") from None
         why = str(e).strip().partition("\n")[0]
         raise UserError(f"lm_eval cannot load {', '.join(names)} ({type(e).__name__}: {why}): `lm_eval ls "
                         f"tasks` lists what it has, --include_path adds a directory of your own") from None
@@ -83,8 +86,7 @@ def load_tasks(names, include_path, allow_code):
         if task.OUTPUT_TYPE != "generate_until":
             raise UserError(f"task {name} asks for {task.OUTPUT_TYPE}: {NO_LIKELIHOOD}")
         if getattr(task, "UNSAFE_CODE", False) and not allow_code:
-            raise UserError(f"task {name} runs the model's code, in this process: `eval.py curve --task "
-                            f"humaneval` contains it; --allow_code_execution insists")
+            raise UserError(f"task {name} {UNSAFE}")
     manager.load = lambda names: loaded  # simple_evaluate asks for the same ones again
     return manager
 
@@ -110,8 +112,8 @@ def main():
     if len(args.points or args.thresholds or [0]) > 1:
         raise UserError("lm_eval takes one point at a time: a single --points or --thresholds")
     settings = protocol | protocol["rules"][0]
+    manager = load_tasks(names, args.include_path, args.allow_code_execution)  # before 8B parameters
     model, tok = nt_eval.load_both(args)
-    manager = load_tasks(names, args.include_path, args.allow_code_execution)
     decoding = vars(nt_eval.decoding_of(settings))
     config = nt_eval.made_of(args, model, chat=args.apply_chat_template, decoding=decoding)
     out = args.out or f"out/lm_eval-{args.label}-{'-'.join(Path(name).stem for name in names)[:60]}"
@@ -123,8 +125,9 @@ def main():
         **{name: getattr(args, name) for name in same})
     if kept.rank:
         return
-    samples, points = results.pop("samples"), []
-    for name, rows in samples.items():
+    groups, pooled = manager.load(names)["groups"], {}
+    wholes = {task.task_name: of.name for of in [*groups.values()][::-1] for task in of.get_all_tasks()}
+    for name, rows in results.pop("samples").items():
         rows.sort(key=lambda row: (row["doc_id"], row["filter"]))
         lines = [json.dumps(row, default=str) + "\n" for row in rows]
         write_whole(kept.out / f"samples-{name}.jsonl", "".join(lines))
@@ -132,13 +135,14 @@ def main():
         if not metrics:
             raise UserError(f"--metric {args.metric}: {name} has {', '.join(results['results'][name])}")
         metric, kind = metrics[0].split(",")
-        rows = [row for row in rows if row["filter"] == kind]
-        decoded = [asking.decoded[nt_eval.digest(row["arguments"][0][0]) + "-0"] for row in rows]
-        points.append({key: [row[key] for row in decoded] for key in ("tokens", "nfe")} | dict(
-            key=name, label=args.label, rule=nt_eval.rule_name(settings),
-            ids=[f"{name}-{row['doc_id']}" for row in rows], correct=[int(row[metric]) for row in rows],
-            seconds=nt_eval.wall_seconds(decoded),
-            provenance=dict(config, task=name, metric=metrics[0])))
+        graded = [dict(asking.decoded[nt_eval.digest(row["arguments"][0][0]) + "-0"], metric=metrics[0],
+                       id=f"{name}-{row['doc_id']}", correct=int(row[metric]))
+                  for row in rows if row["filter"] == kind]
+        pooled.setdefault(wholes.get(name, name), []).extend(graded)  # a group is one task, weighed by size
+    points = [{key: [row[key] for row in rows] for key in ("tokens", "nfe", "correct")} | dict(
+        key=task, label=args.label, rule=nt_eval.rule_name(settings), ids=[row["id"] for row in rows],
+        seconds=nt_eval.wall_seconds(rows), provenance=dict(config, task=task, metric=rows[0]["metric"]))
+        for task, rows in pooled.items()]
     write_whole(kept.results, "".join(map(cli.line_of, points)))
     facts = dict(results, provenance=nt_eval.provenance(**config), pretty_env_info=None)
     write_whole(kept.out / "lm_eval.json", json.dumps(facts, indent=1, default=str) + "\n")

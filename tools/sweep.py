@@ -171,12 +171,11 @@ def main():
         results = folder / "results.jsonl"
         if not results.exists():
             left.append((label, seed, folder))
-        elif compare.read_points(folder)[0]["ids"] != [p["id"] for p in problems[seed]]:
+        elif nt_eval.read_points(folder)[0]["ids"] != [p["id"] for p in problems[seed]]:
             raise UserError(f"{results} is of other problems: repeat its --n, or another --out")
-    if left:
+    if left:  # first compile what the runs will share, so that tokens per second are those of decoding
         tok, model = data.load_tokenizer(args.task), nt_model.load(args.task).requires_grad_(False)
         own = prepare({label for label, *_ in left}, model, tok, root, args.task)
-        # compile what the runs will share, so that tokens per second are those of decoding
         nt_eval.curve(model, tok, problems[0][:BATCH], nt_eval.protocol_of(*PROTOCOL), "warm-up", BATCH)
     for label, seed, folder in cli.progress_bar(left, "sweep", unit="run"):
         if METHODS[label]:
@@ -184,7 +183,8 @@ def main():
         evaluate(label, folder, tok, problems[seed], own[:32], args.task)
     folders = [folder for *_, folder in jobs]
     compare.pack(folders, root / "comparison.jsonl.gz")
-    compare.runs_command(compare.RunsOptions(folders, out=root))
+    control = "SFT-SD" if "SFT-SD" in labels else "base"
+    compare.runs_command(compare.RunsOptions(folders, control, out=root))
 
 
 if __name__ == "__main__":
