@@ -358,7 +358,6 @@ def byte_table(hf, byte_level):
     from transformers.convert_slow_tokenizer import bytes_to_unicode
     byte_of = {char: bytes([b]) for b, char in bytes_to_unicode().items()}
     added = {token.content for token in hf.added_tokens_decoder.values()}
-
     def meaning(piece):
         byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)
         if byte_level and piece not in added:
@@ -439,11 +438,12 @@ def read_trajectories(path, growing=False):
 def check_record(r, where):
     if r["schema"] != SCHEMA:
         raise UserError(f"{where} has schema {r['schema']}, this code reads {SCHEMA}: collect again")
-    numbers, L = r["x0"] + r["order"] + r["rank"] + r["prompt_ids"], len(r["x0"])
+    numbers = r["x0"] + r["order"] + r["rank"] + r["prompt_ids"]
+    L = len(r["x0"])
     valid = all(type(i) is int and i >= 0 for i in numbers) and sorted(r["rank"]) == list(range(L))
-    if not valid or len(r["order"]) != L:
-        raise UserError(f"{where} is inconsistent: "
-                        f"x0, order and rank must have one length and rank be a permutation")
+    if not (valid and r["nfe"] and 0 < L == len(r["order"])):
+        raise UserError(f"{where} is inconsistent: x0, order and rank must have one length, rank be a "
+                        f"permutation, nfe positive")
 
 
 def list_sets():

@@ -72,9 +72,8 @@ def protocol_of(name, family, task="", points=None, thresholds=None, **own):
         if not any("threshold" in rule for rule in rules):
             raise UserError(f"--thresholds: no chosen point of protocol {name} has one")
         rules = [dict(threshold=value) for value in thresholds]
-    for rule in rules:
-        decoding_of(chosen | own | rule)  # refuses what is out of range
-    rules = [rule for i, rule in enumerate(rules) if rule not in rules[:i]]
+    names = [rule_name(chosen | own | rule) for rule in rules]  # what is out of range is refused
+    rules = [rule for i, rule in enumerate(rules) if names[i] not in names[:i]]
     return chosen | own | {"rules": rules}
 
 
@@ -568,9 +567,11 @@ def nll_command(args, given):
 def tds_command(args):
     records = [r for r in data.read_trajectories(args.trajectories) if r["solution"] or not args.ce][:args.n]
     if not records:
-        raise UserError(f"{args.trajectories} holds no trajectory" + " with a solution" * args.ce)
+        raise UserError(f"{args.trajectories} holds no trajectory; --ce wants solutions")
     model, tok = load_both(args)
     label = args.adapter or args.model
+    if max(i for r in records for i in r["prompt_ids"] + r["x0"]) >= model.cfg.vocab_size:
+        raise UserError(f"{args.trajectories} has ids that {args.model} does not know: give its own model")
     if not args.ce:
         values = mean_of(tds, model, records, label)
         return report_by_step(label, values, "TDS", "nats^2", Path(args.out) / "tds.png")

@@ -274,7 +274,7 @@ class Run:
     def open_folder(self, data):
         """Make and lock the folder. Checkpoints of another configuration or other data are an error."""
         cfg, out, file = self.cfg, self.out, self.out / "config.json"
-        if cfg.overwrite and int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+        if cfg.overwrite and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
             raise UserError("--overwrite on several nodes: the nodes that did not fail cannot tell a restart "
                             "from a start; remove the directory instead")
         now = {k: v for k, v in vars(cfg).items() if k not in FREE}

@@ -828,6 +828,8 @@ def main():
     for name in ("prompt infill show html" if args.prompts else "to max_prompt").split():
         if getattr(args, name):
             raise UserError(f"--{name} is for {'one prompt' if args.prompts else '--prompts'}: leave it out")
+    if args.html and Path(args.html).is_dir():
+        raise UserError(f"--html {args.html} is a directory: name a file")
     defaults = decoding_defaults(config_of(args.model, args.revision))
     defaults["no_eos"] = bool(args.infill)  # behind a hole the text goes on
     settings = vars(Decoding(**defaults | given))

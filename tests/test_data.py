@@ -129,6 +129,15 @@ def rollout(folder, n=6, model=None, **kw):
     return collection.rollout(model, TOK, problems, folder, "random", **{**settings, **kw})
 
 
+@pytest.mark.parametrize("change", [
+    dict(nfe=0), dict(x0=[], order=[], rank=[]), dict(order=[0]), dict(rank=[0] * 8), dict(x0=[-1] * 8), dict(x0=[True] * 8)])
+def test_a_record_that_no_decoding_left_is_refused(tmp_path, change):
+    (record, *_) = rollout(tmp_path / "a", 1)
+    (tmp_path / "b.jsonl").write_text(json.dumps(record | change) + "\n")
+    with pytest.raises(data.UserError, match="record 1 is inconsistent"):
+        data.read_trajectories(tmp_path / "b.jsonl")
+
+
 def test_record_round_trip(tmp_path):
     """What rollout writes is what generate returned;
     both prompts are kept; every intermediate state is exact.

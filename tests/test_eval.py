@@ -280,6 +280,10 @@ def test_protocols_fix_what_the_papers_say():
     assert nt_eval.protocol_of("t3d", "sdar", block_len=16)["rules"][3].get("block_len") is None
     with pytest.raises(UserError, match="protocol t3d has no settings for family llada: it is for sdar"):
         nt_eval.protocol_of("t3d", "llada")
+    for own, names in ((dict(policy="static"), ["1 per forward"]), (dict(policy="static", per_step=4), ["4 per forward"]),
+                       (dict(policy="dream", steps=8), ["32 per forward"]), (dict(threshold=0.6), ["threshold 0.6"])):
+        alike = nt_eval.protocol_of("thresholds", "llada", **own)  # no rule is decoded twice
+        assert [nt_eval.rule_name({**alike, **rule}) for rule in alike["rules"]] == names
     for name in {key.split("/")[0] for key in nt_eval.PROTOCOLS}:  # whatever it is for, its settings make sense
         for family in ("llada", "dream", "sdar", "tiny"):
             for task in ("gsm8k", "math500", "mbpp", "humaneval", "x.jsonl"):
@@ -458,6 +462,11 @@ def test_tds_command(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "o/tds.png").stat().st_size > 5000
     with pytest.raises(UserError, match="no trajectory"):
         cli(monkeypatch, "tds", "--trajectories", tmp_path / "none")
+    for field, foreign in (("x0", 298), ("x0", 151_935), ("prompt_ids", 126_336)):
+        other = record | {field: [*record[field][:-1], foreign]}
+        (tmp_path / "t/rank0.jsonl").write_text(json.dumps(other) + "\n")
+        with pytest.raises(UserError, match="t has ids that tiny does not know: give its own model"):
+            cli(monkeypatch, "tds", "--trajectories", tmp_path / "t")
 
 
 @pytest.mark.parametrize("n", [0, 1, 3, 7, 8])

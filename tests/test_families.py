@@ -425,6 +425,11 @@ def test_presets_by_name_are_repositories_of_one_family():
             "illada": ("GSAI-ML/iLLaDA-8B-Instruct", "illada"), "a2d-0.5b-bd3lm": (
                 "dllm-hub/Qwen2.5-Coder-0.5B-Instruct-diffusion-bd3lm-v0.1", "a2d")}.items():
         assert presets[name] == hub_id and nt_model.family_of(name) == family
+    table = (ROOT / "README.md").read_text().split("## Real models")[1].split("\n## ")[0]  # as docs/checkpoints.md
+    page = (ROOT / "docs/checkpoints.md").read_text().split("| preset |")[1].split("\n\n")[0]
+    told = set(re.findall("`([a-z][a-z0-9.-]+)`", table))
+    assert {name for name in presets if not re.search("-b[0-9]+$|^tiny|^barter", name)} <= told <= set(presets)
+    assert {name for name in told if "sdar" not in name} <= set(re.findall("`([a-z][a-z0-9.-]+)`", page))
     assert len(set(presets.values())) == len(presets) and all(name == name.lower() for name in presets)
     assert presets["a2d-0.6b"] == "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1"
     for method in ("tad", "t3d", "tabom", "trims"):

@@ -29,8 +29,9 @@ def test_help_and_mistakes():
     assert len((ROOT / "ddp_launch.sh").read_text().splitlines()) <= 60
 
 
-def test_overwrite_is_refused_on_several_nodes(tmp_path, monkeypatch):
-    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+@pytest.mark.parametrize("nodes", ["2", "16", "abc", ""])
+def test_overwrite_is_refused_on_several_nodes(tmp_path, monkeypatch, nodes):
+    monkeypatch.setenv("GROUP_WORLD_SIZE", nodes)
     with pytest.raises(nt_model.UserError, match="--overwrite on several nodes"):
         training.Run(t3d.Config(out=str(tmp_path), overwrite=True))
 

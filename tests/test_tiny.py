@@ -75,6 +75,7 @@ def test_sample_command(tmp_path):
                         (["--top_p", "0", "--temperature", "1"], "top_p is 0.0: it must be at least"),
                         (["--temperature", "-1"], "temperature is -1.0: it must be at least 0"),
                         (["--html", "/dev/null/x.html"], "/dev/null"),
+                        *((["--html", place], "is a directory: name a file") for place in (".", "/", "/tmp")),
                         (["--adapter", "nowhere"], "no file")):
         bad = command(tmp_path, "sample.py", *args)
         assert bad.returncode == 2 and words in bad.stderr and "Traceback" not in bad.stderr, bad.stderr

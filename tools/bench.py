@@ -89,14 +89,12 @@ def measure(model, prompts, args, s):
     """-> the facts that are printed, and a forward of the same work to look into. s: sample.Decoding."""
     cfg, n = model.cfg, len(prompts)
     one = prompts[0].to(model.embed.weight.device)
-
     def uncached():
         with one.device:
             return sample.reference(model, one, **vars(s) | {"cache": "none"})
     others = {"uncached": uncached}
     if not (cfg.shift or cfg.block_len):  # it is for LLaDA
         others["fast_dllm"] = lambda: fast_dllm(model, one, s)
-
     def decode(compiled):
         batch = sample.Batch(model, prompts, s, n, compiled=compiled)
         return batch, [out for _, out in sample.decode(batch)]
