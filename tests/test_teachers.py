@@ -184,7 +184,7 @@ def test_commands_with_real_teachers(teacher_qwen, tmp_path, monkeypatch, args):
         args = ["--data", tmp_path / "p.jsonl", "--gen_len", 120, "--batch_size", 2, "--micro_batch", 2, "--max_steps",
                 1, "--trajectory_share", 1.0, "--n_buckets", 3, "--out", tmp_path / "run"]
     name = "eval.py" if args[0] == "nll" else "trims.py"
-    for teacher in (teacher_qwen, write_teacher(tmp_path / "gemma", "gemma")):
+    for teacher in (teacher_qwen, *(write_teacher(tmp_path / kind, kind) for kind in ("gemma", "llama3"))):
         again = [] if name == "eval.py" else ["--overwrite"]
         monkeypatch.setattr("sys.argv", [str(a) for a in [name, *args, "--model", folder, "--teacher", teacher, *again]])
         if name == "eval.py":
