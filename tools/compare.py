@@ -175,7 +175,8 @@ def picture(tasks, path):
             "a fixed number of tokens per forward": lambda point: point["rule"].endswith("per forward"),
         }.items():
             kept = [(label, list(filter(keep, points))) for label, points in curves.items()]
-            if all(len(points) > 1 for _, points in kept):
+            kept = [(label, points) for label, points in kept if points]
+            if any(len(points) > 1 for _, points in kept):
                 panels[f"{task}: {title}" if len(tasks) > 1 else title] = kept
     if panels:  # not of single points
         nt_eval.plot(panels, path)
