@@ -25,8 +25,10 @@ MANY = 100  # formulas from which on processes are worth their start
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 NUMBER = re.compile(r"(?<!\^{)(?<!\^-)(?<!\^{-)(?:(?<![\w.)^])-?(?:[$€£]\s?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|"
                     r"\d+)(?:\.\d+)?|(?<![\w.)])-?[$€£]?\.\d+|(?<![\d^])\d+(?:\.\d+)?)")  # no exponent
-UNIT = (r"\\?%|[€£]|\s?(?:°|\^{?\\circ}?)\s?[CF]?|(?:[\s~]|\\[,;: ])*+\\(?:text|mathrm){[^{}0-9]*}"
-        r"(?:\^{?\d}?)?|\s(?:[cdkm]?m|ft|in|yd|mi|units?)\^{?\d}?|\s[^0-9=+*^\\-]*+")
+SCALE = r"(?!\s*(?i:hundred|thousand|[mb]illion|trillion|dozen))"  # "3 million" is not 3
+UNIT = (r"\s?\\?%|\s?[€£]|\s?(?:°|\^{?\\circ}?)\s?[CF]?|(?:[\s~]|\\[,;: ])*+\\(?:text|mathrm){"
+        rf"{SCALE}[^{{}}0-9]*}}(?:\^{{?\d}}?)?|\s(?:[cdkm]?m|ft|in|yd|mi|units?)\^{{?\d}}?|"
+        rf"\s{SCALE}\(?(?:[^\W\d_]{{2}}|[ghlsALVW]\b)[^0-9=+*^\\-]*+")  # "2 x" has no unit
 AROUND = r"(?:[*_`$ ]|\\[\[\]()])*+"  # markup
 THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|,?\\[,!]|[\u00a0\u2007-\u200a\u202f])(?=[0-9]{3}(?![0-9]))")
 FENCE = re.compile(r"((?:^[ \t]*)?)(`{3,}|~{3,})[ \t]*(\w*)[^\n]*\n(.*?)"  # a docstring may hold one

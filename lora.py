@@ -152,11 +152,12 @@ def load(model, folder):
     targets = [t for t in ALL if any(f".{names[t]}.lora_A." in key for key in tensors)]
     add(model, config["r"], config["lora_alpha"], config["lora_dropout"], targets or ALL)
     wanted = state_dict(model)
-    shapes = [{(name, t.shape) for name, t in some.items()} for some in (tensors, wanted)]
-    wrong = sorted({name for name, _ in shapes[0] ^ shapes[1]})
+    kinds = [{(name, t.shape, t.is_floating_point() and t.element_size() > 1) for name, t in some.items()}
+             for some in (tensors, wanted)]
+    wrong = sorted({name for name, *_ in kinds[0] ^ kinds[1]})
     if wrong:
         merge(model)  # B = 0: this only takes the empty adapters off again
-        raise UserError(f"{folder}: the adapter does not fit the model: {wrong[:3]} ({len(wrong)} tensors)")
+        raise UserError(f"{folder}: the adapter does not fit, or is quantised: {wrong[:3]} of {len(wrong)}")
     for name, t in wanted.items():
         t.copy_(tensors[name])
     return model

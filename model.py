@@ -170,11 +170,12 @@ def read_config(folder):
     more = [i for i in listed(said) if i not in eos]
     if more:
         raw["eos_token_id"] = eos + more
-    # SDAR and A2D leave out the mask id, which the tokeniser has, and what the name tells: -b8, the kind
     tokens, path = folder / "tokenizer_config.json", folder.resolve()
     name = next((part for part in path.parts if part.startswith("models--")), path.name)
-    block = raw.get("model_type") == "sdar" and re.search(r"-b(\d+)$", name)
-    kind = re.search("mdlm|bd3lm", name)
+    block = re.search(r"(?:^|[-_.])b(\d+)(?!\w)|(?:SDAR|TraDo)-[\d.]+B(?:-Chat|-Instruct)?$", name, re.I)
+    block, kind = raw.get("model_type") == "sdar" and block, re.search("mdlm|bd3lm", name)
+    if block is None and not raw.get("block_size"):
+        raise UserError(f"{folder}/config.json lacks block_size, and no name as x-b8 tells it: add it")
     try:
         table = read_object(tokens)
         ids = {token["content"]: int(i) for i, token in table.get("added_tokens_decoder", {}).items()}
@@ -182,7 +183,7 @@ def read_config(folder):
         mask_id = ids.get(mask["content"] if isinstance(mask, dict) else mask)
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise UserError(f"{tokens} holds a value of the wrong type ({e!r})") from None
-    found = dict(mask_token_id=mask_id, block_size=block and int(block[1]), kind=kind and kind[0])
+    found = dict(mask_token_id=mask_id, block_size=block and int(block[1] or 4), kind=kind and kind[0])
     raw.update({key: value for key, value in found.items() if value and not raw.get(key)})
     return config_from_json(raw, folder / "config.json")
 

@@ -48,7 +48,6 @@ def load_teacher_tokenizer(name):
     except Exception as e:  # of a different type for each kind of file
         why = str(e).strip().partition("\n")[0]
         raise UserError(f"--teacher {name}: transformers loads no tokeniser of it: {why}") from None
-
     def encode(text):  # SentencePiece may write a space before it
         return hf.encode(text, add_special_tokens=False, split_special_tokens=True)
     tables = (byte_table(hf, level) for level in (True, False))
@@ -70,10 +69,8 @@ def token_nll(teacher, ids, valid=None, metric="nll"):
         raise UserError(f"the teacher's tokeniser has the id {ids.max()}, its model only {rows} embeddings")
     valid = ids >= 0 if valid is None else valid
     h = teacher.base_model(ids, attention_mask=valid.long(), position_ids=token_positions(valid))[0]
-
     def known(inputs_embeds, **_):  # in place of its layers: what follows them, head and scaling, is its own
         return BaseModelOutputWithPast(inputs_embeds)
-
     def score(h, x):
         logp = teacher(inputs_embeds=h[None]).logits[0].float().log_softmax(-1)
         if metric == "entropy":

@@ -354,7 +354,8 @@ def test_configs_that_would_be_silently_wrong_are_refused(changes, words):
 
 @pytest.mark.parametrize("name, block_len", [
     ("SDAR-4B-Chat", 4), ("SDAR-4B-Chat-b8", 8), ("models--JetLM--SDAR-1.7B-Chat-b64/snapshots/1a2b", 64),
-    ("b8-of-mine", 4), ("mine-b16x", 4), ("mine-b16/SDAR-4B-Chat", 4)])
+    ("b8-of-mine", 8), ("SDAR-4B-Chat-b8-math", 8), ("sdar_b8", 8), ("mine.b32.v2", 32), ("mine-b16/SDAR-4B-Chat", 4),
+    ("models--me--SDAR-4B-Chat-b16-sft/snapshots/1", 16), ("models--Gen-Verse--TraDo-8B-Instruct/snapshots/2", 4)])
 def test_sdar_as_the_hub_has_it(tmp_path, name, block_len):
     """No mask id and no block length in config.json: the tokeniser's mask token, and the name."""
     folder = tmp_path / name
@@ -362,6 +363,9 @@ def test_sdar_as_the_hub_has_it(tmp_path, name, block_len):
     raw = json.loads((FIXTURES / "sdar_A/config.json").read_text())
     hub = {key: value for key, value in raw.items() if key not in ("mask_token_id", "block_size")}
     (folder / "config.json").write_text(json.dumps(hub))
+    for unknown in ("SDAR-4B-Chat-sft", "mine-b16x", "sdar-sft", "web8"):  # never guessed
+        with pytest.raises(UserError, match="lacks block_size"):
+            nt_model.read_config(shutil.copytree(folder, tmp_path / "named" / unknown))
     with pytest.raises(UserError, match="mask_token_id None, outside"):  # the family's, of the real vocabulary
         nt_model.read_config(folder)
     decoder = {"250": {"content": "<|MASK|>"}, "251": {"content": "<|endoftext|>"}}

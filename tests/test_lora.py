@@ -6,7 +6,7 @@ import pytest
 import torch
 from checkpoints import official_checkpoint
 from conftest import CONFIGS, FIXTURES, random_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import cli
 import data
@@ -222,6 +222,13 @@ def test_errors(tmp_path):
         lora.load(small, tmp_path / "a")
     assert not lora.adapters(small)
     file = tmp_path / "a" / "adapter_model.safetensors"
+    whole, tensors = file.read_bytes(), {key: t.clone() for key, t in load_file(file).items()}
+    (tmp_path / "a/SHA256SUMS").unlink(missing_ok=True)
+    for dtype in (torch.int8, torch.int32, torch.float8_e4m3fn, torch.bool):
+        save_file({**tensors, (key := sorted(tensors)[1]): tensors[key].to(dtype)}, file)
+        with pytest.raises(UserError, match="or is quantised: .*lora_"):
+            lora.load(random_model(), tmp_path / "a")
+    file.write_bytes(whole)
     file.write_bytes(file.read_bytes()[:200])
     with pytest.raises(UserError, match="corrupt or cut short"):
         lora.load(random_model(), tmp_path / "a")

@@ -42,6 +42,9 @@ def right(answer, text, grader="final"):
     ("24", "#### 24 boxes", True), ("15", r"\boxed{15\text{ km}}", True), ("15", r"\boxed{15\ \mathrm{km}}", True),
     ("5", "#### 5 km/h", True), ("15 km", "#### 15", True), ("15 km", "#### 15 miles", False), ("15 km", r"\boxed{15\text{km}}", True),
     ("24", "#### 25 boxes", False), ("50", r"#### 50\%", True),
+    *(("3", f"#### 3 {more}", False) for more in ("million", "x", "π", "i + 1", "/ x", "!", "< x", "dozen eggs", "Thousand")),
+    ("3", r"\boxed{3\text{ billion}}", False), ("3", r"\boxed{3 i}", False),
+    *(("3", f"#### 3 {more}", True) for more in ("g", "kg of rice", "s", "%", "€", "(apples)", "metres, in all")),
     ("24", "#### 24 cm^2", True), ("24", r"\boxed{24\text{ cm}^2}", True), ("24", r"\boxed{24~\mathrm{m}^{2}}", True), ("24", "#### 24 m²", True),
     ("24", r"\boxed{24^\circ}", True), ("24", "#### 24°", True), ("24", "#### €24", True), ("24", "#### 24€", True), ("24 cm^2", "#### 24 cm", False),
     # and not every text that holds the number

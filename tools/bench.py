@@ -98,7 +98,6 @@ def measure(model, prompts, args, s):
     def decode(compiled):
         batch = sample.Batch(model, prompts, s, n, compiled=compiled)
         return batch, [out for _, out in sample.decode(batch)]
-
     def forwards(batch):
         batch.admit(dict(enumerate(range(n))))
         rows, width = batch.row_numbers(batch.busy()), batch.window_width(batch.P)
