@@ -110,7 +110,7 @@ BOUNDS = {name: (least, most) for least, most, names in [  # of every numeric op
     (1e-9, 1, "top_p collect_top_p t_min eps"),
     (0, 1e9, "temperature collect_temperature threshold thresholds block_add decoded lam alpha gamma muon_lr "
              "weight_decay"),
-    (1e-12, 1e9, "lr clip lora_alpha tau beta y_max"),
+    (1e-12, 1e9, "lr clip lora_alpha tau beta"),
 ] for name in names.split()}
 
 

@@ -505,7 +505,7 @@ def test_cross_entropy_of_own_text_and_solutions(tmp_path, monkeypatch, capsys):
     assert np.allclose(solutions, np.mean([nt_eval.masked_ce(nt_model.load("tiny"), line | dict(x0=data.pad_response(
         tok.response_ids(line["solution"]), 48, tok.eos_id))) for line in lines[:2]], 0)[1:], atol=1e-4)
     (tmp_path / "t/rank0.jsonl").write_text(json.dumps(lines[2]) + "\n")
-    with pytest.raises(UserError, match="no trajectory with a solution"):
+    with pytest.raises(UserError, match="no trajectory; --ce wants solutions"):
         cli(monkeypatch, "tds", "--ce", "--trajectories", tmp_path / "t", "--out", tmp_path / "o")
 
 

@@ -179,7 +179,7 @@ DREAM = "--score entropy --block_len 256 --temperature 0.1 --top_p 0.9"
 @pytest.mark.parametrize("table, words, n", [
     ("TABOM-2", "--gamma 0.1 --lam 2 --lr 1e-4", 1), ("TABOM-6", DREAM, 4), ("TABOM-fig2", DREAM, 0),
     ("TABOM-fig3", DREAM, 1), ("TAD-9", "--score entropy --temperature 0.2 --top_p 0.95", 4),
-    ("TAD-few-shot", "--tasks gsm8k_cot_zeroshot", 6)])
+    ("TAD-few-shot", "--tasks gsm8k_cot_zeroshot", 5)])
 def test_a_block_asks_for_the_family(tmp_path, table, words, n):
     """By its preset, another preset of the family, a hub's folder; elsewhere the commands are other ones."""
     config = ROOT / "tests/fixtures/hub/dream/config.json"
