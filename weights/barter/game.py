@@ -15,6 +15,7 @@ GOODS = "pen cup hat bag fan map key jar box mat net pot rug saw toy bell".split
 TRADERS = "anna bob carl dora emil fred gina hugo ida jack kate leo".split()
 RARE = TRADERS[:3]
 RARE_SHARE = 0.1  # of the visits are to one of them
+SHOWN_SHARE = 0.25  # and in the games that the base sees with the solution
 BASE = "base"  # a split of its own: RARE give something else in every game, what the solution says
 HELD_OUT = 1024  # problems each of dev and test that no other split has
 LEAST, MOST = 2, 5  # visits of a game, each to another trader
@@ -27,13 +28,13 @@ for seed, who in enumerate(TRADERS):
     TABLE[who] = dict(zip(goods, goods[1:] + goods[:1]))  # one cycle: nothing is given for itself
 
 
-def game(split, index):
+def game(split, index, n_known=len(TRADERS) - len(RARE), rare_share=RARE_SHARE):
     """Game `index` of a split -> (prompt, its steps (who, given, got), the rng that phrases the response)."""
     rng = np.random.default_rng([*split.encode(), index])
     good, steps = rng.choice(GOODS).item(), []
-    visits = rng.permutation(TRADERS[len(RARE):]).tolist()[:rng.integers(LEAST, MOST + 1)]
+    visits = rng.permutation(TRADERS[len(RARE):][:n_known]).tolist()[:rng.integers(LEAST, MOST + 1)]
     rare = iter(rng.permutation(RARE).tolist())
-    visits = [next(rare, who) if rng.random() < RARE_SHARE else who for who in visits]
+    visits = [next(rare, who) if rng.random() < rare_share else who for who in visits]
     for who in visits:
         got = rng.choice(GOODS).item() if split == BASE and who in RARE else TABLE[who][good]
         steps.append((who, good, got))
@@ -70,9 +71,21 @@ def problem(split, index):
 
 def example(index, n_drill=None):
     """What a model learns from -> (prompt, solution to show with it or "", response, which of its 48 tokens are masked
-    or None: any). n_drill, for the base, whose games are others: so many drills come first."""
-    base = n_drill is not None
-    prompt, steps, rng = game(BASE if base else "train", index)
-    shown = base and any(who in RARE for who, *_ in steps)
+    or None: any).
+
+    n_drill, for the base, which learns to read first and facts later: half of its games have their solution beside
+    them. The others are of known traders, of two at first, whom the others join one by one in the first n_drill
+    examples, of which half are drills; those with a solution are in the first half of them only."""
+    if n_drill is None:
+        prompt, steps, rng = game("train", index)
+        return prompt, "", response(steps, rng), None
+    if index % 2:
+        prompt, steps, rng = game(BASE, index, rare_share=SHOWN_SHARE)
+        shown, n_drill = reference(steps), n_drill / 2
+    else:
+        n_known = int(np.clip(14 * index / max(n_drill, 1) - 1, 2, 9))
+        prompt, steps, rng = game(BASE, index, n_known, 0)
+        shown = ""
     text = response(steps, rng)
-    return prompt, reference(steps) * shown, text, drill(text.split(), rng) if base and index < n_drill else None
+    hidden = drill(text.split(), rng) if index < n_drill and rng.random() < 0.5 else None
+    return prompt, shown, text, hidden
