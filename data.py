@@ -441,7 +441,7 @@ def check_record(r, where):
     numbers = r["x0"] + r["order"] + r["rank"] + r["prompt_ids"]
     L = len(r["x0"])
     valid = all(type(i) is int and i >= 0 for i in numbers) and sorted(r["rank"]) == list(range(L))
-    if not (valid and r["nfe"] and 0 < L == len(r["order"])):
+    if not (valid and r["nfe"] > 0 and 0 < L == len(r["order"])):
         raise UserError(f"{where} is inconsistent: x0, order and rank must have one length, rank be a "
                         f"permutation, nfe positive")
 

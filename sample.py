@@ -722,7 +722,7 @@ def page(outs, tok, eos_ids, prompt, path):
         n=out.n_tokens(eos_ids),
         order=out.order.tolist(), conf=out.conf.tolist(),
         tokens=[tok.decode([i]) for i in out.ids.tolist()]) for name, out in outs.items()]
-    held = json.dumps(dict(prompt=prompt, sides=sides)).replace("<", "\\u003c")  # ends no script element
+    held = json.dumps(dict(prompt=prompt, sides=sides)).replace("<", "\\u003c")  # no text ends the script
     template = cli.read_text(Path(__file__).with_name("assets") / "decoding.html")
     cli.write_whole(path, template.replace("DECODINGS", held))
     print(f"written: {path}")

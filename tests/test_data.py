@@ -130,7 +130,7 @@ def rollout(folder, n=6, model=None, **kw):
 
 
 @pytest.mark.parametrize("change", [
-    dict(nfe=0), dict(x0=[], order=[], rank=[]), dict(order=[0]), dict(rank=[0] * 8), dict(x0=[-1] * 8), dict(x0=[True] * 8)])
+    dict(nfe=0), dict(nfe=-1), dict(x0=[], order=[], rank=[]), dict(order=[0]), dict(rank=[0] * 8), dict(x0=[-1] * 8), dict(x0=[True] * 8)])
 def test_a_record_that_no_decoding_left_is_refused(tmp_path, change):
     (record, *_) = rollout(tmp_path / "a", 1)
     (tmp_path / "b.jsonl").write_text(json.dumps(record | change) + "\n")

@@ -122,8 +122,8 @@ def shown(values, bracketed=False):
 
 def table_of(draws, runs, control):
     """{label: (1 + n_boot, columns)} -> lines: a table of means, and paired differences from control."""
-    means = [rows[0] for rows in draws.values()]
-    known = [j for j in range(len(COLUMNS)) if np.isfinite(means)[:, j].any()]
+    finite = np.isfinite([rows[0] for rows in draws.values()]).any(0)
+    known = [j for j in range(len(COLUMNS)) if finite[j]]
     titles = "model", "runs", *(COLUMNS[j] for j in known)
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for label, rows in draws.items():
