@@ -144,7 +144,7 @@ def own_problems(source):
         raise UserError(f"no data {source!r}: give one of {', '.join([*GAMES, *RECIPES])}, "
                         f"or the path of a .jsonl file with prompt, solution, answer"
                         + " (rollout.py stats and inspect read trajectories)" * os.path.isdir(path))
-    unknown = sorted(names.keys() - set(OWN_FIELDS))
+    unknown = sorted(names.keys() - OWN_FIELDS)
     if unknown:
         raise UserError(f"{source}: no field {unknown[0]!r} to fill; there are {', '.join(OWN_FIELDS)}")
     stem = re.sub(r"\.(jsonl|json|parquet)(\.gz)?$", "", Path(path).name)
@@ -156,16 +156,17 @@ def own_problems(source):
                 raise UserError(f"{where} has no field {name!r}")
         row.update({field: row[name] for field, name in names.items()})
         p = {"id": f"{stem}-{i}", "source": stem, "solution": "",
-             **{key: value for key, value in row.items() if value is not None}}
+             **{key: value for key, value in row.items() if value is not None and key != "earlier"}}
         for key in TEXTS:
             if not isinstance(p.get(key, ""), str):
                 raise UserError(f"{where}: {key} must be text, it is {str(p[key])[:40]!r}")
-        if not all(isinstance(t, str) for k in ("tests", "setup", "test_setup") for t in listed(p.get(k))):
-            raise UserError(f"{where}: tests, setup, test_setup must be text or lists of texts")
-        if "earlier" in p and "messages" not in p:
-            raise UserError(f"{where} has earlier, a name of ours: give a chat as messages, or rename it")
+        if p.get("raw", False) not in (True, False):
+            raise UserError(f"{where}: raw must be true or false, it is {str(p['raw'])[:40]!r}")
         if type(p.get("answer", "")) not in (str, int, float):
             raise UserError(f"{where}: answer must be text or a number, it is {str(p['answer'])[:40]!r}")
+        texts = [t for key in ("tests", "setup", "test_setup") for t in listed(p.get(key))]
+        if {*map(type, texts)} - {str}:
+            raise UserError(f"{where}: tests, setup, test_setup must be text or lists of texts")
         if "messages" in p:
             p |= last_exchange(p, where)
         if not p.get("prompt", "").strip():
@@ -234,7 +235,7 @@ class Tokenizer:
     def prompt_ids(self, asked, system=""):
         """A user's text, or a problem with earlier turns or `raw` -> (P,) int64 ids, ready for the answer."""
         asked = dict(prompt=asked) if isinstance(asked, str) else asked
-        system, raw = system or self.system, self.raw or asked.get("raw") is True
+        system, raw = system or self.system, self.raw or asked.get("raw")
         turns = [("system", system)] * bool(system) + asked.get("earlier", []) + [("user", asked["prompt"])]
         return torch.tensor(self.chat.prompt_ids(turns, raw), dtype=torch.long)
 
@@ -282,7 +283,7 @@ class OwnChat:
         """Turns, the answer open -> list of ids; a text writes no special token. raw: without a template."""
         if raw or not self.hf.chat_template:  # a base model: the texts, on lines of their own
             text = "\n".join(text for _, text in turns) + "\n" * (not raw)
-            return self.hf.encode(whole(text), split_special_tokens=True)
+            return self.hf.encode("") + self.encode(text)  # BOS, where it has one, and no other token
         hidden = [(role, self.added.sub(MARK, text)) for role, text in turns]
         first, *rest = self.render(hidden, add_generation_prompt=True).split(MARK)
         ids = self.hf.encode(first, add_special_tokens=False)

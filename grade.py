@@ -21,15 +21,16 @@ from cli import UserError, package, progress_bar
 from runner import run_program
 
 MATH = ("math_verify", "grader math needs math-verify: pip install math-verify")
-MANY = 100  # formulas from which on processes are worth their start
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 NUMBER = re.compile(r"(?<!\^{)(?<!\^-)(?<!\^{-)(?:(?<![\w.)^])-?(?:[$€£]\s?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|"
-                    r"\d+)(?:\.\d+)?|(?<![\w.)])-?[$€£]?\.\d+|(?<![\d^])\d+(?:\.\d+)?)")  # no exponent
+                    r"\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,2}(?!\w))?|"
+                    r"(?<![\w.)])-?[$€£]?\.\d+|(?<![\d^])\d+(?:\.\d+)?)")  # and none that is an exponent
 SCALE = r"(?!\s*(?i:hundred|thousand|[mb]illion|trillion|dozen))"  # "3 million" is not 3
 UNIT = (r"\s?\\?%|\s?[€£]|\s?(?:°|\^{?\\circ}?)\s?[CF]?|(?:[\s~]|\\[,;: ])*+\\(?:text|mathrm){"
         rf"{SCALE}[^{{}}0-9]*}}(?:\^{{?\d}}?)?|\s(?:[cdkm]?m|ft|in|yd|mi|units?)\^{{?\d}}?|"
         rf"\s{SCALE}\(?(?:[^\W\d_]{{2}}|[ghlsALVW]\b)[^0-9=+*^\\-]*+")  # "2 x" has no unit
 AROUND = r"(?:[*_`$ ]|\\[\[\]()])*+"  # markup
+BARE = re.compile(rf"\A{AROUND}(?:\\(?:text|math)(?:bf|it|rm|tt)?{{(.+)}}|\(([A-Z])\)|(.*?)){AROUND}\Z", re.S)
 THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|,?\\[,!]|[\u00a0\u2007-\u200a\u202f])(?=[0-9]{3}(?![0-9]))")
 FENCE = re.compile(r"((?:^[ \t]*)?)(`{3,}|~{3,})[ \t]*(\w*)[^\n]*\n(.*?)"  # a docstring may hold one
                    r"(?:^\1\2|(?<=\S)\2|\Z)", re.M | re.S)  # a last block may be cut off
@@ -49,7 +50,9 @@ def check_gradable(problems, allow_code):
         if grader not in GRADERS:
             raise UserError(f"{name}: no grader {grader!r}, there are {', '.join(GRADERS)}")
         need = "tests" if grader == "code" else "answer"
-        if grader != "parses" and (problem.get(need) in (None, []) or not str(problem[need]).strip()):
+        absent = problem.get(need) in (None, [])
+        absent = absent or str(problem[need]).strip() in ("", "nan", "inf", "-inf")
+        if absent and grader != "parses":
             raise UserError(f"{name}: grader {grader}, but no {need}")
         if grader == "number" and last_number(str(problem["answer"])) is None:
             raise UserError(f"{name}: grader number, but no number in the answer {problem['answer']!r}")
@@ -67,31 +70,26 @@ def is_correct(problem, text, allow_code=False):
     return GRADERS[grader_of(problem)](problem, text)
 
 
-def submit(problem, text, allow_code=False, pools={"code": PROGRAMS}):
+def submit(problem, text, allow_code=False, pool=PROGRAMS):
     """is_correct as a Future: a program runs beside the caller, the rest is graded before this returns."""
-    check_gradable([problem], allow_code)
-    grader = grader_of(problem)
-    if grader in pools:
-        return pools[grader].submit(GRADERS[grader], problem, text)
+    if grader_of(problem) == "code":
+        check_gradable([problem], allow_code)
+        return pool.submit(GRADERS["code"], problem, text)
     done = futures.Future()
     done.set_result(is_correct(problem, text))
     return done
 
 
 def grade_all(problems, texts, allow_code=False):
-    """is_correct of each pair -> list of bool: programs in threads, many formulas in processes."""
+    """is_correct of each pair -> list of bool: programs in threads, a formula takes milliseconds."""
     check_gradable(problems, allow_code)  # before the first program starts
-    pools = {"code": futures.ThreadPoolExecutor(CORES)}
-    if list(map(grader_of, problems)).count("math") >= MANY:
-        from multiprocessing import get_context  # few need it
-        pools["math"] = futures.ProcessPoolExecutor(CORES, get_context("spawn"))
+    pool = futures.ThreadPoolExecutor(CORES)
     try:
-        jobs = [submit(*pair, allow_code, pools) for pair in zip(problems, texts, strict=True)]
+        jobs = [submit(*pair, allow_code, pool) for pair in zip(problems, texts, strict=True)]
         list(progress_bar(futures.as_completed(jobs), "grade", len(jobs), unit="problem"))
         return [job.result() for job in jobs]
     finally:
-        for pool in pools.values():
-            pool.shutdown(cancel_futures=True)  # ctrl-c does not wait for what has not begun
+        pool.shutdown(cancel_futures=True)  # ctrl-c does not wait for what has not begun
 
 
 def typed(text):
@@ -118,27 +116,27 @@ def boxed(text):
 
 
 def final_answer(text):
-    """What grader final compares, without spaces around it or a trailing period; '' if there is nothing."""
+    """What grader final compares, without a period behind it and markup around it; '' if there is nothing."""
     head, mark, tail = text.rpartition("####")
     found = boxed(tail) or tail.strip().partition("\n")[0] if mark else boxed(text)
     if found is None:
         number = last_number(text)
         found = "" if number is None else f"{number:f}"
-    return found.strip().rstrip(".,;").strip()
+    found = " ".join(found.splitlines()).strip().rstrip(".,; ").replace("\\$", "$")
+    return BARE.sub(r"\1\2\3", found).rstrip(".,;")
 
 
 def amount(text):
     """'$1,234.50' or '15\\text{ km}' -> number, letters of its unit; other text: NaN, equal to nothing."""
-    found = re.fullmatch(rf"{AROUND}(?:\\(?:text|math)(?:bf|rm)?{{)?\+?({NUMBER.pattern})[*_`]*+({UNIT})?"
-                         rf"}}?{AROUND}", typed(text).replace("\\$", "$"))
+    found = re.fullmatch(rf"\+?({NUMBER.pattern})[*_`]*+({UNIT})?", typed(text))
     unit = found and re.sub(r"\\text|\\mathrm|\\circ|[^a-z0-9]", "", (found[2] or "").lower())
     return (last_number(found[1]), unit) if found else (Decimal("NaN"), "")
 
 
 def final_correct(problem, text):
     """Same text, or the same number ('1,234.50' and '$1234.5 in all'), and not of two units."""
-    given, wanted = final_answer(text), str(problem["answer"])
-    wanted = final_answer(wanted) if "####" in wanted else wanted.strip().rstrip(".,;")
+    wanted = " ".join(str(problem["answer"]).splitlines())
+    given, wanted = final_answer(text), final_answer("####" + wanted)
     (a, unit), (b, other) = amount(given), amount(wanted)
     return given != "" and (given == wanted or a == b and (not unit or not other or unit == other))
 

@@ -145,8 +145,8 @@ def load(model, folder):
             raise UserError(f"{file} has {key} {value!r}: only plain LoRA is built; merge the adapter into "
                             f"its base with peft and load the merged model")
     for key, kinds in dict(r=[int], lora_alpha=[int, float], lora_dropout=[int, float]).items():
-        if type(config.get(key)) not in kinds or not 0 <= config[key] < 1e9:
-            raise UserError(f"{file} has {key} {config.get(key)!r}: a number is needed")
+        if type(config.get(key)) not in kinds or not (key == "r") <= config[key] < 1e9:
+            raise UserError(f"{file} has {key} {config.get(key)!r}: a number is needed, r from 1 on")
     tensors = nt_model.read_tensors(Path(folder) / "adapter_model.safetensors")
     names = FAMILIES[model.cfg.family].names
     targets = [t for t in ALL if any(f".{names[t]}.lora_A." in key for key in tensors)]

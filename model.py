@@ -176,13 +176,13 @@ def read_config(folder):
     block, kind = raw.get("model_type") == "sdar" and block, re.search("mdlm|bd3lm", name)
     if block is None and not raw.get("block_size"):
         raise UserError(f"{folder}/config.json lacks block_size, and no name as x-b8 tells it: add it")
+    table = read_object(tokens)
     try:
-        table = read_object(tokens)
         ids = {token["content"]: int(i) for i, token in table.get("added_tokens_decoder", {}).items()}
         mask = table.get("mask_token")
         mask_id = ids.get(mask["content"] if isinstance(mask, dict) else mask)
     except (AttributeError, KeyError, TypeError, ValueError) as e:
-        raise UserError(f"{tokens} holds a value of the wrong type ({e!r})") from None
+        raise UserError(f"{tokens}: added_tokens_decoder or mask_token is wrong ({e!r}); copy it") from None
     found = dict(mask_token_id=mask_id, block_size=block and int(block[1] or 4), kind=kind and kind[0])
     raw.update({key: value for key, value in found.items() if value and not raw.get(key)})
     return config_from_json(raw, folder / "config.json")
@@ -205,7 +205,8 @@ def config_from_json(raw, file="config.json"):
             raise UserError(f"{file} has {key} {raw[key]!r}: only {built!r} is built, choose another")
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise UserError(f"{file} asks for scaled RoPE ({rope}): only the default RoPE is built")
+        raise UserError(f"{file} has rope_scaling or rope_parameters {rope}: "
+                        f"only the default RoPE is built, choose another")
     official = family.keys | family.optional
     facts = dict.fromkeys(family.keys) | family.networks[network] | family.kinds[kinds[0]]
     facts |= {ours: raw[key] for ours, key in official.items() if raw.get(key) is not None}
@@ -222,13 +223,13 @@ def config_from_json(raw, file="config.json"):
     more = [i for i in family.extra_eos if i < facts["vocab_size"] and i not in eos]
     cfg = Config(name, raw=raw, **{"pad_id": (eos or [None])[0], **facts, "eos_ids": (*eos, *more)})
     if cfg.n_head % cfg.n_kv_head or cfg.head_dim % 2 or not cfg.head_dim:
-        raise UserError(f"{file}: {cfg.n_head} heads of {cfg.head_dim} numbers cannot be built, or not with "
-                        f"{cfg.n_kv_head} of keys")
-    tokens = {"mask_token_id": [cfg.mask_id], "eos_token_id": eos, "pad_token_id": [cfg.pad_id]}
-    for name, ids in tokens.items():
+        raise UserError(f"{file} has {official['n_head']} {cfg.n_head}, head_dim {cfg.head_dim} and "
+                        f"{cfg.n_kv_head} heads of keys: these do not fit, or head_dim is odd; correct it")
+    mask = [cfg.mask_id] * (cfg.mask_id not in eos)
+    for name, ids in dict(mask_token_id=mask, eos_token_id=eos, pad_token_id=[cfg.pad_id]).items():
         if not ids or not all(type(i) is int and 0 <= i < cfg.vocab_size for i in ids):
-            raise UserError(f"{file} (or generation_config.json) has {name} {raw.get(name)!r}, "
-                            f"outside its vocabulary of {cfg.vocab_size}")
+            raise UserError(f"{file} (or generation_config.json) has {name} {raw.get(name, ids)!r}: "
+                            f"an id below vocab_size {cfg.vocab_size} is needed, EOS and mask two of them")
     return cfg
 
 

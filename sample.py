@@ -600,8 +600,7 @@ class Batch:
         facts = [live, x.age < (s.refresh or STALE), x.start, left, x.nfe]
         wanted = x.canvas, x.order, x.conf, x.entropy
         results = [t[:, self.P:-1] for t in wanted]
-        # one copy: the device is asked once; fp64 holds the integers and the fp32 numbers as they are
-        table = torch.cat([t.double() for t in facts + results], 1).to("cpu")
+        table = torch.cat([t.double() for t in facts + results], 1).to("cpu")  # one copy; fp64 holds all
         self.looks += 1
         live, self.fresh, self.start, self.left, nfe = table[:, :len(facts)].long().T.tolist()
         results = table[:, len(facts):].unflatten(1, (len(results), s.gen_len))
@@ -765,7 +764,8 @@ def holes(infill, tok, mask_id):
     if len(pieces) == 1 or "[MASK:" in "".join(pieces[::2]):
         raise UserError(f"--infill {infill!r} needs [MASK], or [MASK:8] for eight tokens")
     ids = [[mask_id] * int(p or 1) if i % 2 else tok.encode(p) for i, p in enumerate(pieces)]
-    return ids[0], [*sum(ids, []), tok.chat.end_id]
+    end = tok.eos_id if tok.raw else tok.chat.end_id
+    return ids[0], [*sum(ids, []), end]
 
 
 def response_of(out, tok, eos_ids, before=()):

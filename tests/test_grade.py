@@ -42,7 +42,7 @@ def test_final(text, answer, right):
     ("1,234.50", "1234.5", True), ("It costs $1,234.50.", "1234.5", True), ("1,234,567", "1234567", True),
     ("12,34", "1234", False), ("is -5", "-5", True), ("is \N{MINUS SIGN}5", "-5", True), ("-$5", "-5", True),
     ("$-5", "-5", True), ("5", "-5", False), ("10-5", "5", True), ("x-5", "5", True), ("(3)-5", "5", True),
-    ("10 - 5", "5", True), ("- 5 apples", "5", True), ("$ 5", "5", True), ("0.0000000001", "1e-10", False),
+    ("10 - 5", "5", True), ("- 5 apples", "5", True), ("$ 5", "5", True), ("0.0000000001", "1e-10", True), ("10", "1e-10", False),
     ("rises 50%", "50", True), ("50 %", "50", True), ("0.50", ".5", True), (".5", "0.5", True),
     ("5.", "5", True), ("5 apples, not 6", "5", False), ("5 apples, not 6", "6", True), ("5.0", 5, True),
     ("**72**", "72", True), (r"\boxed{72}", "72", True), ("2+2 = 4", "4", True), ("no number", "4", False),
@@ -188,15 +188,6 @@ def test_code_never_runs_unasked(tmp_path, monkeypatch):
     for call in (grade.is_correct, grade.submit, lambda p, t: grade.grade_all([p], [t])):
         with pytest.raises(UserError, match="problem 1 .* --allow_code_execution"):
             call(ADD, RIGHT)
-
-
-def test_many_formulas_are_compared_in_processes(monkeypatch):
-    pytest.importorskip("math_verify")
-    monkeypatch.setattr(grade, "MANY", 4)
-    monkeypatch.setattr(grade, "is_correct", None)  # the caller's thread compares nothing
-    pairs = [("4", r"\boxed{4}"), ("4", r"\boxed{5}"), (r"\frac{1}{2}", r"\boxed{0.5}"), ("x", r"\boxed{y}")]
-    problems = [dict(id=i, answer=a, grader="math") for i, (a, _) in enumerate(pairs)]
-    assert grade.grade_all(problems, [t for _, t in pairs]) == [True, False, True, False]
 
 
 def test_grade_all_and_submit():

@@ -75,7 +75,7 @@ def spoken(tok):
 @pytest.mark.parametrize("family", ["llada", "dream", "sdar", "diffcoder", "a2d-bd3lm"])
 def test_mutated_checkpoints(tmp_path, family):
     folder, rng = official_checkpoint(tmp_path, family), random.Random(family)
-    (folder / "generation_config.json").write_text(json.dumps(dict(eos_token_id=[256, 258], temperature=0.1)))
+    (folder / "generation_config.json").write_text(json.dumps(dict(eos_token_id=[256, 255], temperature=0.1)))
     names = ["config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer_config.json",
              "tokenizer.json" if family in ("llada", "diffcoder") else "vocab.json", "added_tokens.json"]
     for name in [n for n in names if (folder / n).exists()]:
@@ -142,3 +142,37 @@ def test_mutated_teacher_tokenisers(tmp_path):
                 survives(lambda: spoken(load_teacher_tokenizer(folder)), f"{kind} {file.name} {number}: {file.read_bytes()[-300:]}")
             file.write_bytes(good)
         spoken(load_teacher_tokenizer(folder))
+
+
+WRONG = {  # file, key -> values that it cannot have, among them none
+    "config.json": dict(
+        vocab_size=[None, "x", 0, 2.5], num_hidden_layers=[None, -1, []], num_attention_heads=[0, 5, "4"], hidden_size=[None, 1e30],
+        num_key_value_heads=[0, -1, "2"], rms_norm_eps=[None, "x", -1], rope_theta=[None, "x", 0], mask_token_id=["x", -1, 10**6, 256],
+        eos_token_id=[None, [], "x", [10**6]], pad_token_id=["x", -1], model_type=["x", None], hidden_act=["gelu", 3],
+        rope_scaling=[3, dict(rope_type="yarn")], rope_parameters=[dict(rope_type="linear")], tie_word_embeddings=["x", -1],
+        attention_bias=[True, "x"], layer_types=[["sliding_attention"]], block_size=["x", -4, 2.5], head_dim=[3, "x"]),
+    "generation_config.json": dict(eos_token_id=["x", -1, [10**6]]),
+    "tokenizer_config.json": dict(added_tokens_decoder=[3, "x", [1]], mask_token=[dict(a=1), [1], dict(content=[1])]),
+    "adapter_config.json": dict(r=[0, "4", None, -1], lora_alpha=[None, "x", -1], lora_dropout=["x", -1, None], peft_type=["IA3", None],
+                                use_dora=[True], modules_to_save=[["head"]], rank_pattern=[dict(q=1)], new_setting=[3], bias=["all"])}
+
+
+@pytest.mark.parametrize("name", list(WRONG))
+def test_refusals_name_file_key_value_and_what_to_do(tmp_path, name):
+    folder = official_checkpoint(tmp_path, "sdar")
+    if name == "adapter_config.json":
+        from conftest import random_model
+        lora.save(lora.add(random_model(), 4, 8), tmp_path)
+    file = folder / name
+    good = json.loads(file.read_text()) if file.exists() else {}
+    for key, values in WRONG[name].items():
+        for value in values:
+            file.write_text(json.dumps(good | {key: value}))
+            with pytest.raises(UserError) as refused:
+                lora.load(random_model(), tmp_path) if name == "adapter_config.json" else nt_model.load(folder)
+            said = str(refused.value)
+            assert name in said and key in said and "\n" not in said, (key, value, said)
+            assert name == "tokenizer_config.json" or repr(value).strip("[]") in said, (key, value, said)
+            assert any(verb in said for verb in ("is needed", "add", "correct", "copy", "choose", "merge the", "supported are")), (key, value, said)
+    file.write_text(json.dumps(good))
+    assert nt_model.load(folder)

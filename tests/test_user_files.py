@@ -60,7 +60,13 @@ def right(answer, text, grader="final"):
     ("24", "#### **24** boxes", True), ("24", "#### `24`", True), ("24", r"#### \(24\)", True), ("24", r"\boxed{\textbf{24}}", True),
     ("24", r"\boxed{\text{24 km}}", True), ("24", "#### 24,", True), ("the U.S.", "#### the U.S.", True), ("U.S.", "#### U.K.", False),
     ("24", "#### **24**", True), ("24", "#### $24$", True), ("24", r"#### \$24", True), ("24", r"#### \boxed{24}", True),
-    ("blue", "#### *blue*", False)])
+    # around a text as well, and round brackets around the letter of a choice
+    ("blue", "#### *blue*", True), ("B", "#### **B**", True), ("B", r"\boxed{\text{B}}", True), ("B", "#### (B)", True), ("(B)", "#### B", True),
+    ("B", "#### **(B)**", True), ("B", r"\boxed{\textbf{B.}}", True), ("B", "#### (A)", False), ("B", "#### (B) 24", False), ("x_1", "#### $x_1$", True),
+    ("Paris", r"\boxed{\mathrm{Paris}}", True), ("f(B)", "#### B", False), ("a b", "#### `a b`.", True), ("B", "#### ****", False),
+    # an exponent as computers write it
+    ("200000", "#### 2e5", True), ("2e5", "#### 200,000", True), ("0.00012", r"\boxed{1.2E-4}", True), ("6e+3", "#### 6000 kg", True),
+    ("5", "#### 2e5", False), ("2", "#### 2e5", False), ("2", "#### 2e", False), ("2", "#### 2ex", False), ("-300", "#### -3e2", True), ("1e9", "#### 1e999999999", False)])
 def test_what_may_stand_around_a_final_answer(answer, text, want):
     assert right(answer, text) is want
 
@@ -68,7 +74,8 @@ def test_what_may_stand_around_a_final_answer(answer, text, want):
 @pytest.mark.parametrize("answer, text, want", [
     ("12000", "It is 12\\,000 dollars.", True), ("12000", "It is 12\u00a0000 dollars.", True), ("12000", "12\u202f000", True),
     ("12000", "12\u2009000 in all", True), ("12000", "It is 12 000 dollars.", False), ("0", "12\\,000", False),
-    ("50", "The area is 50 cm^2.", True), ("50", "50 m^{2}", True), ("3", "50 cm^3", False), ("50", "50 s^{-1}", True), ("50", "50 s^-2", True), ("12000", "12\u2007000", True), ("1024", "2^10 = 1024", True)])
+    ("50", "The area is 50 cm^2.", True), ("50", "50 m^{2}", True), ("3", "50 cm^3", False), ("50", "50 s^{-1}", True), ("50", "50 s^-2", True), ("12000", "12\u2007000", True), ("1024", "2^10 = 1024", True),
+    ("200000", "It is 2e5.", True), ("2e5", "200,000 in all", True), ("5", "2e5", False), ("0.0012", "about 1.2e-3 m", True), ("3", "0x2e3", True)])
 def test_number_reads_thousands_and_no_exponents(answer, text, want):
     assert right(answer, text, "number") is want
 
@@ -83,6 +90,19 @@ def test_numbers_of_json_are_answers(tmp_path):
     for value in (["12"], {"a": 1}, True, [], [0]):
         with pytest.raises(UserError, match="mine.jsonl line 2: answer must be text or a number, it is"):
             problems(tmp_path, dict(prompt="q", answer=1), dict(prompt="r", answer=value))
+    for value in (float("nan"), float("inf"), -float("inf"), "", " \n", "1e999"):  # JSON has none of the first three
+        for p in problems(tmp_path, *[dict(prompt="q", answer=value, grader=grader) for grader in ("final", "number", "math")]):
+            if value == "1e999":
+                assert not grade.is_correct(p, "#### 1") or p["grader"] == "number"  # its last number is 999
+                continue
+            with pytest.raises(UserError, match=f"grader {p['grader']}, but no answer"):
+                grade.check_gradable([p], False)
+
+
+def test_an_answer_of_several_lines_is_one():
+    for said in (r"\boxed{a\nb}", "\\boxed{a\nb}", "#### \\boxed{a\n  b}"):
+        assert right("a\nb", said) is ("\n" in said and "  b" not in said)
+    assert not right("a\nb", "#### a") and not right("a", "\\boxed{a\nb}") and right("#### 3\n", "#### 3")
 
 
 @pytest.mark.parametrize("name, row, grader", [
@@ -203,7 +223,7 @@ def test_a_plus_may_be_in_a_path(tmp_path):
         assert p["id"] == "a+b+-0" and p["answer"] == "12"["target" in name] and p["prompt"] == "ab"["ask" in name]
 
 
-@pytest.mark.parametrize("key", ["setup", "tests", "test_setup", "earlier", "entry_point", "prompt", "solution", "grader", "question", "thinking"])
+@pytest.mark.parametrize("key", ["setup", "tests", "test_setup", "entry_point", "prompt", "solution", "grader", "question", "thinking"])
 def test_fields_of_another_type_are_named_with_their_line(tmp_path, key):
     for value in (3, True, [1], {"a": 1}, 2.5, *[["x", 3]] * (key in ("setup", "test_setup"))):
         with pytest.raises(UserError, match=rf"mine.jsonl line 2.*{key}"):
@@ -388,9 +408,12 @@ def test_raw_rows_are_asked_without_a_template(tmp_path, family, monkeypatch):
     asked = problems(tmp_path, *[dict(prompt=text, raw=True, answer="1") for text in texts])
     want = [tok.encode(text) if family == "tiny" else [*text.encode()] for text in texts]
     assert [tok.prompt_ids(p).tolist() for p in asked] == want
-    for said in (False, None, 1, "yes"):  # the template is left out where raw is true, and only there
+    for said in (False, None):  # the template is left out where raw is true, and only there
         (p,) = problems(tmp_path, dict(prompt="a", raw=said))
         assert tok.prompt_ids(p).tolist() == tok.prompt_ids("a").tolist() != tok.encode("a")
+    for said in ("yes", "true", 2, [True], "", {}):
+        with pytest.raises(UserError, match="line 1: raw must be true or false, it is "):
+            problems(tmp_path, dict(prompt="a", raw=said))
     (p,) = problems(tmp_path, chat)
     assert tok.decode(tok.prompt_ids(p).tolist()).split() == "Be brief. 2 + 2? 4 <|im_end|> and 3 + 3?".split()
     if family != "sdar":
@@ -424,3 +447,33 @@ def test_another_history_is_another_prompt(tmp_path):
         problems(tmp_path, dict(messages=chat, answer="6"))
         done = command(tmp_path, *how)
         assert done.returncode == code and ("other settings (earlier)" in done.stderr) == bool(code), done.stderr
+
+
+@pytest.mark.parametrize("family", ["llada", "diffcoder"])
+def test_a_raw_text_that_spells_a_token_holds_none(tmp_path, family):
+    """Whether the tokeniser calls the token special or not."""
+    folder = official_checkpoint(tmp_path / "model", family)
+    table = json.loads((folder / "tokenizer.json").read_text())
+    for special in (True, False):
+        for token in table["added_tokens"]:
+            token["special"] = special
+        (folder / "tokenizer.json").write_text(json.dumps(table))
+        (folder / "tokenizer_config.json").write_text(json.dumps(dict(tokenizer_class="PreTrainedTokenizerFast")))
+        tok = data.load_tokenizer(folder)
+        begin = tok.prompt_ids(dict(prompt="", raw=True)).tolist()
+        assert len(tok.special) > 2
+        for token in tok.special:
+            for text in (token, f"a {token}b", token * 2):
+                ids = tok.prompt_ids(dict(prompt=text, raw=True)).tolist()
+                assert ids[:len(begin)] == begin and not set(ids[len(begin):]) & {*tok.special.values()}, (special, text)
+                assert tok.decode(ids[len(begin):]) == text
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_an_infilled_raw_text_ends_as_a_text_does(tmp_path, raw):
+    import sample
+    tok = data.load_tokenizer(official_checkpoint(tmp_path / "model", "sdar"))
+    tok.raw = raw
+    assert tok.eos_id != tok.chat.end_id
+    before, given = sample.holes("ab[MASK:2]c", tok, 9)
+    assert before == [97, 98] and given == [97, 98, 9, 9, 99, tok.eos_id if raw else tok.chat.end_id]
