@@ -18,8 +18,8 @@ hard tokens visible, easy ones masked. No trajectories are collected, and the lo
 
 `--trajectory_share 0` is standard training: SFT on solutions or, with trajectories as --data, on own text.
 
-Not published: trajectory_share 0.5 (0.75 cost the tiny model 9 points of accuracy at 4 tokens per forward),
-LoRA alpha = r = 32 and weight decay 0.01 (neither changed its accuracy).
+Ours, since our copy of the paper lost them: trajectory_share 0.5 (0.75 cost the tiny model 9 points of
+accuracy at 4 tokens per forward), LoRA alpha = r = 32 and weight decay 0.01 (neither changed its accuracy).
 
     python trims.py                                          # tiny model, tiny AR teacher, on a laptop CPU
     python trims.py --trajectory_share 0 --data out/tad-tiny/trajectories      # SFT on collected responses
