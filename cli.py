@@ -1,6 +1,4 @@
-"""The ground floor: errors of one line, JSON lines, whole files, and command lines made from dataclasses,
-whose fields are options with their defaults and the comments behind them as help.
-"""
+"""The ground floor: errors of one line, JSON lines, whole files, options that are fields of dataclasses."""
 import argparse
 import dataclasses
 import gc
@@ -118,10 +116,8 @@ def check_numbers(values):
     """UserError for a number in {name: value or list of values} outside its BOUNDS; NaN is outside."""
     for name, value in values.items():
         for number in value if isinstance(value, list) else [value]:
-            if type(number) not in (int, float):
-                continue
-            least, most = BOUNDS[name]
-            if not least <= number <= most:
+            least, most = BOUNDS.get(name, (number, number))  # words have none
+            if type(number) in (int, float) and not least <= number <= most:
                 bound = f"at most {most:g}" if number > most else f"at least {least:g}"
                 raise UserError(f"{name} is {number}: it must be {bound}")
 

@@ -1,10 +1,7 @@
 """Evaluation: accuracy against tokens per forward (TPF), as curves over decoding settings.
 
     python eval.py curve --adapter out/tad-tiny/adapter --label TAD --n 500      # without --adapter: the base
-    torchrun --nproc_per_node=8 eval.py curve --model llada --task gsm8k --protocol tad        # or my.jsonl
-
-docs/evaluation.md defines all measures. Tables of runs: tools/compare.py; tasks of lm_eval: tools/harness.py.
-"""
+    torchrun --nproc_per_node=8 eval.py curve --model llada --task gsm8k --protocol tad     # or my.jsonl"""
 import hashlib
 import json
 import math
@@ -39,16 +36,15 @@ from run import agreed, ranks, read_shards
 from sample import AdaptedModel, load_both
 from teacher import load_teacher, load_teacher_tokenizer, token_nll
 
-PROTOCOLS = tomllib.loads(cli.read_text(nt_model.HERE / "assets" / "protocols.toml"))  # see there
+PROTOCOLS = tomllib.loads(cli.read_text(nt_model.HERE / "assets/protocols.toml"))  # see there
 for _name, _settings in PROTOCOLS.items():
     if "like" in _settings:
         PROTOCOLS[_name] = PROTOCOLS[_settings.pop("like")] | _settings
 Y_MAX = cli.read_object(nt_model.HERE / "assets/aup_points.json")["y_max"]  # {family: {task: percent}}
 COUNTS = ("correct", "tokens", "nfe")  # per problem
 ANCHOR = dict(policy="entropy", threshold=0.0, name="TPF 1")  # token by token
-# a method has one colour in every picture; of the names in a label the longest counts, "" is in all
-METHODS = ("TAD", "T3D", "TABOM", "TRIMS", "SFT", "SFT-SD", "SFT-SD privileged", "Naive TD", "dInfer", "")
-COLORS = {"base": "black"} | {name: f"C{i}" for i, name in enumerate(METHODS)}
+METHODS = "TAD|T3D|TABOM|TRIMS|SFT|SFT-SD|SFT-SD privileged|Naive TD|dInfer|".split("|")
+COLORS = {"base": "black"} | {name: f"C{i}" for i, name in enumerate(METHODS)}  # of the longest in a label
 
 
 def protocol_of(name, family, task="", points=None, thresholds=None, **own):
@@ -62,7 +58,7 @@ def protocol_of(name, family, task="", points=None, thresholds=None, **own):
         raise UserError(f"protocol {name} has no settings for family {family}: it is for {', '.join(others)}")
     anchored = chosen.pop("anchor", False) and not {"policy", "threshold"} & own.keys()
     for given in own:  # a name tells what its rule says
-        rules = [{k: v for k, v in r.items() if given not in r or k not in (given, "name")} for r in rules]
+        rules = [{k: r[k] for k in r if given not in r or k not in (given, "name")} for r in rules]
     rules += [ANCHOR] * anchored
     if points:
         if max(points) >= len(rules):
@@ -78,8 +74,8 @@ def protocol_of(name, family, task="", points=None, thresholds=None, **own):
 
 
 def decoding_of(settings):
-    others = ("compiled", "rules", "name", "prompt")
-    return sample.Decoding(**{k: v for k, v in settings.items() if k not in others})
+    others = "compiled rules name prompt".split()
+    return sample.Decoding(**{k: settings[k] for k in settings if k not in others})
 
 
 def wording(problem, protocol):
@@ -102,7 +98,7 @@ def contamination_warning(task):
 
 
 def area_of(pairs, y_max):
-    """AUP, see above, of [(tpf, accuracy), ...], in percent; NaN of no points and where nothing is solved."""
+    """AUP (docs/evaluation.md) of [(tpf, accuracy), ...], in percent; NaN of no points and where all fail."""
     if not pairs or y_max <= 0:
         return math.nan
     x, y = np.array(sorted(pairs)).T
@@ -173,7 +169,7 @@ def decode_by_id(model, tok, prompts, settings, batch_size, kept, name):
         n = batch_size if settings.get("compiled") or model.embed.weight.is_cuda else 1
         longest = sorted(map(prompts.get, left), key=len)[-n:]
         list(decode_rows(model, tok, longest, settings, batch_size))
-    work = [prompts[i] for i in left]
+    work = list(map(prompts.get, left))
     streams = [zlib.crc32(i.encode()) for i in left]  # of random numbers, the same on any rank
     for number, row in decode_rows(model, tok, work, settings, batch_size, streams, progress=True):
         done[left[number]] = row
@@ -198,7 +194,7 @@ def curve(model, tok, problems, protocol, label, batch_size=64, allow_code=False
         rows = decode_by_id(model, tok, prompts, settings, batch_size, kept, f"rows-{key}")
         if kept and kept.rank:
             continue
-        rows = [rows[i] for i in prompts]
+        rows = list(map(rows.get, prompts))
         columns = {name: [row[name] for row in rows] for name in rows[0]}
         correct = grade.grade_all(problems, columns["response"], allow_code)
         point = dict(
@@ -336,7 +332,7 @@ def draw(panels, x, y, path):
         used = Counter()
         for label, points in lines.items():
             color = COLORS[max((name for name in COLORS if name.lower() in label.lower()), key=len)]
-            dashes = ("-", "--", ":", "-.")[used[color] % 4]
+            dashes = "- -- : -.".split()[used[color] % 4]
             used[color] += 1
             xs, ys, *errors = zip(*points)
             ax.errorbar(xs, ys, *errors, label=label, color=color, linestyle=dashes, marker="o",
@@ -371,7 +367,7 @@ def closing(r, model, tok, label):
 
 def mean_by_step(rows):
     """The mean of rows (T_i,) of several lengths, step by step: (T,); NaN where no row has a value."""
-    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], padding_value=math.nan)
+    padded = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, rows)), padding_value=math.nan)
     return padded.nanmean(1).numpy()
 
 
@@ -415,7 +411,7 @@ def tds(model, record):
     for *_, logp in along_trajectory(model, record, torch.arange(max(record["order"]) + 1)):
         entropy = -(logp.exp() * logp).sum(-1)
         variances.append(float(entropy.var(unbiased=False)) if len(entropy) > 1 else np.nan)
-    return np.array(variances, dtype=np.float32)
+    return np.array(variances, np.float32)
 
 
 def mean_of(measure, model, records, label):
@@ -459,7 +455,7 @@ def trajectory_nll(teacher, teacher_tok, tok, prompt, out, eos_ids):
         shown = teacher_tok.encode(text) if revealed else []
         nll = token_nll(teacher, torch.tensor([head + shown], device=teacher.device))
         means.append(float(nll[0, len(head):].mean()))
-    return np.array(means, dtype=np.float32)
+    return np.array(means, np.float32)
 
 
 @dataclass

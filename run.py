@@ -1,8 +1,6 @@
 """One training run: ranks and devices, its folder, micro-batches, the optimizer's step, checkpoints, the log.
 
-How its parts follow each other is main() of a method. A batch is a dict that has `ids`, `prompts` (lists of
-token ids) and `xt` (B, L), whatever else it holds.
-"""
+A method's main() calls them. A batch is a dict with `ids`, `prompts` (lists of token ids) and `xt` (B, L)."""
 import gc
 import json
 import math
@@ -61,7 +59,7 @@ STEP_TIMEOUT = timedelta(minutes=4)  # within which all ranks come to the same p
 MADE = ("adapter model checkpoints results.jsonl epoch-[0-9]* log.jsonl adapter.unfinished-nanotraj "
         "model.unfinished-nanotraj trajectories difficulty log.jsonl.damaged log.png curve.png window.json "
         "window.png nonfinite-rank[0-9]*.json").split()
-OURS = {"model", "seed", "micro_batch", "batch_size", "lr", "full", "clip", "lr_schedule"}  # in config.json
+OURS = set("model seed micro_batch batch_size lr full clip lr_schedule".split())  # in config.json
 FREE = [f.name for f in fields(Options)][8:]
 
 
@@ -523,7 +521,6 @@ class Reference:
         return dict(self.model.named_parameters())
 
     def refresh(self, model):
-        """It becomes the model of now."""
         into = self.tensors()
         for name, p in trainable(model).items():
             local(into[name]).copy_(local(p))

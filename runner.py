@@ -1,12 +1,9 @@
 """Run a program that a model wrote, and its tests, in a contained child process.
 
-    passed, why = run_program(program, tests)
-
 Run as a script this file is that child: it imports nothing of ours. What contains it: docs/code-runner.md.
 A pass is exit code 0 and a random word that the child says after the last test. While the program runs it is
 only on the value stack of a suspended expression (see `run`), in no file, argument, descriptor, module or
-frame; an audit hook shuts out tracers and ctypes, and each function loads the C library for itself.
-"""
+frame; an audit hook shuts out tracers and ctypes, and each function loads the C library for itself."""
 import ctypes
 import json
 import os

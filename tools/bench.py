@@ -3,8 +3,7 @@
     python tools/bench.py --model llada-8b --batch_size 32           # random weights of a real shape
 
 `uncached` is the reference decoder, `fast_dllm` a plain loop with Fast-dLLM's dual cache: both eager, one
-prompt, the layers as they are. All reveal --per_step tokens per forward and stop at no EOS: as many forwards.
-"""
+prompt, the layers as they are. All reveal --per_step tokens per forward, and none stops at an EOS."""
 import json
 import math
 import re
@@ -61,7 +60,7 @@ def fast_dllm(model, prompt, s):
 def flop_of(call):
     """Of its products; torch's own formula for attention wants as many heads in key as in query."""
     own = {torch.ops.nanotraj.packed_linear: lambda x, tag, *_, **__: 2 * math.prod(x) * tag[0]}
-    for kind in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu"):
+    for kind in "flash_attention efficient_attention cudnn_attention flash_attention_for_cpu".split():
         operator = getattr(torch.ops.aten, f"_scaled_dot_product_{kind}")
         own[operator] = lambda query, key, *_, **__: 4 * math.prod(query) * key[2]
     with FlopCounterMode(display=False, custom_mapping=own) as counter:

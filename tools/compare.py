@@ -2,8 +2,7 @@
 
     python tools/compare.py runs assets/comparison.jsonl.gz --control SFT-SD     # docs/results.md
 
-A run is a folder with the results.jsonl of eval.py or tools/sweep.py; a .jsonl.gz of sweep.py holds many.
-"""
+A run is a folder with the results.jsonl of eval.py or tools/sweep.py; a .jsonl.gz of sweep.py holds many."""
 import gzip
 import json
 import sys
@@ -24,7 +23,7 @@ from eval import COUNTS, read_points  # noqa: E402
 COLUMNS = ("token by token, %|2 per forward, %|4 per forward, %|at 0.9, %|TPF at 0.9|AUP|"
            "first point, %|TPF there|"  # of a protocol that begins with none of these rules
            "TDS, nats^2|tok/s at 0.9|training, min|collecting, min").split("|")
-ACCURACY_AT = dict(zip(("1 per forward", "2 per forward", "4 per forward", "threshold 0.9"), COLUMNS))
+ACCURACY_AT = dict(zip("1 per forward|2 per forward|4 per forward|threshold 0.9".split("|"), COLUMNS))
 
 
 def pack(folders, file):
@@ -122,8 +121,7 @@ def shown(values, bracketed=False):
 
 def table_of(draws, runs, control):
     """{label: (1 + n_boot, columns)} -> lines: a table of means, and paired differences from control."""
-    finite = np.isfinite([rows[0] for rows in draws.values()]).any(0)
-    known = [j for j in range(len(COLUMNS)) if finite[j]]
+    known = np.flatnonzero(np.isfinite([rows[0] for rows in draws.values()]).any(0))
     titles = "model", "runs", *(COLUMNS[j] for j in known)
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for label, rows in draws.items():

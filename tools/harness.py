@@ -1,7 +1,6 @@
 """Tasks of lm_eval, decoded by one rule of a protocol; lm_eval asks and grades. The same command continues.
 
-    python tools/harness.py --model dream --tasks gsm8k_cot_zeroshot --protocol tad --apply_chat_template
-"""
+    python tools/harness.py --model dream --tasks gsm8k_cot_zeroshot --protocol tad --apply_chat_template"""
 import json
 import os
 from collections import Counter
@@ -139,7 +138,7 @@ def main():
                        id=f"{name}-{row['doc_id']}", correct=int(row[metric]))
                   for row in rows if row["filter"] == kind]
         pooled.setdefault(wholes.get(name, name), []).extend(graded)  # a group is one task, weighed by size
-    points = [{key: [row[key] for row in rows] for key in ("tokens", "nfe", "correct")} | dict(
+    points = [{key: [row[key] for row in rows] for key in nt_eval.COUNTS} | dict(
         key=task, label=args.label, rule=nt_eval.rule_name(settings), ids=[row["id"] for row in rows],
         seconds=nt_eval.wall_seconds(rows), provenance=dict(config, task=task, metric=rows[0]["metric"]))
         for task, rows in pooled.items()]

@@ -3,8 +3,7 @@
     python tools/sweep.py paper TAD-4 --model llada   # the commands of a table or figure: docs/papers.md
     python tools/sweep.py       # the tiny comparison of docs/results.md; --only TAD T3D: some of its rows
 
-The same command continues. The rows of docs/papers-tiny.md share COMMON; a seed has --n problems of its own.
-"""
+The same command continues. The rows of docs/papers-tiny.md share COMMON; a seed has its own --n problems."""
 import os
 import re
 import shlex
@@ -42,8 +41,8 @@ def block_of(table):
 
 
 METHODS = dict(re.findall(r"# (.+)\n(?:python )?([^#\n]*)", block_of("tiny")))  # "a: b" is an ablation of a
-TINY = dict.fromkeys(["--task", "--data", "--protocol", "collect"], "tiny") | {"--teacher": "tiny-ar"}
-RANKED = {"tad.py", "t3d.py", "tabom.py", "trims.py", "curve", "collect"}  # what torchrun may start
+TINY = dict.fromkeys("--task --data --protocol collect".split(), "tiny") | {"--teacher": "tiny-ar"}
+RANKED = set("tad.py t3d.py tabom.py trims.py curve collect".split())  # what torchrun may start
 FEW = "--max_steps 2 --batch_size 4 --micro_batch 4 --eval_problems 0"
 QUICK = {"trims.py": "--n_examples 8", "tools/sweep.py": "--quick", "tools/harness.py": "--limit 8"}
 
