@@ -216,9 +216,10 @@ def curve(model, tok, problems, protocol, label, batch_size=64, allow_code=False
 class Kept:
     """A folder of results of one config: all that they depend on but the decoding rule; ranks share it."""
     def __init__(self, out, config):
-        self.out, self.config, (self.rank, self.world) = Path(out), config, ranks()
-        if self.world > 1:  # the ranks only exchange words, so gloo does on GPUs too; days: of waiting
-            torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+        self.out, self.config = Path(out), config
+        self.rank, self.world = ranks()
+        if self.world > 1:  # the ranks only exchange words, so gloo does on GPUs too; 7 days: of waiting
+            torch.distributed.init_process_group("gloo", None, timedelta(7), self.world, self.rank)
         self.results, file = self.out / "results.jsonl", self.out / "config.json"
         then = cli.read_object(file) if file.exists() or self.results.exists() else config
         differ = ", ".join(k for k in config | then if config.get(k) != then.get(k))
@@ -510,6 +511,7 @@ def problems_of(args):
 
 def settle(args, tasks, given):
     """The protocol of curve or lm_eval; given: options of Decoding. Fills in args.protocol and args.label."""
+    ranks()  # an error before a model is loaded
     family = nt_model.family_of(args.model, args.revision)
     args.protocol = args.protocol or ("tiny" if family == "tiny" else "thresholds")
     trained = Path(args.adapter or args.model).absolute()  # out/RUN/adapter or out/RUN/model

@@ -195,6 +195,7 @@ class Inspect(Stats):
 
 
 def collect_command(args, given):
+    ranks()  # an error before a model is loaded
     problems = problems_asked_for(args)
     grade.check_gradable(problems, args.allow_code_execution or args.ungraded)  # before a model is loaded
     model, tok = load_both(args)

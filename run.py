@@ -8,12 +8,13 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from functools import lru_cache
@@ -55,6 +56,7 @@ class Options(nt_model.ModelOptions):
     compile: bool | None = None  # compile every block for training [on a GPU]
 
 
+ALONE = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_PORT="", MASTER_ADDR="")  # without torchrun
 STEP_TIMEOUT = timedelta(minutes=4)  # within which all ranks come to the same place of a step
 MADE = ("adapter model checkpoints results.jsonl epoch-[0-9]* log.jsonl adapter.unfinished-nanotraj "
         "model.unfinished-nanotraj trajectories difficulty log.jsonl.damaged log.png curve.png window.json "
@@ -82,12 +84,14 @@ def parse(Config, presets, doc):
 
 def ranks():
     """torchrun's rank and world size; (0, 1) without."""
-    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    port = os.environ.get("MASTER_PORT", "") if "MASTER_ADDR" in os.environ else ""
-    alone = world == "1" or port.isdecimal() and int(port) < 2**16
-    if not (alone and rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
-        raise UserError(f"RANK {rank!r}, WORLD_SIZE {world!r}, MASTER_PORT {port!r}: use torchrun or none")
-    return int(rank), int(world)
+    said = {name: os.environ.get(name, value) for name, value in ALONE.items()}
+    rank, world, local, port, _ = (int(x) if x.isdecimal() and len(x) < 9 else -1 for x in said.values())
+    fits = world == 1 or dist.is_initialized()
+    with suppress(OSError):  # of a host that nobody knows, which torch would ask for again and again
+        fits = fits or 0 < port < 2**16 and socket.getaddrinfo(os.fsencode(said["MASTER_ADDR"]), port)
+    if not (fits and rank in range(world) and local in range(torch.cuda.device_count() or world)):
+        raise UserError(f"{said}: a wrong number or an unknown host; use torchrun, or set none of these")
+    return rank, world
 
 
 def barrier(group=None):
@@ -236,16 +240,15 @@ class Run:
         self.cfg, self.whole = cfg, whole or cfg.full
         self.rank, self.world = ranks()
         cuda = torch.cuda.is_available()
-        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+        self.device = torch.device(f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}" if cuda else "cpu")
         self.dtype = torch.bfloat16 if cuda else torch.float32
         if cuda:
             torch.cuda.set_device(self.device)
         self.shards = cfg.full or cfg.fsdp
         if (self.world > 1 or cuda and self.shards) and not dist.is_initialized():
-            # ranks wait for each other's collection and the closing evaluation; torchrun sees those that died
             store = None if self.world > 1 else dist.HashStore()
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12), rank=self.rank,
-                                    world_size=self.world, store=store)
+            backend = "nccl" if cuda else "gloo"  # 12 hours: of waiting for others' collection, or evaluation
+            dist.init_process_group(backend, None, timedelta(hours=12), self.world, self.rank, store)
         self.group = dist.new_group(timeout=STEP_TIMEOUT) if dist.is_initialized() else None  # in a step
         self.shards = self.shards and dist.is_initialized()  # else every rank has all of the model
         self.split = self.whole and self.shards  # also what is trained

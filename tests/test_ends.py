@@ -1,5 +1,6 @@
 """Runs that end too early, for many reasons: one line says so, and the same command ends in the same bytes."""
 import errno
+import importlib
 import json
 import os
 import random
@@ -11,7 +12,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, command
 from small_runs import METHODS, Runs
 
 import cli
@@ -20,6 +21,8 @@ import lora
 import model as nt_model
 import run as training
 import sweep
+
+nt_eval = importlib.import_module("eval")
 
 
 @pytest.fixture
@@ -153,21 +156,53 @@ def test_a_rank_that_cannot_be(rank, world, monkeypatch):
     monkeypatch.setenv("RANK", rank)
     if world is not None:
         monkeypatch.setenv("WORLD_SIZE", world)
-    with pytest.raises(cli.UserError, match=f"RANK '{rank}', WORLD_SIZE"):
+    with pytest.raises(cli.UserError, match=f"'RANK': '{rank}', 'WORLD_SIZE'"):
         training.ranks()
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("MASTER_ADDR", "localhost")
-    for port in ("abc", "", "-1", "29 500", "65536", "99999"):
+    for port in ("abc", "", "-1", "29 500", "0", "65536", "99999", "tcp://10.0.0.1:80", "9" * 5000):
         monkeypatch.setenv("MASTER_PORT", port)
-        with pytest.raises(cli.UserError, match=f"MASTER_PORT '{port}': use torchrun"):
+        with pytest.raises(cli.UserError, match=f"'MASTER_PORT': '{port}'.*use torchrun"):
             training.ranks()
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(cli.UserError, match="use torchrun"):
-        training.ranks()
-    monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", "29500")
+    for address in ("no host", "", "a..b", "x" * 300, "localhost:29500", "http://localhost", None):
+        monkeypatch.delenv("MASTER_ADDR", raising=False)
+        if address is not None:
+            monkeypatch.setenv("MASTER_ADDR", address)
+        with pytest.raises(cli.UserError, match=f"'MASTER_ADDR': {address or ''!r}.: .*unknown host; use torchrun"):
+            training.ranks()
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
     assert training.ranks() == (1, 2)
+    for local in ("2", "-1", "x", "", "1.0", " 1"):
+        monkeypatch.setenv("LOCAL_RANK", local)
+        with pytest.raises(cli.UserError, match=f"'LOCAL_RANK': '{local}'"):
+            training.ranks()
+
+
+@pytest.mark.parametrize("words", [["tad.py", "--out", "run"], ["eval.py", "curve"], ["rollout.py", "collect", "--out", "run"],
+                                   ["tools/harness.py", "--tasks", "gsm8k"]])
+def test_a_host_that_nobody_knows(tmp_path, monkeypatch, words):
+    """Of either rank, within seconds, before a model is loaded and with nothing written; torch waits for days."""
+    monkeypatch.setattr(nt_model, "load", lambda *_: pytest.fail("a model is loaded"))
+    for rank in ("0", "1"):
+        began = time.monotonic()
+        done = command(tmp_path, *words, WORLD_SIZE="2", RANK=rank, MASTER_ADDR="no host", MASTER_PORT="29500")
+        assert done.returncode == 2 and done.stdout == "" and not list(tmp_path.iterdir())
+        assert done.stderr.startswith(f"error: {{'RANK': '{rank}'") and done.stderr.count("\n") == 1, done.stderr
+        assert time.monotonic() - began < 30
+
+
+def test_results_of_a_rank_that_is_not_named(monkeypatch, tmp_path):
+    """WORLD_SIZE without RANK: torch would look for it itself, and find none."""
+    monkeypatch.delenv("RANK", raising=False)
+    for name, value in dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="29500").items():
+        monkeypatch.setenv(name, value)
+    joined = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *how: joined.append(how))
+    monkeypatch.setattr(nt_eval, "agreed", lambda value: value)
+    nt_eval.Kept(tmp_path, {})
+    assert joined == [("gloo", None, nt_eval.timedelta(days=7), 2, 0)]
 
 
 def test_stderr_may_be_closed(tmp_path):
