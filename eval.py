@@ -68,9 +68,8 @@ def protocol_of(name, family, task="", points=None, thresholds=None, **own):
         if not any("threshold" in rule for rule in rules):
             raise UserError(f"--thresholds: no chosen point of protocol {name} has one")
         rules = [dict(threshold=value) for value in thresholds]
-    names = [rule_name(chosen | own | rule) for rule in rules]  # what is out of range is refused
-    rules = [rule for i, rule in enumerate(rules) if names[i] not in names[:i]]
-    return chosen | own | {"rules": rules}
+    rules = {rule_name(chosen | own | rule): rule for rule in rules}  # what is out of range is refused
+    return chosen | own | {"rules": [*rules.values()]}
 
 
 def decoding_of(settings):
@@ -134,7 +133,7 @@ def rule_name(settings):
     s = decoding_of(settings)
     name = f"{s.block_len / s.steps if s.steps else s.per_step:g} per forward"  # dream has one block
     if s.policy not in ("static", "dream"):
-        name = f"{s.policy} {s.threshold:g}"
+        name = re.sub(r"\.0$", "", f"{s.policy} {s.threshold}")  # exact: of rules of one name one is left
     return settings.get("name", name)
 
 

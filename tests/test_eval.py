@@ -284,6 +284,10 @@ def test_protocols_fix_what_the_papers_say():
                        (dict(policy="dream", steps=8), ["32 per forward"]), (dict(threshold=0.6), ["threshold 0.6"])):
         alike = nt_eval.protocol_of("thresholds", "llada", **own)  # no rule is decoded twice
         assert [nt_eval.rule_name({**alike, **rule}) for rule in alike["rules"]] == names
+    for given, left in (([0.9, 0.9000001], 2), ([0.1 + 0.2, 0.3], 2), ([1.0, 1.0 + 2**-52, 1], 2), ([1e-7, 1.0000001e-7], 2),
+                        ([1234567.0, 1234567.5, 1234568.0], 3), ([0.5, 0.50, 5e-1], 1)):  # whatever six digits say
+        rules = nt_eval.protocol_of("thresholds", "llada", thresholds=given)["rules"]
+        assert [rule["threshold"] for rule in rules] == list(dict.fromkeys(given)) and len(rules) == left
     for name in {key.split("/")[0] for key in nt_eval.PROTOCOLS}:  # whatever it is for, its settings make sense
         for family in ("llada", "dream", "sdar", "tiny"):
             for task in ("gsm8k", "math500", "mbpp", "humaneval", "x.jsonl"):
