@@ -17,7 +17,6 @@ from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import metadata
-from itertools import zip_longest
 from pathlib import Path
 from typing import Literal
 
@@ -282,19 +281,35 @@ def write_results(curves, out):
 def read_points(source):
     """The points of a folder and those in it, or of a file that pack() wrote, which names their folders."""
     source = Path(source)
-    rows, kinds = [], set()
+    rows = []
     for file in [source] if source.is_file() else sorted(source.rglob("results.jsonl")):
-        rows += read_jsonl(file, ours=True, label=str, rule=str, seconds=float,
-                           ids=list, correct=list, tokens=list, nfe=list)
+        rows += read_jsonl(file, ours=True, label=str, rule=str, seconds=float, ids=list)
+    if not (rows and all(map(is_point, rows))):
+        raise UserError(f"{source} holds no results, or one with odd ids, counts, seconds, run or provenance")
     for row in rows:
-        kinds |= {tuple(map(type, problem)) for problem in zip_longest(row["ids"], *map(row.get, COUNTS))}
-        if not all(isinstance(row.get(key, {}), dict) for key in ("run", "provenance")):
-            raise UserError(f"{source}: run and provenance of a point must be objects")
         row["task"] = row.get("provenance", {}).get("task", "")
         row.setdefault("folder", f"{source.name} {row['task']}")
-    if kinds != {(str, int, int, int)}:
-        raise UserError(f"{source} holds no results, or not an id and three counts for every problem")
     return rows
+
+
+def is_point(row):
+    """Whether a row has what is compared: COUNTS of every id, and numbers and words where they belong."""
+    made, cost = row.get("provenance", {}), row.get("run", {})
+    counts = numbers_in(list(map(row.get, COUNTS)))  # (3, problems)
+    if {type(made), type(cost)} != {dict} or counts.shape != (3, len(row["ids"])) or counts.dtype != int:
+        return False
+    words = made.get("task", ""), row.get("folder", ""), *row["ids"]
+    in_bounds = counts.min() >= 0 and counts[0].max() < 2 and counts[2].min() > 0 and row["seconds"] > 0
+    return in_bounds and set(map(type, words)) == {str} and numbers_in([*cost.values()]).ndim == 1
+
+
+def numbers_in(values):
+    """An array of what a JSON file holds; one without a dimension where that is no list of numbers."""
+    try:
+        found = np.array(values)
+    except ValueError:  # lists of several lengths
+        return np.array(None)
+    return found if found.dtype.kind in "if" else np.array(None)
 
 
 def show(curves, out):
@@ -335,7 +350,8 @@ def draw(panels, x, y, path):
             dashes = "- -- : -.".split()[used[color] % 4]
             used[color] += 1
             xs, ys, *errors = zip(*points)
-            ax.errorbar(xs, ys, *errors, label=label, color=color, linestyle=dashes, marker="o",
+            name = label.encode(errors="replace").decode()  # half a character cannot be drawn
+            ax.errorbar(xs, ys, *errors, label=name, color=color, linestyle=dashes, marker="o",
                         markersize=4 if errors else 2, capsize=2)
         ax.set(xlabel=x, title=title, ylim=(0, None))
         ax.grid(alpha=0.3)
@@ -375,10 +391,10 @@ def report(lines, x, y, path):
     """Draw lines {label: values (T,)} over those of before, which a .json beside the PNG keeps."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = path.with_suffix(".json")
-    try:
-        every = {label: list(map(float, values)) for label, values in (cli.read_object(kept) | lines).items()}
-    except (TypeError, ValueError):
-        raise UserError(f"{kept} holds something else than lines of this picture: remove it") from None
+    every = cli.read_object(kept)
+    if not all(values and numbers_in(values).ndim == 1 for values in every.values()):
+        raise UserError(f"{kept} holds something else than lines of this picture: remove it")
+    every |= {label: list(map(float, values)) for label, values in lines.items()}
     write_whole(kept, json.dumps(every) + "\n")
     draw({"": {label: enumerate(values) for label, values in every.items()}}, x, y, path)
 

@@ -491,7 +491,9 @@ def test_a_last_line_without_its_end_is_not_lost(tmp_path, theirs):
     assert cli.read_jsonl(file, ours=True, mend=True) == [{"id": "x"}] and file.read_text() == '{"id": "x"}\n'
 
 
-@pytest.mark.parametrize("theirs", ['{"base": 3}', '{"base": ["x"]}', '{"base": [[1], 2]}', '{"base": null}', "[1]"])
+@pytest.mark.parametrize("theirs", ['{"base": 3}', '{"base": ["x"]}', '{"base": [[1], 2]}', '{"base": null}', "[1]", "null",
+                                    '{"base": []}', '{"base": ["1.5"]}', '{"base": "123"}', '{"base": {"1": 2}}', '{"base": [null]}',
+                                    f'{{"base": [{10**400}]}}', '{"base": [[1], [2]]}', '{"base": [1], "TAD": true}'])
 def test_a_picture_beside_numbers_of_another_program(tmp_path, theirs):
     (tmp_path / "window.json").write_text(theirs)
     with pytest.raises(UserError, match="window.json (holds something else|must hold an object)"):
@@ -610,7 +612,11 @@ GOOD = dict(label="base", rule="threshold 0.9", ids=["a", "b"], correct=[1, 0], 
 @pytest.mark.parametrize("change", [
     None, {"ids": []}, {"ids": ["a"]}, {"ids": [[1], "b"]}, {"correct": []}, {"correct": ["x", "y"]}, {"nfe": [None, 1]},
     {"tokens": 5}, {"tokens": [5, 6, 7]}, {"label": None}, {"rule": 3}, {"seconds": "x"}, {"nfe": [[4], 4]},
-    {"run": [1]}, {"run": "x"}, {"run": None}, {"provenance": 3}])
+    {"run": [1]}, {"run": "x"}, {"run": None}, {"provenance": 3}, {"correct": [2, 0]}, {"correct": [-1, 1]}, {"nfe": [0, 4]},
+    {"tokens": [-1, 6]}, {"tokens": [5, float("nan")]}, {"tokens": [5, 10**400]}, {"tokens": ["5", "6"]}, {"nfe": [4, 4.5]},
+    {"seconds": 0.0}, {"seconds": -1.0}, {"seconds": float("nan")}, {"run": {"tds": "0.5"}}, {"run": {"train_s": None}},
+    {"run": {"collect_s": [1]}}, {"run": {"tds": 10**400}}, {"provenance": {"task": ["tiny"]}}, {"provenance": {"task": None}},
+    {"folder": ["x"]}, {"folder": None}])
 def test_results_that_compare_cannot_read(tmp_path, change):
     (tmp_path / "results.jsonl").write_text("" if change is None else json.dumps(GOOD | change) + "\n")
     with pytest.raises(UserError) as refused:

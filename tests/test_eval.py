@@ -212,6 +212,15 @@ def test_a_table_over_tasks_is_their_average():
         areas = [nt_eval.area_of(pairs, y_max) for pairs, y_max in zip(tasks, (100, 90))]
         assert mean == pytest.approx([sum(areas) / 2, sum(y for (_, y), _ in tasks) / 2,
                                       sum(x for (x, _), _ in tasks) / 2], abs=0.05)
+    average, *each = compare.compare(runs | {"T3D": [run("T3D", "a", 9, 2)]}, "base", n_boot=3).split("\n## ")
+    assert "T3D" not in average and [("T3D" in text) for text in each] == [True, False]  # it has no result of b
+
+
+@pytest.mark.parametrize("label", ["\ud83d", "TAD \udcff", "\udc00\ud800"])
+def test_half_a_character_in_a_label_is_drawn_as_a_question(tmp_path, label):
+    """From a name of a file that is not UTF-8, or from somebody's JSON."""
+    nt_eval.report({label: [1.0, 2.0]}, "x", "y", tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 5000 and label in json.loads((tmp_path / "a.json").read_text())
 
 
 def test_the_tasks_of_a_table_are_sections_and_panels(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ import lora
 import model as nt_model
 import trims
 from cli import UserError
+from compare import RunsOptions, compare, runs_command
 from model import decoding_defaults
 from sample import generate, read_prompts
 from teacher import load_teacher_tokenizer
@@ -53,7 +54,7 @@ def write(file, value, rng):
 def survives(read, what):
     try:
         read()
-    except (UserError, OSError, SafetensorError) as e:  # what cli.run_cli makes one line of
+    except (UserError, OSError, SafetensorError, UnicodeError) as e:  # what cli.run_cli makes one line of
         assert str(e).strip(), what
     except Exception as e:
         pytest.fail(f"{what}: {type(e).__name__}: {e}")
@@ -128,6 +129,25 @@ def used(file, tok):
             grade.tests_of(p), grade.programs(p, "def f():\n    return 1")
         else:
             grade.is_correct(p, "#### 1")
+
+
+def test_mutated_results(tmp_path, monkeypatch):
+    """What compare.py reads, and the lines of a picture of before; now and then the picture is drawn."""
+    point = dict(label="base", rule="threshold 0.9", ids=["a", "b"], correct=[1, 0], tokens=[5, 6], nfe=[4, 4], seconds=1.0,
+                 run=dict(tds=0.5, train_s=3.0, collect_s=2), provenance=dict(task="tiny"), folder="x")
+    lines, rng, drawn = dict(TAD=[1.0, 0.5, float("nan")], base=[0, 1, 2]), random.Random(3), []
+    draw = nt_eval.draw
+    monkeypatch.setattr(nt_eval, "draw", lambda *picture: drawn.append(1) or len(drawn) % 20 or draw(*picture))
+    monkeypatch.setattr(compare, "__defaults__", (5, ""))  # redraws
+    for number in range(300):
+        rows = [point, point | dict(rule="1 per forward"), mutated(point | dict(label=rng.choice(["base", "TAD"])), rng)]
+        rng.shuffle(rows)
+        (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        survives(lambda: runs_command(RunsOptions([tmp_path], out=tmp_path / "out")), f"results {number}: {rows}")
+        write(tmp_path / "window.json", mutated(lines, rng), rng)
+        what = f"picture {number}: {(tmp_path / 'window.json').read_bytes()}"
+        survives(lambda: nt_eval.report({"new": [1.0]}, "x", "y", tmp_path / "window.png"), what)
+    assert len(drawn) > 100
 
 
 def test_mutated_teacher_tokenisers(tmp_path):

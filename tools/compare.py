@@ -156,7 +156,8 @@ def compare(runs, control, n_boot=1000, y_max=""):
         lines += [*nt_eval.anchor_warning(curves).splitlines(), ""]
         lines += table_of(every[-1], own, control)
     if len(tasks) > 1:
-        average = {label: np.mean([draws[label] for draws in every], 0) for label in runs}
+        average = {label: np.mean([draws[label] for draws in every], 0) for label in runs
+                   if all(label in draws for draws in every)}
         lines = [f"average of {len(tasks)} tasks", "", *table_of(average, runs, control), *lines]
     return "\n".join(lines)
 
