@@ -8,6 +8,7 @@ import os
 import random
 import re
 import runpy
+import socket
 import subprocess
 import sys
 from dataclasses import fields
@@ -83,11 +84,98 @@ def test_a_number_outside_is_one_line_before_anything_happens(command, monkeypat
         values = [str(math.floor(below)), str(math.ceil(above)), "x", "", "1e", "²", "0x10"]
         values += [repr(below), repr(above), "nan", "inf", "-inf"] if kind is float else ["1.5", "nan", "1e3"]
         for value in draw.sample(values, 2):
-            monkeypatch.setattr(sys, "argv", [module.__file__, *words, f"--{name}={value}"])
+            given = draw.choice([[f"--{name}={value}"], [f"--{name}", value]])
             with pytest.raises(cli.UserError) as ended:
-                module.main() if hasattr(module, "main") else cli.run_command(module.__doc__, module.COMMANDS)
+                called(module, monkeypatch, *words, *given)
             said = str(ended.value)
             assert (f"{name} is " in said or f"--{name}" in said) and "\n" not in said, (name, value)
+    assert not list(tmp_path.iterdir())
+
+
+def called(module, patch, *words):
+    """A command, in this process."""
+    patch.setattr(sys, "argv", [module.__file__, *words])
+    module.main() if hasattr(module, "main") else cli.run_command(module.__doc__, module.COMMANDS)
+
+
+@pytest.mark.parametrize("value, bound", [("-7744", "at least 1"), ("0", "at least 1"), ("-1", "at least 1"), ("131073", "at most 131072")])
+def test_a_longest_prompt_that_cannot_be(monkeypatch, value, bound):
+    """Refused by its name in whichever command has it, not by what comes of it later."""
+    having = [name for name, (_, _, classes) in COMMANDS.items() if "max_prompt" in dict(numeric(classes))]
+    assert {"tad", "t3d", "tabom", "trims", "sample", "eval curve", "eval nll", "rollout collect"} <= set(having)
+    for name in having:
+        module, words, _ = COMMANDS[name]
+        with pytest.raises(cli.UserError, match=f"^max_prompt is {value}: it must be {bound}$"):
+            called(module, monkeypatch, *words, "--max_prompt", value)
+
+
+class Reached(Exception):
+    """A command has gone as far as it may in a test."""
+
+
+NUMBERS = ["0", "1", "2", "3", "7", "-1", "x", "", " ", "1.5", "\u00b2", "1e3", "nan", "0x1", "9" * 5000]
+LAUNCHED = {"RANK": NUMBERS, "LOCAL_RANK": NUMBERS, "WORLD_SIZE": NUMBERS,
+            "MASTER_PORT": ["29500", "1", "65535", "0", "65536", "-1", "x", "", "2 9", "99999", "tcp://10.0.0.1:29500", "9" * 5000],
+            "MASTER_ADDR": ["localhost", "127.0.0.1", "", "nowhere", "256.0.0.1", "a b", "a..b", "x" * 300, "http://localhost", "\udcff"]}
+IGNORED = ["GROUP_WORLD_SIZE", "GROUP_RANK", "LOCAL_WORLD_SIZE", "ROLE_RANK", "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT",
+           "TORCHELASTIC_MAX_RESTARTS", "SLURM_PROCID", "NODE_RANK"]  # without --overwrite
+SMALL = ["--batch_size", "4", "--gen_len", "48", "--eval_problems", "0", "--out", "run"]
+STARTED = {**{name: (name, [*SMALL, "--n_examples" if name == "trims" else "--n_problems", "8"]) for name in METHODS},
+           "eval curve": ("eval curve", ["-n", "2"]), "rollout collect": ("rollout collect", ["-n", "2"]), "harness": ("harness", []),
+           "sample": ("sample", ["--prompt", "1 2"])}  # the last one has no ranks
+
+
+def can_be(env, gpus=torch.cuda.device_count()):
+    """Whether a process of these variables has a place among others, or is alone."""
+    def number(name, usual):
+        return int(env.get(name, usual)) if re.fullmatch("[0-9]{1,5}", env.get(name, usual)) else -1
+    world = number("WORLD_SIZE", "1")
+    met = world == 1 or env.get("MASTER_ADDR") in ("localhost", "127.0.0.1") and 0 < number("MASTER_PORT", "") < 65536
+    return met and 0 <= number("RANK", "0") < world and 0 <= number("LOCAL_RANK", "0") < (gpus or world)
+
+
+@pytest.mark.parametrize("name", list(STARTED))
+def test_a_mutated_environment(name, monkeypatch, tmp_path):
+    """One line before a model is loaded and with nothing written; or the work begins, as the rank that was named."""
+    command, more = STARTED[name]
+    module, words, _ = COMMANDS[command]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(inspect, "getsource", functools.cache(inspect.getsource))
+
+    def host(address, port):
+        if address not in (b"localhost", b"127.0.0.1"):
+            raise socket.gaierror(-2, "Name or service not known")
+        return [address]
+
+    def reached(*_):
+        raise Reached
+    monkeypatch.setattr(socket, "getaddrinfo", host)
+    for owner, attribute in ((run.Run, "open_folder"), (torch.distributed, "init_process_group"), (harness, "load_tasks"),
+                             (eval_module, "load_both"), (ROLLOUT, "load_both"), (sample, "load_both")):
+        monkeypatch.setattr(owner, attribute, reached)
+    for variable in (*LAUNCHED, *IGNORED):
+        monkeypatch.delenv(variable, raising=False)
+    draw, ended = random.Random(name), {True: 0, False: 0}
+    for _ in range(60):
+        rank = draw.randrange(2)
+        env = draw.choice([{}, dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="29500")])
+        for variable in draw.sample(list(LAUNCHED), draw.randrange(3)):
+            env[variable] = draw.choice(LAUNCHED[variable])
+        env.pop(draw.choice([*LAUNCHED, *["none"] * 20]), None)
+        env |= {variable: draw.choice(NUMBERS) for variable in draw.sample(IGNORED, 2)}
+        right = name == "sample" or can_be(env)
+        ended[right] += 1
+        with monkeypatch.context() as patch:
+            for variable, value in env.items():
+                patch.setenv(variable, value)
+            with pytest.raises(Reached if right else cli.UserError) as end:
+                called(module, patch, *words, *more)
+            if right and name != "sample":
+                assert run.ranks() == (int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))), env
+        if not right:
+            assert "\n" not in str(end.value) and "use torchrun, or set none of these" in str(end.value), env
+            assert all(repr(env[variable]) in str(end.value) for variable in LAUNCHED if variable in env)
+    assert name == "sample" or min(ended.values()) > 12, ended
     assert not list(tmp_path.iterdir())
 
 
