@@ -2,8 +2,7 @@
 
 Wherever a script takes data: tiny or barter; a NAME of the list; NAME=FILE, a local copy of that set
 (.jsonl, .json, .parquet, also .gz; a quoted pattern for several files); your own FILE with prompt, solution
-and answer or tests, or with messages; FILE:prompt=question,answer=target, other names; several joined by +.
-"""
+and answer or tests, or with messages; FILE:prompt=question,answer=target, other names; or joined by +."""
 import glob
 import importlib
 import os
@@ -164,8 +163,9 @@ def own_problems(source):
             raise UserError(f"{where}: raw must be true or false, it is {str(p['raw'])[:40]!r}")
         if type(p.get("answer", "")) not in (str, int, float):
             raise UserError(f"{where}: answer must be text or a number, it is {str(p['answer'])[:40]!r}")
-        texts = [t for key in ("tests", "setup", "test_setup") for t in listed(p.get(key))]
-        if {*map(type, texts)} - {str}:
+        code = map(p.get, ("tests", "setup", "test_setup"))
+        texts = sum(map(listed, code), [])
+        if not all(isinstance(text, str) for text in texts):
             raise UserError(f"{where}: tests, setup, test_setup must be text or lists of texts")
         if "messages" in p:
             p |= last_exchange(p, where)

@@ -299,8 +299,9 @@ def is_point(row):
     if {type(made), type(cost)} != {dict} or counts.shape != (3, len(row["ids"])) or counts.dtype != int:
         return False
     words = made.get("task", ""), row.get("folder", ""), *row["ids"]
-    in_bounds = counts.min() >= 0 and counts[0].max() < 2 and counts[2].min() > 0 and row["seconds"] > 0
-    return in_bounds and set(map(type, words)) == {str} and numbers_in([*cost.values()]).ndim == 1
+    if set(map(type, words)) != {str} or numbers_in([*cost.values()]).ndim != 1:
+        return False
+    return counts.min() >= 0 and counts[0].max() < 2 and counts[2].min() > 0 and row["seconds"] > 0
 
 
 def numbers_in(values):
@@ -359,6 +360,7 @@ def draw(panels, x, y, path):
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
     fig.savefig(path)
     plt.close(fig)
+    print(f"written: {path}")
 
 
 def plot(panels, path):
@@ -378,7 +380,7 @@ def closing(r, model, tok, label):
     curves = [(name, curve(m, tok, problems, protocol_of("tiny", "tiny"), name)) for name, m in models]
     write_results(curves, r.out)
     show(curves, r.out)
-    print(f"written: {r.out / 'results.jsonl'}, {r.out / 'curve.png'}")
+    print(f"written: {r.out / 'results.jsonl'}")
 
 
 def mean_by_step(rows):
@@ -558,7 +560,7 @@ def curve_command(args, given):
         return
     show([(args.label, points)], kept.out)
     print(contamination_warning(args.task), end="")
-    print(f"written: {kept.results}, {kept.out / 'curve.png'}")
+    print(f"written: {kept.results}")
 
 
 def nll_command(args, given):
@@ -606,7 +608,6 @@ def log_command(args):
         for key, lines in panels.items():
             lines[run] = [(row["step"], row[key]) for row in rows]
     draw(panels, "step", "", path)
-    print(f"written: {path}")
 
 
 COMMANDS = {

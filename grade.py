@@ -6,8 +6,7 @@ problem["grader"] names it; without one it is "code" where the problem has `test
     number   the last number of the response is the last number of the answer (GSM8K's flexible-extract)
     math     math-verify compares the whole response with the answer (LaTeX or plain text)
     code     the program in the response passes the tests (runner.py); needs --allow_code_execution
-    parses   there are no tests: the response holds Python that parses (TABOM)
-"""
+    parses   there are no tests: the response holds Python that parses (TABOM)"""
 import ast
 import logging
 import os

@@ -4,8 +4,7 @@
     with lora.off(model): ...         # inside, it is the base model: same weights, no second copy
     lora.save(model, dir)    # PEFT's layout, official module names: `peft` loads it on the official model
     lora.load(model, dir); lora.merge(model)     # merged: plain nn.Linear again
-    python lora.py merge --model tiny --adapter out/tad-tiny/adapter --to merged  # a model without adapters
-"""
+    python lora.py merge --model tiny --adapter out/tad-tiny/adapter --to merged  # a whole model"""
 import json
 import os
 import re

@@ -5,8 +5,7 @@
     logits = model(ids, valid=valid)        # valid (B, T) bool: False = padding, left or right
 
 Families differ in their entry of `FAMILIES` only. Module names are our own; official names exist only at the
-file boundary (`load`, `save`, adapters).
-"""
+file boundary (`load`, `save`, adapters)."""
 import copy
 import json
 import os

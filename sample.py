@@ -15,8 +15,7 @@ whole canvas, refreshes all keys and values, and also reveals. The following for
     dual        the block only; everything before and after is stale
     vicinity    the block and `vicinity` tokens on either side
     exact       (block-causal models) the block only: nothing before depends on it. A finished block's keys
-                are committed by the next block's first forward, which also runs over that block
-"""
+                are committed by the next block's first forward, which also runs over that block"""
 import json
 import math
 import os

@@ -25,8 +25,7 @@ not depend on the length; alpha is 0.5 as in the code (--alpha 1 --logratio sum 
 
     python t3d.py                                                # tiny model on a laptop CPU
     python t3d.py --model dream --data problems.jsonl            # one GPU
-    torchrun --nproc_per_node=8 t3d.py --model sdar-4b         # the paper's math data, by preset
-"""
+    torchrun --nproc_per_node=8 t3d.py --model sdar-4b         # the paper's math data, by preset"""
 from dataclasses import dataclass, replace
 from typing import Literal
 

@@ -25,8 +25,7 @@ be taken at each token's own step, as Eq. 5 has it. TDS, Eq. 10 and 11, is `pyth
 
     python tabom.py                                              # tiny model on a laptop CPU
     python tabom.py --model dream --data problems.jsonl          # one GPU
-    torchrun --nproc_per_node=8 tabom.py --model llada       # the paper's math data, by preset
-"""
+    torchrun --nproc_per_node=8 tabom.py --model llada       # the paper's math data, by preset"""
 from dataclasses import dataclass
 from typing import Literal
 

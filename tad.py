@@ -23,8 +23,7 @@ are divided by accumulation steps; the paper's window rule is built (--window au
 
     python tad.py                                              # the whole story on a laptop CPU, tiny model
     python tad.py --model llada --data problems.jsonl          # one GPU
-    torchrun --nproc_per_node=8 tad.py --model dream --allow_code_execution   # the paper's data, by preset
-"""
+    torchrun --nproc_per_node=8 tad.py --model dream --allow_code_execution   # the paper's data, by preset"""
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,6 +1,5 @@
 """An autoregressive teacher: loading it, its negative log-likelihood per token, and TRIMS's difficulty.
-Teacher and student may have different tokenisers: scores move through UTF-8 bytes (see `spread`).
-"""
+Teacher and student may have different tokenisers: scores move through UTF-8 bytes (see `spread`)."""
 import hashlib
 import json
 import math

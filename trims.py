@@ -24,8 +24,7 @@ accuracy at 4 tokens per forward), LoRA alpha = r = 32 and weight decay 0.01 (ne
     python trims.py                                          # tiny model, tiny AR teacher, on a laptop CPU
     python trims.py --trajectory_share 0 --data out/tad-tiny/trajectories      # SFT on collected responses
     python trims.py --model llada --data problems.jsonl      # one GPU; teacher Qwen/Qwen3-8B
-    torchrun --nproc_per_node=8 trims.py --model dream           # s1K, by preset
-"""
+    torchrun --nproc_per_node=8 trims.py --model dream           # s1K, by preset"""
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path

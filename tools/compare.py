@@ -151,8 +151,8 @@ def compare(runs, control, n_boot=1000, y_max=""):
         n = len({i for points in alike for i in points[0]["ids"]})
         if len(tasks) > 1:
             lines += ["", f"## {task}", ""]
-        lines.append(f"{n} problems, y_max {highest:.2f}; ± is half of a 95% bootstrap interval over "
-                     f"problems and runs")
+        lines.append(f"{n} problems{f', y_max {highest:.2f}' * (best > 0)}; ± is half of a 95% bootstrap "
+                     f"interval over problems and runs")
         lines += [*nt_eval.anchor_warning(curves).splitlines(), ""]
         lines += table_of(every[-1], own, control)
     if len(tasks) > 1:
@@ -198,8 +198,8 @@ def runs_command(args):
     out.mkdir(parents=True, exist_ok=True)
     text = compare(runs, args.control, y_max=args.y_max)
     cli.write_whole(out / "compare.md", text + "\n")
+    print(f"{text}\nwritten: {out / 'compare.md'}")
     picture(by_task(runs), out / "compare.png")
-    print(f"{text}\nwritten: {out / 'compare.md'}, with a picture of curves")
 
 
 COMMANDS = {"runs": (runs_command, RunsOptions)}

@@ -81,8 +81,10 @@ def paper_command(args):
     ended = read_jsonl(done, ours=True, mend=True) if done.exists() else []
     commands = list(paper_commands(args.table, args.model, root, args.quick))
     for words in commands:  # said before hours of training
-        if "--protocol" in words:
-            nt_eval.protocol_of(words[words.index("--protocol") + 1], nt_model.family_of(args.model))
+        told = re.search(r"--protocol (\S+)(?:.* --points)?([\d ]*)", " ".join(words))
+        if told:
+            family, points = nt_model.family_of(args.model), told[2].split()
+            nt_eval.protocol_of(told[1], family, points=list(map(int, points)))
     weights = nt_model.local_weights(args.model)
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
     for words in commands:

@@ -75,13 +75,13 @@ def example(index, n_drill=None):
 
     n_drill, for the base, which learns to read first and facts later: half of its games have their solution beside
     them. The others are of known traders, of two at first, whom the others join one by one in the first n_drill
-    examples, of which half are drills; those with a solution are in the first half of them only."""
+    examples, of which half are drills; those with a solution are in the first fifth of them only."""
     if n_drill is None:
         prompt, steps, rng = game("train", index)
         return prompt, "", response(steps, rng), None
     if index % 2:
         prompt, steps, rng = game(BASE, index, rare_share=SHOWN_SHARE)
-        shown, n_drill = reference(steps), n_drill / 2
+        shown, n_drill = reference(steps), n_drill / 5
     else:
         n_known = int(np.clip(14 * index / max(n_drill, 1) - 1, 2, 9))
         prompt, steps, rng = game(BASE, index, n_known, 0)
