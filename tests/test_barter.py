@@ -63,7 +63,7 @@ def test_a_base_is_taught_no_fact_about_rare_traders():
 
 
 def test_the_base_is_better_with_the_reference():
-    """60 dev problems, token by token: of 64.8 and 86.5% on 1,000."""
+    """60 dev problems, token by token: of 71.4 and 100.0% on 1,000."""
     model = nt_model.load("barter")
     problems = data.load_problems("barter", "dev", 60)
     right = []
@@ -72,7 +72,7 @@ def test_the_base_is_better_with_the_reference():
         outs = sample.generate(model, prompts, gen_len=48, block_len=16, policy="static", cache="none")
         texts = [TOK.decode(out.ids[:out.n_tokens(model.cfg.eos_ids)].tolist()) for out in outs]
         right.append(np.mean([grade.is_correct(p, text) for p, text in zip(problems, texts)]))
-    assert 0.45 < right[0] < 0.85 and right[1] > right[0] + 0.05, right
+    assert 0.55 < right[0] < 0.87 and right[1] > 0.95, right
 
 
 def test_tad_runs_on_it(tmp_path):

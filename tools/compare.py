@@ -151,7 +151,7 @@ def compare(runs, control, n_boot=1000, y_max=""):
         n = len({i for points in alike for i in points[0]["ids"]})
         if len(tasks) > 1:
             lines += ["", f"## {task}", ""]
-        lines.append(f"{n} problems{f', y_max {highest:.2f}' * (best > 0)}; ± is half of a 95% bootstrap "
+        lines.append(f"{n} problems{f', y_max {highest:.2f}' * bool(best)}; ± is half of a 95% bootstrap "
                      f"interval over problems and runs")
         lines += [*nt_eval.anchor_warning(curves).splitlines(), ""]
         lines += table_of(every[-1], own, control)
