@@ -96,7 +96,6 @@ def come_again(lost, usual=sys.unraisablehook):
 
 CRC = ', "crc": "01234567"}'  # how a line of ours ends
 SUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
-
 BOUNDS = {name: (least, most) for least, most, names in [  # of every numeric option
     (1, 2**17, "lora_r gen_len block_len per_step prompt_len max_prompt n_buckets"),
     (1, 10**7, "n batch_size micro_batch score_batch collect_batch save_every log_every epochs limit seeds"),

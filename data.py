@@ -34,7 +34,6 @@ TINY_TRAINING = dict(  # what the methods that collect train the tiny model with
     warmup_steps=10, batch_size=64, micro_batch=64, max_steps=150, save_every=50, eval_problems=128)
 GAMES = FAMILIES["tiny"].tasks  # weights/NAME/game.py makes the problems of an embedded task
 AVOIDED = {"train": ("dev", "test"), "dev": (), "test": ("dev",)}  # whose held-out prompts do not occur
-
 TEXTS = "prompt question solution thinking entry_point grader source".split()  # fields that hold text
 OWN_FIELDS = ("id", *TEXTS, "answer", "tests", "setup", "messages")  # of a problem
 CARRIED = "earlier raw question grader tests entry_point setup".split()  # into its record, where it has them
@@ -161,7 +160,8 @@ def own_problems(source):
                 raise UserError(f"{where}: {key} must be text, it is {str(p[key])[:40]!r}")
         if p.get("raw", False) not in (True, False):
             raise UserError(f"{where}: raw must be true or false, it is {str(p['raw'])[:40]!r}")
-        if type(p.get("answer", "")) not in (str, int, float):
+        kind = type(p.get("answer", ""))  # True is an int, but no answer
+        if kind not in (str, int, float):
             raise UserError(f"{where}: answer must be text or a number, it is {str(p['answer'])[:40]!r}")
         code = map(p.get, ("tests", "setup", "test_setup"))
         texts = sum(map(listed, code), [])
@@ -185,9 +185,9 @@ def last_exchange(row, where):
         role, prompt = said.pop()
     except (KeyError, TypeError, IndexError):
         role = None
-    if role != "user":
-        raise UserError(f"{where}: messages must be turns with role and content (text), the last one the "
-                        f"user's, or the assistant's answer to it")
+    if role != "user" or {who for who, _ in said} - {"system", "user", "assistant"}:
+        raise UserError(f"{where}: messages must be turns with role and content (text) of system, user and "
+                        f"assistant, the last one the user's, or the assistant's answer to it")
     return dict(prompt=prompt, earlier=said, solution=solution)
 
 
@@ -286,10 +286,13 @@ class OwnChat:
             text = "\n".join(text for _, text in turns) + "\n" * (not raw)
             return self.hf.encode("") + self.encode(text)  # BOS, where it has one, and no other token
         hidden = [(role, self.added.sub(MARK, text)) for role, text in turns]
-        first, *rest = self.render(hidden, add_generation_prompt=True).split(MARK)
+        text = self.render(hidden, add_generation_prompt=True)
+        first, *rest = text.split(MARK)
         ids = self.hf.encode(first, add_special_tokens=False)
         written = self.added.findall(MARK.join(text for _, text in turns))
-        if len(rest) != len(written):
+        said = [whole(content) for who, content in hidden if who != "assistant"]  # of it, thoughts may go
+        dropped = [content for content in said if content.strip() not in text]
+        if dropped or len(rest) != len(written):
             raise UserError(f"{self.name}: its chat_template repeats or drops a text with {written[:1]}")
         for token, piece in zip(written, rest):
             ids += self.encode(token) + self.hf.encode(piece, add_special_tokens=False)
@@ -304,6 +307,9 @@ def load_tokenizer(name, revision=None):
     if max(tok.written) >= cfg.vocab_size:
         raise UserError(f"{folder}: the tokeniser has ids up to {max(tok.written)}, "
                         f"the model's embedding only {cfg.vocab_size} rows: they belong to different models")
+    asked = tok.prompt_ids("a")
+    if cfg.mask_id in tok.plain or cfg.mask_id in asked:
+        raise UserError(f"{folder}: mask_token_id {cfg.mask_id} is a token of prompts: correct config.json")
     return tok
 
 

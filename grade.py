@@ -24,10 +24,12 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 NUMBER = re.compile(r"(?<!\^{)(?<!\^-)(?<!\^{-)(?:(?<![\w.)^])-?(?:[$€£]\s?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|"
                     r"\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,2}(?!\w))?|"
                     r"(?<![\w.)])-?[$€£]?\.\d+|(?<![\d^])\d+(?:\.\d+)?)")  # and none that is an exponent
-SCALE = r"(?!\s*(?i:hundred|thousand|[mb]illion|trillion|dozen))"  # "3 million" is not 3
+SCALE = (r"(?!\s*(?i:hundred|thousand|[mb]illion|trillion|dozen|(?:[mb]n|mln|lakh|crore|and|over|plus|minus|"
+         r"half|halves|thirds?|quarters?|squared|cubed)\b))")  # "3 million" is not 3
 UNIT = (r"\s?\\?%|\s?[€£]|\s?(?:°|\^{?\\circ}?)\s?[CF]?|(?:[\s~]|\\[,;: ])*+\\(?:text|mathrm){"
         rf"{SCALE}[^{{}}0-9]*}}(?:\^{{?\d}}?)?|\s(?:[cdkm]?m|ft|in|yd|mi|units?)\^{{?\d}}?|"
-        rf"\s{SCALE}\(?(?:[^\W\d_]{{2}}|[ghlsALVW]\b)[^0-9=+*^\\-]*+")  # "2 x" has no unit
+        rf"\s{SCALE}\(?(?:[^\W\d_]{{2}}|[A-Z]-|[ghlmsAJKLNVW]\b)"
+        r"(?:[^0-9=+*^\\-]|(?<=[^\W\d_])-(?=[^\W\d_]))*+")  # "2 x" has no unit
 AROUND = r"(?:[*_`$ ]|\\[\[\]()])*+"  # markup
 BARE = re.compile(rf"\A{AROUND}(?:\\(?:text|math)(?:bf|it|rm|tt)?{{(.+)}}|\(([A-Z])\)|(.*?)){AROUND}\Z", re.S)
 THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|,?\\[,!]|[\u00a0\u2007-\u200a\u202f])(?=[0-9]{3}(?![0-9]))")
@@ -35,6 +37,8 @@ FENCE = re.compile(r"((?:^[ \t]*)?)(`{3,}|~{3,})[ \t]*(\w*)[^\n]*\n(.*?)"  # a d
                    r"(?:^\1\2|(?<=\S)\2|\Z)", re.M | re.S)  # a last block may be cut off
 CODE = re.compile(r"^(?:@|(?:async )?def |class |import \w|from \S+ import |\w+ *=[^=]).*"  # at the margin,
                   r"(?:\n(?:[ \t)\]}].*)?)*", re.M)  # and what belongs to it
+PROSE = re.compile(r"^(?!(?:if|elif|else|for|while|try|except|finally|with|pass|del|raise|assert|global|from|"
+                   r"import|class|async|match|return)\b)[A-Za-z][^=()\[\]{}@#\"'\n]*$", re.M)
 PROGRAMS = futures.ThreadPoolExecutor(CORES)  # its threads start with the first program
 
 
@@ -127,8 +131,8 @@ def final_answer(text):
 
 def amount(text):
     """'$1,234.50' or '15\\text{ km}' -> number, letters of its unit; other text: NaN, equal to nothing."""
-    found = re.fullmatch(rf"\+?({NUMBER.pattern})[*_`]*+({UNIT})?", typed(text))
-    unit = found and re.sub(r"\\text|\\mathrm|\\circ|[^a-z0-9]", "", (found[2] or "").lower())
+    found = re.fullmatch(rf"\+?({NUMBER.pattern})(?:[*_`$]|\\[)\]])*+({UNIT})?", typed(text))
+    unit = found and re.sub(r"\\text|\\mathrm|\\circ|[^a-z0-9]|s\b", "", (found[2] or "").lower())
     return (last_number(found[1]), unit) if found else (Decimal("NaN"), "")
 
 
@@ -178,7 +182,7 @@ def joined(source):
 
 def programs(problem, text):
     """The programs a reply may mean, best first: the last fenced block that defines what the tests ask for,
-    the longest, the text, its definitions, its body; each first behind the prompt's head (HumanEval)."""
+    the longest, the text [without prose], its definitions, its body; each first behind the prompt's head."""
     text = re.sub(r"^\[/?(?:BEGIN|DONE|PYTHON)\]", "", text, flags=re.M)
     fenced = FENCE.findall(text)
     blocks = [dedent(code) for *_, tag, code in fenced if tag.lower() in ("", "py", "python", "python3")]
@@ -195,7 +199,8 @@ def programs(problem, text):
     parts = [] if fenced else CODE.findall(text)  # the last may be cut off
     loose = filter(defines, map("".join, (parts, parts[:-1])))
     body = re.match(r".*(?:\n(?:[ \t].*)?)*", text)[0]
-    return [start + code for code in [*wanted, *blocks, text, *loose, body] for start in before]
+    codes = [*wanted, *blocks, PROSE.sub("", text), text, *loose, body]
+    return [start + code for code in codes for start in before]
 
 
 def tests_of(problem):

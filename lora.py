@@ -3,8 +3,7 @@
     lora.add(model, r=16, alpha=16, dropout=0.0, targets=lora.ALL)   # freezes the base, adapters stay fp32
     with lora.off(model): ...         # inside, it is the base model: same weights, no second copy
     lora.save(model, dir)    # PEFT's layout, official module names: `peft` loads it on the official model
-    lora.load(model, dir); lora.merge(model)     # merged: plain nn.Linear again
-    python lora.py merge --model tiny --adapter out/tad-tiny/adapter --to merged  # a whole model"""
+    lora.load(model, dir); lora.merge(model)     # plain nn.Linear again; or: lora.py merge"""
 import json
 import os
 import re
@@ -144,8 +143,9 @@ def load(model, folder):
             raise UserError(f"{file} has {key} {value!r}: only plain LoRA is built; merge the adapter into "
                             f"its base with peft and load the merged model")
     for key, kinds in dict(r=[int], lora_alpha=[int, float], lora_dropout=[int, float]).items():
-        if type(config.get(key)) not in kinds or not (key == "r") <= config[key] < 1e9:
-            raise UserError(f"{file} has {key} {config.get(key)!r}: a number is needed, r from 1 on")
+        most = 1 if key == "lora_dropout" else 1e9
+        if type(config.get(key)) not in kinds or not (key == "r") <= config[key] < most:
+            raise UserError(f"{file} has {key} {config.get(key)!r}: a number below {most:g} is needed")
     tensors = nt_model.read_tensors(Path(folder) / "adapter_model.safetensors")
     names = FAMILIES[model.cfg.family].names
     targets = [t for t in ALL if any(f".{names[t]}.lora_A." in key for key in tensors)]

@@ -116,7 +116,7 @@ FAMILIES = {
         presets=pairs("dream=Dream-org/Dream-v0-Instruct-7B diffucoder=apple/DiffuCoder-7B-Instruct "
                       "dream-coder=Dream-org/Dream-Coder-v0-Instruct-7B"),
         networks=dict(Dream=dict(qkv_bias=True, shift=True)),
-        refused=dict(attention_bias=True, block_size=None),  # DreamReasoner is another network
+        refused=dict(attention_bias=True),
         extra_eos=(151645,)),  # <|im_end|>
     "sdar": Family(
         presets={f"sdar-{size.lower()}{block}": f"JetLM/SDAR-{size}-Chat{block}"
@@ -171,8 +171,8 @@ def read_config(folder):
         raw["eos_token_id"] = eos + more
     tokens, path = folder / "tokenizer_config.json", folder.resolve()
     name = next((part for part in path.parts if part.startswith("models--")), path.name)
-    block = re.search(r"(?:^|[-_.])b(\d+)(?!\w)|(?:SDAR|TraDo)-[\d.]+B(?:-Chat|-Instruct)?$", name, re.I)
-    block, kind = raw.get("model_type") == "sdar" and block, re.search("mdlm|bd3lm", name)
+    block = re.search(r"(?:^|[-_.])b(8|16|32|64)(?!\w)|(?:SDAR|TraDo)-[\d.]+B(-Chat|-Instruct)?$", name, re.I)
+    block, kind = raw.get("model_type") == "sdar" and block, " ".join(re.findall("mdlm|bd3lm", name))
     if block is None and not raw.get("block_size"):
         raise UserError(f"{folder}/config.json lacks block_size, and no name as x-b8 tells it: add it")
     table = read_object(tokens)
@@ -182,7 +182,7 @@ def read_config(folder):
         mask_id = ids.get(mask["content"] if isinstance(mask, dict) else mask)
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise UserError(f"{tokens}: added_tokens_decoder or mask_token is wrong ({e!r}); copy it") from None
-    found = dict(mask_token_id=mask_id, block_size=block and int(block[1] or 4), kind=kind and kind[0])
+    found = dict(mask_token_id=mask_id, block_size=block and int(block[1] or 4), kind=kind)
     raw.update({key: value for key, value in found.items() if value and not raw.get(key)})
     return config_from_json(raw, folder / "config.json")
 
@@ -199,21 +199,25 @@ def config_from_json(raw, file="config.json"):
     if len(kinds) != 1:
         raise UserError(f"{file} has model_type {network!r}, and its architectures and its folder's "
                         f"name do not say whether it is {' or '.join(family.kinds)}: rename the folder")
-    for key, built in (REFUSED | family.refused).items():
+    facts = dict.fromkeys(family.keys) | family.networks[network] | family.kinds[kinds[0]]
+    bidirectional = "block_len" not in facts and family.optional is HF_OPTIONAL
+    blocks = dict(block_size=None) if bidirectional else {}  # DreamReasoner, say, is another network
+    for key, built in (REFUSED | family.refused | blocks).items():
         if not all(value in (built, None) for value in listed(raw.get(key))):
             raise UserError(f"{file} has {key} {raw[key]!r}: only {built!r} is built, choose another")
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
+    told = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+    if told != "default" or rope.get("partial_rotary_factor", 1) != 1:
         raise UserError(f"{file} has rope_scaling or rope_parameters {rope}: "
                         f"only the default RoPE is built, choose another")
     official = family.keys | family.optional
-    facts = dict.fromkeys(family.keys) | family.networks[network] | family.kinds[kinds[0]]
     facts |= {ours: raw[key] for ours, key in official.items() if raw.get(key) is not None}
-    theta = raw.get("rope_theta") or rope.get("rope_theta")
+    theta = rope.get("rope_theta") or raw.get("rope_theta") or None
     facts = dict(n_kv_head=facts["n_head"], rope_theta=theta) | facts
     for ours, value in facts.items():
         kind = Config.__annotations__[ours]
-        valid = type(value) in (kind, int) and (kind is int) <= value < 10**9
+        typed = type(value) in (kind, int)
+        valid = typed and (kind is int) <= value < 10**9
         if not valid and not ours.endswith(("_id", "_ids")):  # those are looked at below
             raise UserError(f"{file} has {official.get(ours, ours)} {value!r}: "
                             f"a valid {kind.__name__} is needed")

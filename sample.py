@@ -76,6 +76,8 @@ class Decoding:
         if self.cache not in policy.caches:
             raise UserError(f"cache {self.cache!r} with policy {self.policy}: "
                             f"choose {' or '.join(policy.caches)}")
+        if self.late_eos and self.policy in ("entropy", "multiblock"):
+            raise UserError(f"late_eos with policy {self.policy}, which asks entropies: leave it out")
         if policy.one_block:  # by vars(), since this class is frozen
             vars(self).update(block_len=self.gen_len)
         if not policy.whole_response:
@@ -798,7 +800,8 @@ def decode_one(model, tok, prompt, args, settings):
 
 def read_prompts(source):
     """A .jsonl of problems, whose answers are not used, or a text with a prompt per line -> rows."""
-    if source.suffix == ".jsonl":
+    rows = re.search(r"\.(jsonl|json|parquet)(\.gz)?$", source.name)
+    if rows:
         return data.load_problems(str(source))
     lines = [line for line in cli.read_text(source).split("\n") if line.strip()]
     return [dict(id=f"{source.stem}-{i}", prompt=line) for i, line in enumerate(lines)]
@@ -806,12 +809,14 @@ def read_prompts(source):
 
 def decode_file(model, tok, args, settings):
     """--prompts: append a line per finished prompt to --to, or continue such a file, but no other one."""
-    to = Path(args.to or Path(args.prompts).with_suffix(".responses.jsonl"))
     room = model.cfg.max_len - settings["gen_len"]
     rows = data.fitting(read_prompts(Path(args.prompts)), tok, args.max_prompt, room)
+    to = Path(args.to or Path(args.prompts).with_suffix(".responses.jsonl"))
     made_by = dict(model=args.model, revision=model.revision, adapter=args.adapter,
                    weights=list(map(local_weights, (args.model, args.adapter))),
                    decoding=settings | dict(system=args.system, raw=args.raw))
+    written = [*made_by, "response", "tokens", "nfe", "crc"]  # a row of an earlier run has these, too
+    rows = [{key: row[key] for key in row if key not in written} for row in rows]
     ours = {r["id"]: r | made_by for r in rows}  # what a line of this run says
     cli.check_apart([args.prompts], [to])
     done = cli.continued(to, ours)

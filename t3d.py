@@ -24,7 +24,6 @@ the earliest: --variant code). Eq. 8 and the log-ratios are means over the maske
 not depend on the length; alpha is 0.5 as in the code (--alpha 1 --logratio sum is Eq. 7).
 
     python t3d.py                                                # tiny model on a laptop CPU
-    python t3d.py --model dream --data problems.jsonl            # one GPU
     torchrun --nproc_per_node=8 t3d.py --model sdar-4b         # the paper's math data, by preset"""
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -261,7 +260,6 @@ def main():
     def build(numbers):  # a micro-batch of the epoch that the loop is in
         rngs = [example_rng(cfg.seed, epoch, n) for n in numbers]
         return make_batch([records[n] for n in numbers], rngs, cfg, model.cfg, vocabulary)
-
     for step in r.steps(model, [optimizer], n_steps, between_refreshes):
         if step % cfg.refresh == 0 and ref:
             ref.refresh(model)

@@ -24,7 +24,6 @@ pairs of a segment are ranked at once; a segment shorter than W is normalised by
 be taken at each token's own step, as Eq. 5 has it. TDS, Eq. 10 and 11, is `python eval.py tds`.
 
     python tabom.py                                              # tiny model on a laptop CPU
-    python tabom.py --model dream --data problems.jsonl          # one GPU
     torchrun --nproc_per_node=8 tabom.py --model llada       # the paper's math data, by preset"""
 from dataclasses import dataclass
 from typing import Literal
@@ -94,7 +93,6 @@ def tabom_loss(ce, entropy, in_segment, n_examples, cfg):
     ce = zero.masked_scatter(in_segment, ce)  # (B, W)
     n_tokens = in_segment.sum(1).clamp(min=1)
     recon = (ce.sum(1) / n_tokens).sum() / n_examples
-
     h = zero.masked_scatter(in_segment, entropy)
     h_r, h_s = h[:, :, None], h[:, None, :]
     hinge = (h_r - h_s + cfg.gamma).clamp(min=0)  # (B, W, W)
@@ -195,7 +193,6 @@ def main():
     def build(numbers):  # a micro-batch of the epoch that the loop is in
         rngs = [example_rng(cfg.seed, epoch, n) for n in numbers]
         return make_batch([records[n] for n in numbers], rngs, cfg, model.cfg)
-
     for step in r.steps(model, [optimizer], n_steps):
         epoch, chosen = run.batch_of(step, len(records), cfg)
         for batch in r.micro_batches(chosen, lambda n: len(records[n]["prompt_ids"]), build):

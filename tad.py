@@ -22,7 +22,6 @@ not 160 snapshots); padding never hides a revealed EOS; all seven matrices of a 
 are divided by accumulation steps; the paper's window rule is built (--window auto-quality, auto-speed).
 
     python tad.py                                              # the whole story on a laptop CPU, tiny model
-    python tad.py --model llada --data problems.jsonl          # one GPU
     torchrun --nproc_per_node=8 tad.py --model dream --allow_code_execution   # the paper's data, by preset"""
 from dataclasses import dataclass
 from typing import Literal
@@ -110,7 +109,6 @@ def tad_loss(ce, kl, near, example, n_examples, cfg):
         count = torch.zeros(n_examples, device=values.device).index_add_(0, example, rows.float())
         n_rows = count.clamp(min=1)[example]  # (N,) rows of the same example
         return (values * rows / n_rows).sum() / n_examples
-
     term = {"ce": ce, "kl": kl, "none": torch.zeros_like(ce)}
     loss_near = mean_over_examples(term[cfg.near], near)  # Eq. 12
     loss_distant = mean_over_examples(term[cfg.distant], ~near)  # Eq. 13
@@ -270,7 +268,6 @@ def main():
         if r.teachers:
             batch["teacher_prompts"] = teacher_prompts([x for x, _ in examples], cfg, tok, model.cfg)
         return batch
-
     for step in r.steps(model, [optimizer], cfg.max_steps or cfg.epochs * per_epoch):
         if step // per_epoch != epoch:
             epoch = step // per_epoch

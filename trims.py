@@ -23,7 +23,6 @@ accuracy at 4 tokens per forward), LoRA alpha = r = 32 and weight decay 0.01 (ne
 
     python trims.py                                          # tiny model, tiny AR teacher, on a laptop CPU
     python trims.py --trajectory_share 0 --data out/tad-tiny/trajectories      # SFT on collected responses
-    python trims.py --model llada --data problems.jsonl      # one GPU; teacher Qwen/Qwen3-8B
     torchrun --nproc_per_node=8 trims.py --model dream           # s1K, by preset"""
 import unicodedata
 from dataclasses import dataclass
@@ -200,7 +199,6 @@ def main():
     def build(numbers):  # a micro-batch of the epoch that the loop is in
         rngs = [example_rng(cfg.seed, epoch, n) for n in numbers]
         return make_batch([drawn[n] for n in numbers], rngs, cfg, model.cfg)
-
     for step in r.steps(model, [optimizer], n_steps):
         epoch, chosen = run.batch_of(step, len(examples), cfg)
         drawn = {int(n): examples[int(n)] for n in chosen}  # once: tiny examples are made when asked for

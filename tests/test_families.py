@@ -363,7 +363,7 @@ def test_sdar_as_the_hub_has_it(tmp_path, name, block_len):
     raw = json.loads((FIXTURES / "sdar_A/config.json").read_text())
     hub = {key: value for key, value in raw.items() if key not in ("mask_token_id", "block_size")}
     (folder / "config.json").write_text(json.dumps(hub))
-    for unknown in ("SDAR-4B-Chat-sft", "mine-b16x", "sdar-sft", "web8"):  # never guessed
+    for unknown in ("SDAR-4B-Chat-sft", "mine-b16x", "sdar-sft", "web8", "sdar-sft-b200", "sdar-b3", "my.b1000000", "sdar-b0"):  # never guessed
         with pytest.raises(UserError, match="lacks block_size"):
             nt_model.read_config(shutil.copytree(folder, tmp_path / "named" / unknown))
     with pytest.raises(UserError, match=r"mask_token_id \[151669\]: an id below vocab_size 256"):  # the family's, of the real vocabulary
@@ -396,7 +396,7 @@ def test_sdar_as_the_hub_has_it(tmp_path, name, block_len):
 @pytest.mark.parametrize("fixture", ["a2d_mdlm_A", "a2d_qwen2_mdlm_A"])
 def test_a2d_is_told_by_its_name(tmp_path, fixture):
     for name, block_len in [("a2d-mdlm-0.6b", 0), ("mdlm/a2d-bd3lm-0.6b", 32), ("a2d-bd3lm-0.6b", 32),
-                            ("models--dllm-hub--Qwen3-bd3lm-v0.1/snapshots/1a2b", 32), ("a2d-0.6b", None), ("bd3/lm", None)]:
+                            ("models--dllm-hub--Qwen3-bd3lm-v0.1/snapshots/1a2b", 32), ("a2d-0.6b", None), ("bd3/lm", None), ("mdlm-to-bd3lm", None), ("bd3lm-from-mdlm", None)]:
         shutil.copytree(FIXTURES / fixture, tmp_path / name)
         if block_len is not None:
             model = nt_model.load(tmp_path / name)

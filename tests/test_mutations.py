@@ -173,7 +173,7 @@ WRONG = {  # file, key -> values that it cannot have, among them none
         attention_bias=[True, "x"], layer_types=[["sliding_attention"]], block_size=["x", -4, 2.5], head_dim=[3, "x"]),
     "generation_config.json": dict(eos_token_id=["x", -1, [10**6]]),
     "tokenizer_config.json": dict(added_tokens_decoder=[3, "x", [1]], mask_token=[dict(a=1), [1], dict(content=[1])]),
-    "adapter_config.json": dict(r=[0, "4", None, -1], lora_alpha=[None, "x", -1], lora_dropout=["x", -1, None], peft_type=["IA3", None],
+    "adapter_config.json": dict(r=[0, "4", None, -1], lora_alpha=[None, "x", -1], lora_dropout=["x", -1, None, 1.5, 1], peft_type=["IA3", None],
                                 use_dora=[True], modules_to_save=[["head"]], rank_pattern=[dict(q=1)], new_setting=[3], bias=["all"])}
 
 

@@ -239,3 +239,16 @@ def test_teachers_that_cannot_be_read_are_named(tmp_path, monkeypatch):
     few = load_teacher(write_teacher(tmp_path / "few", "llama3"))
     with pytest.raises(UserError, match="has the id 340, its model only 340"):
         token_nll(few, torch.tensor([[1, 340]]))
+
+
+@pytest.mark.parametrize("changes", [
+    dict(hidden_act="nope"), dict(num_hidden_layers="x"), dict(hidden_size=None), dict(rope_scaling=3), dict(num_attention_heads=0), dict(vocab_size="a"),
+    dict(model_type="nope"), dict(rope_parameters=dict(rope_type="nope")), dict(intermediate_size=[1])])
+def test_a_teacher_whose_config_is_wrong_is_refused_in_one_line(teacher_qwen, tmp_path, changes):
+    for file in teacher_qwen.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(UserError, match=f"{tmp_path} is not a causal LM that transformers loads: ") as refused:
+        load_teacher(str(tmp_path))
+    assert "\n" not in str(refused.value)

@@ -60,6 +60,12 @@ def right(answer, text, grader="final"):
     ("24", "#### **24** boxes", True), ("24", "#### `24`", True), ("24", r"#### \(24\)", True), ("24", r"\boxed{\textbf{24}}", True),
     ("24", r"\boxed{\text{24 km}}", True), ("24", "#### 24,", True), ("the U.S.", "#### the U.S.", True), ("U.S.", "#### U.K.", False),
     ("24", "#### **24**", True), ("24", "#### $24$", True), ("24", r"#### \$24", True), ("24", r"#### \boxed{24}", True),
+    # a unit behind markup, of one letter, with hyphens, in plural
+    ("24", "#### $24$ km", True), ("24", r"#### \(24\) boxes", True), ("24", "#### **24** km", True), ("5", "#### 5 m", True), ("5", "#### 5 m/s", True),
+    ("9.8", "#### 9.8 m/s²", True), ("5", "#### 5 N", True), ("5", "#### 5 J in all", True), ("24", "#### 24 (twenty-four)", True), ("5", "#### 5 T-shirts", True),
+    ("3 hours", "#### 3 hour", True), ("3 hours", "#### 3 days", False), ("5", "#### 5 k - 2", False), ("5", "#### 5 x-y", False),
+    *(("3", f"#### 3 {more}", False) for more in ("bn", "mln", "lakh", "crore", "and a half", "squared", "over four", "quarters", "plus y", "mn people")),
+    *(("3", f"#### 3 {more}", True) for more in ("overalls", "andirons", "times a day", "bnb rooms", "minutes")),
     # around a text as well, and round brackets around the letter of a choice
     ("blue", "#### *blue*", True), ("B", "#### **B**", True), ("B", r"\boxed{\text{B}}", True), ("B", "#### (B)", True), ("(B)", "#### B", True),
     ("B", "#### **(B)**", True), ("B", r"\boxed{\textbf{B.}}", True), ("B", "#### (A)", False), ("B", "#### (B) 24", False), ("x_1", "#### $x_1$", True),
@@ -393,6 +399,7 @@ def test_a_chat_keeps_what_was_said_before_whatever_is_shown(tmp_path):
 
 
 @pytest.mark.parametrize("messages", [
+    [dict(role="System", content="Be brief."), CHAT[1]], [dict(role="developer", content="x"), CHAT[1]], [dict(role="tool", content="x"), CHAT[1]],
     3, "x", [], {}, [3], ["user"], [dict(role="user")], [dict(content="x")], [dict(role="user", content=3)], [dict(role=3, content="x")],
     [dict(role="assistant", content="x")], [dict(role="system", content="x")], [*CHAT[:3], CHAT[2]], [None, *CHAT], [dict(role="user", content=["x"])]])
 def test_chats_that_cannot_be_read_are_named_with_their_line(tmp_path, messages):
@@ -480,3 +487,78 @@ def test_an_infilled_raw_text_ends_as_a_text_does(tmp_path, raw):
     assert tok.eos_id != tok.chat.end_id
     before, given = sample.holes("ab[MASK:2]c", tok, 9)
     assert before == [97, 98] and given == [97, 98, 9, 9, 99, tok.eos_id if raw else tok.chat.end_id]
+
+
+@pytest.mark.parametrize("text", [
+    "def double(n):\n    return n * 2\n\nDone", "def double(n):\n    return n * 2\n\nThat is all", "def double(n):\n    return n * 2\n\nExplanation: trivial",
+    "python\ndef double(n):\n    return n * 2", "Solution\ndef double(n):\n    return n * 2\n", "    return n * 2\n\nDone", "FACTOR: int = 2\ndef double(n):\n    return n * FACTOR\n\nDone",
+    "def double(n):\n    return n * 2\n# done\nThis is right", 'def double(n):\n    """\nTwice\n    """\n    return n * 2\n\nDone', "table = {}\nfor n in range(9):\n    table[n] = n * 2\ndef double(n):\n    return table[n]\n\nDone"])
+def test_prose_that_is_python_is_prose(text):
+    assert grade.is_correct(CODE, text, allow_code=True)
+    assert not grade.is_correct(CODE, text.replace("* 2", "* 3").replace("int = 2", "int = 3"), allow_code=True)
+
+
+@pytest.mark.parametrize("name", ["q.json", "q.jsonl.gz", "q.json.gz", "q.jsonl"])
+def test_prompts_are_rows_whatever_the_file(tmp_path, name):
+    rows = [dict(id="a", prompt="x", response="old", model="other", nfe=3, crc="1", note="kept")]
+    text = json.dumps(rows) if ".json" in name and ".jsonl" not in name else json.dumps(rows[0]) + "\n"
+    (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    for _ in range(2):  # a row of an earlier run is a prompt again, and such a run goes on
+        done = command(tmp_path, "sample.py", "--prompts", name, "--to", "out.jsonl", "--gen_len", 16, "--block_len", 16)
+        assert done.returncode == 0, done.stderr
+    (row,) = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert row["id"] == "a" and row["prompt"] == "x" and row["note"] == "kept" and row["model"] == "tiny" and row["response"] != "old"
+
+
+@pytest.mark.parametrize("path", [".", "/", ".."])
+def test_a_folder_holds_no_prompts(tmp_path, path):
+    done = command(tmp_path, "sample.py", "--prompts", path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "directory" in done.stderr, done.stderr
+
+
+def test_a_template_that_drops_what_was_said_is_refused(tmp_path):
+    folder = official_checkpoint(tmp_path / "model", "sdar")
+    (folder / "chat_template.jinja").write_text("<|im_start|>{{ messages[-1]['content'] }}<|im_end|>")
+    tok = data.load_tokenizer(folder)
+    assert tok.prompt_ids("a").tolist()
+    for asked, system in ((dict(prompt="b"), "Be brief."), (dict(prompt="b", earlier=[["user", "x y"]]), "")):
+        with pytest.raises(UserError, match="chat_template repeats or drops a text"):
+            tok.prompt_ids(asked, system)
+
+
+def test_a_mask_id_that_prompts_hold_is_refused(tmp_path):
+    folder = official_checkpoint(tmp_path / "model", "sdar")
+    config = json.loads((folder / "config.json").read_text())
+    start = data.load_tokenizer(folder).special["<|im_start|>"]
+    for wrong in (97, start, 10):
+        (folder / "config.json").write_text(json.dumps(config | dict(mask_token_id=wrong)))
+        with pytest.raises(UserError, match=f"mask_token_id {wrong} is a token of prompts: correct config.json"):
+            data.load_tokenizer(folder)
+
+
+def test_late_eos_is_for_policies_of_confidence(tmp_path):
+    for policy in ("entropy", "multiblock"):
+        done = command(tmp_path, "sample.py", "--late_eos", "--policy", policy, "--cache", "none")
+        assert done.returncode == 2 and f"late_eos with policy {policy}" in done.stderr
+
+
+@pytest.mark.parametrize("family", ["illada", "a2d", "dream"])
+def test_blocks_of_a_bidirectional_model_are_refused(tmp_path, family):
+    folder = official_checkpoint(tmp_path, family)
+    config = json.loads((folder / "config.json").read_text())
+    for size in (1, 4, 8):
+        (folder / "config.json").write_text(json.dumps(config | dict(block_size=size)))
+        with pytest.raises(UserError, match=f"block_size {size}: only None is built"):
+            nt_model.read_config(folder)
+
+
+def test_what_rope_parameters_say_counts(tmp_path):
+    folder = official_checkpoint(tmp_path, "sdar")
+    config = json.loads((folder / "config.json").read_text())
+    for said, theta in ((dict(rope_theta=5.0), 5), (dict(rope_type="default", rope_theta=7), 7), ({}, config["rope_theta"])):
+        (folder / "config.json").write_text(json.dumps(config | dict(rope_parameters=said)))
+        assert nt_model.read_config(folder).rope_theta == theta
+    for said in (dict(partial_rotary_factor=0.5), dict(rope_type="linear"), dict(rope_type="default", partial_rotary_factor=0.25)):
+        (folder / "config.json").write_text(json.dumps(config | dict(rope_parameters=said)))
+        with pytest.raises(UserError, match="rope_parameters .* only the default RoPE"):
+            nt_model.read_config(folder)

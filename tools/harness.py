@@ -30,7 +30,6 @@ def bridge(model, tok, settings, batch_size=32, kept=None):
         tokenizer_name = f"nanotraj-{model.cfg.family}"
         chats = {}  # a rendered text -> its ids: not every special token in it is one
         decoded = {}  # digest of the prompt, repeat -> row, see eval.decode_rows
-
         def apply_chat_template(self, chat_history, add_generation_prompt=True):
             if not isinstance(tok.chat, data.OwnChat):
                 raise UserError("the tiny model has no chat template: leave --apply_chat_template out")
@@ -39,13 +38,11 @@ def bridge(model, tok, settings, batch_size=32, kept=None):
             text = tok.chat.render(turns, add_generation_prompt=True) + answer
             self.chats[text] = tok.chat.prompt_ids(turns) + tok.encode(answer)
             return text
-
         def prompt_ids(self, context):
             if self.chats and context not in self.chats:
                 raise UserError(f"a task changed its rendered chat, so that its special tokens are lost: "
                                 f"{context[-60:]!r}; run it without --apply_chat_template")
             return torch.tensor(self.chats.get(context) or tok.encode(context), dtype=torch.long)
-
         def generate_until(self, requests):
             from lm_eval.models.utils import postprocess_generated_text as before_stop
             names, prompts, seen = [], {}, Counter()
@@ -58,7 +55,6 @@ def bridge(model, tok, settings, batch_size=32, kept=None):
             self.decoded |= nt_eval.decode_by_id(model, tok, prompts, settings, batch_size, kept, "responses")
             return [before_stop(self.decoded[name]["response"], request.args[1].get("until"), None)
                     for name, request in zip(names, requests)]
-
         def loglikelihood(self, requests):
             raise UserError(NO_LIKELIHOOD)
         loglikelihood_rolling = loglikelihood
