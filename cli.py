@@ -298,7 +298,7 @@ def read_rows(path):
         parquet = package("pyarrow.parquet", f"{path}: reading .parquet needs pyarrow: pip install pyarrow")
         try:
             for batch in parquet.ParquetFile(path).iter_batches():  # a set may not fit into memory
-                yield from batch.to_pylist()
+                yield from json.loads(json.dumps(batch.to_pylist(), default=str))  # dates and bytes, too
         except (ValueError, OSError) as e:  # pyarrow's own are kinds of these
             raise UserError(f"{path} is not a whole .parquet file ({e})") from None
         return

@@ -37,8 +37,6 @@ FENCE = re.compile(r"((?:^[ \t]*)?)(`{3,}|~{3,})[ \t]*(\w*)[^\n]*\n(.*?)"  # a d
                    r"(?:^\1\2|(?<=\S)\2|\Z)", re.M | re.S)  # a last block may be cut off
 CODE = re.compile(r"^(?:@|(?:async )?def |class |import \w|from \S+ import |\w+ *=[^=]).*"  # at the margin,
                   r"(?:\n(?:[ \t)\]}].*)?)*", re.M)  # and what belongs to it
-PROSE = re.compile(r"^(?!(?:if|elif|else|for|while|try|except|finally|with|pass|del|raise|assert|global|from|"
-                   r"import|class|async|match|return)\b)[A-Za-z][^=()\[\]{}@#\"'\n]*$", re.M)
 PROGRAMS = futures.ThreadPoolExecutor(CORES)  # its threads start with the first program
 
 
@@ -132,7 +130,7 @@ def final_answer(text):
 def amount(text):
     """'$1,234.50' or '15\\text{ km}' -> number, letters of its unit; other text: NaN, equal to nothing."""
     found = re.fullmatch(rf"\+?({NUMBER.pattern})(?:[*_`$]|\\[)\]])*+({UNIT})?", typed(text))
-    unit = found and re.sub(r"\\text|\\mathrm|\\circ|[^a-z0-9]|s\b", "", (found[2] or "").lower())
+    unit = found and re.sub(r"\\text|\\mathrm|\\circ|[^a-z0-9]|(?<=[a-z]{3})s\b", "", (found[2] or "").lower())
     return (last_number(found[1]), unit) if found else (Decimal("NaN"), "")
 
 
@@ -182,7 +180,7 @@ def joined(source):
 
 def programs(problem, text):
     """The programs a reply may mean, best first: the last fenced block that defines what the tests ask for,
-    the longest, the text [without prose], its definitions, its body; each first behind the prompt's head."""
+    the longest, the text, its definitions, its body; each first behind the prompt's head (HumanEval)."""
     text = re.sub(r"^\[/?(?:BEGIN|DONE|PYTHON)\]", "", text, flags=re.M)
     fenced = FENCE.findall(text)
     blocks = [dedent(code) for *_, tag, code in fenced if tag.lower() in ("", "py", "python", "python3")]
@@ -199,8 +197,7 @@ def programs(problem, text):
     parts = [] if fenced else CODE.findall(text)  # the last may be cut off
     loose = filter(defines, map("".join, (parts, parts[:-1])))
     body = re.match(r".*(?:\n(?:[ \t].*)?)*", text)[0]
-    codes = [*wanted, *blocks, PROSE.sub("", text), text, *loose, body]
-    return [start + code for code in codes for start in before]
+    return [start + code for code in [*wanted, *blocks, text, *loose, body] for start in before]
 
 
 def tests_of(problem):

@@ -12,8 +12,7 @@ def packed_linear(x, tag, bias):
     return torch.ops.mkldnn._linear_pointwise(x, PACKED[tag.data_ptr()], bias, "none", [], "")
 
 
-# defined by hand: torch.library.custom_op costs as much as a small layer
-LIBRARY = torch.library.Library("nanotraj", "DEF")
+LIBRARY = torch.library.Library("nanotraj", "DEF")  # custom_op would cost as much as a small layer
 LIBRARY.define("packed_linear(Tensor x, Tensor tag, Tensor? bias) -> Tensor")
 LIBRARY.impl("packed_linear", packed_linear, "CPU")
 torch.library.register_fake("nanotraj::packed_linear",

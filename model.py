@@ -2,7 +2,6 @@
 
     model = load("tiny")                    # embedded; also a hub id or a checkpoint directory
     logits = model(ids)                     # (B, T) -> (B, T, V); logits[:, i] scores token i
-    logits = model(ids, valid=valid)        # valid (B, T) bool: False = padding, left or right
 
 Families differ in their entry of `FAMILIES` only. Module names are our own; official names exist only at the
 file boundary (`load`, `save`, adapters)."""
@@ -206,7 +205,7 @@ def config_from_json(raw, file="config.json"):
         if not all(value in (built, None) for value in listed(raw.get(key))):
             raise UserError(f"{file} has {key} {raw[key]!r}: only {built!r} is built, choose another")
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    told = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+    told = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
     if told != "default" or rope.get("partial_rotary_factor", 1) != 1:
         raise UserError(f"{file} has rope_scaling or rope_parameters {rope}: "
                         f"only the default RoPE is built, choose another")

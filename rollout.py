@@ -1,9 +1,7 @@
 """Collection: decode every problem, grade, append a record each; and a look at what was collected.
 
     python rollout.py collect gsm8k --model llada --out out/gsm8k --privileged  # the same command continues
-    python rollout.py inspect out/tad-tiny/trajectories -n 2  # in the order it was decoded; stats: numbers
-
-A folder is append-only, one shard per rank, synced per record: a kill loses no finished record."""
+    python rollout.py inspect out/tad-tiny/trajectories -n 2  # in the order it was decoded; stats: numbers"""
 import sys
 import time
 from collections import deque

@@ -4,6 +4,7 @@ Run as a script this file is that child: it imports nothing of ours. What contai
 A pass is exit code 0 and a random word that the child says after the last test. While the program runs it is
 only on the value stack of a suspended expression (see `run`), in no file, argument, descriptor, module or
 frame; an audit hook shuts out tracers and ctypes, and each function loads the C library for itself."""
+import ast
 import ctypes
 import json
 import os
@@ -128,6 +129,14 @@ def shut(event, args, error=RuntimeError):
         raise error(f"{event} is not for a graded program")
 
 
+def is_words(node):
+    """Whether a statement does nothing: 'Done', 'Note: trivial' behind a program; a docstring may be read."""
+    bare = isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant)
+    parts = {type(part) for part in ast.walk(node)}
+    acts = parts & {ast.Call, ast.NamedExpr}
+    return not acts and (bare or isinstance(node, ast.AnnAssign) and not node.value)
+
+
 def run(programs, tests, said):
     """Run the first program that compiles and its tests; say the word, or what went wrong. Never returns."""
     try:
@@ -139,7 +148,10 @@ def run(programs, tests, said):
         compile(tests, "tests.py", "exec")  # on their own, lest they become part of the program's last block
         solution = types.ModuleType("solution")
         sys.modules["__main__"] = sys.modules["solution"] = solution
-        code, scope = compile(f"{program}\n{tests}", "solution.py", "exec"), vars(solution)
+        scope = vars(solution)
+        tree = ast.parse(f"{program}\n{tests}")
+        tree.body = [node for node in tree.body if not is_words(node)]
+        code = compile(tree, "solution.py", "exec")
         leave, write, execute = os._exit, os.write, exec
         sys.addaudithook(shut)
         # All names are looked up before the program starts. take(WORD) reads the word, which waits on the

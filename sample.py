@@ -6,7 +6,6 @@
 A response of L tokens starts as L masks and is filled block by block. Every forward scores the masked
 positions of the current block and the policy decides which of them to reveal: see `POLICIES` below, each with
 the paper's rule above it. A policy of your own is one function and one entry there, nothing else.
-Read these and `reference` first, then `step`, one forward of fixed shapes, and the host's `Batch`.
 
 The caches are Fast-dLLM's, dInfer's (vicinity) and SDAR's (exact). The first forward of a block runs over the
 whole canvas, refreshes all keys and values, and also reveals. The following forwards recompute

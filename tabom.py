@@ -13,7 +13,6 @@ margin. The pairwise ranking is the tractable form of matching a Boltzmann distr
     h(r)  Eq. 5   entropy (B, W): predictive entropy in nats, at U_t (entropy_of) or at r's own step
                   (--entropy_at own_step; own_step_entropies)
     P             pair (B, W, W): both in Delta, r before s              (tabom_loss)
-    gamma, lambda cfg.gamma, cfg.lam
     L_recon       first term of Eq. 9: mean over Delta of -log p(x0 | U_t)               (tabom_loss)
     Eq. 6-7       why ranking: the KL to a Boltzmann distribution, and the order of entropies it asks for
     L_rank        Eq. 8: mean of the hinges over the pairs               (tabom_loss)

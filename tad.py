@@ -15,7 +15,6 @@ teacher is the base model: LoRA off.
     L_near     Eq. 12    cross-entropy on x0; mean over near rows           (token_terms, tad_loss)
     L_distant  Eq. 13    tau^2 KL(teacher || student); mean over the others (token_terms, tad_loss)
     L          Eq. 14    L_near + lambda L_distant                          (tad_loss)
-    lambda, tau          cfg.lam, cfg.tau
 
 What differs from the published code: one collector writes exactly what the trainer reads (tokens and order,
 not 160 snapshots); padding never hides a revealed EOS; all seven matrices of a block carry LoRA; gradients

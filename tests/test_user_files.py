@@ -61,7 +61,7 @@ def right(answer, text, grader="final"):
     ("24", r"\boxed{\text{24 km}}", True), ("24", "#### 24,", True), ("the U.S.", "#### the U.S.", True), ("U.S.", "#### U.K.", False),
     ("24", "#### **24**", True), ("24", "#### $24$", True), ("24", r"#### \$24", True), ("24", r"#### \boxed{24}", True),
     # a unit behind markup, of one letter, with hyphens, in plural
-    ("24", "#### $24$ km", True), ("24", r"#### \(24\) boxes", True), ("24", "#### **24** km", True), ("5", "#### 5 m", True), ("5", "#### 5 m/s", True),
+    ("24", "#### $24$ km", True), ("24", r"#### \(24\) boxes", True), ("24", "#### **24** km", True), ("3 s", "#### 3 m", False), ("3 m/s", "#### 3 m", False), ("3 m", "#### 3 ms", False), ("5", "#### 5 m", True), ("5", "#### 5 m/s", True),
     ("9.8", "#### 9.8 m/s²", True), ("5", "#### 5 N", True), ("5", "#### 5 J in all", True), ("24", "#### 24 (twenty-four)", True), ("5", "#### 5 T-shirts", True),
     ("3 hours", "#### 3 hour", True), ("3 hours", "#### 3 days", False), ("5", "#### 5 k - 2", False), ("5", "#### 5 x-y", False),
     *(("3", f"#### 3 {more}", False) for more in ("bn", "mln", "lakh", "crore", "and a half", "squared", "over four", "quarters", "plus y", "mn people")),
@@ -494,6 +494,7 @@ def test_an_infilled_raw_text_ends_as_a_text_does(tmp_path, raw):
     "python\ndef double(n):\n    return n * 2", "Solution\ndef double(n):\n    return n * 2\n", "    return n * 2\n\nDone", "FACTOR: int = 2\ndef double(n):\n    return n * FACTOR\n\nDone",
     "def double(n):\n    return n * 2\n# done\nThis is right", 'def double(n):\n    """\nTwice\n    """\n    return n * 2\n\nDone', "table = {}\nfor n in range(9):\n    table[n] = n * 2\ndef double(n):\n    return table[n]\n\nDone"])
 def test_prose_that_is_python_is_prose(text):
+    """And what a program holds is not."""
     assert grade.is_correct(CODE, text, allow_code=True)
     assert not grade.is_correct(CODE, text.replace("* 2", "* 3").replace("int = 2", "int = 3"), allow_code=True)
 
@@ -558,7 +559,29 @@ def test_what_rope_parameters_say_counts(tmp_path):
     for said, theta in ((dict(rope_theta=5.0), 5), (dict(rope_type="default", rope_theta=7), 7), ({}, config["rope_theta"])):
         (folder / "config.json").write_text(json.dumps(config | dict(rope_parameters=said)))
         assert nt_model.read_config(folder).rope_theta == theta
-    for said in (dict(partial_rotary_factor=0.5), dict(rope_type="linear"), dict(rope_type="default", partial_rotary_factor=0.25)):
+    for said in ("default", 3, ["default"], dict(partial_rotary_factor=0.5), dict(rope_type="linear"), dict(rope_type="default", partial_rotary_factor=0.25)):
         (folder / "config.json").write_text(json.dumps(config | dict(rope_parameters=said)))
         with pytest.raises(UserError, match="rope_parameters .* only the default RoPE"):
             nt_model.read_config(folder)
+
+
+@pytest.mark.parametrize("text", [
+    'WORDS = """\napple\nbanana\n"""\ndef double(n):\n    return n * len(WORDS.split())', "F = [\nabs,\nint,\n]\ndef double(n):\n    return n * len(F)",
+    "def double(\nn,\nk=2\n):\n    return n * k", "A = B = 1\nS = (\nA\n+ B\n)\ndef double(n):\n    return n * S\n\nDone",
+    'import collections\nclass A:\n    x: int\ndef double(n):\n    """\nSELECT\n    """\n    return n * 2\n\nThis is it', "d = {}\nd.setdefault(0, 2)\ndef double(n):\n    return n * d[0]",
+    '"""doc"""\nfrom __future__ import annotations\nx: int\n(y := 2)\ndef double(n: nothing):\n    return n * y', "[globals().update(k=2)]\ndef double(n):\n    return n * k"])
+def test_what_a_program_holds_is_no_prose(text):
+    problem = CODE | dict(tests="def check(f):\n    assert f(2) == 4 and f(3) == 6\n")
+    assert grade.is_correct(problem, text, allow_code=True)
+
+
+def test_parquet_holds_dates_and_bytes(tmp_path, monkeypatch):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import datetime
+
+    import pyarrow
+    table = pyarrow.table(dict(prompt=["a"], when=[datetime.datetime(2026, 1, 2)], raw_bytes=[b"x"], day=[datetime.date(2026, 1, 2)]))
+    parquet.write_table(table, tmp_path / "t.parquet")
+    for _ in range(2):
+        done = command(tmp_path, "sample.py", "--prompts", "t.parquet", "--to", "o.jsonl", "--gen_len", 16, "--block_len", 16)
+        assert done.returncode == 0, done.stderr

@@ -1,8 +1,6 @@
 """One table and one picture over several runs, seeds and tasks. The papers' numbers: docs/papers.md.
 
-    python tools/compare.py runs assets/comparison.jsonl.gz --control SFT-SD     # docs/results.md
-
-A run is a folder with the results.jsonl of eval.py or tools/sweep.py; a .jsonl.gz of sweep.py holds many."""
+    python tools/compare.py runs assets/comparison.jsonl.gz --control SFT-SD     # docs/results.md"""
 import gzip
 import json
 import sys
