@@ -254,3 +254,13 @@ def test_pictures_are_drawn_whatever_the_backend(backend, tmp_path):
     done = subprocess.run([sys.executable, "-c", code, str(ROOT)], cwd=tmp_path, capture_output=True, text=True,
                           env=os.environ | dict(MPLBACKEND=backend))
     assert done.returncode == 0 and (tmp_path / "a.png").stat().st_size > 1000, done.stderr
+
+
+@pytest.mark.parametrize("name, value", [
+    ("clip", -1.0), ("clip", 0.0), ("lr", 0.0), ("lr", -1.0), ("lr", float("inf")), ("lr", float("nan")), ("save_every", 0), ("max_steps", -1),
+    ("t_min", 0.0), ("tau", 0.0), ("beta", -1.0), ("batch_size", 0), ("gen_len", 0), ("temperature", -0.1), ("top_p", 0.0), ("top_p", 1.1),
+    ("lora_dropout", 1.0), ("lora_r", 0), ("warmup_ratio", 1.5), ("lam", -1.0), ("threshold", -0.5), ("epochs", 0), ("seed", -1), ("limit", 0)])
+def test_what_no_run_can_mean_is_outside_whatever_the_table_says(name, value):
+    for given in (value, [value], [1, value]):
+        with pytest.raises(cli.UserError, match=f"^{name} is .*: it must be at (least|most) "):
+            cli.check_numbers({name: given})
