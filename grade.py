@@ -130,7 +130,7 @@ def final_answer(text):
 def amount(text):
     """'$1,234.50' or '15\\text{ km}' -> number, letters of its unit; other text: NaN, equal to nothing."""
     found = re.fullmatch(rf"\+?({NUMBER.pattern})(?:[*_`$]|\\[)\]])*+({UNIT})?", typed(text))
-    unit = found and re.sub(r"\\text|\\mathrm|\\circ|[^a-z0-9]|(?<=[a-z]{3})s\b", "", (found[2] or "").lower())
+    unit = found and re.sub(r"\\text|\\mathrm|\\circ|[^a-z0-9]|(?<=\w{3})s\b", "", (found[2] or "").lower())
     return (last_number(found[1]), unit) if found else (Decimal("NaN"), "")
 
 
