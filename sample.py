@@ -75,7 +75,7 @@ class Decoding:
         if self.cache not in policy.caches:
             raise UserError(f"cache {self.cache!r} with policy {self.policy}: "
                             f"choose {' or '.join(policy.caches)}")
-        if self.late_eos and self.policy in ("entropy", "multiblock"):
+        if self.late_eos and policy.by_entropy:
             raise UserError(f"late_eos with policy {self.policy}, which asks entropies: leave it out")
         if policy.one_block:  # by vars(), since this class is frozen
             vars(self).update(block_len=self.gen_len)
@@ -183,6 +183,7 @@ class Policy:
     whole_response: bool = False  # it chooses in all blocks that are not cached, not in one block only
     caches: tuple = CACHES        # those that it works with
     block_causal: bool = True     # it also works where earlier blocks do not see later ones
+    by_entropy: bool = False      # it asks entropies, in which late_eos holds nothing back
     known: Callable = lambda s, n_masked: None  # forwards that n_masked masks of a block take, where known
 
 
@@ -278,10 +279,10 @@ POLICIES = {
     "static": Policy(static_policy, known=static_forwards),
     "threshold": Policy(threshold_policy),  # above 1: one position per forward
     "factor": Policy(factor_policy),
-    "entropy": Policy(entropy_policy),
+    "entropy": Policy(entropy_policy, by_entropy=True),
     "dream": Policy(dream_policy, one_block=True, block_causal=False),
     "multiblock": Policy(multiblock_policy, memory=1, whole_response=True,
-                         caches=("none", "prefix"), block_causal=False),
+                         caches=("none", "prefix"), block_causal=False, by_entropy=True),
 }
 
 
@@ -799,8 +800,7 @@ def decode_one(model, tok, prompt, args, settings):
 
 def read_prompts(source):
     """A .jsonl of problems, whose answers are not used, or a text with a prompt per line -> rows."""
-    rows = re.search(r"\.(jsonl|json|parquet)(\.gz)?$", source.name)
-    if rows:
+    if re.search(r"\.(jsonl|json|parquet)(\.gz)?$", source.name):
         return data.load_problems(str(source))
     lines = [line for line in cli.read_text(source).split("\n") if line.strip()]
     return [dict(id=f"{source.stem}-{i}", prompt=line) for i, line in enumerate(lines)]

@@ -3,7 +3,7 @@ of the game at every step. Drills say themselves what is hidden. Muon for the bl
 steps.
 
     python weights/train.py --out out/tiny             # resumable: the same command continues
-    python weights/train.py --model barter --lr 2e-3 --max_steps 4800 --drill_steps 3600 --out out/barter
+    python weights/train.py --model barter --lr 2e-3 --max_steps 8000 --drill_steps 6000 --out out/barter
 """
 import sys
 from dataclasses import dataclass
