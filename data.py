@@ -54,16 +54,17 @@ def game_problems(name, split, n):
     problems, index = {}, 0
     while len(problems) < n:
         row = game(name).problem(split, index)
-        if not any(row["prompt"] in held_out(name, other) for other in AVOIDED[split]):
+        if row["prompt"] not in avoided(name, split):
             problems.setdefault(row["prompt"], row | dict(id=f"{name}-{split}-{index}", source=name))
         index += 1
     return list(problems.values())
 
 
 @lru_cache
-def held_out(name, split):
-    """The prompts of dev or test that other splits, and the base, avoid."""
-    return frozenset(p["prompt"] for p in game_problems(name, split, game(name).HELD_OUT))
+def avoided(name, split):
+    """The prompts of other splits that a split avoids; the base those that train does."""
+    return {p["prompt"] for other in AVOIDED[split]
+            for p in game_problems(name, other, game(name).HELD_OUT)}
 
 
 REFERENCE = dict(  # what the published collector says around a problem (TAD); code: where it has tests
@@ -92,23 +93,14 @@ def privileged_ids(tok, cfg, problem, prompt=None, system=""):
     return F.pad(ids, (missing % (cfg.block_len or 1), 0), value=cfg.pad_id)
 
 
-class GameExamples:
-    """n seeded examples of an embedded task with right responses. n_drill: for training its base."""
-    def __init__(self, tok, name, n, n_drill=None):
-        self.tok, self.game, self.n, self.n_drill = tok, game(name), n, n_drill
-        self.skip = held_out(name, "dev") | held_out(name, "test")
-
-    def __len__(self):
-        return self.n
-
-    def __getitem__(self, index):
-        prompt, shown, response, masked = self.game.example(index, self.n_drill)
-        if prompt in self.skip:  # an index that is not drawn otherwise takes its place
-            return self[index + self.n]
-        prompt = REFERENCE["tiny"].format(q=prompt, a=shown) if shown else prompt
-        x0 = pad_response(self.tok.response_ids(response), TINY_LEN, self.tok.eos_id)
-        prompt_ids = self.tok.prompt_ids(prompt).tolist()
-        return dict(id=index, prompt=prompt, prompt_ids=prompt_ids, x0=x0, masked=masked)
+def game_example(tok, name, index, n, **drills):
+    """Example `index` of n of an embedded task, a seeded game with a right response. drills: of its base."""
+    prompt, shown, response, masked = game(name).example(index, **drills)
+    if prompt in avoided(name, "train"):
+        return game_example(tok, name, index + n, n, **drills)  # that is not drawn otherwise
+    prompt = REFERENCE["tiny"].format(q=prompt, a=shown) if shown else prompt
+    x0 = pad_response(tok.response_ids(response), TINY_LEN, tok.eos_id)
+    return dict(id=index, prompt=prompt, prompt_ids=tok.prompt_ids(prompt).tolist(), x0=x0, masked=masked)
 
 
 def load_problems(source, split="train", n=None):
@@ -438,20 +430,17 @@ def read_trajectories(path, growing=False):
     records, path = {}, Path(path)
     for shard in [path] if path.is_file() else sorted(path.glob("*.jsonl")):
         for i, r in enumerate(read_jsonl(shard, ours=True, growing=growing, **RECORD_FIELDS)):
-            check_record(r, f"{shard} record {i + 1}")
+            if r["schema"] != SCHEMA:
+                raise UserError(f"{shard} record {i + 1} has schema {r['schema']}, this code reads {SCHEMA}: "
+                                f"collect again")
+            L = len(r["x0"])
+            numbers = r["x0"] + r["order"] + r["rank"] + r["prompt_ids"]
+            valid = all(type(i) is int and i >= 0 for i in numbers) and sorted(r["rank"]) == list(range(L))
+            if not (valid and r["nfe"] > 0 and 0 < L == len(r["order"])):
+                raise UserError(f"{shard} record {i + 1} is inconsistent: x0, order and rank must have one "
+                                f"length, rank be a permutation, nfe positive")
             records[r["id"]] = r
     return [records[key] for key in sorted(records)]
-
-
-def check_record(r, where):
-    if r["schema"] != SCHEMA:
-        raise UserError(f"{where} has schema {r['schema']}, this code reads {SCHEMA}: collect again")
-    numbers = r["x0"] + r["order"] + r["rank"] + r["prompt_ids"]
-    L = len(r["x0"])
-    valid = all(type(i) is int and i >= 0 for i in numbers) and sorted(r["rank"]) == list(range(L))
-    if not (valid and r["nfe"] > 0 and 0 < L == len(r["order"])):
-        raise UserError(f"{where} is inconsistent: x0, order and rank must have one length, rank be a "
-                        f"permutation, nfe positive")
 
 
 def list_sets():

@@ -89,12 +89,6 @@ def known_task(task):
     return known and known[1]
 
 
-def contamination_warning(task):
-    """One line where a benchmark and training data overlap, else ""."""
-    warning = f"warning: TAD and TABOM train on PRM12K. {recipes.IN_MATH} (lm_eval: minerva_math500)\n"
-    return warning * (known_task(task) == "math")
-
-
 def area_of(pairs, y_max):
     """AUP (docs/evaluation.md) of [(tpf, accuracy), ...], in percent; NaN of no points and where all fail."""
     if not pairs or y_max <= 0:
@@ -537,6 +531,8 @@ def settle(args, tasks, given):
         given = nt_model.decoding_defaults(nt_model.config_of(args.model, args.revision)) | given
     protocol, *others = (protocol_of(args.protocol, family, task, args.points, args.thresholds, **given)
                          for task in tasks)
+    if "math" in map(known_task, tasks):
+        print(f"warning: TAD and TABOM train on PRM12K. {recipes.IN_MATH} (lm_eval: minerva_math500)")
     if any(other != protocol for other in others):
         raise UserError(f"protocol {args.protocol} differs between these tasks: run them one at a time")
     return protocol
@@ -559,7 +555,6 @@ def curve_command(args, given):
     if kept.rank:
         return
     show([(args.label, points)], kept.out)
-    print(contamination_warning(args.task), end="")
     print(f"written: {kept.results}")
 
 

@@ -92,7 +92,7 @@ class Family(NamedTuple):
 
 FAMILIES = {
     "tiny": Family(
-        presets={name: str(HERE / "weights" / name) for name in ("tiny", "tiny-ar", "barter")},
+        presets={name: str(HERE / "weights" / name) for name in ("tiny", "tiny-ar", "barter", "barter-ar")},
         networks=dict(tiny={}),
         optional=HF_OPTIONAL | {fact: fact for fact in "qkv_bias qk_norm shift whole_blocks".split()},
         decoding=dict(gen_len=48, block_len=16, cache="none"),  # stale caches cost accuracy here

@@ -72,12 +72,13 @@ def parse(Config, presets, doc):
     given = cli.given_to(parser)
     name = given.get("model", Config.model)
     family = nt_model.family_of(name, given.get("revision"))
-    own_task = {"data": name} if name in nt_model.FAMILIES[family].tasks else {}
+    own = dict(data=name, teacher=f"{name}-ar") if name in nt_model.FAMILIES[family].tasks else {}
     preset = dict(presets.get(family, presets["others"]))
     for mine, theirs in (("warmup_steps", "warmup_ratio"), ("epochs", "max_steps")):
         if mine in given:  # which the preset's would overrule
             preset.pop(theirs, None)
-    cfg = Config(**preset | own_task | given)
+    own = {field: value for field, value in own.items() if hasattr(Config, field)}
+    cfg = Config(**preset | own | given)
     lora.named(cfg.lora_targets)  # an error before anything long
     return cfg
 
@@ -282,7 +283,7 @@ class Run:
         folders = getattr(cfg, "trajectories", "").split("+")  # of one alone every record tells
         used = [cfg.model, getattr(cfg, "teacher", ""), *folders[len(folders) < 2:]]
         now["weights"] = list(map(nt_model.local_weights, used))
-        now["problems"] = zlib.crc32(json.dumps(data, default=len).encode())  # of games: how many
+        now["problems"] = zlib.crc32(json.dumps(data).encode())
         made = [path for name in MADE for path in out.glob(name)]
         trained = any(any(out.glob(name)) for name in MADE[:4])
         old = cli.read_json(file) if file.exists() else {} if made else now

@@ -137,7 +137,6 @@ def score_examples(examples, tok, teacher_tok, cfg, r):
         asked = e["prompt"], e["x0"], *e.get("earlier", []), e.get("raw")
         what = json.dumps([weights, cfg.teacher, cfg.metric, *asked])
         return hashlib.sha256(what.encode()).hexdigest()
-    examples = [examples[i] for i in range(len(examples))]
     keys = list(map(key, examples))
     check_alike("the examples", keys)
     done = read()

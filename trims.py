@@ -37,7 +37,7 @@ import torch.nn.functional as F
 import eval as nt_eval
 import model as nt_model
 import run
-from data import (GAMES, TINY_LEN, GameExamples, example_rng, fitting, hidden_rows, load_problems,
+from data import (GAMES, TINY_LEN, example_rng, fitting, game_example, hidden_rows, load_problems,
                   load_tokenizer, pad_response, read_trajectories, stacked)
 from teacher import load_teacher_tokenizer, score_examples
 
@@ -140,11 +140,11 @@ def training_loss(model, b, cfg):
 
 
 def load_examples(cfg, tok):
-    """The data as a sequence of {id, prompt_ids, x0}."""
+    """The data as a list of {id, prompt_ids, x0}."""
     if cfg.data in GAMES:
         if cfg.gen_len != TINY_LEN:
             raise UserError(f"--gen_len {cfg.gen_len}: responses of {cfg.data} have {TINY_LEN} tokens")
-        return GameExamples(tok, cfg.data, cfg.n_examples)
+        return [game_example(tok, cfg.data, i, cfg.n_examples) for i in range(cfg.n_examples)]
     if Path(cfg.data).is_dir():
         records = [r for r in read_trajectories(cfg.data) if r["correct"] or not cfg.only_correct]
         if not records:
@@ -191,18 +191,17 @@ def main():
     if cfg.trajectory_share:
         scores = score_examples(examples, tok, teacher_tok, cfg, r)
         ranked = buckets(scores, cfg.n_buckets, cfg.ordering, cfg.seed)
-        examples = [{**examples[i], "bucket": b} for i, b in enumerate(ranked)]
+        examples = [{**e, "bucket": b} for e, b in zip(examples, ranked)]
 
     # 2. training
     optimizer = run.adamw(run.trainable(model).values(), cfg)
 
     def build(numbers):  # a micro-batch of the epoch that the loop is in
         rngs = [example_rng(cfg.seed, epoch, n) for n in numbers]
-        return make_batch([drawn[n] for n in numbers], rngs, cfg, model.cfg)
+        return make_batch([examples[n] for n in numbers], rngs, cfg, model.cfg)
     for step in r.steps(model, [optimizer], n_steps):
         epoch, chosen = run.batch_of(step, len(examples), cfg)
-        drawn = {int(n): examples[int(n)] for n in chosen}  # once: tiny examples are made when asked for
-        for batch in r.micro_batches(chosen, lambda n: len(drawn[n]["prompt_ids"]), build):
+        for batch in r.micro_batches(chosen, lambda n: len(examples[n]["prompt_ids"]), build):
             loss, parts = training_loss(model, batch, cfg)
             r.backward(loss, parts)
         r.update()  # sum over ranks, clip, AdamW at this step's learning rate

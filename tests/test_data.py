@@ -46,22 +46,24 @@ def test_splits_are_disjoint_and_deterministic():
     assert data.load_problems("tiny", "test", 500) == splits["test"]
 
 
-def test_training_examples_avoid_held_out_prompts():
+def test_training_examples_avoid_held_out_prompts(monkeypatch):
     for name in ("tiny", "barter"):
-        examples, made = data.GameExamples(data.load_tokenizer(name), name, 50, n_drill=5), data.game(name).example
-
-        def prompt():
-            return examples[20]["prompt"].rpartition(" : ")[2]  # the solution may stand before it
-        prompts = [made(index, 5)[0] for index in (20, 70, 120)]
-        assert prompt() == prompts[0]
-        examples.skip = examples.skip | set(prompts[:2])  # the one that takes its place as well
-        assert prompt() == prompts[2] and examples[20]["id"] == 120
+        def drawn():
+            example = data.game_example(data.load_tokenizer(name), name, 20, 50, n_drill=5)
+            return example["prompt"].rpartition(" : ")[2], example["id"]  # the solution may stand before it
+        prompts = [data.game(name).example(index, 5)[0] for index in (20, 70, 120)]
+        dev, test = ({p["prompt"] for p in data.load_problems(name, split, 1000)} for split in ("dev", "test"))
+        assert dev | test <= data.avoided(name, "train") and dev <= data.avoided(name, "test")
+        assert drawn() == (prompts[0], 20)
+        with monkeypatch.context() as m:
+            m.setattr(data, "avoided", lambda *_: set(prompts[:2]))  # the one that takes its place as well
+            assert drawn() == (prompts[2], 120)
 
 
 def test_drills_hide_results_and_the_answer_that_repeats_them():
-    sft, seen = data.GameExamples(TOK, "tiny", 40, n_drill=40), set()
+    seen = set()
     for i in range(40):
-        example = sft[i]
+        example = data.game_example(TOK, "tiny", i, 40, n_drill=40)
         results = game.game("train", i)[1]
         words = [TOK.decode([t]) for t in example["x0"]]
         hidden = [at for at, m in enumerate(example["masked"]) if m]
@@ -74,8 +76,7 @@ def test_drills_hide_results_and_the_answer_that_repeats_them():
 
 
 def test_privileged_share():
-    sft = data.GameExamples(TOK, "tiny", 400)
-    long = sum(len(sft[i]["prompt_ids"]) > 60 for i in range(400))
+    long = sum(len(data.game_example(TOK, "tiny", i, 400)["prompt_ids"]) > 60 for i in range(400))
     assert 35 <= long <= 90
 
 

@@ -251,11 +251,15 @@ def test_the_tasks_of_a_table_are_sections_and_panels(tmp_path, monkeypatch):
         compare.read_runs(folders[:3])  # a label with one of two tasks
 
 
-def test_contamination_warning():
-    for task in ("minerva_math", "math", "math=x.jsonl"):
-        assert "MATH-500, which is disjoint (lm_eval: minerva_math500)" in nt_eval.contamination_warning(task)
+def test_a_benchmark_that_is_trained_on_is_warned_of(capsys):
+    def warned(*tasks):
+        options = nt_eval.CurveOptions(protocol="thresholds", model="tiny")
+        nt_eval.settle(options, tasks, {})
+        return capsys.readouterr().out.count("report MATH-500, which is disjoint (lm_eval: minerva_math500)")
+    for tasks in (["minerva_math"], ["math"], ["math=x.jsonl"], ["gsm8k", "math"]):
+        assert warned(*tasks) == 1
     for task in ("minerva_math500", "math500", "humaneval_instruct", "gsm8k_cot_zeroshot", "tiny", "mine.jsonl"):
-        assert nt_eval.contamination_warning(task) == ""
+        assert warned(task) == 0
 
 
 def test_protocols_fix_what_the_papers_say():

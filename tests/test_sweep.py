@@ -26,8 +26,8 @@ from sample import Decoding
 def small(monkeypatch, tmp_path):
     rows = ("base", "SFT-SD", "TAD: near only", "T3D")
     few = {label: command.replace("--n_problems 1000", "--n_problems 4")
-           for label, command in sweep.METHODS.items() if label in rows}
-    monkeypatch.setattr(sweep, "METHODS", few)
+           for label, command in sweep.METHODS["tiny"].items() if label in rows}
+    monkeypatch.setitem(sweep.METHODS, "tiny", few)
     monkeypatch.setattr(sweep, "N_TRAJECTORIES", 4)
     monkeypatch.setattr(compare.compare, "__defaults__", (20, ""))  # redraws
     monkeypatch.setattr(sweep, "COMMON", sweep.COMMON.replace("200", "1").replace("16", "4"))
@@ -87,11 +87,11 @@ def test_a_sweep_is_resumed_and_makes_the_table(small, started, monkeypatch, cap
     lines = [line.strip("| ").split(" | ") for line in text.splitlines() if "|" in line]
     rows = {line[0]: line for line in lines}
     assert rows["base"][1] == rows["SFT-SD"][1] == "2"
-    for column in set(compare.COLUMNS) - {"first point, %", "TPF there"}:  # its first point is token by token
+    for column in set(compare.COLUMNS) - {"first point, %", "TPF there", "at TPF 3, %"}:  # none here is so fast
         assert "±" in rows["TAD: near only"][rows["model"].index(column)], column
     assert (small / "compare.png").stat().st_size > 5000
     packed = compare.read_runs([small / "comparison.jsonl.gz"])
-    assert list(packed) == list(sweep.METHODS) and compare.compare(packed, "SFT-SD") + "\n" == text
+    assert list(packed) == list(sweep.METHODS["tiny"]) and compare.compare(packed, "SFT-SD") + "\n" == text
     monkeypatch.setattr(sweep, "prepare", None)  # what is finished is only shown
     sweep.main()
     assert (small / "compare.md").read_text() == text
@@ -107,8 +107,8 @@ def test_a_sweep_is_resumed_and_makes_the_table(small, started, monkeypatch, cap
 
 
 def test_what_a_run_cost_is_read_from_its_folder(monkeypatch, tmp_path, started):
-    monkeypatch.setattr(sweep, "METHODS", {"TRIMS": "trims.py --n_examples 8",
-                                            "SFT-GT": "trims.py --trajectory_share 0 --n_examples 8"})
+    monkeypatch.setitem(sweep.METHODS, "tiny", {"TRIMS": "trims.py --n_examples 8",
+                                                "SFT-GT": "trims.py --trajectory_share 0 --n_examples 8"})
     monkeypatch.setattr(sweep, "COMMON", "--max_steps 1 --batch_size 4 --micro_batch 4")
     for label, scores in (("TRIMS", True), ("SFT-GT", False)):  # the teacher's pass stands for collecting
         sweep.run_script(sweep.command(label, 0, tmp_path / label))
@@ -123,8 +123,8 @@ def test_only_what_the_rows_share_is_prepared(small, tmp_path):
 
 
 def test_a_run_that_fails_stops_the_sweep(small, started, monkeypatch):
-    monkeypatch.setattr(sweep, "METHODS", {"base": "", "broken": "tad.py --window never"})
-    with pytest.raises(UserError, match="tad.py --window never .* ended with 2"):
+    monkeypatch.setitem(sweep.METHODS, "tiny", {"base": "", "broken": "tad.py --window never"})
+    with pytest.raises(UserError, match="tad.py .*--window never .* ended with 2"):
         sweep.main()
     monkeypatch.setattr("sys.argv", ["sweep.py", "--only", "nothing"])
     with pytest.raises(UserError, match="invalid choice"):
@@ -154,11 +154,14 @@ def accepted(words, model, monkeypatch):
 
 
 def test_every_row_is_a_command_its_script_accepts(monkeypatch, tmp_path):
-    for label, line in sweep.METHODS.items():
-        if line:
-            words = sweep.command(label, 1, tmp_path / "run")
-            cfg = accepted(words, "tiny", monkeypatch)
-            assert cfg.seed == 1 and cfg.lora_r == 32 and cfg.batch_size == 16
+    for task, rows in sweep.METHODS.items():
+        assert list(sweep.METHODS["tiny"]) == [label for label in rows if label != "TAD: no privilege"]
+        for label in filter(rows.get, rows):
+            words = sweep.command(label, 1, tmp_path / "run", task)
+            cfg = accepted(words, task, monkeypatch)
+            assert (cfg.seed, cfg.lora_r, cfg.batch_size, cfg.model) == (1, 32, 16, task)
+            assert getattr(cfg, "teacher", f"{task}-ar") == f"{task}-ar"
+            assert accepted(sweep.command(label, 1, tmp_path / "run", task, 3e-4), task, monkeypatch).lr == 3e-4
 
 
 @pytest.mark.parametrize("place", ["a b", "a'b", "$HOME", "a+b;c"])

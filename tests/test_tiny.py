@@ -286,7 +286,7 @@ def test_how_the_tiny_models_were_made_and_a_baseline_in_small(tmp_path, monkeyp
     refused = command(tmp_path, "trims.py", "--trajectory_share", "1.5", "--out", "x")
     assert refused.returncode == 2 and "trajectory_share is 1.5: it must be at most 1" in refused.stderr
     with mock.patch.object(data.game("tiny"), "PRIVILEGED_SHARE"):  # which it sets
-        teacher = command(tmp_path, "weights/tiny-ar/train.py", "--steps", "2", "--batch_size", "4", "--out", "ar")
+        teacher = command(tmp_path, "weights/train_ar.py", "--steps", "2", "--batch_size", "4", "--out", "ar")
     assert teacher.returncode == 0 and "nats per token" in teacher.stdout, teacher.stderr
     assert load_teacher(str(tmp_path / "ar")).config.vocab_size == 298
 

@@ -239,8 +239,7 @@ def test_teacher_scores_land_on_the_students_tokens(monkeypatch):
     """
     monkeypatch.setattr(data.game("tiny"), "PRIVILEGED_SHARE", 0.0)
     tok, teacher_tok = data.load_tokenizer("tiny"), load_teacher_tokenizer("tiny-ar")
-    teacher, examples = load_teacher("tiny-ar"), data.GameExamples(tok, "tiny", 6)
-    examples = [examples[i] for i in range(6)]
+    teacher, examples = load_teacher("tiny-ar"), [data.game_example(tok, "tiny", i, 6) for i in range(6)]
     scores = difficulty(examples, tok, teacher, teacher_tok, "nll")
     for e, s in zip(examples, scores):
         ids = torch.tensor([e["prompt_ids"] + e["x0"]])

@@ -18,9 +18,10 @@ import eval as nt_eval  # noqa: E402
 from cli import UserError, option, run_cli  # noqa: E402
 from eval import COUNTS, read_points  # noqa: E402
 
-COLUMNS = ("token by token, %|2 per forward, %|4 per forward, %|at 0.9, %|TPF at 0.9|AUP|"
+COLUMNS = ("token by token, %|2 per forward, %|4 per forward, %|at 0.9, %|TPF at 0.9|AUP|at TPF 3, %|"
+           "TPF 5 points below base|"
            "first point, %|TPF there|"  # of a protocol that begins with none of these rules
-           "TDS, nats^2|tok/s at 0.9|training, min|collecting, min").split("|")
+           "TDS, nats^2|training, min|collecting, min").split("|")
 ACCURACY_AT = dict(zip("1 per forward|2 per forward|4 per forward|threshold 0.9".split("|"), COLUMNS))
 
 
@@ -56,8 +57,9 @@ def on_curve(point):
     return point["rule"] == "1 per forward" or not point["rule"].endswith("per forward")
 
 
-def summarize(points, y_max, pick=slice(None)):
-    """A run on the problems `pick` (indices), y_max in percent -> the values of COLUMNS, or NaN."""
+def summarize(points, y_max, least, pick=slice(None)):
+    """A run on the problems `pick` (indices), y_max in percent -> the values of COLUMNS, or NaN. least: the
+    accuracy, percent, of which the highest TPF is sought, between the points of the curve (0: never)."""
     curve = []
     cost = points[0].get("run", {})
     row = {"TDS, nats^2": cost.get("tds", np.nan),
@@ -75,8 +77,14 @@ def summarize(points, y_max, pick=slice(None)):
         elif point is points[0]:
             row |= {"first point, %": accuracy, "TPF there": tpf}
         if rule == "threshold 0.9":
-            row |= {"TPF at 0.9": tpf, "tok/s at 0.9": point["tokens"].sum() / point["seconds"]}
+            row["TPF at 0.9"] = tpf
     row["AUP"] = nt_eval.area_of(curve, y_max)
+    if curve:
+        tpfs, accuracies = zip(*sorted(curve))
+        between = np.linspace(tpfs[0], tpfs[-1], 1000)
+        reached = between[np.interp(between, tpfs, accuracies) >= least]
+        row["TPF 5 points below base"] = reached.max(initial=0)
+        row["at TPF 3, %"] = np.interp(3, tpfs, accuracies, np.nan, np.nan)
     return [row.get(column, np.nan) for column in COLUMNS]
 
 
@@ -89,7 +97,7 @@ def by_task(runs):
     return tasks
 
 
-def bootstrap(runs, y_max, number, n_boot):
+def bootstrap(runs, y_max, least, number, n_boot):
     """{label: (1 + n_boot, columns)}: the mean over runs, then means of runs and problems drawn anew."""
     draws = {label: [] for label in runs}
     sets = sorted({tuple(points[0]["ids"]) for of_label in runs.values() for points in of_label})
@@ -101,7 +109,7 @@ def bootstrap(runs, y_max, number, n_boot):
             chosen = np.random.default_rng([number, replicate, 1]).integers(n, size=n)
             if not replicate:
                 picks, chosen = dict.fromkeys(sets, slice(None)), range(n)
-            rows = [summarize(of_label[i], y_max, picks[tuple(of_label[i][0]["ids"])]) for i in chosen]
+            rows = [summarize(of_label[i], y_max, least, picks[tuple(of_label[i][0]["ids"])]) for i in chosen]
             draws[label].append(np.mean(rows, 0))
     return {label: np.array(rows) for label, rows in draws.items()}
 
@@ -129,7 +137,7 @@ def table_of(draws, runs, control):
     for label in draws if control in draws else ():
         if label == control:
             continue
-        for j, name in enumerate(COLUMNS[:6]):
+        for j, name in enumerate(COLUMNS[:8]):
             values = draws[label][:, j] - draws[control][:, j]
             if not np.isnan(values).any():  # else the protocol lacks this rule
                 lines.append(f"{name}, {label} - {control}: {shown(values, bracketed=True)}")
@@ -145,7 +153,9 @@ def compare(runs, control, n_boot=1000, y_max=""):
         curves = [(points[0]["label"], list(filter(on_curve, points))) for points in alike]
         best = max((point["correct"].mean() for _, kept in curves for point in kept), default=0)
         highest = published.get(nt_eval.known_task(task), 100 * best)
-        every.append(bootstrap(own, highest, number, n_boot))
+        base = [points[0]["correct"].mean() for points in own.get("base", ())]
+        least = 100 * np.mean(base or np.inf) - 5
+        every.append(bootstrap(own, highest, least, number, n_boot))
         n = len({i for points in alike for i in points[0]["ids"]})
         if len(tasks) > 1:
             lines += ["", f"## {task}", ""]

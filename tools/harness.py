@@ -144,7 +144,6 @@ def main():
     print(lm_eval_package().utils.make_table(results))
     for point in points:
         print(f"{point['key']}: {point['rule']}, TPF {nt_eval.tpf(point):.2f}; batch {args.batch_size}")
-        print(nt_eval.contamination_warning(point["key"]), end="")
     print(f"written: {kept.results}, {kept.out / 'lm_eval.json'}, {kept.out / 'samples-*.jsonl'}")
 
 

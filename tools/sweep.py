@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,7 +27,6 @@ import t3d
 from cli import UserError, option, read_json, read_jsonl, run_cli
 
 COMMON = "--max_steps 200 --batch_size 16 --micro_batch 16 --lr 1e-3 --lr_schedule tail --warmup_steps 10"
-PROTOCOL = "tiny-table", "tiny"
 BATCH = 51  # problems decoded at once: 251 nearly fill five such batches
 N_TRAJECTORIES = 1000
 
@@ -40,7 +40,8 @@ def block_of(table):
     return found[table]
 
 
-METHODS = dict(re.findall(r"# (.+)\n(?:python )?([^#\n]*)", block_of("tiny")))  # "a: b" is an ablation of a
+METHODS = {task: dict(re.findall(r"# (.+)\n(?:python )?([^#\n]*)", block_of(task)))  # "a: b": ablation of a
+           for task in data.GAMES}
 TINY = dict.fromkeys("--task --data --protocol collect".split(), "tiny") | {"--teacher": "tiny-ar"}
 RANKED = set("tad.py t3d.py tabom.py trims.py curve collect".split())  # what torchrun may start
 FEW = "--max_steps 2 --batch_size 4 --micro_batch 4 --eval_problems 0"
@@ -97,17 +98,20 @@ def paper_command(args):
         cli.append_line(done, row)
 
 
-def command(label, seed, folder, task="tiny"):
-    """-> the words of a row's command: the script of its method, and its options."""
+def command(label, seed, folder, task="tiny", lr=None):
+    """-> the words of a row's command: the script of its method, and options; the last of a name counts."""
+    script, _, options = METHODS[task][label].partition(" ")
+    if lr:
+        options += f" --lr {lr}"
     own = f"--model {task} --eval_problems 0 --seed {seed} --out $OUT/{folder.name}"
-    words = f"{METHODS[label]} {COMMON} {own}".split()
+    words = f"{script} {COMMON} {options} {own}".split()
     return [word.replace("$OUT", str(folder.parent)) for word in words]
 
 
 def prepare(labels, model, tok, root, task="tiny"):
     """What several of these runs share, before the first one -> the own trajectories, for TDS."""
     problems, records = data.load_problems(task, "train", N_TRAJECTORIES), {}
-    asked_for = " ".join(["trajectories-own", *map(METHODS.get, labels)])
+    asked_for = " ".join(["trajectories-own", *map(METHODS[task].get, labels)])
     for name in ("own", "privileged", "rollouts"):  # token by token, as the scripts collect them
         if f"trajectories-{name}" in asked_for:
             records[name] = rollout.rollout(
@@ -121,18 +125,20 @@ def costs(folder):
     """Seconds of training and of collecting, from the run's own log and its trajectories."""
     config = read_json(folder / "config.json")
     sources = [config.get("trajectories") or config["data"], folder / "difficulty"]  # TRIMS scores instead
-    return dict(train_s=sum(row["seconds"] for row in read_jsonl(folder / "log.jsonl", True, seconds=float)),
+    log = read_jsonl(folder / "log.jsonl", True, seconds=float)
+    return dict(train_s=sum(row["seconds"] for row in log),
                 collect_s=sum(map(rollout.collection_seconds, sources)))
 
 
 def evaluate(label, folder, tok, problems, records, task="tiny"):
     """One run -> results.jsonl in its folder: the points of the protocol, TDS, and what the run cost."""
     model, cost = nt_model.load(task).requires_grad_(False), {}  # as under adapters: one graph for all
-    if METHODS[label]:
+    if METHODS[task][label]:
         lora.load(model, folder / "adapter")
         cost = costs(folder)
     cost["tds"] = float(np.nanmean(nt_eval.mean_of(nt_eval.tds, model, records, label)))
-    points = nt_eval.curve(model, tok, problems, nt_eval.protocol_of(*PROTOCOL), label, BATCH)
+    protocol = nt_eval.protocol_of(f"{task}-table", "tiny")
+    points = nt_eval.curve(model, tok, problems, protocol, label, BATCH)
     nt_eval.write_results([(label, [point | {"run": cost} for point in points])], folder)
 
 
@@ -152,9 +158,11 @@ COMMANDS = {"paper": (paper_command, PaperOptions)}
 @dataclass
 class Options:
     seeds: int = 4  # runs of every method
-    n: int = 251  # test problems per seed
-    only: list[str] | None = option(None, choices=lambda: METHODS)  # some of the rows; base always is
-    task: str = option("tiny", choices=data.GAMES)  # and its base; barter has no teacher for TRIMS
+    n: int = 251  # problems per seed
+    split: Literal["dev", "test"] = "test"  # what they are of
+    only: list[str] | None = option(None, choices=lambda: METHODS["tiny"])  # some of the rows; base always is
+    task: str = option("tiny", choices=data.GAMES)  # and its base
+    lr: float = 0.0  # learning rate of every row [its own]
     out: str = "out/sweep"  # directory of the runs, compare.md, compare.png and comparison.jsonl.gz
 
 
@@ -163,10 +171,11 @@ def main():
         return cli.run_command(__doc__, COMMANDS)
     args = cli.parse(__doc__, Options)
     root = Path(args.out)
-    labels = [label for label in METHODS if label == "base" or label in (args.only or METHODS)]
+    rows = METHODS[args.task]
+    labels = [label for label in rows if label == "base" or label in (args.only or rows)]
     jobs = [(label, seed, root / f"{label.lower().replace(': ', '-').replace(' ', '_')}-{seed}")
             for seed in range(args.seeds) for label in labels]
-    every, left = data.load_problems(args.task, "test", args.seeds * args.n), []
+    every, left = data.load_problems(args.task, args.split, args.seeds * args.n), []
     problems = [every[seed * args.n:(seed + 1) * args.n] for seed in range(args.seeds)]
     for label, seed, folder in jobs:
         results = folder / "results.jsonl"
@@ -174,13 +183,12 @@ def main():
             left.append((label, seed, folder))
         elif nt_eval.read_points(folder)[0]["ids"] != [p["id"] for p in problems[seed]]:
             raise UserError(f"{results} is of other problems: repeat its --n, or another --out")
-    if left:  # first compile what the runs will share, so that tokens per second are those of decoding
+    if left:
         tok, model = data.load_tokenizer(args.task), nt_model.load(args.task).requires_grad_(False)
         own = prepare({label for label, *_ in left}, model, tok, root, args.task)
-        nt_eval.curve(model, tok, problems[0][:BATCH], nt_eval.protocol_of(*PROTOCOL), "warm-up", BATCH)
     for label, seed, folder in cli.progress_bar(left, "sweep", unit="run"):
-        if METHODS[label]:
-            run_script(command(label, seed, folder, args.task))
+        if rows[label]:
+            run_script(command(label, seed, folder, args.task, args.lr))
         evaluate(label, folder, tok, problems[seed], own[:32], args.task)
     folders = [folder for *_, folder in jobs]
     compare.pack(folders, root / "comparison.jsonl.gz")

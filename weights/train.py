@@ -69,7 +69,7 @@ def main():
     rest = [p for name, p in params.items() if name not in matrices]
     muon = torch.optim.Muon(matrices.values(), lr=cfg.muon_lr, weight_decay=cfg.weight_decay)
     optimizers = [run.adamw(rest, cfg, (0.9, cfg.beta2)), muon]
-    examples = data.GameExamples(tok, cfg.model, cfg.max_steps * cfg.batch_size, cfg.drill_steps * cfg.batch_size)
+    n_examples, n_drill = cfg.max_steps * cfg.batch_size, cfg.drill_steps * cfg.batch_size
 
     def build(numbers):
         rngs = [data.example_rng(cfg.seed, 0, n) for n in numbers]
@@ -77,7 +77,7 @@ def main():
 
     for step in r.steps(model, optimizers, cfg.max_steps):
         chosen = range(step * cfg.batch_size, (step + 1) * cfg.batch_size)
-        drawn = {n: examples[n] for n in chosen}
+        drawn = {n: data.game_example(tok, cfg.model, n, n_examples, n_drill=n_drill) for n in chosen}
         for batch in r.micro_batches(chosen, lambda n: len(drawn[n]["prompt_ids"]), build):
             loss, parts = trims.training_loss(model, batch, cfg)
             r.backward(loss, parts)

@@ -1,10 +1,10 @@
-"""How weights/tiny-ar was made: a small causal LM of `transformers` (Llama's architecture) on the tiny task,
-the AR teacher that lets `python trims.py` run offline.
+"""How weights/tiny-ar and weights/barter-ar were made: small causal LMs of `transformers` (Llama's architecture) on the
+embedded tasks, the AR teachers that let `python trims.py` run offline.
 
-    python weights/tiny-ar/train.py --out out/tiny-ar        # resumable: the same command continues
+    python weights/train_ar.py --out out/tiny-ar        # resumable: the same command continues
+    python weights/train_ar.py --task barter --steps 1600 --out out/barter-ar
 """
 import argparse
-import math
 import sys
 from pathlib import Path
 
@@ -15,18 +15,18 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent.parent))
+sys.path.insert(0, str(HERE.parent))
 import data  # noqa: E402
 from model import token_positions  # noqa: E402
 
 
-def batch_at(examples, step, size):
+def batch_at(step, size, n_steps, tok, task):
     """Left-padded ids, which are real, and which carry loss: the response up to its first EOS."""
-    rows = [examples[step * size + i] for i in range(size)]
-    ids, valid = data.left_padded([torch.tensor(r["prompt_ids"] + r["x0"]) for r in rows], EOS)
+    rows = [data.game_example(tok, task, step * size + i, n_steps * size) for i in range(size)]
+    ids, valid = data.left_padded([torch.tensor(r["prompt_ids"] + r["x0"]) for r in rows], tok.eos_id)
     answer = torch.zeros_like(valid)
     answer[:, -data.TINY_LEN:] = True
-    tail = (ids == EOS) & answer
+    tail = (ids == tok.eos_id) & answer
     return ids, valid, answer & (tail.cumsum(1) - tail.int() == 0)
 
 
@@ -38,6 +38,7 @@ def loss_of(model, ids, valid, scored):
 
 def main():
     ap = argparse.ArgumentParser()
+    ap.add_argument("--task", default="tiny", choices=data.GAMES)
     ap.add_argument("--out", default="out/tiny-ar")
     ap.add_argument("--steps", type=int, default=800)
     ap.add_argument("--batch_size", type=int, default=64)
@@ -45,11 +46,12 @@ def main():
     args = ap.parse_args()
     out, half = Path(args.out), Path(args.out) / "half.pt"
     out.mkdir(parents=True, exist_ok=True)
+    tok = data.load_tokenizer(args.task)
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=298, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+        vocab_size=tok.eos_id + 2, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
         max_position_embeddings=256, rope_theta=10000.0, tie_word_embeddings=False, bos_token_id=None,
-        eos_token_id=EOS, pad_token_id=EOS))
+        eos_token_id=tok.eos_id, pad_token_id=tok.eos_id))
     opt = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
     first = 0
     if half.exists():
@@ -58,13 +60,12 @@ def main():
         opt.load_state_dict(state["opt"])
         first = state["step"]
     data.game("tiny").PRIVILEGED_SHARE = 0.0  # no solution in a prompt
-    examples = data.GameExamples(TOK, "tiny", args.steps * args.batch_size)
     bar, seen = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step"), []
     for step in bar:
         frac = min(1, (step + 1) / 100, (args.steps - step) / (0.4 * args.steps))
         for group in opt.param_groups:
             group["lr"] = args.lr * frac
-        loss = loss_of(model, *batch_at(examples, step, args.batch_size))
+        loss = loss_of(model, *batch_at(step, args.batch_size, args.steps, tok, args.task))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         opt.step()
@@ -74,11 +75,8 @@ def main():
         if (step + 1) % 250 == 0:
             torch.save(dict(model=model.state_dict(), opt=opt.state_dict(), step=step + 1), half)
     model.bfloat16().save_pretrained(out)
-    print(f"last 50 steps: {np.mean(seen[-50:]):.4f} nats per token; the phrases alone cost "
-          f"{data.game('tiny').N_SWAPS * math.log(3) / 46:.4f}")
+    print(f"last 50 steps: {np.mean(seen[-50:]):.4f} nats per token")
 
 
 if __name__ == "__main__":
-    TOK = data.load_tokenizer("tiny")
-    EOS = TOK.eos_id
     main()
