@@ -94,6 +94,7 @@ def come_again(lost, usual=sys.unraisablehook):
     threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
 
 
+GIVEN = {}  # what the command line says: of a checkpoint, too, which does not say it itself
 CRC = ', "crc": "01234567"}'  # how a line of ours ends
 SUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
 BOUNDS = {name: (least, most) for least, most, names in [  # of every numeric option
@@ -173,6 +174,8 @@ def given_to(parser):
         if value in ("", [], [""]):
             raise UserError(f"--{name} is empty (an unset variable?): give a value, or leave it out")
     check_numbers(given)
+    GIVEN.clear()
+    GIVEN.update(given)
     return given
 
 
@@ -212,9 +215,9 @@ def read_text(path, errors="strict"):
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as f:
             return f.read().decode("utf-8", errors).removeprefix("\ufeff").replace("\r\n", "\n")
     except FileNotFoundError:
-        raise UserError(f"no file {path}") from None
+        raise UserError(f"no file {path}: correct the path, or copy the file there") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text") from None
+        raise UserError(f"{path} is not UTF-8 text: convert it") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise UserError(f"{path} is not a whole .gz file ({e}): download it again") from None
 
@@ -224,14 +227,14 @@ def read_json(path):
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as e:
-        raise UserError(f"{path} is not valid JSON ({e})") from None
+        raise UserError(f"{path} is not valid JSON ({e}): repair it, or copy it again") from None
 
 
 def read_object(path, optional=True):
     """The object in a JSON file; {} if there is no such file and it is optional."""
     table = read_json(path) if path.exists() or not optional else {}
     if not isinstance(table, dict):
-        raise UserError(f"{path} must hold an object, not {str(table)[:40]!r}")
+        raise UserError(f"{path} must hold an object, not {str(table)[:40]!r}: repair it")
     return table
 
 

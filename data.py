@@ -33,12 +33,13 @@ TINY_TRAINING = dict(  # what the methods that collect train the tiny model with
     gen_len=TINY_LEN, block_len=TINY_BLOCK, lora_r=32, lora_alpha=32, lr=1e-3, lr_schedule="tail",
     warmup_steps=10, batch_size=64, micro_batch=64, max_steps=150, save_every=50, eval_problems=128)
 GAMES = FAMILIES["tiny"].tasks  # weights/NAME/game.py makes the problems of an embedded task
-AVOIDED = {"train": ("dev", "test"), "dev": (), "test": ("dev",)}  # whose held-out prompts do not occur
+AVOIDED = {"train": ["dev", "test"], "dev": [], "test": ["dev"]}  # whose held-out prompts do not occur
 TEXTS = "prompt question solution thinking entry_point grader source".split()  # fields that hold text
 OWN_FIELDS = ("id", *TEXTS, "answer", "tests", "setup", "messages")  # of a problem
 CARRIED = "earlier raw question grader tests entry_point setup".split()  # into its record, where it has them
+LISTS = "prompt_ids x0 order rank".split()  # of a record
 RECORD_FIELDS = {**dict.fromkeys("id source prompt solution model".split(), str),
-                 **dict.fromkeys("prompt_ids x0 order rank".split(), list), "decoding": dict,
+                 **dict.fromkeys(LISTS, list), "decoding": dict,
                  "nfe": int, "schema": int, "correct": (bool, type(None))}
 SCHEMA = 1
 MARK = "\ue000"  # in the place of a special token that a text spells out
@@ -152,8 +153,7 @@ def own_problems(source):
                 raise UserError(f"{where}: {key} must be text, it is {str(p[key])[:40]!r}")
         if p.get("raw", False) not in (True, False):
             raise UserError(f"{where}: raw must be true or false, it is {str(p['raw'])[:40]!r}")
-        kind = type(p.get("answer", ""))  # True is an int, but no answer
-        if kind not in (str, int, float):
+        if type(p.get("answer", "")) not in (str, int, float):  # True is an int, but no answer
             raise UserError(f"{where}: answer must be text or a number, it is {str(p['answer'])[:40]!r}")
         code = map(p.get, ("tests", "setup", "test_setup"))
         texts = sum(map(listed, code), [])
@@ -247,7 +247,7 @@ class OwnChat:
     def __init__(self, name, hf, encode, thinks, eos_id):
         self.name, self.hf, self.encode, self.thinks = name, hf, encode, thinks
         added = sorted(hf.get_added_vocab(), key=len, reverse=True)
-        self.added = re.compile("|".join(map(re.escape, added)) or "(?!)")
+        self.added = re.compile("|".join(map(re.escape, [*added, MARK])))
         answered = self.render([("user", "a"), ("assistant", " OK ")]) if hf.chat_template else " OK "
         self.trims = " OK " not in answered  # white space around a text is dropped
         special = {i for i, token in hf.added_tokens_decoder.items() if token.special}
@@ -281,11 +281,11 @@ class OwnChat:
         text = self.render(hidden, add_generation_prompt=True)
         first, *rest = text.split(MARK)
         ids = self.hf.encode(first, add_special_tokens=False)
-        written = self.added.findall(MARK.join(text for _, text in turns))
+        written = [token for _, said in turns for token in self.added.findall(said)]
         said = [whole(content) for who, content in hidden if who != "assistant"]  # of it, thoughts may go
         dropped = [content for content in said if content.strip() not in text]
         if dropped or len(rest) != len(written):
-            raise UserError(f"{self.name}: its chat_template repeats or drops a text with {written[:1]}")
+            raise UserError(f"{self.name}: its chat_template repeats or drops {str(dropped + written)[:40]}")
         for token, piece in zip(written, rest):
             ids += self.encode(token) + self.hf.encode(piece, add_special_tokens=False)
         return ids
@@ -300,7 +300,7 @@ def load_tokenizer(name, revision=None):
         raise UserError(f"{folder}: the tokeniser has ids up to {max(tok.written)}, "
                         f"the model's embedding only {cfg.vocab_size} rows: they belong to different models")
     asked = tok.prompt_ids("a")
-    if cfg.mask_id in tok.plain or cfg.mask_id in asked:
+    if cfg.mask_id in asked or cfg.mask_id in tok.plain and "mask_token_id" in cfg.raw:  # iLLaDA has none
         raise UserError(f"{folder}: mask_token_id {cfg.mask_id} is a token of prompts: correct config.json")
     return tok
 
@@ -434,8 +434,8 @@ def read_trajectories(path, growing=False):
                 raise UserError(f"{shard} record {i + 1} has schema {r['schema']}, this code reads {SCHEMA}: "
                                 f"collect again")
             L = len(r["x0"])
-            numbers = r["x0"] + r["order"] + r["rank"] + r["prompt_ids"]
-            valid = all(type(i) is int and i >= 0 for i in numbers) and sorted(r["rank"]) == list(range(L))
+            numbers = sum(map(r.get, LISTS), [])
+            valid = all(type(i) is int and i >= 0 for i in numbers) and sorted(r["rank"]) == [*range(L)]
             if not (valid and r["nfe"] > 0 and 0 < L == len(r["order"])):
                 raise UserError(f"{shard} record {i + 1} is inconsistent: x0, order and rank must have one "
                                 f"length, rank be a permutation, nfe positive")
@@ -486,7 +486,6 @@ def stats(args):
 
 
 def spread(name, values):
-    """One line of quantiles, if there are values."""
     if values:
         low, q5, median, q95, high = np.quantile(values, [0, 0.05, 0.5, 0.95, 1])
         print(f"{name:<16} mean {np.mean(values):.1f}, least {low:.0f}, 5% {q5:.0f}, half {median:.0f}, "

@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from cli import UserError, read_object, run_cli, sha256
+from cli import GIVEN, UserError, read_object, run_cli, sha256
 
 HERE = Path(__file__).resolve().parent
 CHUNK_BYTES = 2**26  # of fp32 logits at once, see by_chunks
@@ -170,10 +170,12 @@ def read_config(folder):
         raw["eos_token_id"] = eos + more
     tokens, path = folder / "tokenizer_config.json", folder.resolve()
     name = next((part for part in path.parts if part.startswith("models--")), path.name)
-    block = re.search(r"(?:^|[-_.])b(8|16|32|64)(?!\w)|(?:SDAR|TraDo)-[\d.]+B(-Chat|-Instruct)?$", name, re.I)
-    block, kind = raw.get("model_type") == "sdar" and block, " ".join(re.findall("mdlm|bd3lm", name))
-    if block is None and not raw.get("block_size"):
-        raise UserError(f"{folder}/config.json lacks block_size, and no name as x-b8 tells it: add it")
+    told = re.search(r"(?:^|[-_.])b(8|16|32|64)(?!\w)|(?:SDAR|TraDo)-[\d.]+B(-Chat|-Instruct)?$", name, re.I)
+    block = int(told[1] or 4) if told else GIVEN.get("block_len") or GIVEN.get("train_block")
+    sdar, kind = raw.get("model_type") == "sdar", " ".join(re.findall("mdlm|bd3lm", name))
+    if sdar and not (block or raw.get("block_size")):
+        raise UserError(f"{folder}/config.json lacks block_size, and no name as x-b8 tells it: add it, or "
+                        f"give --block_len (TRIMS: --train_block)")
     table = read_object(tokens)
     try:
         ids = {token["content"]: int(i) for i, token in table.get("added_tokens_decoder", {}).items()}
@@ -181,7 +183,7 @@ def read_config(folder):
         mask_id = ids.get(mask["content"] if isinstance(mask, dict) else mask)
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise UserError(f"{tokens}: added_tokens_decoder or mask_token is wrong ({e!r}); copy it") from None
-    found = dict(mask_token_id=mask_id, block_size=block and int(block[1] or 4), kind=kind)
+    found = dict(mask_token_id=mask_id, block_size=sdar and block, kind=kind)
     raw.update({key: value for key, value in found.items() if value and not raw.get(key)})
     return config_from_json(raw, folder / "config.json")
 
@@ -206,7 +208,7 @@ def config_from_json(raw, file="config.json"):
             raise UserError(f"{file} has {key} {raw[key]!r}: only {built!r} is built, choose another")
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     told = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
-    if told != "default" or rope.get("partial_rotary_factor", 1) != 1:
+    if told != "default" or rope.get("partial_rotary_factor") not in (None, 1):
         raise UserError(f"{file} has rope_scaling or rope_parameters {rope}: "
                         f"only the default RoPE is built, choose another")
     official = family.keys | family.optional
@@ -547,12 +549,12 @@ def load(name, device="cpu", dtype=torch.float32, revision=None):
         del tensors[head]
     missing, extra = sorted(own.keys() - tensors), sorted(tensors.keys() - own)
     if missing or extra:
-        raise UserError(f"{folder}: the weights do not fit its config.json: "
-                        f"missing {missing[:3]} ({len(missing)}), unexpected {extra[:3]} ({len(extra)})")
+        raise UserError(f"{folder}: its config.json (layers, tie_word_embeddings?) does not fit the weights, "
+                        f"copy both again: missing {missing[:3]} ({len(missing)}), unexpected {extra[:3]}")
     for key, (_, shape) in own.items():
         if tensors[key].shape != shape:
-            raise UserError(f"{folder}: tensor {key} has shape {tuple(tensors[key].shape)}, "
-                            f"its config.json asks for {tuple(shape)}")
+            raise UserError(f"{folder}: tensor {key} has shape {tuple(tensors[key].shape)}, its config.json "
+                            f"asks for {tuple(shape)}: copy both again, or correct the sizes there")
     state = {name: tensors[key] for key, (name, _) in own.items()}
     model.load_state_dict(state, assign=True, strict=not cfg.tied)
     if cfg.tied:

@@ -77,8 +77,7 @@ def parse(Config, presets, doc):
     for mine, theirs in (("warmup_steps", "warmup_ratio"), ("epochs", "max_steps")):
         if mine in given:  # which the preset's would overrule
             preset.pop(theirs, None)
-    own = {field: value for field, value in own.items() if hasattr(Config, field)}
-    cfg = Config(**preset | own | given)
+    cfg = Config(**preset | {k: v for k, v in own.items() if hasattr(Config, k)} | given)
     lora.named(cfg.lora_targets)  # an error before anything long
     return cfg
 
@@ -216,7 +215,6 @@ def lr_frac(step, n_steps, cfg):
 
 @lru_cache(maxsize=1)
 def shuffled(n, seed, epoch):
-    """The order of an epoch's n examples."""
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
@@ -573,7 +571,6 @@ def file_name(file, rank, n_files):
 
 
 def checkpoints(root):
-    """The folders of our names, by step."""
     return sorted((f for f in root.glob("step-*") if f.name[5:].isdecimal()), key=lambda f: int(f.name[5:]))
 
 

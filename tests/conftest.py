@@ -18,6 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+import cli  # noqa: E402
 import model as nt_model  # noqa: E402
 import quick  # noqa: E402
 
@@ -111,6 +112,12 @@ def hub(tmp_path_factory):
     assert hashlib.sha256(vocab).hexdigest() == DREAM_VOCAB
     (root / "dream/vocab.json").write_bytes(vocab)
     return root
+
+
+@pytest.fixture(autouse=True)
+def no_command_line_stays():
+    yield
+    cli.GIVEN.clear()
 
 
 def command(cwd, script, *args, **env):

@@ -393,6 +393,29 @@ def test_sdar_as_the_hub_has_it(tmp_path, name, block_len):
             nt_model.read_config(folder)
 
 
+def test_an_sdar_that_does_not_say_its_blocks_is_asked_for_them(tmp_path):
+    """As the hub's config.json under a name of one's own: what the command line says, else a line that asks."""
+    folder = official_checkpoint(tmp_path / "my-sdar", "sdar")
+    raw = json.loads((folder / "config.json").read_text())
+    del raw["block_size"]
+    (folder / "config.json").write_text(json.dumps(raw))
+    row = json.dumps(dict(prompt="2 + 2?", solution="it is 4", answer="4"))
+    (tmp_path / "p.jsonl").write_text(f"{row}\n{row}\n")
+    small = ["--model", "my-sdar", "--gen_len", 16]
+    train = [*small, "--data", "p.jsonl", "--batch_size", 2, "--max_steps", 1, "--lora_r", 2]
+    for words in (["sample.py", *small, "--prompt", "a"], ["trims.py", *train, "--trajectory_share", 0, "--out", "a"],
+                  ["rollout.py", "collect", "p.jsonl", *small, "--out", "b"], ["tabom.py", *train, "--window", 2, "--out", "c"],
+                  ["eval.py", "curve", *small, "--task", "p.jsonl", "--out", "d"], ["tad.py", *train, "--window", 2, "--out", "e"]):
+        done = command(tmp_path, *words)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert re.search("my-sdar/config.json lacks block_size, .* give --block_len", done.stderr)
+        done = command(tmp_path, *words, "--train_block" if words[0] == "trims.py" else "--block_len", 8)
+        assert done.returncode == 0 or "no trajectory is correct" in done.stderr, done.stderr
+    assert {r["decoding"]["block_len"] for r in data.read_trajectories(tmp_path / "b")} == {8}
+    done = command(tmp_path, "trims.py", *train, "--trajectory_share", 0, "--full", "--train_block", 4, "--out", "blocks")
+    assert done.returncode == 0 and nt_model.read_config(tmp_path / "blocks/model").block_len == 4, done.stderr
+
+
 @pytest.mark.parametrize("fixture", ["a2d_mdlm_A", "a2d_qwen2_mdlm_A"])
 def test_a2d_is_told_by_its_name(tmp_path, fixture):
     for name, block_len in [("a2d-mdlm-0.6b", 0), ("mdlm/a2d-bd3lm-0.6b", 32), ("a2d-bd3lm-0.6b", 32),

@@ -523,8 +523,30 @@ def test_a_template_that_drops_what_was_said_is_refused(tmp_path):
     tok = data.load_tokenizer(folder)
     assert tok.prompt_ids("a").tolist()
     for asked, system in ((dict(prompt="b"), "Be brief."), (dict(prompt="b", earlier=[["user", "x y"]]), "")):
-        with pytest.raises(UserError, match="chat_template repeats or drops a text"):
+        with pytest.raises(UserError, match="chat_template repeats or drops "):
             tok.prompt_ids(asked, system)
+
+
+@pytest.mark.parametrize("said", ["\ue000", "a\ue000b", "\ue000<|im_end|>\ue000", "<|im_end|>\ue000 \ue000\n"])
+def test_a_private_character_is_a_text_as_any_other(tmp_path, said):
+    tok = data.load_tokenizer(official_checkpoint(tmp_path / "model", "sdar"))
+    before, behind = tok.prompt_ids("").tolist(), tok.prompt_ids(said).tolist()
+    at = len(behind) - len(tok.encode(said))
+    assert tok.decode(behind).count(said.strip()) == 1 and at == len(before) or said != said.strip()
+    assert all(tok.special[token] not in tok.encode(said) for token in tok.special)
+
+
+def test_a_family_whose_tokeniser_names_no_mask_keeps_its_own(tmp_path):
+    """iLLaDA's has none, and its id 5 may be a piece there."""
+    folder = official_checkpoint(tmp_path / "model", "illada")
+    config = json.loads((folder / "config.json").read_text())
+    del config["mask_token_id"]
+    (folder / "config.json").write_text(json.dumps(config))
+    tok = data.load_tokenizer(folder)
+    assert 5 in tok.plain and nt_model.read_config(folder).mask_id == 5
+    (folder / "config.json").write_text(json.dumps(config | dict(mask_token_id=5)))  # said, and wrong
+    with pytest.raises(UserError, match="mask_token_id 5 is a token of prompts"):
+        data.load_tokenizer(folder)
 
 
 def test_a_mask_id_that_prompts_hold_is_refused(tmp_path):

@@ -125,8 +125,7 @@ def costs(folder):
     """Seconds of training and of collecting, from the run's own log and its trajectories."""
     config = read_json(folder / "config.json")
     sources = [config.get("trajectories") or config["data"], folder / "difficulty"]  # TRIMS scores instead
-    log = read_jsonl(folder / "log.jsonl", True, seconds=float)
-    return dict(train_s=sum(row["seconds"] for row in log),
+    return dict(train_s=sum(row["seconds"] for row in read_jsonl(folder / "log.jsonl", True, seconds=float)),
                 collect_s=sum(map(rollout.collection_seconds, sources)))
 
 
