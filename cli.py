@@ -174,7 +174,6 @@ def given_to(parser):
         if value in ("", [], [""]):
             raise UserError(f"--{name} is empty (an unset variable?): give a value, or leave it out")
     check_numbers(given)
-    GIVEN.clear()
     GIVEN.update(given)
     return given
 

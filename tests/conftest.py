@@ -129,6 +129,8 @@ def command(cwd, script, *args, **env):
             runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as end:
             code = end.code or 0
+        finally:
+            cli.GIVEN.clear()  # of this command line
     return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
 
 

@@ -267,6 +267,18 @@ def test_the_decoder_is_made_again_only_when_the_model_changes(monkeypatch, pack
     assert block.q_proj.weight.grad is not None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("change", [lambda t: t[:1].neg_(), lambda t: t[-1:].mul_(1.02), lambda t: t.mul_(-2.0), lambda t: t.mul_(4.0)])
+def test_every_weight_counts_in_what_a_decoder_is_made_from(dtype, change):
+    model = random_model(qkv_bias=True, qk_norm=True).to(dtype)
+    for name, p in model.requires_grad_(False).named_parameters():
+        p.view(-1)[[0, -1]] += 1.0  # none of them is 0
+        before = layers.state_of(model)
+        assert before == layers.state_of(model)
+        change(p.view(-1))
+        assert before != layers.state_of(model), name
+
+
 @pytest.mark.parametrize("case", list(CASES))
 def test_the_step_reads_no_value(case):
     """The step on tensors without values: a read of one, and a shape that hangs on values, raise here."""
