@@ -265,9 +265,9 @@ def provenance(**facts):
         **{"device": device_name()} | versions("torch", "transformers") | facts)
 
 
-def write_results(curves, out):
+def write_results(curves, out, task=""):
     out.mkdir(parents=True, exist_ok=True)
-    facts = provenance()
+    facts = provenance(task=task)
     lines = [cli.line_of(point | {"provenance": facts}) for _, points in curves for point in points]
     write_whole(out / "results.jsonl", "".join(lines))
 
@@ -372,7 +372,7 @@ def closing(r, model, tok, label):
     problems = data.load_problems(r.cfg.data, "dev", r.cfg.eval_problems)
     models = ("base", r.load()), (label, model)
     curves = [(name, curve(m, tok, problems, protocol_of("tiny", "tiny"), name)) for name, m in models]
-    write_results(curves, r.out)
+    write_results(curves, r.out, r.cfg.data)
     show(curves, r.out)
     print(f"written: {r.out / 'results.jsonl'}")
 

@@ -218,7 +218,6 @@ def records_asked_for(args):
 
 
 def inspect_command(args):
-    """Tokens in the order they were revealed, ∅ for what is written as nothing."""
     records = records_asked_for(args)
     tok = load_tokenizer(args.model, args.revision)
     for r in records[:args.n]:

@@ -191,7 +191,7 @@ def main():
     if cfg.trajectory_share:
         scores = score_examples(examples, tok, teacher_tok, cfg, r)
         ranked = buckets(scores, cfg.n_buckets, cfg.ordering, cfg.seed)
-        examples = [{**e, "bucket": b} for e, b in zip(examples, ranked)]
+        examples = [dict(e, bucket=b) for e, b in zip(examples, ranked)]
 
     # 2. training
     optimizer = run.adamw(run.trainable(model).values(), cfg)

@@ -155,7 +155,7 @@ def accepted(words, model, monkeypatch):
 
 def test_every_row_is_a_command_its_script_accepts(monkeypatch, tmp_path):
     for task, rows in sweep.METHODS.items():
-        assert list(sweep.METHODS["tiny"]) == [label for label in rows if label != "TAD: no privilege"]
+        assert list(rows) == list(sweep.METHODS["tiny"])
         for label in filter(rows.get, rows):
             words = sweep.command(label, 1, tmp_path / "run", task)
             cfg = accepted(words, task, monkeypatch)

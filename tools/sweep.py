@@ -171,7 +171,7 @@ def main():
     args = cli.parse(__doc__, Options)
     root = Path(args.out)
     rows = METHODS[args.task]
-    labels = [label for label in rows if label == "base" or label in (args.only or rows)]
+    labels = [label for label in rows if label in {"base", *(args.only or rows)}]
     jobs = [(label, seed, root / f"{label.lower().replace(': ', '-').replace(' ', '_')}-{seed}")
             for seed in range(args.seeds) for label in labels]
     every, left = data.load_problems(args.task, args.split, args.seeds * args.n), []
