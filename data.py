@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import grade
 from model import (FAMILIES, LENGTHS, ModelOptions, block_diffusion_layout, checkpoint_dir,
                    first_position, listed, read_config, token_positions)
-from recipes import RECIPES, TEST, recipe_problems, same_question
+from recipes import RECIPES, TEST, recipe_problems
 
 TINY_DECODING = FAMILIES["tiny"].decoding
 TINY_LEN, TINY_BLOCK = TINY_DECODING["gen_len"], TINY_DECODING["block_len"]  # of a response, tokens
@@ -212,6 +212,7 @@ class Tokenizer:
     eos_id: int       # fills the tail of a response
     system: str = ""  # a turn before every prompt
     raw: bool = False  # prompts without the chat template
+    mask_id: int = -1  # which no text may hold
 
     def __post_init__(self):
         self.written = {**self.plain, **{i: token.encode() for token, i in self.special.items()}}
@@ -230,11 +231,16 @@ class Tokenizer:
         asked = dict(prompt=asked) if isinstance(asked, str) else asked
         system, raw = system or self.system, self.raw or asked.get("raw")
         turns = [("system", system)] * bool(system) + asked.get("earlier", []) + [("user", asked["prompt"])]
-        return torch.tensor(self.chat.prompt_ids(turns, raw), dtype=torch.long)
+        return torch.tensor(self.checked(self.chat.prompt_ids(turns, raw), turns), dtype=torch.long)
 
     def response_ids(self, text):
         """A finished answer -> list of ids, the end of its turn included."""
-        return self.encode(text.strip() if self.chat.trims else text) + [self.chat.end_id]
+        return self.checked(self.encode(text.strip() if self.chat.trims else text), text) + [self.chat.end_id]
+
+    def checked(self, ids, text):
+        if self.mask_id in ids:
+            raise UserError(f"config.json: mask_token_id {self.mask_id} is in {str(text)[-40:]!r}, mend one")
+        return ids
 
 
 def whole(text):
@@ -246,11 +252,11 @@ class OwnChat:
     """A checkpoint's own chat template, run in Jinja's sandbox. hf: its tokeniser; encode: of a text."""
     def __init__(self, name, hf, encode, thinks, eos_id):
         self.name, self.hf, self.encode, self.thinks = name, hf, encode, thinks
-        added = sorted(hf.get_added_vocab(), key=len, reverse=True)
-        self.added = re.compile("|".join(map(re.escape, [*added, MARK])))
+        special = {i: token.content for i, token in hf.added_tokens_decoder.items() if token.special}
+        longest_first = sorted([*special.values(), MARK], key=len, reverse=True)
+        self.special = re.compile("|".join(map(re.escape, longest_first)))
         answered = self.render([("user", "a"), ("assistant", " OK ")]) if hf.chat_template else " OK "
         self.trims = " OK " not in answered  # white space around a text is dropped
-        special = {i for i, token in hf.added_tokens_decoder.items() if token.special}
         behind = answered.rpartition("OK")[2].encode(errors="replace").decode()  # half a character, say
         ends = [i for i in hf.encode(behind, add_special_tokens=False) if i in special]
         self.end_id = (ends + [eos_id])[0]  # behind an answer
@@ -277,11 +283,11 @@ class OwnChat:
         if raw or not self.hf.chat_template:  # a base model: the texts, on lines of their own
             text = "\n".join(text for _, text in turns) + "\n" * (not raw)
             return self.hf.encode("") + self.encode(text)  # BOS, where it has one, and no other token
-        hidden = [(role, self.added.sub(MARK, text)) for role, text in turns]
+        hidden = [(role, self.special.sub(MARK, text)) for role, text in turns]
         text = self.render(hidden, add_generation_prompt=True)
         first, *rest = text.split(MARK)
         ids = self.hf.encode(first, add_special_tokens=False)
-        written = [token for _, said in turns for token in self.added.findall(said)]
+        written = [token for _, said in turns for token in self.special.findall(said)]
         said = [whole(content) for who, content in hidden if who != "assistant"]  # of it, thoughts may go
         dropped = [content for content in said if content.strip() not in text]
         if dropped or len(rest) != len(written):
@@ -295,13 +301,11 @@ def load_tokenizer(name, revision=None):
     """A checkpoint's tokeniser; no remote code is run. Raises UserError if it is absent or does not fit."""
     folder = checkpoint_dir(name, revision, weights=False)
     cfg = read_config(folder)
-    tok = Tokenizer(*tiny_tokens(folder) or bpe_tokens(folder, cfg), cfg.eos_ids[0])
+    tok = Tokenizer(*tiny_tokens(folder) or bpe_tokens(folder, cfg), cfg.eos_ids[0], mask_id=cfg.mask_id)
     if max(tok.written) >= cfg.vocab_size:
         raise UserError(f"{folder}: the tokeniser has ids up to {max(tok.written)}, "
                         f"the model's embedding only {cfg.vocab_size} rows: they belong to different models")
-    asked = tok.prompt_ids("a")
-    if cfg.mask_id in asked or cfg.mask_id in tok.plain and "mask_token_id" in cfg.raw:  # iLLaDA has none
-        raise UserError(f"{folder}: mask_token_id {cfg.mask_id} is a token of prompts: correct config.json")
+    tok.prompt_ids("a")  # an error before anything long
     return tok
 
 
@@ -466,10 +470,9 @@ def show(args):
 
 @dataclass
 class Stats(ModelOptions, Show):
-    """lengths, graders, and problems that two sets share"""
+    """lengths and graders"""
     path: str = option(positional=True)  # data, see above
     n: int | None = None  # the first n only
-    against: str = ""  # a benchmark: which of its test problems are asked here too
 
 
 def stats(args):
@@ -478,11 +481,6 @@ def stats(args):
     print(f"{'problems':<16} {len(problems)}: " + ", ".join(f"{k} graded by {g}" for g, k in kinds.items()))
     spread("prompt tokens", [len(tok.prompt_ids(p)) for p in problems])
     spread("solution tokens", [len(tok.response_ids(p["solution"])) for p in problems if p["solution"]])
-    if args.against:
-        asked, others = set(map(same_question, problems)), load_problems(args.against, "test")
-        shared = [p["id"] for p in others if same_question(p) in asked]
-        counted = f"{len(shared)} of the {len(others)} problems of {args.against} are asked here too"
-        print(f"{'overlap':<16} {counted}", *shared[:5], sep="\n  ")
 
 
 def spread(name, values):

@@ -569,7 +569,8 @@ def nll_command(args, given):
     problems = data.fitting(problems, tok, args.max_prompt, model.cfg.max_len - decoding_of(settings).gen_len)
     outs = sample.generate(model.eval(), [tok.prompt_ids(p) for p in problems], args.batch_size, **settings)
     bar = cli.progress_bar(problems, f"teacher NLL {label}", unit="decoding")
-    rows = [trajectory_nll(teacher, teacher_tok, tok, *pair, model.cfg.eos_ids) for pair in zip(bar, outs)]
+    rows = [trajectory_nll(teacher, teacher_tok, tok, *pair, model.cfg.eos_ids)
+            for pair in zip(bar, outs)]
     path = Path(args.out) / "trajectory_nll.png"
     report_by_step(label, mean_by_step(rows), "teacher NLL", "nats per token", path)
 
@@ -579,6 +580,7 @@ def tds_command(args):
     if not records:
         raise UserError(f"{args.trajectories} holds no trajectory; --ce wants solutions")
     model, tok = load_both(args)
+    model = nt_model.in_blocks(model, records[0]["decoding"]["block_len"])
     label = args.adapter or args.model
     if max(i for r in records for i in r["prompt_ids"] + r["x0"]) >= model.cfg.vocab_size:
         raise UserError(f"{args.trajectories} has ids that {args.model} does not know: give its own model")

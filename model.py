@@ -51,7 +51,7 @@ class Config:
     qk_norm: bool = False  # RMSNorm over head_dim on q and k, before RoPE
     tied: bool = False     # head shares the embedding
     shift: bool = False    # the network's row i predicts token i+1 (Dream); hidden() undoes it
-    block_len: int = 0     # > 0: block-causal attention over blocks of this many tokens (SDAR)
+    block_len: int = 0     # > 0: block-causal attention over blocks of this many tokens (SDAR); -1: unknown
     whole_blocks: bool = False  # the prompt's last block ends with it (bd3lm); else its first begins with it
     rope_fp32: bool = False  # rotate q, k in fp32 (LLaDA) instead of in the model's dtype
     raw: dict = field(default_factory=dict, compare=False, repr=False)  # config.json as it was, for save()
@@ -145,6 +145,10 @@ REFUSED = {key: built for built, keys in [  # of config.json, and what is built:
 ] for key in keys.split()}
 
 
+UNKNOWN = ("config.json lacks block_size, and the model's name, unlike x-b8, does not tell it: "
+           "give --block_len (TRIMS: --train_block), or add it there")
+
+
 def presets():
     """{--model NAME: hub id or embedded directory} of all families."""
     return {name: where for family in FAMILIES.values() for name, where in family.presets.items()}
@@ -173,9 +177,6 @@ def read_config(folder):
     told = re.search(r"(?:^|[-_.])b(8|16|32|64)(?!\w)|(?:SDAR|TraDo)-[\d.]+B(-Chat|-Instruct)?$", name, re.I)
     block = int(told[1] or 4) if told else GIVEN.get("block_len") or GIVEN.get("train_block")
     sdar, kind = raw.get("model_type") == "sdar", " ".join(re.findall("mdlm|bd3lm", name))
-    if sdar and not (block or raw.get("block_size")):
-        raise UserError(f"{folder}/config.json lacks block_size, and no name as x-b8 tells it: add it, or "
-                        f"give --block_len (TRIMS: --train_block)")
     table = read_object(tokens)
     try:
         ids = {token["content"]: int(i) for i, token in table.get("added_tokens_decoder", {}).items()}
@@ -185,7 +186,8 @@ def read_config(folder):
         raise UserError(f"{tokens}: added_tokens_decoder or mask_token is wrong ({e!r}); copy it") from None
     found = dict(mask_token_id=mask_id, block_size=sdar and block, kind=kind)
     raw.update({key: value for key, value in found.items() if value and not raw.get(key)})
-    return config_from_json(raw, folder / "config.json")
+    cfg = config_from_json(raw, folder / "config.json")
+    return cfg if raw.get("block_size") or not sdar else replace(cfg, block_len=-1)
 
 
 def config_from_json(raw, file="config.json"):
@@ -450,6 +452,8 @@ class Transformer(nn.Module):
         canvases. With cols (B, T), ids are the tokens of these columns: their keys and values are replaced,
         and they attend to the whole canvas; a shifted model's first row is then meaningless: include the left
         neighbour and drop it. out (B, K) int64: the states of these columns only, (B, K, C)."""
+        if self.cfg.block_len < 0:
+            raise UserError(UNKNOWN)
         canvas = ids if cache is None else cache.valid
         col = torch.arange(canvas.shape[1], device=ids.device)[None]
         if cols is not None:

@@ -33,8 +33,9 @@ import data
 import lora
 from cli import UserError, option, run_cli
 from layers import for_decoding, linear, with_linear
-from model import (KVCache, ModelOptions, config_of, decoding_defaults, default_device, first_position,
-                   in_blocks, in_first_block, load, local_weights, n_content, stale_hidden, with_response)
+from model import (UNKNOWN, KVCache, ModelOptions, config_of, decoding_defaults, default_device, load,
+                   first_position, in_blocks, in_first_block, local_weights, n_content, stale_hidden,
+                   with_response)
 
 CACHES = ("none", "prefix", "dual", "vicinity", "exact")
 SCORES = ("confidence", "entropy", "margin")
@@ -70,6 +71,8 @@ class Decoding:
         for name, allowed in dict(policy=POLICIES, cache=CACHES, score=SCORES).items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name} {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+        if self.block_len < 0:
+            raise UserError(UNKNOWN)
         cli.check_numbers(vars(self))
         policy = POLICIES[self.policy]
         if self.cache not in policy.caches:

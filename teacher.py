@@ -7,11 +7,11 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from cli import UserError
-from data import OwnChat, Tokenizer, byte_table, left_padded, tiny_tokens
-from lora import changed
-from model import by_chunks, checkpoint_dir, local_weights, n_content, token_positions
+from data import OwnChat, Tokenizer, byte_table, tiny_tokens
+from model import by_chunks, checkpoint_dir, local_weights, n_content
 from rollout import Shard
 from run import check_alike, read_shards
 
@@ -58,27 +58,18 @@ def load_teacher_tokenizer(name):
 
 
 @torch.no_grad()
-def token_nll(teacher, ids, valid=None, metric="nll"):
-    """-log p(ids[:, t] | ids[:, :t]) under a causal LM, or the entropy there, in nats: (B, T) fp32, 0 where
-    nothing predicts. ids (B, T) int64; valid (B, T) bool, False = padding on either side."""
-    from transformers.modeling_outputs import BaseModelOutputWithPast
+def token_nll(teacher, ids, metric="nll"):
+    """-log p(ids[:, t] | ids[:, :t]) under a causal LM, or the entropy there, in nats: (B, T) fp32, 0 for the
+    first token. ids (B, T) int64, padded on the right, where no token before it looks."""
     rows = teacher.get_input_embeddings().num_embeddings
     if ids.max() >= rows:
         raise UserError(f"the teacher's tokeniser has the id {ids.max()}, its model only {rows} embeddings")
-    valid = ids >= 0 if valid is None else valid
-    h = teacher.base_model(ids, attention_mask=valid.long(), position_ids=token_positions(valid))[0]
-    def known(inputs_embeds, **_):  # in place of its layers: what follows them, head and scaling, is its own
-        return BaseModelOutputWithPast(inputs_embeds)
-    def score(h, x):
-        logp = teacher(inputs_embeds=h[None]).logits[0].float().log_softmax(-1)
+    def score(ids):
+        logp = teacher(ids).logits[:, :-1].float().log_softmax(-1)
         if metric == "entropy":
             return -(logp.exp() * logp).sum(-1)
-        return F.nll_loss(logp, x, reduction="none")
-    scored = valid[:, 1:] & valid[:, :-1]  # the head on these rows only, in chunks
-    nll = torch.zeros(scored.shape, device=ids.device)
-    with changed(teacher, [(teacher.base_model, "forward", known)]):
-        nll[scored] = by_chunks(score, rows, h[:, :-1][scored], ids[:, 1:][scored])
-    return F.pad(nll, (1, 0))
+        return F.nll_loss(logp.transpose(1, 2), ids[:, 1:], reduction="none")
+    return F.pad(by_chunks(score, rows * ids.shape[1], ids), (1, 0))
 
 
 def spread(values, teacher_bytes, student_bytes):
@@ -110,12 +101,15 @@ def difficulty(examples, tok, teacher, teacher_tok, metric):
     """Every example's L scores in nats; the first EOS has that of the teacher's end token, the rest NaN."""
     pieces = [teacher_pieces(e, tok, teacher_tok) for e in examples]
     rows = [torch.tensor(prompt + ids + [teacher_tok.eos_id]) for prompt, ids, *_ in pieces]
-    ids, valid = left_padded(rows, teacher_tok.eos_id)
-    scored = token_nll(teacher, ids.to(teacher.device), valid.to(teacher.device), metric)
+    most = getattr(teacher.config, "max_position_embeddings", math.inf)
+    for e, row in zip(examples, rows):
+        if len(row) > most:
+            raise UserError(f"example {e['id']}: {len(row)} tokens, the teacher takes {most}: --max_prompt")
+    scored = token_nll(teacher, pad_sequence(rows, batch_first=True).to(teacher.device), metric)
     out = []
     for row, e, piece in zip(scored.cpu().double().numpy(), examples, pieces):
-        _, completion, teacher_bytes, student_bytes = piece
-        mine = row[-len(completion) - 1:]
+        prompt, completion, teacher_bytes, student_bytes = piece
+        mine = row[len(prompt):][:len(completion) + 1]
         if not np.isfinite(mine).all():
             raise UserError(f"the teacher's score of example {e['id']} is not finite: its weights hold NaN "
                             f"or overflow in this dtype")

@@ -21,7 +21,7 @@ import model as nt_model
 import tad
 import trims
 from model import UserError
-from sample import generate, reference
+from sample import Decoding, generate, reference
 from teacher import load_teacher, token_nll
 
 FAMILIES = ["llada", "dream", "sdar"]
@@ -364,8 +364,11 @@ def test_sdar_as_the_hub_has_it(tmp_path, name, block_len):
     hub = {key: value for key, value in raw.items() if key not in ("mask_token_id", "block_size")}
     (folder / "config.json").write_text(json.dumps(hub))
     for unknown in ("SDAR-4B-Chat-sft", "mine-b16x", "sdar-sft", "web8", "sdar-sft-b200", "sdar-b3", "my.b1000000", "sdar-b0"):  # never guessed
+        own = shutil.copytree(folder, tmp_path / "named" / unknown)
+        (own / "config.json").write_text(json.dumps(hub | dict(mask_token_id=250)))
+        assert nt_model.read_config(own).block_len == -1
         with pytest.raises(UserError, match="lacks block_size"):
-            nt_model.read_config(shutil.copytree(folder, tmp_path / "named" / unknown))
+            Decoding(**nt_model.decoding_defaults(nt_model.read_config(own)))
     with pytest.raises(UserError, match=r"mask_token_id \[151669\]: an id below vocab_size 256"):  # the family's, of the real vocabulary
         nt_model.read_config(folder)
     decoder = {"250": {"content": "<|MASK|>"}, "251": {"content": "<|endoftext|>"}}
@@ -402,16 +405,23 @@ def test_an_sdar_that_does_not_say_its_blocks_is_asked_for_them(tmp_path):
     row = json.dumps(dict(prompt="2 + 2?", solution="it is 4", answer="4"))
     (tmp_path / "p.jsonl").write_text(f"{row}\n{row}\n")
     small = ["--model", "my-sdar", "--gen_len", 16]
-    train = [*small, "--data", "p.jsonl", "--batch_size", 2, "--max_steps", 1, "--lora_r", 2]
+    train = [*small, "--data", "p.jsonl", "--batch_size", 2, "--max_steps", 1, "--lora_r", 2, "--warmup_steps", 1]
     for words in (["sample.py", *small, "--prompt", "a"], ["trims.py", *train, "--trajectory_share", 0, "--out", "a"],
                   ["rollout.py", "collect", "p.jsonl", *small, "--out", "b"], ["tabom.py", *train, "--window", 2, "--out", "c"],
                   ["eval.py", "curve", *small, "--task", "p.jsonl", "--out", "d"], ["tad.py", *train, "--window", 2, "--out", "e"]):
         done = command(tmp_path, *words)
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-        assert re.search("my-sdar/config.json lacks block_size, .* give --block_len", done.stderr)
+        assert re.search("config.json lacks block_size, .* give --block_len", done.stderr)
         done = command(tmp_path, *words, "--train_block" if words[0] == "trims.py" else "--block_len", 8)
         assert done.returncode == 0 or "no trajectory is correct" in done.stderr, done.stderr
     assert {r["decoding"]["block_len"] for r in data.read_trajectories(tmp_path / "b")} == {8}
+    for words in (["data.py", "stats", "p.jsonl", "--model", "my-sdar"], ["rollout.py", "stats", "b"], ["rollout.py", "inspect", "b"],
+                  ["model.py", "--model", "my-sdar"], ["eval.py", "tds", "--model", "my-sdar", "--trajectories", "b"],
+                  ["lora.py", "merge", "--model", "my-sdar", "--adapter", "a/adapter", "--to", "merged"]):
+        done = command(tmp_path, *words)  # which attend to nothing, or as the records were decoded
+        assert done.returncode == 0, done.stderr
+    with pytest.raises(UserError, match="lacks block_size"):
+        nt_model.load(tmp_path / "merged")(torch.tensor([[1, 2]]))
     done = command(tmp_path, "trims.py", *train, "--trajectory_share", 0, "--full", "--train_block", 4, "--out", "blocks")
     assert done.returncode == 0 and nt_model.read_config(tmp_path / "blocks/model").block_len == 4, done.stderr
 
@@ -593,9 +603,9 @@ def test_teacher_nll_equals_the_fixture():
     assert close(nll[:, 1:], want["token_nll"])
     assert close(teacher(want["input_ids"]).logits, want["logits"])
     left = load_file(FIXTURES / "qwen3_A/expected_leftpad.safetensors")
-    valid = left["attention_mask"].bool()
-    assert close(token_nll(teacher, left["input_ids"], valid)[1, 6:],
-                 -left["logits"].log_softmax(-1)[1, 5:-1].gather(1, left["input_ids"][1, 6:, None])[:, 0])
+    own = left["input_ids"][1, left["attention_mask"][1].bool()]
+    assert close(token_nll(teacher, own[None])[0, 1:],
+                 -left["logits"].log_softmax(-1)[1, -len(own):-1].gather(1, own[1:, None])[:, 0])
 
 
 def test_teacher_is_any_causal_lm_and_padding_changes_nothing(tmp_path):
@@ -609,12 +619,8 @@ def test_teacher_is_any_causal_lm_and_padding_changes_nothing(tmp_path):
     alone = [token_nll(teacher, r[None])[0] for r in rows]
     by_hand = -teacher(rows[0][None]).logits[0].log_softmax(-1)[torch.arange(6), rows[0][1:]]
     assert close(alone[0][1:], by_hand, 1e-5)
-    for left in (True, False):
-        span = slice(3, 7) if left else slice(0, 4)
-        ids, valid = torch.zeros(2, 7).long(), torch.zeros(2, 7, dtype=torch.bool)
-        ids[0], valid[0], ids[1, span], valid[1, span] = rows[0], True, rows[1], True
-        nll = token_nll(teacher, ids, valid)
-        assert close(nll[0], alone[0]) and close(nll[1, span], alone[1]) and not nll[~valid].any()
+    nll = token_nll(teacher, torch.nn.utils.rnn.pad_sequence(rows, batch_first=True))
+    assert close(nll[0], alone[0]) and close(nll[1, :4], alone[1])
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})

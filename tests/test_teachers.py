@@ -10,8 +10,8 @@ from checkpoints import official_checkpoint
 from conftest import FIXTURES
 from tokenizers import (AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors,
                         trainers)
-from transformers import (AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config,
-                          Qwen3ForCausalLM)
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM,
+                          Qwen3Config, Qwen3ForCausalLM)
 
 import data
 import eval as nt_eval
@@ -252,3 +252,38 @@ def test_a_teacher_whose_config_is_wrong_is_refused_in_one_line(teacher_qwen, tm
     with pytest.raises(UserError, match=f"{tmp_path} is not a causal LM that transformers loads: ") as refused:
         load_teacher(str(tmp_path))
     assert "\n" not in str(refused.value)
+
+
+KINDS = {  # some count positions their own way, have no position_ids, layers of several kinds, or change their logits
+    "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=64), "gpt_neox": {}, "bloom": dict(n_layer=2, n_head=4),
+    "opt": dict(ffn_dim=48, word_embed_proj_dim=16), "falcon": {}, "mpt": dict(d_model=32, n_heads=4, n_layers=2), "mamba": dict(state_size=4),
+    "qwen3_moe": dict(num_experts=4, moe_intermediate_size=16, num_experts_per_tok=2, num_key_value_heads=2, head_dim=8),
+    "cohere": dict(logit_scale=0.3), "granite": dict(logits_scaling=3.0), "gemma3_text": dict(head_dim=8, final_logit_softcapping=2.0),
+    "gpt_oss": dict(num_local_experts=4, num_experts_per_tok=2, head_dim=8, num_key_value_heads=2), "phi": {}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_causal_lm_scores_as_transformers_does(tmp_path, kind):
+    shape = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, bos_token_id=0,
+                 eos_token_id=1, pad_token_id=1, max_position_embeddings=64)
+    config = AutoConfig.for_model(kind, **{**shape, **KINDS[kind]})
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    teacher = load_teacher(tmp_path)
+    rows = [torch.randint(2, 40, (n,)) for n in (11, 5, 8)]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    for metric in ("nll", "entropy"):
+        for row, got in zip(rows, token_nll(teacher, ids, metric)):
+            logp = teacher(row[None]).logits[0, :-1].log_softmax(-1)
+            want = -logp.gather(1, row[1:, None])[:, 0] if metric == "nll" else -(logp.exp() * logp).sum(-1)
+            assert (got[1:len(row)] - want).abs().max() < 1e-5 and got[0] == 0, metric
+
+
+def test_an_example_that_is_too_long_for_the_teacher_is_named(tmp_path):
+    folder = write_teacher(tmp_path / "teacher", "llama3")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | dict(max_position_embeddings=8)))
+    tok = data.load_tokenizer("tiny")
+    example = dict(id="row-7", prompt="a b c d e f g h", prompt_ids=[1], x0=tok.response_ids("pink and red"))
+    with pytest.raises(UserError, match=r"example row-7: \d+ tokens, the teacher takes 8: --max_prompt"):
+        difficulty([example], tok, load_teacher(folder), load_teacher_tokenizer(folder), "nll")

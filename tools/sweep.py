@@ -101,8 +101,7 @@ def paper_command(args):
 def command(label, seed, folder, task="tiny", lr=None):
     """-> the words of a row's command: the script of its method, and options; the last of a name counts."""
     script, _, options = METHODS[task][label].partition(" ")
-    if lr:
-        options += f" --lr {lr}"
+    options += f" --lr {lr}" * bool(lr)
     own = f"--model {task} --eval_problems 0 --seed {seed} --out $OUT/{folder.name}"
     words = f"{script} {COMMON} {options} {own}".split()
     return [word.replace("$OUT", str(folder.parent)) for word in words]
