@@ -150,7 +150,7 @@ def own_problems(source):
              **{key: value for key, value in row.items() if value is not None and key != "earlier"}}
         for key in TEXTS:
             if not isinstance(p.get(key, ""), str):
-                raise UserError(f"{where}: {key} must be text, it is {str(p[key])[:40]!r}")
+                raise UserError(f"{where}: {key} must be text (a chat: messages), not {str(p[key])[:40]!r}")
         if p.get("raw", False) not in (True, False):
             raise UserError(f"{where}: raw must be true or false, it is {str(p['raw'])[:40]!r}")
         if type(p.get("answer", "")) not in (str, int, float):  # True is an int, but no answer
@@ -162,7 +162,7 @@ def own_problems(source):
         if "messages" in p:
             p |= last_exchange(p, where)
         if not p.get("prompt", "").strip():
-            raise UserError(f"{where} has no field 'prompt' or it is empty")
+            raise UserError(f"{where}: 'prompt' is absent or empty; FILE:prompt=NAME takes another field")
         problems.append(p | {"id": whole(str(p["id"]))})
     if not problems:
         raise UserError(f"{source} is empty: at least one problem is needed")
@@ -197,7 +197,7 @@ def fitting(problems, tok, most, room, asked=None):
     if len(kept) < len(problems):
         print(f"{len(problems) - len(kept)} prompts are longer than --max_prompt {most}: left out")
     if not kept:
-        raise UserError("no prompt is left: raise --max_prompt, or give others")
+        raise UserError(f"no prompt of {len(problems)} is left: raise --max_prompt, or give others")
     return kept
 
 
@@ -229,8 +229,9 @@ class Tokenizer:
     def prompt_ids(self, asked, system=""):
         """A user's text, or a problem with earlier turns or `raw` -> (P,) int64 ids, ready for the answer."""
         asked = dict(prompt=asked) if isinstance(asked, str) else asked
-        system, raw = system or self.system, self.raw or asked.get("raw")
-        turns = [("system", system)] * bool(system) + asked.get("earlier", []) + [("user", asked["prompt"])]
+        earlier, raw = asked.get("earlier", []), self.raw or asked.get("raw")
+        system = "" if "system" in dict(earlier) else system or self.system  # a chat's own comes first
+        turns = [("system", system)] * bool(system) + earlier + [("user", asked["prompt"])]
         return torch.tensor(self.checked(self.chat.prompt_ids(turns, raw), turns), dtype=torch.long)
 
     def response_ids(self, text):

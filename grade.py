@@ -54,7 +54,7 @@ def check_gradable(problems, allow_code):
         absent = problem.get(need) in (None, [])
         absent = absent or str(problem[need]).strip() in ("", "nan", "inf", "-inf")
         if absent and grader != "parses":
-            raise UserError(f"{name}: grader {grader}, but no {need}")
+            raise UserError(f"{name}: grader {grader}, but no {need}: add it, or FILE:{need}=NAME")
         if grader == "number" and last_number(str(problem["answer"])) is None:
             raise UserError(f"{name}: grader number, but no number in the answer {problem['answer']!r}")
         if grader == "math":
@@ -123,7 +123,7 @@ def final_answer(text):
     if found is None:
         number = last_number(text)
         found = "" if number is None else f"{number:f}"
-    found = " ".join(found.splitlines()).strip().rstrip(".,; ").replace("\\$", "$")
+    found = " ".join(found.splitlines()).strip().rstrip(".,;。 ").replace("\\$", "$")
     return BARE.sub(r"\1\2\3", found).rstrip(".,;")
 
 

@@ -145,8 +145,7 @@ REFUSED = {key: built for built, keys in [  # of config.json, and what is built:
 ] for key in keys.split()}
 
 
-UNKNOWN = ("config.json lacks block_size, and the model's name, unlike x-b8, does not tell it: "
-           "give --block_len (TRIMS: --train_block), or add it there")
+UNKNOWN = "config.json lacks block_size: add it, name the folder x-b8, or give --block_len (--train_block)"
 
 
 def presets():
@@ -176,7 +175,7 @@ def read_config(folder):
     name = next((part for part in path.parts if part.startswith("models--")), path.name)
     told = re.search(r"(?:^|[-_.])b(8|16|32|64)(?!\w)|(?:SDAR|TraDo)-[\d.]+B(-Chat|-Instruct)?$", name, re.I)
     block = int(told[1] or 4) if told else GIVEN.get("block_len") or GIVEN.get("train_block")
-    sdar, kind = raw.get("model_type") == "sdar", " ".join(re.findall("mdlm|bd3lm", name))
+    sdar, kind = raw.get("model_type") == "sdar", " ".join(re.findall("mdlm|bd3lm", name.lower()))
     table = read_object(tokens)
     try:
         ids = {token["content"]: int(i) for i, token in table.get("added_tokens_decoder", {}).items()}
@@ -201,7 +200,7 @@ def config_from_json(raw, file="config.json"):
     kinds = [kind for kind in family.kinds if kind in told]
     if len(kinds) != 1:
         raise UserError(f"{file} has model_type {network!r}, and its architectures and its folder's "
-                        f"name do not say whether it is {' or '.join(family.kinds)}: rename the folder")
+                        f"name do not say {' or '.join(family.kinds)}: rename it, or choose another model")
     facts = dict.fromkeys(family.keys) | family.networks[network] | family.kinds[kinds[0]]
     bidirectional = "block_len" not in facts and family.optional is HF_OPTIONAL
     blocks = dict(block_size=None) if bidirectional else {}  # DreamReasoner, say, is another network
@@ -599,7 +598,8 @@ def local_weights(name):
     """A checksum of a local model's, adapter's or collection's files; None for a hub id, see revision."""
     folder = Path(presets().get(str(name), name))
     patterns = ["*.safetensors", "*config.json", "rank*.jsonl", *TOKENISER_FILES]
-    sums = map(sha256, sorted({file for pattern in patterns for file in folder.glob(pattern)}))
+    files = {file for pattern in patterns for file in folder.glob(pattern)}
+    sums = map(sha256, sorted(files))
     return f"{zlib.crc32(''.join(sums).encode()):08x}" if name and folder.is_dir() else None
 
 
@@ -636,6 +636,7 @@ def save_tensors(tensors, file):
     """A whole .safetensors file under this name, or none; its mode is what the umask asks for."""
     part = Path(f"{file}.tmp")
     part.unlink(missing_ok=True)
+    part.with_name(cli.SUMS).unlink(missing_ok=True)  # of what stood there
     part.touch()
     mode = part.stat().st_mode
     save_file(tensors, part, metadata={"format": "pt"})  # through a file that only its owner may read
@@ -657,7 +658,7 @@ def save(model, folder, dtype=None):
         old.unlink(missing_ok=True)
 
 
-TOKENISER_FILES = ("vocab.json merges.txt token* added_tokens.json special_tokens_map.json "
+TOKENISER_FILES = ("vocab.json merges.txt token*.* added_tokens.json special_tokens_map.json "
                    "generation_config.json chat_template.jinja").split()
 
 

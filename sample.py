@@ -803,7 +803,7 @@ def decode_one(model, tok, prompt, args, settings):
 
 def read_prompts(source):
     """A .jsonl of problems, whose answers are not used, or a text with a prompt per line -> rows."""
-    if re.search(r"\.(jsonl|json|parquet)(\.gz)?$", source.name):
+    if re.search(r"\.(jsonl|json|parquet)(\.gz)?(:\w+=[^/]*)?$", source.name):
         return data.load_problems(str(source))
     lines = [line for line in cli.read_text(source).split("\n") if line.strip()]
     return [dict(id=f"{source.stem}-{i}", prompt=line) for i, line in enumerate(lines)]

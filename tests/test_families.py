@@ -411,7 +411,7 @@ def test_an_sdar_that_does_not_say_its_blocks_is_asked_for_them(tmp_path):
                   ["eval.py", "curve", *small, "--task", "p.jsonl", "--out", "d"], ["tad.py", *train, "--window", 2, "--out", "e"]):
         done = command(tmp_path, *words)
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-        assert re.search("config.json lacks block_size, .* give --block_len", done.stderr)
+        assert re.search("config.json lacks block_size: .* give --block_len", done.stderr)
         done = command(tmp_path, *words, "--train_block" if words[0] == "trims.py" else "--block_len", 8)
         assert done.returncode == 0 or "no trajectory is correct" in done.stderr, done.stderr
     assert {r["decoding"]["block_len"] for r in data.read_trajectories(tmp_path / "b")} == {8}
@@ -428,7 +428,7 @@ def test_an_sdar_that_does_not_say_its_blocks_is_asked_for_them(tmp_path):
 
 @pytest.mark.parametrize("fixture", ["a2d_mdlm_A", "a2d_qwen2_mdlm_A"])
 def test_a2d_is_told_by_its_name(tmp_path, fixture):
-    for name, block_len in [("a2d-mdlm-0.6b", 0), ("mdlm/a2d-bd3lm-0.6b", 32), ("a2d-bd3lm-0.6b", 32),
+    for name, block_len in [("a2d-mdlm-0.6b", 0), ("mdlm/a2d-bd3lm-0.6b", 32), ("A2D-MDLM", 0), ("mine-BD3LM-v2", 32), ("a2d-bd3lm-0.6b", 32),
                             ("models--dllm-hub--Qwen3-bd3lm-v0.1/snapshots/1a2b", 32), ("a2d-0.6b", None), ("bd3/lm", None), ("mdlm-to-bd3lm", None), ("bd3lm-from-mdlm", None)]:
         shutil.copytree(FIXTURES / fixture, tmp_path / name)
         if block_len is not None:
@@ -437,7 +437,7 @@ def test_a2d_is_told_by_its_name(tmp_path, fixture):
             assert nt_model.load(tmp_path / "saved").cfg == model.cfg and model.cfg.mask_id == 250
             assert (model.cfg.block_len, model.cfg.whole_blocks) == (block_len, block_len > 0)
         else:
-            with pytest.raises(UserError, match="do not say whether it is mdlm or bd3lm: rename the folder"):
+            with pytest.raises(UserError, match="do not say mdlm or bd3lm: rename it"):
                 nt_model.load(tmp_path / name)
 
 
@@ -448,7 +448,7 @@ def test_a_llama_is_stable_diffcoder_only_where_it_says_so(tmp_path):
         assert nt_model.config_from_json({**raw, **more}).family == "diffcoder"
     for more in (dict(architectures=["LlamaForCausalLM"], auto_map=None), dict(architectures=None, auto_map={}),
                  dict(architectures="x", auto_map="y")):
-        with pytest.raises(UserError, match="model_type 'llama', and its architectures .* do not say whether it is diffcoder"):
+        with pytest.raises(UserError, match="model_type 'llama', and its architectures .* do not say diffcoder: rename it, or choose another model"):
             nt_model.config_from_json({**raw, **more})
 
 

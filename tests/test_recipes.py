@@ -300,7 +300,7 @@ def test_bad_data_is_one_line(tmp_path, source, rows, words):
     (dict(prompt="a", answer="1", solution=5), "solution must be text"),
     (dict(prompt="a", answer="1", grader=["number"]), "grader must be text"),
     (dict(prompt="a", tests={"x": 1}), "tests, setup, test_setup must be text or lists"),
-    (dict(prompt=" ", answer="1"), "no field 'prompt' or it is empty"),
+    (dict(prompt=" ", answer="1"), "'prompt' is absent or empty; FILE:prompt=NAME"),
 ])
 def test_odd_fields_of_an_own_file_are_one_line(tmp_path, row, words):
     with pytest.raises(UserError, match=words):

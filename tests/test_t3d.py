@@ -323,7 +323,7 @@ def test_a_shared_folder_long_prompts_and_small_data(monkeypatch, tmp_path):
     run(monkeypatch, "--out", tmp_path / "b", "--n_problems", 5, "--seed", 2, *common)
     assert len(seen[0]) == 5 and (tmp_path / "shared/rank0.jsonl").read_bytes() == before
     assert rollout.collection_seconds(tmp_path / "shared") > 0 and inner is t3d.training_loss
-    for extra, words in ((["--max_prompt", "10"], "no prompt is left: raise --max_prompt"),
+    for extra, words in ((["--max_prompt", "10"], "is left: raise --max_prompt"),
                          (["--n_problems", "3"], "exceeds the data .3 examples"),
                          (["--collect_seed", "9"], "other settings .seed")):
         with pytest.raises(nt_model.UserError, match=words):

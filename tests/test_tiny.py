@@ -131,7 +131,7 @@ def test_a_system_turn_stands_before_every_prompt(tmp_path, monkeypatch, capsys,
     with pytest.raises(cli.UserError, match="other settings or other prompts"):  # without its system turn
         sample.main()
     n = len(tok.prompt_ids(dict(prompt="a", raw=raw), "be brief"))
-    for most, left_out in ((n, None), (n - 1, "no prompt is left: raise --max_prompt")):  # which counts that turn
+    for most, left_out in ((n, None), (n - 1, "is left: raise --max_prompt")):  # which counts that turn
         monkeypatch.setattr("sys.argv", ["sample.py", "--prompts", str(tmp_path / "p.jsonl"), "--to", str(tmp_path / "more.jsonl"),
                                          "--system", "be brief", "--max_prompt", str(most), *how])
         with pytest.raises(cli.UserError, match=left_out) if left_out else contextlib.nullcontext():

@@ -344,7 +344,7 @@ def test_what_is_too_long_is_what_is_shown(tmp_path):
         with pytest.raises(UserError, match=f"allow {room}: shorten it, lower gen_len$"):
             data.fitting(short, tok, None, room)
     for none_left in ([problem], []):
-        with pytest.raises(UserError, match="no prompt is left: raise --max_prompt"):
+        with pytest.raises(UserError, match="no prompt of .* is left: raise --max_prompt"):
             data.fitting(none_left, tok, plain - 1, 99)
 
 
@@ -405,7 +405,7 @@ def test_a_chat_keeps_what_was_said_before_whatever_is_shown(tmp_path):
 def test_chats_that_cannot_be_read_are_named_with_their_line(tmp_path, messages):
     with pytest.raises(UserError, match="mine.jsonl line 2: messages must be turns with role and content"):
         problems(tmp_path, dict(messages=CHAT), dict(messages=messages))
-    with pytest.raises(UserError, match="line 1 has no field 'prompt' or it is empty"):
+    with pytest.raises(UserError, match="line 1: 'prompt' is absent or empty"):
         problems(tmp_path, dict(messages=[dict(role="user", content=" ")]))
 
 
@@ -534,6 +534,64 @@ def test_a_private_character_is_a_text_as_any_other(tmp_path, said):
     at = len(behind) - len(tok.encode(said))
     assert tok.decode(behind).count(said.strip()) == 1 and at == len(before) or said != said.strip()
     assert all(tok.special[token] not in tok.encode(said) for token in tok.special)
+
+
+@pytest.mark.parametrize("thought", ["<think>\nlong thoughts\n</think>\n\nHello", "</think>Hello", "<think>a</think><think>b</think>Hi <|im_end|>"])
+def test_thoughts_of_earlier_answers_go_where_the_template_drops_them(tmp_path, thought):
+    """SDAR's own template, as Qwen3's; what is special stays text."""
+    folder = official_checkpoint(tmp_path / "model", "sdar")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    for i, token in ((260, "<think>"), (261, "</think>")):
+        config["added_tokens_decoder"][str(i)] = dict(content=token, special=False, lstrip=False, rstrip=False, normalized=False, single_word=False)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    added = json.loads((folder / "added_tokens.json").read_text())
+    (folder / "added_tokens.json").write_text(json.dumps({**added, "<think>": 260, "</think>": 261}))
+    tok = data.load_tokenizer(folder)
+    turns = [["user", "hi"], ["assistant", thought]]
+    said = tok.decode(tok.prompt_ids(dict(prompt="again", earlier=turns)).tolist())
+    chat = [dict(role=role, content=text) for role, text in [*turns, ["user", "again"]]]
+    want = tok.chat.hf.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=tok.chat.thinks)
+    assert said == want and "thoughts" not in said
+    if "<|im_end|>" in thought:
+        assert tok.prompt_ids(dict(prompt="again", earlier=turns)).tolist().count(tok.special["<|im_end|>"]) == 3
+
+
+def test_a_chat_with_a_system_turn_keeps_its_own(tmp_path):
+    tok = data.load_tokenizer(official_checkpoint(tmp_path / "model", "sdar"))
+    own = dict(prompt="a", earlier=[["system", "Be brief."], ["user", "b"], ["assistant", "c"]])
+    assert tok.prompt_ids(own, "Be long.").tolist() == tok.prompt_ids(own).tolist()
+    assert "Be long." in tok.decode(tok.prompt_ids(dict(own, earlier=own["earlier"][1:]), "Be long.").tolist())
+
+
+def test_folders_beside_the_files_of_a_checkpoint_are_left_alone(tmp_path):
+    folder = official_checkpoint(tmp_path / "model", "sdar")
+    for name in ("tokenizer", "tokenizer_backup", "token"):
+        (folder / name).mkdir()
+    assert nt_model.local_weights(folder)
+    nt_model.copy_tokenizer(folder, tmp_path)
+    assert (tmp_path / "tokenizer_config.json").is_file() and not (tmp_path / "tokenizer").exists()
+
+
+def test_what_is_saved_over_a_merged_model_loads(tmp_path):
+    merge = ["lora.py", "merge", "--adapter", "run", "--to", "merged"]
+    model = lora.add(nt_model.load("tiny"), r=2, alpha=2)
+    lora.save(model, tmp_path / "run", base="tiny")
+    assert command(tmp_path, *merge).returncode == 0
+    other = nt_model.load("tiny")
+    with torch.no_grad():
+        other.head.weight.mul_(2)
+    nt_model.save(other, tmp_path / "merged")
+    assert torch.equal(nt_model.load(tmp_path / "merged").head.weight, other.head.weight)
+
+
+@pytest.mark.parametrize("asked", ["q.jsonl:prompt=question", "q.jsonl.gz:prompt=question", "q.json:prompt=question,id=number"])
+def test_prompts_may_be_another_field(tmp_path, asked):
+    name, rows = asked.partition(":")[0], [dict(question="x", number=7)]
+    text = json.dumps(rows if name == "q.json" else rows[0])
+    (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    done = command(tmp_path, "sample.py", "--prompts", asked, "--to", "out.jsonl", "--gen_len", 16, "--block_len", 16)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out.jsonl").read_text())["prompt"] == "x"
 
 
 def test_a_family_whose_tokeniser_names_no_mask_keeps_its_own(tmp_path):

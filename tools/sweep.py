@@ -40,8 +40,7 @@ def block_of(table):
     return found[table]
 
 
-METHODS = {task: dict(re.findall(r"# (.+)\n(?:python )?([^#\n]*)", block_of(task)))  # "a: b": ablation of a
-           for task in data.GAMES}
+METHODS = {task: dict(re.findall(r"# (.+)\n(?:python )?([^#\n]*)", block_of(task))) for task in data.GAMES}
 TINY = dict.fromkeys("--task --data --protocol collect".split(), "tiny") | {"--teacher": "tiny-ar"}
 RANKED = set("tad.py t3d.py tabom.py trims.py curve collect".split())  # what torchrun may start
 FEW = "--max_steps 2 --batch_size 4 --micro_batch 4 --eval_problems 0"
