@@ -44,7 +44,7 @@ class Config(run.Options):
     seed: int = 0  # of the states drawn, the data order and the adapters
     # --- trajectories
     data: str = "tiny"  # data set by name, or a .jsonl with prompt, solution and answer; see data.py --help
-    n_problems: int = 0  # problems to collect on (0: all; tiny: 1000)
+    n_problems: int = 0  # problems to collect on (0: all; 1000 of a game)
     source: Literal["full", "no_privilege", "traj_random", "gt_random"] = "full"  # Table 4: what to train on
     allow_code_execution: bool = False  # run the tests of code problems on this machine
     trajectories: str = ""  # folder to collect into, runs may share it; A+B: finished ones [the run's own]
@@ -80,7 +80,7 @@ class Config(run.Options):
 
 PAPER = "gsm8k+prm12k+kodcode"  # running kodcode's tests needs --allow_code_execution
 PRESETS = {
-    "tiny": dict(TINY_TRAINING, window="auto-quality", lora_dropout=0.0),
+    "tiny": dict(TINY_TRAINING, window="auto-quality", lora_dropout=0.0, n_problems=500),
     "llada": dict(data=PAPER, window="20", collect_temperature=0.7),  # speed; quality: --window 8
     "dream": dict(data=PAPER, collect_score="entropy", collect_temperature=0.2,
                   collect_top_p=0.95),  # quality: --window 6

@@ -131,6 +131,7 @@ def value_of(name, kind, choices, draw):
     near = [least, most, draw.uniform(least, min(most, 99)), least - 1, 2 * most + 1, -draw.uniform(0.1, 9)]
     value = draw.choice(NUMBERS + [str(round(x) if kind is int else x) for x in near] * 3)
     try:
+        least, most = cli.BOUNDS[name]
         return f"--{name}={value}", least <= kind(value) <= most
     except ValueError:
         return f"--{name}={value}", False

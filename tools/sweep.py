@@ -159,7 +159,7 @@ class Options:
     split: Literal["dev", "test"] = "test"  # what they are of
     only: list[str] | None = option(None, choices=lambda: METHODS["tiny"])  # some of the rows; base always is
     task: str = option("tiny", choices=data.GAMES)  # and its base
-    lr: float = 0.0  # learning rate of every row [its own]
+    lr: float | None = None  # learning rate of every row [its own]
     out: str = "out/sweep"  # directory of the runs, compare.md, compare.png and comparison.jsonl.gz
 
 
