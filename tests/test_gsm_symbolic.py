@@ -1,9 +1,12 @@
 """The data set that a package makes: GSM-Symbolic of reasoning-gym."""
 import importlib
+import json
+import shutil
 import sys
 
 import pytest
 from checkpoints import official_checkpoint
+from conftest import ROOT
 
 import cli
 import data
@@ -12,7 +15,7 @@ import recipes
 
 pytest.importorskip("reasoning_gym")
 METHODS = {"tad": ["--window", "2"], "tabom": ["--window", "2"], "t3d": ["--max_prompt", "2000"],
-           "trims": ["--teacher", "tiny-ar", "--gen_len", "512"]}
+           "trims": ["--teacher", "teacher", "--gen_len", "512"]}
 
 
 def test_reference_solutions_are_right_and_empty_ones_are_not():
@@ -49,6 +52,10 @@ def test_every_method_trains_two_steps(tmp_path, monkeypatch, family):
     base = official_checkpoint(tmp_path / "base", family, **{longest: 4096})
     monkeypatch.setattr(grade, "is_correct", lambda *_: True)  # a random model is never right
     monkeypatch.setitem(recipes.MADE, "train", range(8))
+    shutil.copytree(ROOT / "weights/tiny-ar", tmp_path / "teacher", ignore=shutil.ignore_patterns("SHA256SUMS"))
+    config = json.loads((tmp_path / "teacher/config.json").read_text())  # these prompts are bytes to it
+    (tmp_path / "teacher/config.json").write_text(json.dumps(config | dict(max_position_embeddings=4096)))
+    monkeypatch.chdir(tmp_path)
     for method, options in METHODS.items():
         args = ["--model", base, "--data", "gsm-symbolic", "--gen_len", 8, "--batch_size", 2, "--micro_batch", 2,
                 "--max_steps", 2, "--lora_r", 4, "--out", tmp_path / method, *options]
