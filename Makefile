@@ -21,7 +21,7 @@ export MALLOC_MMAP_THRESHOLD_ := 33554432
 demo: .venv/ready
 	date +%s > .venv/began
 	$(BIN)/python tad.py
-	$(BIN)/python trims.py --trajectory_share 0 --data out/tad-tiny/trajectories --max_steps 100 --eval_problems 0 --out out/sft-tiny
+	$(BIN)/python trims.py --trajectory_share 0 --data out/tad-tiny/trajectories --max_steps 150 --eval_problems 0 --out out/sft-tiny
 	$(BIN)/python eval.py curve --adapter out/sft-tiny/adapter --label SFT --split dev --n 128 --out out/sft-tiny/curve
 	$(BIN)/python tools/compare.py runs out/tad-tiny out/sft-tiny --control SFT --out out/demo
 	@$(BIN)/python -c "import time, torch; a, began = torch.rand(1024, 1024), time.time(); [a @ a for _ in range(200)]; \

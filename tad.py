@@ -80,7 +80,7 @@ class Config(run.Options):
 
 PAPER = "gsm8k+prm12k+kodcode"  # running kodcode's tests needs --allow_code_execution
 PRESETS = {
-    "tiny": dict(TINY_TRAINING, window="auto-quality", lora_dropout=0.0, n_problems=500, max_steps=100),
+    "tiny": dict(TINY_TRAINING, window="auto-quality", lora_dropout=0.0, n_problems=500),
     "llada": dict(data=PAPER, window="20", collect_temperature=0.7),  # speed; quality: --window 8
     "dream": dict(data=PAPER, collect_score="entropy", collect_temperature=0.2,
                   collect_top_p=0.95),  # quality: --window 6
