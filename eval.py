@@ -580,7 +580,7 @@ def tds_command(args):
     if not records:
         raise UserError(f"{args.trajectories} holds no trajectory; --ce wants solutions")
     model, tok = load_both(args)
-    model = nt_model.in_blocks(model, records[0]["decoding"]["block_len"])
+    model = nt_model.in_blocks(model, records[0]["decoding"].get("block_len", model.cfg.block_len))
     label = args.adapter or args.model
     if max(i for r in records for i in r["prompt_ids"] + r["x0"]) >= model.cfg.vocab_size:
         raise UserError(f"{args.trajectories} has ids that {args.model} does not know: give its own model")
@@ -611,7 +611,7 @@ COMMANDS = {
     "curve": (curve_command, CurveOptions, sample.Decoding),
     "nll": (nll_command, NllOptions, sample.Decoding),
     "tds": (tds_command, TdsOptions),
-    "log": (log_command, LogOptions),
+    "log": (log_command, LogOptions)
 }
 
 if __name__ == "__main__":

@@ -94,9 +94,36 @@ def test_the_stored_comparison_makes_the_readmes_table():
     assert len(runs) == 20 and all(len(of_label) == 4 for of_label in runs.values())
     table = compare.compare(runs, "SFT-SD", n_boot=2)
     rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
-    means = {row[0]: [value.split(" ± ")[0] for value in row[2:9]] for row in rows}
+    means = {row[0]: [value.split(" ± ")[0] for value in (*row[2:8], row[10])] for row in rows}
     assert means["base"] == ["99.7", "62.6", "29.1", "92.3", "1.91", "181.2", "0.25"]
     assert means["TAD"] == ["99.4", "97.7", "86.3", "91.4", "4.54", "281.4", "0.15"]
+    assert means["T3D"] == ["80.0", "69.9", "62.3", "80.2", "1.71", "110.4", "0.13"]
+
+
+def test_the_stored_comparison_makes_the_barter_table():
+    runs = compare.read_runs([ROOT / "assets/comparison-barter.jsonl.gz"])
+    assert len(runs) == 22 and all(len(of_label) == 4 for of_label in runs.values())
+    table = compare.compare(runs, "SFT-SD", n_boot=2)
+    rows = [[cell.split(" ± ")[0] for cell in line.strip("| ").split(" | ")] for line in table.splitlines() if line.startswith("| ")]
+    means = {row[0]: row[2:6] + [row[6], row[8], f"{float(row[9]):.1f}"] for row in rows[1:]}
+    page = (ROOT / "docs/results-barter.md").read_text()
+    shown = [[cell.split(" ± ")[0] for cell in line.strip("| ").split(" | ")] for line in page.splitlines() if " ± " in line and line[0] == "|"]
+    assert {row[0]: row[1:8] for row in shown} == means and list(means) == [row[0] for row in shown]
+
+
+def test_equal_speed_and_equal_accuracy_are_read_between_points():
+    """At TPF 3 and at the level, on the straight line between two points; 0 where no point reaches the level."""
+    def run(*pairs):  # (accuracy, tokens per forward) of ten problems
+        return [dict(label="a", rule=f"threshold {i}" if i else "1 per forward", ids=list("abcdefghij"), seconds=1.0,
+                     correct=np.arange(10) < 10 * right, tokens=np.full(10, 10 * tpf), nfe=np.full(10, 10))
+                for i, (right, tpf) in enumerate(pairs)]
+    def row(points, least):
+        return dict(zip(compare.COLUMNS, compare.summarize(points, 100, least)))
+    points = run((0.8, 1), (0.6, 2), (0.2, 4))
+    for least, tpf in ((80, 1), (70, 1.5), (60, 2), (40, 3), (20, 4), (90, 0)):
+        found = row(points, least)
+        assert abs(found["TPF 5 points below base"] - tpf) < 0.01 and abs(found["at TPF 3, %"] - 40) < 1e-9
+    assert np.isnan(row(run((0.8, 1), (0.6, 2)), 50)["at TPF 3, %"])
 
 
 def test_teacher_nll_along_a_decoding():
@@ -205,8 +232,8 @@ def test_a_table_over_tasks_is_their_average():
             "TAD": [run("TAD", "a", 10, 2), run("TAD", "b", 9, 2)]}
     rows = {line.split(" | ")[0]: line.strip(" |").split(" | ")
             for line in compare.compare(runs, "none", n_boot=3).split("\n## ")[0].splitlines()}
-    assert rows["| model"][2:] == ["AUP", "first point, %", "TPF there"]
-    means = [[float(cell.split(" ")[0]) for cell in rows[f"| {label}"][2:]] for label in runs]
+    at = list(map(rows["| model"].index, ("AUP", "first point, %", "TPF there")))
+    means = [[float(rows[f"| {label}"][i].split(" ")[0]) for i in at] for label in runs]
     two = [[(2, 90), (1, 90)], [(1, 90), (1, 90)]], [[(4, 100), (1, 90)], [(4, 90), (1, 90)]]
     for mean, tasks in zip(means, two):
         areas = [nt_eval.area_of(pairs, y_max) for pairs, y_max in zip(tasks, (100, 90))]
@@ -240,7 +267,9 @@ def test_the_tasks_of_a_table_are_sections_and_panels(tmp_path, monkeypatch):
     assert sections[1::2] == ["a", "b"]
     table = [{line.split(" | ")[0][2:]: [cell.split(" ± ")[0] for cell in line.strip(" |").split(" | ")[1:]]
               for line in section.splitlines() if line.startswith("| ")} for section in sections[::2]]
-    assert [part["model"] for part in table] == [["runs", "AUP", "first point, %", "TPF there"]] * 3
+    at = list(map(table[0]["model"].index, ("runs", "AUP", "first point, %", "TPF there")))
+    assert all(part["model"] == table[0]["model"] for part in table)
+    table = [{label: [cells[i] for i in at] for label, cells in part.items()} for part in table]
     assert [part["TAD"] for part in table[1:]] == [["1", f"{nt_eval.area_of([(1, 80), (2, 100)], 100):.1f}", "100.0", "2.00"],
                                                    ["1", "80.0", "40.0", "2.00"]]
     assert table[0]["TAD"][2] == "70.0" and table[0]["base"][2] == "55.0"
