@@ -20,7 +20,7 @@ import model as nt_model
 import teacher as nt_teacher
 import trims
 from cli import UserError
-from sample import read_prompts, reference
+from sample import holes, read_prompts, reference
 
 
 def problems(folder, *rows, name="mine.jsonl", before=b""):
@@ -606,6 +606,8 @@ def test_a_family_whose_tokeniser_names_no_mask_keeps_its_own(tmp_path):
         for ask in (tok.prompt_ids, tok.response_ids, lambda text: tok.prompt_ids(dict(prompt=text, raw=True))):
             with pytest.raises(UserError, match="config.json: mask_token_id 5 is in .*, mend one"):
                 ask(text)
+        with pytest.raises(UserError, match="config.json: mask_token_id 5 is in .*, mend one"):
+            holes(f"a [MASK:2] {text}", tok, 5)
 
 
 def test_a_mask_id_that_prompts_hold_is_refused(tmp_path):

@@ -19,8 +19,7 @@ from cli import UserError, option, run_cli  # noqa: E402
 from eval import COUNTS, read_points  # noqa: E402
 
 COLUMNS = ("token by token, %|2 per forward, %|4 per forward, %|at 0.9, %|TPF at 0.9|AUP|at TPF 3, %|"
-           "TPF 5 points below base|"
-           "first point, %|TPF there|"  # of a protocol that begins with none of these rules
+           "TPF 5 points below base|first point, %|TPF there|"  # the last two: where none of these begins
            "TDS, nats^2|training, min|collecting, min").split("|")
 ACCURACY_AT = dict(zip("1 per forward|2 per forward|4 per forward|threshold 0.9".split("|"), COLUMNS))
 
