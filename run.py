@@ -118,8 +118,7 @@ def read_shards(folder, pattern, key, rank, world, **kinds):
 
 
 def agreed(value):
-    """Rank 0's value, on every rank."""
-    values = [value]
+    values = [value]  # that of rank 0, on every rank
     if dist.is_initialized():
         dist.broadcast_object_list(values)
     return values[0]
