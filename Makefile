@@ -19,7 +19,7 @@ export MALLOC_MMAP_THRESHOLD_ := 33554432
 	touch $@
 
 demo: .venv/ready
-	date +%s > .venv/began
+	@date +%s > .venv/began
 	$(BIN)/python tad.py
 	$(BIN)/python trims.py --trajectory_share 0 --data out/tad-tiny/trajectories --max_steps 150 --eval_problems 0 --out out/sft-tiny
 	$(BIN)/python eval.py curve --adapter out/sft-tiny/adapter --label SFT --split dev --n 128 --out out/sft-tiny/curve

@@ -94,7 +94,7 @@ def come_again(lost, usual=sys.unraisablehook):
     threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
 
 
-GIVEN = {}  # what the command line says: of a checkpoint, too, which does not say it itself
+GIVEN = {}  # what the command line says; read_config() takes a block length from it that no file tells
 CRC = ', "crc": "01234567"}'  # how a line of ours ends
 SUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
 BOUNDS = {name: (least, most) for least, most, names in [  # of every numeric option

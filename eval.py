@@ -522,7 +522,7 @@ def problems_of(args):
 
 def settle(args, tasks, given):
     """The protocol of curve or lm_eval; given: options of Decoding. Fills in args.protocol and args.label."""
-    ranks()  # an error before a model is loaded
+    rank, _ = ranks()  # an error before a model is loaded
     family = nt_model.family_of(args.model, args.revision)
     args.protocol = args.protocol or ("tiny" if family == "tiny" else "thresholds")
     trained = Path(args.adapter or args.model).absolute()  # out/RUN/adapter or out/RUN/model
@@ -531,8 +531,9 @@ def settle(args, tasks, given):
         given = nt_model.decoding_defaults(nt_model.config_of(args.model, args.revision)) | given
     protocol, *others = (protocol_of(args.protocol, family, task, args.points, args.thresholds, **given)
                          for task in tasks)
-    if "math" in map(known_task, tasks):
-        print(f"warning: TAD and TABOM train on PRM12K. {recipes.IN_MATH} (lm_eval: minerva_math500)")
+    if rank == 0 and "math" in map(known_task, tasks):
+        print(f"warning: TAD and TABOM train on PRM12K. {recipes.IN_MATH} "
+              "(lm_eval: minerva_math500)")
     if any(other != protocol for other in others):
         raise UserError(f"protocol {args.protocol} differs between these tasks: run them one at a time")
     return protocol

@@ -96,8 +96,7 @@ def changed(model, changes):
 
 
 def off(model):
-    """Inside, the model is its base."""
-    return changed(model, [(m, "enabled", False) for _, m in adapters(model)])
+    return changed(model, [(m, "enabled", False) for _, m in adapters(model)])  # inside, it is its base
 
 
 def merge(model):

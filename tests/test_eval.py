@@ -280,7 +280,7 @@ def test_the_tasks_of_a_table_are_sections_and_panels(tmp_path, monkeypatch):
         compare.read_runs(folders[:3])  # a label with one of two tasks
 
 
-def test_a_benchmark_that_is_trained_on_is_warned_of(capsys):
+def test_a_benchmark_that_is_trained_on_is_warned_of(capsys, monkeypatch):
     def warned(*tasks):
         options = nt_eval.CurveOptions(protocol="thresholds", model="tiny")
         nt_eval.settle(options, tasks, {})
@@ -289,6 +289,8 @@ def test_a_benchmark_that_is_trained_on_is_warned_of(capsys):
         assert warned(*tasks) == 1
     for task in ("minerva_math500", "math500", "humaneval_instruct", "gsm8k_cot_zeroshot", "tiny", "mine.jsonl"):
         assert warned(task) == 0
+    monkeypatch.setattr(nt_eval, "ranks", lambda: (1, 2))
+    assert warned("math") == 0  # rank 0 has said it
 
 
 def test_protocols_fix_what_the_papers_say():
