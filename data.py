@@ -21,6 +21,7 @@ import tiktoken
 import tokenizers
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 import grade
 from model import (FAMILIES, LENGTHS, ModelOptions, block_diffusion_layout, checkpoint_dir,
@@ -35,6 +36,9 @@ TINY_TRAINING = dict(  # what the methods that collect train the tiny model with
 GAMES = FAMILIES["tiny"].tasks  # weights/NAME/game.py makes the problems of an embedded task
 AVOIDED = {"train": ["dev", "test"], "dev": [], "test": ["dev"]}  # whose held-out prompts do not occur
 TEXTS = "prompt question solution thinking entry_point grader source".split()  # fields that hold text
+KINDS = dict.fromkeys(TEXTS, ("text (a chat: messages)", str)) | dict(
+    raw=("true or false", bool),
+    answer=("text or a number", str, int, float))  # a field of a row: what it must be
 OWN_FIELDS = ("id", *TEXTS, "answer", "tests", "setup", "messages")  # of a problem
 CARRIED = "earlier raw question grader tests entry_point setup".split()  # into its record, where it has them
 LISTS = "prompt_ids x0 order rank".split()  # of a record
@@ -100,8 +104,8 @@ def game_example(tok, name, index, n, **drills):
     if prompt in avoided(name, "train"):
         return game_example(tok, name, index + n, n, **drills)  # that is not drawn otherwise
     prompt = REFERENCE["tiny"].format(q=prompt, a=shown) if shown else prompt
-    x0 = pad_response(tok.response_ids(response), TINY_LEN, tok.eos_id)
-    return dict(id=index, prompt=prompt, prompt_ids=tok.prompt_ids(prompt).tolist(), x0=x0, masked=masked)
+    return dict(id=index, prompt=prompt, prompt_ids=tok.prompt_ids(prompt).tolist(),
+                x0=tok.response_ids(response, TINY_LEN), masked=masked)
 
 
 def load_problems(source, split="train", n=None):
@@ -148,14 +152,10 @@ def own_problems(source):
         row.update({field: row[name] for field, name in names.items()})
         p = {"id": f"{stem}-{i}", "source": stem, "solution": "",
              **{key: value for key, value in row.items() if value is not None and key != "earlier"}}
-        for key in TEXTS:
-            if not isinstance(p.get(key, ""), str):
-                raise UserError(f"{where}: {key} must be text (a chat: messages), not {str(p[key])[:40]!r}")
-        if p.get("raw", False) not in (True, False):
-            raise UserError(f"{where}: raw must be true or false, it is {str(p['raw'])[:40]!r}")
-        if type(p.get("answer", "")) not in (str, int, float):  # True is an int, but no answer
-            raise UserError(f"{where}: answer must be text or a number, it is {str(p['answer'])[:40]!r}")
-        code = map(p.get, ("tests", "setup", "test_setup"))
+        for key, (words, *kinds) in KINDS.items():
+            if key in p and type(p[key]) not in kinds:
+                raise UserError(f"{where}: {key} must be {words}, not {str(p[key])[:40]!r}")
+        code = map(p.get, "tests setup test_setup".split())
         texts = sum(map(listed, code), [])
         if not all(isinstance(text, str) for text in texts):
             raise UserError(f"{where}: tests, setup, test_setup must be text or lists of texts")
@@ -234,9 +234,10 @@ class Tokenizer:
         turns = [("system", system)] * bool(system) + earlier + [("user", asked["prompt"])]
         return torch.tensor(self.checked(self.chat.prompt_ids(turns, raw), turns), dtype=torch.long)
 
-    def response_ids(self, text):
-        """A finished answer -> list of ids, the end of its turn included."""
-        return self.checked(self.encode(text.strip() if self.chat.trims else text), text) + [self.chat.end_id]
+    def response_ids(self, text, length=0):
+        """A finished answer -> list of ids, the end of its turn included, EOS behind it up to a length."""
+        ids = self.checked(self.encode(text.strip() if self.chat.trims else text), text) + [self.chat.end_id]
+        return ids + [self.eos_id] * (length - len(ids))
 
     def checked(self, ids, text):
         if self.mask_id in ids:
@@ -371,11 +372,6 @@ def byte_table(hf, byte_level):
     return {i: meaning(piece) for piece, i in hf.get_vocab().items()}
 
 
-def pad_response(ids, length, eos_id):
-    """At most `length` response ids -> exactly so many, EOS after the answer."""
-    return ids + [eos_id] * (length - len(ids))
-
-
 def example_rng(seed, epoch, index):
     """The noise of one example: depends on neither world size, batch size nor resuming."""
     return np.random.default_rng([seed, epoch, index])
@@ -387,24 +383,19 @@ def stacked(examples, *fields):
     return *(torch.tensor([e[field] for e in examples]) for field in fields), names
 
 
-def left_padded(rows, pad_id):
-    """Rows (T_i,) int64 -> ids, valid (B, T), T a multiple of LENGTHS."""
-    T = max(map(len, rows))
-    T += -T % LENGTHS
-    ids = torch.stack([F.pad(row, (T - len(row), 0), value=-1) for row in rows])
-    valid = ids >= 0
-    return ids.where(valid, pad_id), valid
-
-
 def response_inputs(model_cfg, prompts, xt, x0=None):
     """Lists of ids, noisy xt (B, L) -> hidden()'s arguments; cols (B, L) of xt. x0: clean blocks to see."""
     if x0 is not None:
         return block_diffusion_layout(model_cfg, prompts, xt, x0)
     rows = [torch.tensor(prompt + noisy) for prompt, noisy in zip(prompts, xt.tolist())]
-    ids, valid = left_padded(rows, model_cfg.pad_id)
+    ids = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left")
+    ids = F.pad(ids, (-ids.shape[1] % LENGTHS, 0), value=-1)
+    valid = ids >= 0  # (B, T)
     cols = torch.arange(ids.shape[1])[-xt.shape[1]:].expand(xt.shape)
     first = first_position(model_cfg, valid.sum(1, keepdim=True) - xt.shape[1])
-    return dict(ids=ids, valid=None if valid.all() else valid, positions=token_positions(valid) + first), cols
+    ids = ids.where(valid, model_cfg.pad_id)
+    positions = token_positions(valid) + first
+    return dict(ids=ids, valid=None if valid.all() else valid, positions=positions), cols
 
 
 def hidden_rows(model, prompts, xt, where, x0=None):

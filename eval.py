@@ -33,7 +33,7 @@ from cli import UserError, append_line, option, read_jsonl, run_cli, write_whole
 from layers import for_decoding
 from run import agreed, ranks, read_shards
 from sample import AdaptedModel, load_both
-from teacher import load_teacher, load_teacher_tokenizer, token_nll
+from teacher import check_length, load_teacher, load_teacher_tokenizer, token_nll
 
 PROTOCOLS = tomllib.loads(cli.read_text(nt_model.HERE / "assets/protocols.toml"))  # see there
 for _name, _settings in PROTOCOLS.items():
@@ -457,15 +457,16 @@ def masked_ce(model, record):
     return [math.nan, *(-right.mean() for right, *_ in states)]
 
 
-def trajectory_nll(teacher, teacher_tok, tok, prompt, out, eos_ids):
+def trajectory_nll(teacher, teacher_tok, tok, problem, out, eos_ids):
     """The teacher's NLL per token of the text revealed up to each forward of an Output: (nfe,) fp32 numpy."""
     n = out.n_tokens(eos_ids)
-    head, means = teacher_tok.prompt_ids(prompt).tolist(), []
+    head, means = teacher_tok.prompt_ids(problem).tolist(), []
     for forward in range(out.nfe):
         revealed = out.ids[:n][out.order[:n] <= forward].tolist()
         text = b"".join(map(tok.bytes_of, revealed)).decode(errors="replace")
-        shown = teacher_tok.encode(text) if revealed else []
-        nll = token_nll(teacher, torch.tensor([head + shown], device=teacher.device))
+        ids = head + teacher_tok.encode(text)
+        check_length(teacher, f"problem {problem['id']} and its response", ids)
+        nll = token_nll(teacher, torch.tensor([ids], device=teacher.device))
         means.append(float(nll[0, len(head):].mean()))
     return np.array(means, np.float32)
 
@@ -593,8 +594,7 @@ def tds_command(args):
         values = mean_of(masked_ce, model, records, what)
         report_by_step(f"{what}, {label}", values, "cross-entropy", "nats", path, "masked tenth")
         for r in records:
-            ids = tok.response_ids(r["solution"])
-            r["x0"] = ids + [tok.eos_id] * (len(r["x0"]) - len(ids))
+            r["x0"] = tok.response_ids(r["solution"], len(r["x0"]))
 
 
 def log_command(args):

@@ -27,7 +27,8 @@ NUMBER = re.compile(r"(?<!\^{)(?<!\^-)(?<!\^{-)(?:(?<![\w.)^])-?(?:[$€£]\s?)?
 SCALE = (r"(?!\s*(?i:hundred|thousand|[mb]illion|trillion|dozen|(?:[mb]n|mln|lakh|crore|and|over|plus|minus|"
          r"half|halves|thirds?|quarters?|squared|cubed)\b))")  # "3 million" is not 3
 UNIT = (r"\s?\\?%|\s?[€£]|\s?(?:°|\^{?\\circ}?)\s?[CF]?|(?:[\s~]|\\[,;: ])*+\\(?:text|mathrm){"
-        rf"{SCALE}[^{{}}0-9]*}}(?:\^{{?\d}}?)?|\s(?:[cdkm]?m|ft|in|yd|mi|units?)\^{{?\d}}?|"
+        rf"{SCALE}[^{{}}0-9]*}}(?:\^{{?\d}}?)?|\s(?:m|in|mi)\^{{?\d}}?|\s?(?:[cdkm]m|[km]g|m[ls]|"
+        r"ft|yd|lbs?|oz|hrs?|mins?|mph|kWh|units?)(?:\^{?\d}?)?(?![\w^])|"
         rf"\s{SCALE}\(?(?:[^\W\d_]{{2}}|[A-Z]-|[ghlmsAJKLNVW]\b)"
         r"(?:[^0-9=+*^\\-]|(?<=[^\W\d_])-(?=[^\W\d_]))*+")  # "2 x" has no unit
 AROUND = r"(?:[*_`$ ]|\\[\[\]()])*+"  # markup

@@ -33,6 +33,13 @@ class PackedLinear(torch.nn.Module):
         return torch.ops.nanotraj.packed_linear(x, self.tag, self.bias)
 
 
+def moved(weight, bias):
+    """A PackedLinear in the place of these parameters, which are empty from now on."""
+    layer = PackedLinear(weight, bias)
+    weight.data = weight.new_empty(0)
+    return layer
+
+
 def linear(weight, bias):
     """An nn.Linear of these parameters, which are not copied."""
     layer = torch.nn.Linear(*weight.shape[::-1], bias=False, device="meta")
@@ -47,12 +54,11 @@ class Joined(torch.nn.Module):
         layers = [with_linear(layer, linear) for layer in layers]
         self.sizes = [len(layer.weight) for layer in layers]
         weight = torch.cat([layer.weight for layer in layers])
-        bias = None
-        if layers[0].bias is not None:
-            bias = torch.nn.Parameter(torch.cat([layer.bias for layer in layers]))
-        if kind is linear:  # a model on a GPU holds its weights once: its own are views of these
+        biases = [layer.bias for layer in layers]
+        bias = None if biases[0] is None else torch.nn.Parameter(torch.cat(biases))
+        if kind is not PackedLinear:  # weights are held once
             for layer, part in zip(layers, weight.split(self.sizes)):
-                layer.weight.data = part
+                layer.weight.data = part if kind is linear else part.new_empty(0)
         self.layer = kind(torch.nn.Parameter(weight), bias)
 
     def forward(self, x):
@@ -75,8 +81,7 @@ def with_linear(module, kind):
 def state_of(model):
     """What a decoder is made from. Sums of weights' bits: fused optimizers and .data count no version."""
     adapters = [(m.enabled, m.alpha, m.r) for m in model.modules() if hasattr(m, "merged")]
-    sums = torch.stack([p.flatten().view(torch.int64).sum()  # of bits, without a copy
-                        for p in model.parameters()])
+    sums = torch.stack([p.flatten().view(torch.int64).sum() for p in model.parameters()])
     return model.cfg, adapters, sums.tolist()
 
 
@@ -84,11 +89,14 @@ def state_of(model):
 @torch.no_grad()
 def for_decoding(model):
     """The model as the decoder runs it, made again only when the model has changed."""
-    state = state_of(model)
-    if DECODERS.get(model, [None])[0] != state:
+    if DECODERS.get(model, [None])[0] != state_of(model):
         DECODERS.pop(model, None)  # first: there may be no room for two
-        kind = PackedLinear if can_pack(model.embed.weight) else linear
-        DECODERS[model] = state, with_linear(model, kind)
+        kind, embedding = linear, model.embed.weight.data
+        if can_pack(embedding):
+            kind = moved if model.only_decodes else PackedLinear
+        twin = with_linear(model, kind)
+        model.embed.weight.data = embedding  # a tied head's, too
+        DECODERS[model] = state_of(model), twin
     return DECODERS[model][1]
 
 

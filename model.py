@@ -418,6 +418,7 @@ def block_diffusion_layout(cfg, prompts, xt, x0):
 
 class Transformer(nn.Module):
     revision = None  # the hub commit that load() took the weights from
+    only_decodes = False  # on a CPU its packed weights then replace its own
     checkpoint_blocks = False  # training keeps a block's input only and computes the block again: less memory
 
     def __init__(self, cfg):

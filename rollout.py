@@ -2,7 +2,6 @@
 
     python rollout.py collect gsm8k --model llada --out out/gsm8k --privileged  # the same command continues
     python rollout.py inspect out/tad-tiny/trajectories -n 2  # in the order it was decoded; stats: numbers"""
-import sys
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -67,9 +66,6 @@ def rollout(model, tok, problems, folder, model_name, privileged=False, batch_si
     places = range(len(left)) if torch.distributed.is_initialized() else left
     todo = {i: p for place, (i, p) in zip(places, left.items()) if place % world == rank}
     if todo:
-        if rank == 0:  # until then the bar stands at 0
-            print(f"decoding {len(todo)} problems, {batch_size} at once; the first are finished after up to "
-                  f"{settings['gen_len']} forwards", file=sys.stderr)
         shard = Shard(folder, rank, len(todo), "sample", "collect")
         decode_into(shard, model, tok, todo, facts, batch_size, allow_code)
     barrier()

@@ -757,7 +757,8 @@ def load_both(args):
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     model = load(args.model, *default_device(), args.revision)
-    if getattr(args, "adapter", ""):
+    model.only_decodes = not getattr(args, "adapter", "")
+    if not model.only_decodes:
         lora.load(model, args.adapter)
     return model, data.load_tokenizer(args.model, args.revision)
 
@@ -804,7 +805,7 @@ def decode_one(model, tok, prompt, args, settings):
 
 def read_prompts(source):
     """A .jsonl of problems, whose answers are not used, or a text with a prompt per line -> rows."""
-    if re.search(r"\.(jsonl|json|parquet)(\.gz)?(:\w+=[^/]*)?$", source.name):
+    if re.search(r"\.(jsonl|json|parquet|csv|tsv)(\.gz)?(:\w+=[^/]*)?$", source.name):  # or refused there
         return data.load_problems(str(source))
     lines = [line for line in cli.read_text(source).split("\n") if line.strip()]
     return [dict(id=f"{source.stem}-{i}", prompt=line) for i, line in enumerate(lines)]

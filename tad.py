@@ -33,8 +33,8 @@ import torch.nn.functional as F
 import eval as nt_eval
 import lora
 import run
-from data import (TINY_TRAINING, example_rng, hidden_rows, load_problems, load_tokenizer, pad_response,
-                  privileged_ids, stacked, state_at, teacher_rows)
+from data import (TINY_TRAINING, example_rng, hidden_rows, load_problems, load_tokenizer, privileged_ids,
+                  stacked, state_at, teacher_rows)
 from model import by_chunks, response_blocks
 from rollout import collect, only_correct
 
@@ -139,8 +139,7 @@ def teacher_prompts(records, cfg, tok, model_cfg):
     if kind == "plain" or kind == "collection" and cfg.source == "no_privilege":
         return [r["prompt_ids"] for r in records]
     if kind != "system":
-        return [r.get("privileged_prompt_ids") or privileged_ids(tok, model_cfg, r).tolist()
-                for r in records]
+        return [r.get("privileged_prompt_ids") or privileged_ids(tok, model_cfg, r).tolist() for r in records]
     system = f"{tok.chat.system}\n\nReference Answer: "  # behind the family's own, in one turn
     return [privileged_ids(tok, model_cfg, r, r["prompt"], system + r["solution"]).tolist() for r in records]
 
@@ -211,11 +210,11 @@ def trajectories(cfg, model, tok, problems, out):
     kept = only_correct(collect(cfg, model, tok, problems, out, privileged=privileged))
     if cfg.source != "gt_random":
         return kept
-    solution = {p["id"]: tok.response_ids(p["solution"]) for p in problems}  # Table 4's first row
+    solution = {p["id"]: tok.response_ids(p["solution"], cfg.gen_len) for p in problems}  # Table 4, first row
     fits = [k for k in kept if len(solution[k["id"]]) <= cfg.gen_len]
     if len(fits) < len(kept):
         print(f"{len(kept) - len(fits)} solutions are longer than --gen_len {cfg.gen_len}: left out")
-    return [{**k, "x0": pad_response(solution[k["id"]], cfg.gen_len, tok.eos_id)} for k in fits]
+    return [{**k, "x0": solution[k["id"]]} for k in fits]
 
 
 def training_pairs(records, cfg, epoch):

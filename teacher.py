@@ -72,6 +72,12 @@ def token_nll(teacher, ids, metric="nll"):
     return F.pad(by_chunks(score, rows * ids.shape[1], ids), (1, 0))
 
 
+def check_length(teacher, name, ids):
+    most = getattr(teacher.config, "max_position_embeddings", math.inf)
+    if len(ids) > most:
+        raise UserError(f"{name}: {len(ids)} tokens, the teacher takes {most}: --max_prompt")
+
+
 def spread(values, teacher_bytes, student_bytes):
     """Scores of the teacher's tokens (m,) -> of the student's (n,): spread evenly over bytes, then summed."""
     ends, teacher_ends, sums = (np.cumsum([0, *x]) for x in (student_bytes, teacher_bytes, values))
@@ -101,10 +107,8 @@ def difficulty(examples, tok, teacher, teacher_tok, metric):
     """Every example's L scores in nats; the first EOS has that of the teacher's end token, the rest NaN."""
     pieces = [teacher_pieces(e, tok, teacher_tok) for e in examples]
     rows = [torch.tensor(prompt + ids + [teacher_tok.eos_id]) for prompt, ids, *_ in pieces]
-    most = getattr(teacher.config, "max_position_embeddings", math.inf)
     for e, row in zip(examples, rows):
-        if len(row) > most:
-            raise UserError(f"example {e['id']}: {len(row)} tokens, the teacher takes {most}: --max_prompt")
+        check_length(teacher, f"example {e['id']}", row)
     scored = token_nll(teacher, pad_sequence(rows, batch_first=True).to(teacher.device), metric)
     out = []
     for row, e, piece in zip(scored.cpu().double().numpy(), examples, pieces):

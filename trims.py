@@ -38,7 +38,7 @@ import eval as nt_eval
 import model as nt_model
 import run
 from data import (GAMES, TINY_LEN, example_rng, fitting, game_example, hidden_rows, load_problems,
-                  load_tokenizer, pad_response, read_trajectories, stacked)
+                  load_tokenizer, read_trajectories, stacked)
 from teacher import load_teacher_tokenizer, score_examples
 
 
@@ -160,11 +160,11 @@ def load_examples(cfg, tok):
     fits = []
     for p in problems:
         text = f"{p['thinking']}\n{p['solution']}" if cfg.with_thinking else p["solution"]
-        ids = tok.response_ids(unicodedata.normalize("NFC", text))
+        ids = tok.response_ids(unicodedata.normalize("NFC", text), cfg.gen_len)
         if p["solution"].strip() and len(ids) <= cfg.gen_len:
             fits.append(dict(id=p["id"], prompt=p["prompt"], earlier=p.get("earlier", []),
                              **{k: p[k] for k in ["raw"] if k in p}, prompt_ids=tok.prompt_ids(p).tolist(),
-                             x0=pad_response(ids, cfg.gen_len, tok.eos_id)))
+                             x0=ids))
     bare = [p["id"] for p in problems if not p["solution"].strip()]
     if len(fits) < len(problems):
         print(f"{len(problems) - len(fits)} of {len(problems)} rows are left out: {len(bare)} have no "

@@ -2,6 +2,7 @@
 CI counts; it never looks at a clock. Most tests let dynamo capture the graphs and run them as they are
 (backend "eager"); inductor's code is run once per family.
 """
+import copy
 import json
 import re
 from contextlib import contextmanager
@@ -221,6 +222,27 @@ def test_packed_layers_are_the_same_layers():
     n = len(layers.PACKED)
     del fast, model
     assert len(layers.PACKED) == n - 18  # nothing outlives it: one with the adapters, one without
+
+
+@pytest.mark.parametrize("settings", [{}, dict(tied=True), dict(qkv_bias=True, n_kv_head=1), dict(tied=True, qk_norm=True)])
+def test_a_model_that_only_decodes_holds_its_weights_once(monkeypatch, settings):
+    """Packed, its own linear layers are empty, a tied embedding is not; the second call packs nothing."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this CPU build of torch has no oneDNN")
+    model, prompts = random_model(**settings), prompts_of([9, 4])
+    own, decoding = copy.deepcopy(model), dict(gen_len=16, block_len=8, threshold=0.2)
+    own.only_decodes, model.only_decodes = False, True
+    want, numbers = sample.generate(own, prompts, **decoding), []
+    inner = torch.ops.mkldnn._reorder_linear_weight
+    monkeypatch.setattr(layers.torch.ops.mkldnn, "_reorder_linear_weight", lambda *args: numbers.append(1) or inner(*args), raising=False)
+    for packed in (len(model.blocks) * 4 + 1, 0):  # q, k, v and gate, up are joined
+        numbers.clear()
+        outs = sample.generate(model, prompts, **decoding)
+        assert len(numbers) == packed
+        assert all(torch.equal(a.ids, b.ids) and torch.equal(a.order, b.order) for a, b in zip(want, outs))
+    assert torch.equal(model.embed.weight, own.embed.weight)
+    kept = sum(p.numel() for name, p in model.named_parameters() if name.endswith("proj.weight") or name == "head.weight")
+    assert kept == 0 and sum(p.numel() for p in own.parameters()) > 2 * sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("packed", [True, False])

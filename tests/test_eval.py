@@ -130,10 +130,10 @@ def test_teacher_nll_along_a_decoding():
     """Every point is the teacher's mean NLL of the revealed tokens in text order."""
     tok, teacher_tok = data.load_tokenizer("tiny"), teacher.load_teacher_tokenizer("tiny-ar")
     tiny_ar, problem = teacher.load_teacher("tiny-ar"), data.load_problems("tiny", "dev", 1)[0]
-    ids = data.pad_response(tok.response_ids(problem["solution"]), 48, tok.eos_id)
+    ids = tok.response_ids(problem["solution"], 48)
     order = torch.randperm(48, generator=torch.Generator().manual_seed(0))
     out = sample.Output(torch.tensor(ids), order, order, torch.ones(48), 48)
-    curve = nt_eval.trajectory_nll(tiny_ar, teacher_tok, tok, problem["prompt"], out, (tok.eos_id,))
+    curve = nt_eval.trajectory_nll(tiny_ar, teacher_tok, tok, problem, out, (tok.eos_id,))
     head = tok.prompt_ids(problem["prompt"]).tolist()
     for t in (10, 30, 47):
         shown = [i for i, o in zip(ids, order.tolist()) if o <= t and i != tok.eos_id]
@@ -498,7 +498,7 @@ def test_tds_command(tmp_path, monkeypatch, capsys):
     """What it prints is the mean over the trajectories of a folder, of one hand-written record here."""
     p = data.load_problems("tiny", "train", 1)[0]
     tok = data.load_tokenizer("tiny")
-    x0 = data.pad_response(tok.response_ids(p["solution"]), 48, tok.eos_id)
+    x0 = tok.response_ids(p["solution"], 48)
     record = dict(id="a", source="tiny", prompt=p["prompt"], prompt_ids=tok.prompt_ids(p["prompt"]).tolist(),
                   x0=x0, order=list(range(48)), rank=list(range(48)), nfe=48, solution="", answer="",
                   correct=True, model="tiny", decoding={}, schema=1)
@@ -539,7 +539,7 @@ def test_cross_entropy_of_own_text_and_solutions(tmp_path, monkeypatch, capsys):
     tok, problems = data.load_tokenizer("tiny"), data.load_problems("tiny", "train", 3)
     lines = []
     for p, solution in zip(problems, (problems[0]["solution"], problems[1]["solution"], "")):
-        ids = data.pad_response(tok.response_ids(problems[2]["solution"]), 48, tok.eos_id)  # of another problem
+        ids = tok.response_ids(problems[2]["solution"], 48)  # of another problem
         lines.append(dict(id=p["id"], source="tiny", prompt=p["prompt"], prompt_ids=tok.prompt_ids(p["prompt"]).tolist(),
                           x0=ids, order=list(range(48)), rank=list(range(48)), nfe=48, solution=solution, answer="",
                           correct=True, model="tiny", decoding={}, schema=1))
@@ -550,8 +550,8 @@ def test_cross_entropy_of_own_text_and_solutions(tmp_path, monkeypatch, capsys):
     assert list(said) == ["own text, tiny", "solutions, tiny"] and (tmp_path / "o/ce.png").exists()
     own, solutions = ([v for v in values if v == v] for values in said.values())
     assert len(own) == len(solutions) == 10 and solutions[-1] < 1 < own[-1]  # the wrong text is unlikely
-    assert np.allclose(solutions, np.mean([nt_eval.masked_ce(nt_model.load("tiny"), line | dict(x0=data.pad_response(
-        tok.response_ids(line["solution"]), 48, tok.eos_id))) for line in lines[:2]], 0)[1:], atol=1e-4)
+    assert np.allclose(solutions, np.mean([nt_eval.masked_ce(nt_model.load("tiny"), line | dict(
+        x0=tok.response_ids(line["solution"], 48))) for line in lines[:2]], 0)[1:], atol=1e-4)
     (tmp_path / "t/rank0.jsonl").write_text(json.dumps(lines[2]) + "\n")
     with pytest.raises(UserError, match="no trajectory; --ce wants solutions"):
         cli(monkeypatch, "tds", "--ce", "--trajectories", tmp_path / "t", "--out", tmp_path / "o")

@@ -324,13 +324,22 @@ def test_real_configs_on_the_meta_device(hub, folder, n_parameters):
     ("dream-coder", "dream", 7_615_616_512, (151666, (151643, 151645), 151643), 0),
     ("diffucoder", "dream", 7_615_616_512, (151666, (151643, 151645), 151643), 0),
     ("sdar-8b", "sdar", 8_190_735_360, (151669, (151643, 151645), 151643), 4),
+    ("sdar-1.7b-chat", "sdar", 2_031_739_904, (151669, (151643, 151645), 151643), 4),
+    ("a2d-0.6b", "a2d", 596_049_920, (151669, (151645,), 151645), 0),
     ("diffcoder-base", "diffcoder", 8_250_462_208, (5, (2,), 1), 4)])
 def test_config_files_of_other_presets(hub, tmp_path, folder, family, n_parameters, ids, block_len):
-    """Without any of their other files, see fixtures/README.md; a hub id's name tells SDAR's blocks."""
-    cfg = nt_model.read_config(hub / folder)
+    """Without any of their other files, see fixtures/README.md; a hub id's name tells SDAR's blocks, and A2D's kind."""
+    names = {"sdar-1.7b-chat": "SDAR-1.7B-Chat", "a2d-0.6b": "models--dllm-hub--Qwen3-0.6B-diffusion-mdlm-v0.1"}
+    shutil.copytree(hub / folder, tmp_path / names.get(folder, folder))
+    if family == "a2d":  # its mask id is known to the tokeniser alone
+        token = dict(added_tokens_decoder={"151669": dict(content="<|mask|>")}, mask_token="<|mask|>")
+        (tmp_path / names[folder] / "tokenizer_config.json").write_text(json.dumps(token))
+    cfg = nt_model.read_config(tmp_path / names.get(folder, folder))
     with torch.device("meta"):
         assert sum(p.numel() for p in nt_model.Transformer(cfg).parameters()) == n_parameters
     assert (cfg.family, (cfg.mask_id, cfg.eos_ids, cfg.pad_id), cfg.block_len) == (family, ids, block_len)
+    if family == "a2d":
+        return
     named = tmp_path / "models--JetLM--SDAR-8B-Chat-b32/snapshots/1"
     shutil.copytree(hub / folder, named)
     assert nt_model.read_config(named).block_len == (32 if family == "sdar" else block_len)

@@ -378,6 +378,7 @@ def test_waiting_prompts_take_free_places(monkeypatch):
 # ------------------------------------------------------------------------------------ order, rank, early stop
 class Scripted(torch.nn.Module):
     """A model whose logits depend on the position only: decoding can be worked out by hand. P = 2, V = 6."""
+    only_decodes = False
 
     def __init__(self, table):
         super().__init__()

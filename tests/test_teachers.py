@@ -1,13 +1,14 @@
 """AR teachers with tokenisers of their own: ids, templates, bytes and scores, against `transformers`."""
 import json
 import os
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from checkpoints import official_checkpoint
-from conftest import FIXTURES
+from conftest import FIXTURES, command
 from tokenizers import (AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors,
                         trainers)
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM,
@@ -287,3 +288,5 @@ def test_an_example_that_is_too_long_for_the_teacher_is_named(tmp_path):
     example = dict(id="row-7", prompt="a b c d e f g h", prompt_ids=[1], x0=tok.response_ids("pink and red"))
     with pytest.raises(UserError, match=r"example row-7: \d+ tokens, the teacher takes 8: --max_prompt"):
         difficulty([example], tok, load_teacher(folder), load_teacher_tokenizer(folder), "nll")
+    done = command(tmp_path, "eval.py", "nll", "--n", 1, "--teacher", folder, "--gen_len", 8, "--block_len", 8)
+    assert done.returncode == 2 and re.search(r"problem tiny-test-0 and its response: \d+ tokens, the teacher takes 8: --max_prompt", done.stderr)

@@ -94,7 +94,7 @@ def test_numbers_of_json_are_answers(tmp_path):
         grade.check_gradable([p], False)
         assert grade.is_correct(p, rf"\boxed{{{said[row['answer']]}}}") and not grade.is_correct(p, r"\boxed{7}"), p
     for value in (["12"], {"a": 1}, True, [], [0]):
-        with pytest.raises(UserError, match="mine.jsonl line 2: answer must be text or a number, it is"):
+        with pytest.raises(UserError, match="mine.jsonl line 2: answer must be text or a number, not"):
             problems(tmp_path, dict(prompt="q", answer=1), dict(prompt="r", answer=value))
     for value in (float("nan"), float("inf"), -float("inf"), "", " \n", "1e999"):  # JSON has none of the first three
         for p in problems(tmp_path, *[dict(prompt="q", answer=value, grader=grader) for grader in ("final", "number", "math")]):
@@ -422,7 +422,7 @@ def test_raw_rows_are_asked_without_a_template(tmp_path, family, monkeypatch):
         (p,) = problems(tmp_path, dict(prompt="a", raw=said))
         assert tok.prompt_ids(p).tolist() == tok.prompt_ids("a").tolist() != tok.encode("a")
     for said in ("yes", "true", 2, [True], "", {}):
-        with pytest.raises(UserError, match="line 1: raw must be true or false, it is "):
+        with pytest.raises(UserError, match="line 1: raw must be true or false, not "):
             problems(tmp_path, dict(prompt="a", raw=said))
     (p,) = problems(tmp_path, chat)
     assert tok.decode(tok.prompt_ids(p).tolist()).split() == "Be brief. 2 + 2? 4 <|im_end|> and 3 + 3?".split()
@@ -668,3 +668,12 @@ def test_parquet_holds_dates_and_bytes(tmp_path, monkeypatch):
     for _ in range(2):
         done = command(tmp_path, "sample.py", "--prompts", "t.parquet", "--to", "o.jsonl", "--gen_len", 16, "--block_len", 16)
         assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name, text", [("p.csv", "prompt,answer\nwhat is it ?,4\n"), ("p.tsv", "prompt\tanswer\nx\t4\n"), ("p.csv.gz", ""),
+                                        ("p.csv", "prompt;answer\na;b\n")])
+def test_a_spreadsheet_is_refused_and_not_read_as_lines_of_text(tmp_path, name, text):
+    (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    done = command(tmp_path, "sample.py", "--prompts", name, "--to", "out.jsonl")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and name in done.stderr, done.stderr
+    assert not (tmp_path / "out.jsonl").exists()

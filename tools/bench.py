@@ -145,6 +145,7 @@ def main():
         model = random_weights(SHAPES[args.model], *default_device())
     else:
         model, _ = nt_eval.load_both(args)
+        model.only_decodes = False  # others decode with it, too
     torch.manual_seed(0)
     prompts = torch.randint(model.cfg.mask_id, (args.batch_size, args.prompt_len))
     s = sample.Decoding(**decoding_defaults(model.cfg) | dict(policy="static", early_stop=False) | given)

@@ -55,9 +55,7 @@ def bridge(model, tok, settings, batch_size=32, kept=None):
             self.decoded |= nt_eval.decode_by_id(model, tok, prompts, settings, batch_size, kept, "responses")
             return [before_stop(self.decoded[name]["response"], request.args[1].get("until"), None)
                     for name, request in zip(names, requests)]
-        def loglikelihood(self, requests):
-            raise UserError(NO_LIKELIHOOD)
-        loglikelihood_rolling = loglikelihood
+        loglikelihood = loglikelihood_rolling = None  # load_tasks() refuses what asks for them
     model.eval()
     return MaskedDiffusion()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -23,7 +24,10 @@ from model import token_positions  # noqa: E402
 def batch_at(step, size, n_steps, tok, task):
     """Left-padded ids, which are real, and which carry loss: the response up to its first EOS."""
     rows = [data.game_example(tok, task, step * size + i, n_steps * size) for i in range(size)]
-    ids, valid = data.left_padded([torch.tensor(r["prompt_ids"] + r["x0"]) for r in rows], tok.eos_id)
+    whole = [torch.tensor(r["prompt_ids"] + r["x0"]) for r in rows]
+    ids = pad_sequence(whole, batch_first=True, padding_value=-1, padding_side="left")
+    valid = ids >= 0
+    ids = ids.where(valid, tok.eos_id)
     answer = torch.zeros_like(valid)
     answer[:, -data.TINY_LEN:] = True
     tail = (ids == tok.eos_id) & answer
