@@ -7,9 +7,10 @@ import subprocess
 import sys
 
 import torch
-from checkpoints import official_checkpoint
+from checkpoints import official_checkpoint, raw_config
 from conftest import ROOT
 
+import bench
 import model as nt_model
 
 PEAK = """
@@ -61,7 +62,7 @@ prompts, s = [torch.arange(128)], dict(gen_len=256, block_len=32, policy='static
 tiny = model.load('tiny')
 sample.generate(tiny, [torch.arange(9)], gen_len=16, block_len=8)  # what is imported and set up once
 peak.start(); time.sleep(0.05)
-m = bench.random_weights(cfg)
+m = model.load(sys.argv[2]) if sys.argv[2:] else bench.random_weights(cfg)
 weights = sum(p.nbytes for p in m.parameters()) >> 20
 cache = 8 * (128 + 256 + 1) * 2 * 512 * 4 >> 20
 m.only_decodes = sys.argv[1] == 'once'
@@ -88,9 +89,13 @@ def test_peak_memory_of_the_loss(tmp_path):
     assert peaks["plain"] > 4 * 250 and peaks["chunked"] < peaks["plain"] / 2  # logits: 250 MiB
 
 
-def test_peak_memory_of_decoding():
+def test_peak_memory_of_decoding(tmp_path):
     """llada-60m on a CPU, batch 1: a model that may train keeps its weights beside the packed ones."""
+    raw = raw_config("dream", vocab_size=32_000, hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8,
+                     num_key_value_heads=8, tie_word_embeddings=False)
+    nt_model.save(bench.random_weights(nt_model.config_from_json(raw)), tmp_path)  # a file of fp32 weights, mapped
     peaks = {how: measured(DECODING, how) for how in ("beside", "once")}
+    peaks["once, of a file"] = measured(DECODING, "once", tmp_path)
     for how, (first, second, least) in peaks.items():
         print(f"\n| {how} | {first} MiB, {first / least:.2f} x | {second} MiB, {second / least:.2f} x | {least} MiB |")
     assert peaks["once"][1] < 0.7 * peaks["beside"][1]
