@@ -256,17 +256,17 @@ class RMSNorm(nn.RMSNorm):
 
 
 def rope_angles(cfg, positions):
-    """positions (B, T) -> cos, sin (B, 1, T, head_dim) fp32."""
+    """positions (B, T) -> cos, sin (B, 1, T, head_dim) fp32, of negative angles in the first half."""
     even = torch.arange(0, cfg.head_dim, 2, device=positions.device).float()
     angles = positions[:, None, :, None].float() * cfg.rope_theta ** (-even / cfg.head_dim)
-    angles = torch.cat([angles, angles], -1)
+    angles = torch.cat([-angles, angles], -1)
     return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
     """Half-rotated RoPE. x (B, H, T, head_dim)."""
     a, b = x.chunk(2, -1)
-    return x * cos + torch.cat([-b, a], -1) * sin
+    return x * cos + torch.cat([b, a], -1) * sin
 
 
 class Block(nn.Module):
