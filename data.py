@@ -137,8 +137,7 @@ def own_problems(source):
         path, names = given[1], dict(pair.split("=") for pair in given[2].split(","))
     if not os.path.isfile(path):
         raise UserError(f"no data {source!r}: give one of {', '.join([*GAMES, *RECIPES])}, "
-                        f"or the path of a .jsonl file with prompt, solution, answer"
-                        + " (rollout.py stats and inspect read trajectories)" * os.path.isdir(path))
+                        f"or a .jsonl file, no directory, with prompt, solution, answer (records: rollout.py)")
     unknown = sorted(names.keys() - OWN_FIELDS)
     if unknown:
         raise UserError(f"{source}: no field {unknown[0]!r} to fill; there are {', '.join(OWN_FIELDS)}")
@@ -343,8 +342,11 @@ def bpe_tokens(folder, cfg):
         plain = {i: table[i] for token, i in vocab.items() if special.get(token) != i}
         complete = {bytes([b]) for b in range(128)} <= set(plain.values())
         repeated = len(set(vocab.values())) < len(vocab)
-        if not complete or repeated or set(special.values()) & set(plain):
-            raise ValueError("not one id per token, or bytes are missing")
+        last = bare.id_to_token(max(plain))
+        cut = kind is Qwen2Tokenizer and bare.model.tokenize(last)[1:]  # its merge is not there
+        shared = set(special.values()) & set(plain)
+        if cut or not complete or repeated or shared:
+            raise ValueError(f"not one id per token, bytes are missing, or no merge gives {last!r}")
     except Exception as e:  # the libraries raise many kinds
         raise UserError(f"{folder} has no tokeniser: neither tokenizer.json nor vocab.json and merges.txt is "
                         f"a byte-level BPE ({e})") from None

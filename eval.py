@@ -571,8 +571,7 @@ def nll_command(args, given):
     problems = data.fitting(problems, tok, args.max_prompt, model.cfg.max_len - decoding_of(settings).gen_len)
     outs = sample.generate(model.eval(), [tok.prompt_ids(p) for p in problems], args.batch_size, **settings)
     bar = cli.progress_bar(problems, f"teacher NLL {label}", unit="decoding")
-    rows = [trajectory_nll(teacher, teacher_tok, tok, *pair, model.cfg.eos_ids)
-            for pair in zip(bar, outs)]
+    rows = [trajectory_nll(teacher, teacher_tok, tok, *pair, model.cfg.eos_ids) for pair in zip(bar, outs)]
     path = Path(args.out) / "trajectory_nll.png"
     report_by_step(label, mean_by_step(rows), "teacher NLL", "nats per token", path)
 

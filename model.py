@@ -136,7 +136,8 @@ FAMILIES = {
         thinks=False),
 }
 REFUSED = {key: built for built, keys in [  # of config.json, and what is built: others are other networks
-    (None, "quantization_config num_experts num_local_experts clip_qkv layer_norm_eps logit_softcapping"),
+    (None, "quantization_config num_experts num_local_experts clip_qkv layer_norm_eps logit_softcapping "
+           "final_logit_softcapping attn_logit_softcapping bd_size"),
     (False, "use_sliding_window alibi scale_logits input_emb_norm attention_layer_norm bias_for_layer_norm "
             "include_bias include_qkv_bias attention_bias mlp_bias embedding_layer_norm "
             "multi_query_attention"),
@@ -623,7 +624,9 @@ def family_of(name, revision=None):
 def weight_files(folder):
     """The safetensors files of a checkpoint directory, through its index when it is sharded."""
     index = folder / "model.safetensors.index.json"
-    shards = read_object(index).get("weight_map") if index.exists() else {"": "model.safetensors"}
+    shards = {"": "model.safetensors"}  # goes first where both are, as in transformers
+    if index.exists() and not (folder / shards[""]).exists():
+        shards = read_object(index).get("weight_map")
     if not isinstance(shards, dict):
         raise UserError(f"{index} has no weight_map: not an index of safetensors files")
     names = sorted(set(map(str, shards.values())))

@@ -139,7 +139,8 @@ def teacher_prompts(records, cfg, tok, model_cfg):
     if kind == "plain" or kind == "collection" and cfg.source == "no_privilege":
         return [r["prompt_ids"] for r in records]
     if kind != "system":
-        return [r.get("privileged_prompt_ids") or privileged_ids(tok, model_cfg, r).tolist() for r in records]
+        return [r.get("privileged_prompt_ids") or privileged_ids(tok, model_cfg, r).tolist()
+                for r in records]
     system = f"{tok.chat.system}\n\nReference Answer: "  # behind the family's own, in one turn
     return [privileged_ids(tok, model_cfg, r, r["prompt"], system + r["solution"]).tolist() for r in records]
 
@@ -185,14 +186,10 @@ def auto_window(decay, mode):
 
 def choose_window(cfg, model, records, r):
     """W: the number given, or by the rule. The untrained student's decay is measured and drawn anyway."""
-    fixed = cfg.window.isdecimal()
     decay = nt_eval.confidence_decay(model, records)
-    window = int(cfg.window) if fixed else auto_window(decay, cfg.window)
+    window = int(cfg.window) if cfg.window.isdecimal() else auto_window(decay, cfg.window)
     if r.rank == 0:
-        never = not fixed and window == len(decay)
-        shown = " ".join(f"{p:.2f}" for p in decay[:16])
-        print(f"confidence by forwards ahead: {shown} ...  W = {window}"
-              + " (never below the level: all tokens are near)" * never)
+        print(f"W = {window} of {len(decay)} forwards")
         lines = {f"student, W = {window}": decay}
         key = "privileged_prompt_ids"
         asked = [x | {"prompt_ids": x[key]} for x in records if key in x]

@@ -162,9 +162,8 @@ def load_examples(cfg, tok):
         text = f"{p['thinking']}\n{p['solution']}" if cfg.with_thinking else p["solution"]
         ids = tok.response_ids(unicodedata.normalize("NFC", text), cfg.gen_len)
         if p["solution"].strip() and len(ids) <= cfg.gen_len:
-            fits.append(dict(id=p["id"], prompt=p["prompt"], earlier=p.get("earlier", []),
-                             **{k: p[k] for k in ["raw"] if k in p}, prompt_ids=tok.prompt_ids(p).tolist(),
-                             x0=ids))
+            fits.append(dict(id=p["id"], prompt=p["prompt"], x0=ids, earlier=p.get("earlier", []),
+                             **{k: p[k] for k in ["raw"] if k in p}, prompt_ids=tok.prompt_ids(p).tolist()))
     bare = [p["id"] for p in problems if not p["solution"].strip()]
     if len(fits) < len(problems):
         print(f"{len(problems) - len(fits)} of {len(problems)} rows are left out: {len(bare)} have no "

@@ -302,6 +302,29 @@ def test_tokeniser_errors(tmp_path):
     assert data.load_tokenizer(folder).encode("ab") == [97, 98]
 
 
+@pytest.mark.parametrize("kept", [0, 1000, 75_694, -1])
+def test_merges_that_are_cut_off_are_refused(hub, tmp_path, kept):
+    """Every id is in vocab.json still, but texts would become other ids."""
+    folder = shutil.copytree(hub / "dream", tmp_path / "dream")
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "merges.txt").write_text("".join(lines[:kept]), encoding="utf-8")
+    with pytest.raises(UserError, match="no merge gives"):
+        data.load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("family", ["dream", "llada", "a2d"])
+def test_one_file_goes_before_an_index_as_in_transformers(tmp_path, family):
+    old, new = (official_checkpoint(tmp_path / str(seed), family, seed=seed) for seed in (0, 1))
+    nt_model.save(nt_model.load(new), tmp_path / "one")
+    shutil.copy(tmp_path / "one/model.safetensors", old)  # beside an index and its shards
+    ids = prompts_of([9], vocab=250)[0][None]
+    with torch.no_grad():
+        assert torch.equal(nt_model.load(old)(ids), nt_model.load(new)(ids))
+    for shard in old.glob("model-*-of-*"):
+        shard.unlink()
+    assert nt_model.load(old)
+
+
 # ---------------------------------------------------------------------------------------------------- configs
 @pytest.mark.parametrize("folder, n_parameters", [("llada", 8_015_581_184), ("dream", 7_615_616_512),
                                                   ("sdar-4b", 4_411_424_256), ("sdar-1.7b", None)])

@@ -17,7 +17,6 @@ from cli import UserError, option, package, run_cli, write_whole
 from sample import Decoding
 
 UNSAFE = "would run code here: `eval.py curve --task humaneval` contains it, --allow_code_execution insists"
-NO_LIKELIHOOD = "a masked diffusion model has no exact log-likelihoods: choose tasks of generate_until"
 
 
 def lm_eval_package():
@@ -77,7 +76,8 @@ def load_tasks(names, include_path, allow_code):
                         f"tasks` lists what it has, --include_path adds a directory of your own") from None
     for name, task in loaded["tasks"].items():
         if task.OUTPUT_TYPE != "generate_until":
-            raise UserError(f"task {name} asks for {task.OUTPUT_TYPE}: {NO_LIKELIHOOD}")
+            raise UserError(f"task {name} asks for {task.OUTPUT_TYPE}: a masked diffusion model has no exact "
+                            f"log-likelihoods, choose tasks of generate_until")
         if getattr(task, "UNSAFE_CODE", False) and not allow_code:
             raise UserError(f"task {name} {UNSAFE}")
     manager.load = lambda names: loaded  # simple_evaluate asks for the same ones again
