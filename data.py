@@ -137,7 +137,7 @@ def own_problems(source):
         path, names = given[1], dict(pair.split("=") for pair in given[2].split(","))
     if not os.path.isfile(path):
         raise UserError(f"no data {source!r}: give one of {', '.join([*GAMES, *RECIPES])}, "
-                        f"or a .jsonl file, no directory, with prompt, solution, answer (records: rollout.py)")
+                        f"or a .jsonl file (no directory) with prompt, solution, answer")
     unknown = sorted(names.keys() - OWN_FIELDS)
     if unknown:
         raise UserError(f"{source}: no field {unknown[0]!r} to fill; there are {', '.join(OWN_FIELDS)}")
