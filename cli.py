@@ -302,17 +302,17 @@ def read_rows(path):
             for batch in parquet.ParquetFile(path).iter_batches():  # a set may not fit into memory
                 yield from json.loads(json.dumps(batch.to_pylist(), default=str))  # dates and bytes, too
         except (ValueError, OSError) as e:  # pyarrow's own are kinds of these
-            raise UserError(f"{path} is not a whole .parquet file ({e})") from None
+            raise UserError(f"{path} is not a whole .parquet file ({e}): copy it again") from None
         return
     if str(path).endswith((".json", ".json.gz")):
         rows = read_json(path)
         if not isinstance(rows, list):
-            raise UserError(f"{path} must hold a list of objects")
+            raise UserError(f"{path} must hold a list of objects: repair it")
     else:
         rows = read_jsonl(path)
     for i, row in enumerate(rows):
         if not isinstance(row, dict):
-            raise UserError(f"{path} line {i + 1} is not an object: {str(row)[:60]!r}")
+            raise UserError(f"{path} line {i + 1} is not an object: {str(row)[:60]!r}; repair it")
         yield row
 
 

@@ -157,11 +157,11 @@ def own_problems(source):
         code = map(p.get, "tests setup test_setup".split())
         texts = sum(map(listed, code), [])
         if not all(isinstance(text, str) for text in texts):
-            raise UserError(f"{where}: tests, setup, test_setup must be text or lists of texts")
+            raise UserError(f"{where}: tests, setup, test_setup must be text or lists of texts, {texts}")
         if "messages" in p:
             p |= last_exchange(p, where)
         if not p.get("prompt", "").strip():
-            raise UserError(f"{where}: 'prompt' is absent or empty; FILE:prompt=NAME takes another field")
+            raise UserError(f"{where}: 'prompt' is absent or empty; FILE:prompt=NAME takes one of {[*row]}")
         problems.append(p | {"id": whole(str(p["id"]))})
     if not problems:
         raise UserError(f"{source} is empty: at least one problem is needed")
@@ -178,7 +178,7 @@ def last_exchange(row, where):
         role = None
     if role != "user" or {who for who, _ in said} - {"system", "user", "assistant"}:
         raise UserError(f"{where}: messages must be turns with role and content (text) of system, user and "
-                        f"assistant, the last one the user's, or the assistant's answer to it")
+                        f"assistant, the last the user's or the assistant's, not {str(row['messages'])[:40]}")
     return dict(prompt=prompt, earlier=said, solution=solution)
 
 
@@ -191,7 +191,7 @@ def fitting(problems, tok, most, room, asked=None):
         if room < n <= (most or n):
             way = f", or leave such out by --max_prompt {room}" * (room > 0)
             raise UserError(f"prompt {p['id']!r} has {n} tokens, of which model and gen_len allow {room}: "
-                            f"shorten it, lower gen_len{way}")
+                            f"shorten it in {p.get('source', 'the text')}, lower gen_len{way}")
         kept += [p] * (n <= (most or n))
     if len(kept) < len(problems):
         print(f"{len(problems) - len(kept)} prompts are longer than --max_prompt {most}: left out")
@@ -292,7 +292,7 @@ class OwnChat:
         said = [whole(content) for who, content in hidden if who != "assistant"]  # of it, thoughts may go
         dropped = [content for content in said if content.strip() not in text]
         if dropped or len(rest) != len(written):
-            raise UserError(f"{self.name}: its chat_template repeats or drops {str(dropped + written)[:40]}")
+            raise UserError(f"{self.name}: chat_template repeats or drops {(dropped + written)[:1]}: mend it")
         for token, piece in zip(written, rest):
             ids += self.encode(token) + self.hf.encode(piece, add_special_tokens=False)
         return ids
@@ -349,7 +349,7 @@ def bpe_tokens(folder, cfg):
             raise ValueError(f"not one id per token, bytes are missing, or no merge gives {last!r}")
     except Exception as e:  # the libraries raise many kinds
         raise UserError(f"{folder} has no tokeniser: neither tokenizer.json nor vocab.json and merges.txt is "
-                        f"a byte-level BPE ({e})") from None
+                        f"a byte-level BPE, or tokenizer_config.json is wrong ({e}): copy them") from None
     def encode(text):
         return bare.encode(whole(text), add_special_tokens=False).ids
     chat = OwnChat(folder, hf, encode, FAMILIES[cfg.family].thinks, cfg.eos_ids[0])

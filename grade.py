@@ -48,7 +48,7 @@ def grader_of(problem):
 def check_gradable(problems, allow_code):
     """UserError, before anything is decoded, if one of them cannot be graded or needs allow_code."""
     for problem in problems:
-        grader, name = grader_of(problem), f"problem {problem.get('id')}"
+        grader, name = grader_of(problem), f"{problem.get('source')}: problem {problem.get('id')}"
         if grader not in GRADERS:
             raise UserError(f"{name}: no grader {grader!r}, there are {', '.join(GRADERS)}")
         need = "tests" if grader == "code" else "answer"

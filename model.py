@@ -195,7 +195,7 @@ def config_from_json(raw, file="config.json"):
     network = raw.get("model_type")
     known = {each: name for name, entry in FAMILIES.items() for each in entry.networks}
     if network not in [*known]:
-        raise UserError(f"{file} has model_type {network!r}; supported are {', '.join(known)}")
+        raise UserError(f"{file} has model_type {network!r}; supported are {', '.join(known)}: choose one")
     name, family = known[network], FAMILIES[known[network]]
     told = str([raw.get(key) for key in ("kind", "architectures", "auto_map")]).lower()
     kinds = [kind for kind in family.kinds if kind in told]
@@ -222,7 +222,7 @@ def config_from_json(raw, file="config.json"):
         typed = type(value) in (kind, int)
         valid = typed and (kind is int) <= value < 10**9
         if not valid and not ours.endswith(("_id", "_ids")):  # those are looked at below
-            raise UserError(f"{file} has {official.get(ours, ours)} {value!r}: "
+            raise UserError(f"{file} has {official.get(ours, ours)} {raw.get(ours, value)!r}: "
                             f"a valid {kind.__name__} is needed")
     facts.setdefault("head_dim", facts["d_model"] // facts["n_head"])
     eos = listed(facts["eos_ids"])
@@ -234,7 +234,7 @@ def config_from_json(raw, file="config.json"):
     mask = [cfg.mask_id] * (cfg.mask_id not in eos)
     for name, ids in dict(mask_token_id=mask, eos_token_id=eos, pad_token_id=[cfg.pad_id]).items():
         if not ids or not all(type(i) is int and 0 <= i < cfg.vocab_size for i in ids):
-            raise UserError(f"{file} (or generation_config.json) has {name} {raw.get(name, ids)!r}: "
+            raise UserError(f"{file} (generation_config.json, tokeniser) has {name} {raw.get(name, ids)!r}: "
                             f"an id below vocab_size {cfg.vocab_size} is needed, EOS and mask two of them")
     return cfg
 
@@ -559,7 +559,7 @@ def load(name, device="cpu", dtype=torch.float32, revision=None):
     for key, (_, shape) in own.items():
         if tensors[key].shape != shape:
             raise UserError(f"{folder}: tensor {key} has shape {tuple(tensors[key].shape)}, its config.json "
-                            f"asks for {tuple(shape)}: copy both again, or correct the sizes there")
+                            f"(vocab_size, hidden_size, heads) asks for {tuple(shape)}: copy both again")
     state = {name: tensors[key] for key, (name, _) in own.items()}
     model.load_state_dict(state, assign=True, strict=not cfg.tied)
     if cfg.tied:

@@ -341,7 +341,7 @@ def test_what_is_too_long_is_what_is_shown(tmp_path):
             data.fitting(rows, tok, None, 6)
         assert [p["id"] for p in data.fitting(rows, tok, 6, 6)] == ["b", "c", "d"]
     for room in (0, -5):  # gen_len fills the model: no --max_prompt helps
-        with pytest.raises(UserError, match=f"allow {room}: shorten it, lower gen_len$"):
+        with pytest.raises(UserError, match=f"allow {room}: shorten it in x, lower gen_len$"):
             data.fitting(short, tok, None, room)
     for none_left in ([problem], []):
         with pytest.raises(UserError, match="no prompt of .* is left: raise --max_prompt"):
