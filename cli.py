@@ -252,7 +252,7 @@ def read_jsonl(path, ours=False, mend=False, growing=False, **kinds):
                 break
             fault = f"{path} line {i} is not valid JSON or is damaged ({e}): {line[:60]!r}"
             if not mend:
-                raise UserError(f"{fault}; remove or repair that line") from None
+                raise UserError(f"{fault}; repair that line, or make the file a .jsonl") from None
             if not torn:
                 print(f"warning: {fault}; it is made again, and kept in {path}.damaged", file=sys.stderr)
             with open(f"{path}.damaged", "ab") as f:

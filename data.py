@@ -157,11 +157,11 @@ def own_problems(source):
         code = map(p.get, "tests setup test_setup".split())
         texts = sum(map(listed, code), [])
         if not all(isinstance(text, str) for text in texts):
-            raise UserError(f"{where}: tests, setup, test_setup must be text or lists of texts, {texts}")
+            raise UserError(f"{where}: tests, setup, test_setup must be text or lists, not {str(texts)[:40]}")
         if "messages" in p:
             p |= last_exchange(p, where)
         if not p.get("prompt", "").strip():
-            raise UserError(f"{where}: 'prompt' is absent or empty; FILE:prompt=NAME takes one of {[*row]}")
+            raise UserError(f"{where}: 'prompt' is absent or empty; FILE:prompt=NAME takes a {[*row][:9]}")
         problems.append(p | {"id": whole(str(p["id"]))})
     if not problems:
         raise UserError(f"{source} is empty: at least one problem is needed")
@@ -292,7 +292,7 @@ class OwnChat:
         said = [whole(content) for who, content in hidden if who != "assistant"]  # of it, thoughts may go
         dropped = [content for content in said if content.strip() not in text]
         if dropped or len(rest) != len(written):
-            raise UserError(f"{self.name}: chat_template repeats or drops {(dropped + written)[:1]}: mend it")
+            raise UserError(f"{self.name}: chat_template repeats or drops {str(dropped + written)[:40]}")
         for token, piece in zip(written, rest):
             ids += self.encode(token) + self.hf.encode(piece, add_special_tokens=False)
         return ids

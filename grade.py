@@ -27,7 +27,7 @@ NUMBER = re.compile(r"(?<!\^{)(?<!\^-)(?<!\^{-)(?:(?<![\w.)^])-?(?:[$€£]\s?)?
 SCALE = (r"(?!\s*(?i:hundred|thousand|[mb]illion|trillion|dozen|(?:[mb]n|mln|lakh|crore|and|over|plus|minus|"
          r"half|halves|thirds?|quarters?|squared|cubed)\b))")  # "3 million" is not 3
 UNIT = (r"\s?\\?%|\s?[€£]|\s?(?:°|\^{?\\circ}?)\s?[CF]?|(?:[\s~]|\\[,;: ])*+\\(?:text|mathrm){"
-        rf"{SCALE}[^{{}}0-9]*}}(?:\^{{?\d}}?)?|\s(?:m|in|mi)\^{{?\d}}?|\s?(?:[cdkm]m|[km]g|m[ls]|"
+        rf"{SCALE}[^{{}}0-9]*}}(?:\^{{?\d}}?)?|\s(?:m|in|mi)\^{{?\d}}?|\s?(?:[cdkm]m|[km]g|"
         r"ft|yd|lbs?|oz|hrs?|mins?|mph|kWh|units?)(?:\^{?\d}?)?(?![\w^])|"
         rf"\s{SCALE}\(?(?:[^\W\d_]{{2}}|[A-Z]-|[ghlmsAJKLNVW]\b)"
         r"(?:[^0-9=+*^\\-]|(?<=[^\W\d_])-(?=[^\W\d_]))*+")  # "2 x" has no unit
@@ -48,7 +48,7 @@ def grader_of(problem):
 def check_gradable(problems, allow_code):
     """UserError, before anything is decoded, if one of them cannot be graded or needs allow_code."""
     for problem in problems:
-        grader, name = grader_of(problem), f"{problem.get('source')}: problem {problem.get('id')}"
+        grader, name = grader_of(problem), f"{problem.get('source', 'own')}: problem {problem.get('id')}"
         if grader not in GRADERS:
             raise UserError(f"{name}: no grader {grader!r}, there are {', '.join(GRADERS)}")
         need = "tests" if grader == "code" else "answer"
@@ -131,7 +131,7 @@ def final_answer(text):
 def amount(text):
     """'$1,234.50' or '15\\text{ km}' -> number, letters of its unit; other text: NaN, equal to nothing."""
     found = re.fullmatch(rf"\+?({NUMBER.pattern})(?:[*_`$]|\\[)\]])*+({UNIT})?", typed(text))
-    unit = found and re.sub(r"\\text|\\mathrm|\\circ|[^a-z0-9]|(?<=\w{3})s\b", "", (found[2] or "").lower())
+    unit = found and re.sub(r"\\text|\\mathrm|\\circ|[^a-z0-9]|(?<=\w\w)s\b", "", (found[2] or "").lower())
     return (last_number(found[1]), unit) if found else (Decimal("NaN"), "")
 
 

@@ -155,7 +155,7 @@ def load(model, folder):
     wrong = sorted({name for name, *_ in kinds[0] ^ kinds[1]})
     if wrong:
         merge(model)  # B = 0: this only takes the empty adapters off again
-        raise UserError(f"{folder} does not fit the base (r {config['r']}), or is quantised: {wrong[:2]}")
+        raise UserError(f"{folder} does not fit the base (its r?), or is quantised: {wrong[:2]}; use peft")
     for name, t in wanted.items():
         t.copy_(tensors[name])
     return model

@@ -804,8 +804,8 @@ def decode_one(model, tok, prompt, args, settings):
 
 
 def read_prompts(source):
-    """Problems, whose answers are not used, or a .txt, .md or name without an ending: a prompt per line."""
-    if not re.search(r"(^[^.:]*|\.(txt|md))$", source.name, re.I):
+    """A .jsonl of problems, whose answers are not used, or a text with a prompt per line -> rows."""
+    if re.search(r"\.(jsonl|JSONL|ndjson|json|parquet|csv|tsv|xlsx)(\.gz)?(:\w+=[^/]*)?$", source.name):
         return data.load_problems(str(source))
     lines = [line for line in cli.read_text(source).split("\n") if line.strip()]
     return [dict(id=f"{source.stem}-{i}", prompt=line) for i, line in enumerate(lines)]

@@ -181,7 +181,6 @@ def token_terms(logits, ref_logits, x0, u, cfg, mask_id=None):
     if ref_logits is None:  # naive TD reads the first only
         return logp.gather(1, x0[:, None]).expand(-1, 4)
     ref = F.log_softmax(ref_logits.float(), -1)
-
     def of(ids):
         return [t.gather(1, ids[:, None])[:, 0] for t in (logp, ref)]
     p_ref = ref.exp()

@@ -73,9 +73,9 @@ def token_nll(teacher, ids, metric="nll"):
 
 
 def check_length(teacher, name, ids):
-    most = getattr(teacher.config, "max_position_embeddings", math.inf)
+    most = getattr(teacher.config, "max_position_embeddings", None) or math.inf
     if len(ids) > most:
-        raise UserError(f"{name}: {len(ids)} tokens, the teacher takes {most}: --max_prompt")
+        raise UserError(f"{name}: {len(ids)} tokens, the teacher takes {most}: --max_prompt, --gen_len")
 
 
 def spread(values, teacher_bytes, student_bytes):

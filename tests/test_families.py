@@ -540,7 +540,7 @@ def test_a_folder_above_says_nothing_about_a_model(tmp_path):
     ("diffcoder", dict(mlp_bias=True)), ("a2d", dict(partial_rotary_factor=0.5)), ("llada", dict(include_qkv_bias=True)),
     ("llada", dict(alibi=True)), ("llada", dict(input_emb_norm=True)), ("llada", dict(rope=False)),
     ("sdar", dict(quantization_config=dict(quant_method="fp8"))), ("llada", dict(num_experts=8)),
-    ("llada", dict(embedding_layer_norm=True)), ("llada", dict(rope_full_precision=False)), ("llada", dict(clip_qkv=8.0)),
+    ("llada", dict(embedding_layer_norm=True)), ("llada", dict(rope_full_precision=False)), ("llada", dict(clip_qkv=8.0)), ("dream", dict(final_logit_softcapping=30.0)), ("sdar", dict(attn_logit_softcapping=50.0)), ("dream", dict(bd_size=32)),
     ("llada", dict(block_type="sequential")), ("llada", dict(layer_norm_type="default"))])
 def test_another_network_is_refused_by_its_key(family, changes):
     (key, value), = changes.items()

@@ -26,7 +26,7 @@ LINUX = sys.platform == "linux"
     ("", "blue", False), ("####", "blue", False), ("#### 3", 3, True), ("#### 3.0", "3", True),
     ("#### 0", 0, True),
     ("#### 5kg", "5", True), ("#### 9cm^2", "9", True), ("#### 9 cm^2", "9", True), ("The trip: #### 1,200km.", "1200", True), ("#### 30mins", "30", True),
-    ("#### 5km", "5 miles", False), ("#### 5k", "5", False), ("#### 5mx", "5", False), ("#### 5kg^x", "5", False), ("#### 2x", "2", False), ("#### 6th", "6", False),
+    ("#### 5km", "5 miles", False), ("#### 5ms", "5 m/s", False), ("#### 5hrs", "5 hr", True), ("#### 5lbs", "5 lb", True), ("#### 3cm", "3 mm", False), ("#### 5k", "5", False), ("#### 5mx", "5", False), ("#### 5kg^x", "5", False), ("#### 2x", "2", False), ("#### 6th", "6", False),
     ("#### 3 apples", "3", True), ("#### $1,234.50.", "1234.5", True), ("#### 50%", "50", True),
     ("12 and #### x", "12", False),  # the mark goes before numbers
     (r"so \boxed{42}", "42", True), (r"\boxed{41} no, \boxed{42}.", "42", True),

@@ -157,6 +157,9 @@ def test_only_the_template_makes_special_tokens(tmp_path, family):
     assert bridge.prompt_ids(begun).tolist() == asked.tolist() + tok.encode("It is")
     with pytest.raises(UserError, match="changed its rendered chat"):
         bridge.prompt_ids(begun + "!")
+    for ask in (bridge.loglikelihood, bridge.loglikelihood_rolling):
+        with pytest.raises(UserError, match="log-likelihoods"):
+            ask([])
 
 
 def test_the_tiny_model_has_no_chat_template():

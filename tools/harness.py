@@ -54,7 +54,9 @@ def bridge(model, tok, settings, batch_size=32, kept=None):
             self.decoded |= nt_eval.decode_by_id(model, tok, prompts, settings, batch_size, kept, "responses")
             return [before_stop(self.decoded[name]["response"], request.args[1].get("until"), None)
                     for name, request in zip(names, requests)]
-        loglikelihood = loglikelihood_rolling = None  # load_tasks() refuses what asks for them
+        def loglikelihood(self, requests):
+            raise UserError(f"{requests[:1]} asks for log-likelihoods: choose a task of generate_until alone")
+        loglikelihood_rolling = loglikelihood
     model.eval()
     return MaskedDiffusion()
 
@@ -76,8 +78,7 @@ def load_tasks(names, include_path, allow_code):
                         f"tasks` lists what it has, --include_path adds a directory of your own") from None
     for name, task in loaded["tasks"].items():
         if task.OUTPUT_TYPE != "generate_until":
-            raise UserError(f"task {name} asks for {task.OUTPUT_TYPE}: a masked diffusion model has no exact "
-                            f"log-likelihoods, choose tasks of generate_until")
+            raise UserError(f"task {name} asks for {task.OUTPUT_TYPE}: choose one of generate_until")
         if getattr(task, "UNSAFE_CODE", False) and not allow_code:
             raise UserError(f"task {name} {UNSAFE}")
     manager.load = lambda names: loaded  # simple_evaluate asks for the same ones again
