@@ -4,7 +4,7 @@
     python trims.py --model out/gsm-new --full --data gsm-symbolic --trajectory_share 0 --gen_len 192 --lr 1e-3 \\
         --max_steps 3000 --batch_size 32 --micro_batch 32 --out out/gsm-base
 
-The second command is plain masked diffusion training (random masks, no teacher); docs/results-gsm.md says what came of it.
+The second command is plain masked diffusion training (random masks, no teacher); docs/data.md says what came of it.
 """
 import argparse
 import json
@@ -15,6 +15,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import cli  # noqa: E402, first
 import data  # noqa: E402
 import model as nt_model  # noqa: E402
 
@@ -24,12 +25,13 @@ SPECIALS = ["<|endoftext|>", "<|mdm_mask|>"]
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--out", default="out/gsm-new")
-    ap.add_argument("--vocab_size", type=int, default=2048)
+    ap.add_argument("--vocab_size", type=int, default=2048)  # more than the 256 bytes
     ap.add_argument("--width", type=int, default=256)
     ap.add_argument("--layers", type=int, default=6)
     args = ap.parse_args()
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    if out.exists():
+        raise cli.UserError(f"--out {out} is there: choose another folder")
 
     table = Tokenizer(models.BPE())
     table.pre_tokenizer = pre_tokenizers.Sequence([  # numbers digit by digit
@@ -39,6 +41,7 @@ def main():
     table.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=args.vocab_size - len(SPECIALS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     table.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIALS])
+    out.mkdir(parents=True)
     table.save(str(out / "tokenizer.json"))
     eos, mask = map(table.token_to_id, SPECIALS)
     (out / "tokenizer_config.json").write_text(json.dumps(dict(eos_token=SPECIALS[0])))
@@ -52,4 +55,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli.run_cli(main)
