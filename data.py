@@ -161,7 +161,7 @@ def own_problems(source):
         if "messages" in p:
             p |= last_exchange(p, where)
         if not p.get("prompt", "").strip():
-            raise UserError(f"{where}: 'prompt' is absent or empty; FILE:prompt=NAME takes a {[*row][:9]}")
+            raise UserError(f"{where}: 'prompt' is absent or empty; FILE:prompt=NAME takes one: {[*row][:9]}")
         problems.append(p | {"id": whole(str(p["id"]))})
     if not problems:
         raise UserError(f"{source} is empty: at least one problem is needed")

@@ -55,7 +55,7 @@ def bridge(model, tok, settings, batch_size=32, kept=None):
             return [before_stop(self.decoded[name]["response"], request.args[1].get("until"), None)
                     for name, request in zip(names, requests)]
         def loglikelihood(self, requests):
-            raise UserError(f"{requests[:1]} asks for log-likelihoods: choose a task of generate_until alone")
+            raise UserError("a task asks for log-likelihoods: choose those that ask for generate_until alone")
         loglikelihood_rolling = loglikelihood
     model.eval()
     return MaskedDiffusion()

@@ -1,8 +1,8 @@
 """A folder to train from scratch in: a byte-level BPE of gsm-symbolic's training texts and random weights of LLaDA's kind.
 
-    python weights/new_base.py --out out/gsm-new
-    python trims.py --model out/gsm-new --full --data gsm-symbolic --trajectory_share 0 --gen_len 192 --lr 1e-3 \\
-        --max_steps 3000 --batch_size 32 --micro_batch 32 --out out/gsm-base
+    python weights/new_base.py --width 192 --layers 4 --out out/gsm-new
+    python trims.py --model out/gsm-new --full --data gsm-symbolic --trajectory_share 0 --gen_len 192 --lr 2e-3 \\
+        --lr_schedule tail --warmup_steps 50 --max_steps 2000 --batch_size 32 --micro_batch 32 --out out/gsm-base
 
 The second command is plain masked diffusion training (random masks, no teacher); docs/data.md says what came of it.
 """
