@@ -1,6 +1,7 @@
 """The ground floor: errors of one line, JSON lines, whole files, options that are fields of dataclasses."""
 import argparse
 import dataclasses
+import functools
 import gc
 import gzip
 import hashlib
@@ -27,6 +28,11 @@ sys.stderr = sys.stderr or open(os.devnull, "w")  # `2>&-`
 
 class UserError(ValueError):
     """Bad input: one line that names the thing, the value and the fix."""
+
+
+def reason(error):
+    """Of a library's error, its kind and first line."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0][:250]
 
 
 def run_cli(main):
@@ -268,8 +274,7 @@ def continued(path, ours):
     path.touch()
     there = read_jsonl(path, ours=True, growing=True)
     if not all(row.get("id") in ours and row | ours[row["id"]] == row for row in there):
-        raise UserError(f"{path} holds responses of another model, other settings or other prompts: choose "
-                        f"another --to or remove it")
+        raise UserError(f"{path} is of another model, settings or prompts: choose another --to or remove it")
     read_jsonl(path, ours=True, mend=True)
     return {row["id"] for row in there}
 
@@ -373,7 +378,7 @@ def lock(file):
     except (BlockingIOError, PermissionError):
         raise UserError(f"{file.parent} is in use by another run: wait, or choose another folder") from None
     except OSError as e:
-        print(f"warning: {file} cannot be locked ({e}): start no second run there", file=sys.stderr)
+        say(f"warning: {file} cannot be locked ({e}): start no second run there")
     return held
 
 
@@ -403,6 +408,13 @@ def package(name, otherwise):
         return importlib.import_module(name)
     except ImportError:
         raise UserError(otherwise) from None
+
+
+@functools.cache
+def say(text):
+    """On stderr, of every rank's words the first one's, and once."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
 
 
 class LogLines(io.TextIOBase):

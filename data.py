@@ -7,7 +7,6 @@ import glob
 import importlib
 import os
 import re
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable, Literal
 
-from cli import UserError, option, read_jsonl, read_object, read_rows, run_cli, run_command  # first
+from cli import UserError, option, read_jsonl, read_object, read_rows, run_cli, run_command, say  # first
 import numpy as np
 import tiktoken
 import tokenizers
@@ -83,7 +82,7 @@ REFERENCE = dict(  # what the published collector says around a problem (TAD); c
 def privileged_prompt(problem):
     """The user turn with the worked solution in it (TAD's collector); the plain one is problem['prompt']."""
     if not problem["solution"]:
-        raise UserError(f"problem {problem['id']} has no solution: a privileged prompt needs one")
+        raise UserError(f"{problem['source']}: {problem['id']} has no solution, as this asks for: add it")
     code = grade.grader_of(problem) in ("code", "parses")
     kind = "tiny" if problem["source"] in GAMES else "code" if code else "math"
     return REFERENCE[kind].format(q=problem.get("question", problem["prompt"]), a=problem["solution"])
@@ -125,7 +124,7 @@ def load_problems(source, split="train", n=None):
             p["answer"] = np.format_float_positional(p["answer"], trim="-")
     (most, times), = Counter(p["id"] for p in problems).most_common(1)
     if times > 1:
-        raise UserError(f"{source} has the id {most!r} more than once: trajectories are kept by id")
+        raise UserError(f"{source} has the id {most!r} more than once: give each row one of its own")
     return problems
 
 
@@ -147,7 +146,8 @@ def own_problems(source):
         where = f"{path} line {i + 1}"
         for name in names.values():
             if name not in row:
-                raise UserError(f"{where} has no field {name!r}")
+                raise UserError(f"{where} has no field {name!r} (there are {[*row][:9]}): correct "
+                                f"FILE:{source.rpartition(':')[2]}")
         row.update({field: row[name] for field, name in names.items()})
         p = {"id": f"{stem}-{i}", "source": stem, "solution": "",
              **{key: value for key, value in row.items() if value is not None and key != "earlier"}}
@@ -156,8 +156,9 @@ def own_problems(source):
                 raise UserError(f"{where}: {key} must be {words}, not {str(p[key])[:40]!r}")
         code = map(p.get, "tests setup test_setup".split())
         texts = sum(map(listed, code), [])
-        if not all(isinstance(text, str) for text in texts):
-            raise UserError(f"{where}: tests, setup, test_setup must be text or lists, not {str(texts)[:40]}")
+        if set(map(type, texts)) - {str}:
+            raise UserError(f"{where}: tests, setup and test_setup must be text or lists of texts, "
+                            f"not {str(texts)[:40]}")
         if "messages" in p:
             p |= last_exchange(p, where)
         if not p.get("prompt", "").strip():
@@ -292,7 +293,7 @@ class OwnChat:
         said = [whole(content) for who, content in hidden if who != "assistant"]  # of it, thoughts may go
         dropped = [content for content in said if content.strip() not in text]
         if dropped or len(rest) != len(written):
-            raise UserError(f"{self.name}: chat_template repeats or drops {str(dropped + written)[:40]}")
+            raise UserError(f"{self.name}: its chat_template alters {str(dropped + written)[:40]}: repair it")
         for token, piece in zip(written, rest):
             ids += self.encode(token) + self.hf.encode(piece, add_special_tokens=False)
         return ids
@@ -305,7 +306,7 @@ def load_tokenizer(name, revision=None):
     tok = Tokenizer(*tiny_tokens(folder) or bpe_tokens(folder, cfg), cfg.eos_ids[0], mask_id=cfg.mask_id)
     if max(tok.written) >= cfg.vocab_size:
         raise UserError(f"{folder}: the tokeniser has ids up to {max(tok.written)}, "
-                        f"the model's embedding only {cfg.vocab_size} rows: they belong to different models")
+                        f"the model's embedding only {cfg.vocab_size} rows: copy both of one model")
     tok.prompt_ids("a")  # an error before anything long
     return tok
 
@@ -357,7 +358,7 @@ def bpe_tokens(folder, cfg):
         raise UserError(f"{folder}: its chat_template ends an answer with the id {chat.end_id}, which is no "
                         f"eos_token_id {cfg.eos_ids}: add it to config.json")
     if not hf.chat_template:
-        print(f"{folder} has no chat_template: a prompt is plain text", file=sys.stderr)
+        say(f"{folder} has no chat_template: a prompt is plain text")
     return encode, plain, special, False, chat
 
 
@@ -429,14 +430,13 @@ def read_trajectories(path, growing=False):
     for shard in [path] if path.is_file() else sorted(path.glob("*.jsonl")):
         for i, r in enumerate(read_jsonl(shard, ours=True, growing=growing, **RECORD_FIELDS)):
             if r["schema"] != SCHEMA:
-                raise UserError(f"{shard} record {i + 1} has schema {r['schema']}, this code reads {SCHEMA}: "
-                                f"collect again")
+                raise UserError(f"{shard} record {i + 1}: schema {r['schema']}, not {SCHEMA}: collect again")
             L = len(r["x0"])
             numbers = sum(map(r.get, LISTS), [])
             valid = all(type(i) is int and i >= 0 for i in numbers) and sorted(r["rank"]) == [*range(L)]
             if not (valid and r["nfe"] > 0 and 0 < L == len(r["order"])):
                 raise UserError(f"{shard} record {i + 1} is inconsistent: x0, order and rank must have one "
-                                f"length, rank be a permutation, nfe positive")
+                                f"length, rank be a permutation, nfe positive: collect again")
             records[r["id"]] = r
     return [records[key] for key in sorted(records)]
 

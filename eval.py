@@ -279,7 +279,7 @@ def read_points(source):
     for file in [source] if source.is_file() else sorted(source.rglob("results.jsonl")):
         rows += read_jsonl(file, ours=True, label=str, rule=str, seconds=float, ids=list)
     if not (rows and all(map(is_point, rows))):
-        raise UserError(f"{source} holds no results, or one with odd ids, counts, seconds, run or provenance")
+        raise UserError(f"{source} has no results, or odd ids, counts, seconds, provenance: make it again")
     for row in rows:
         row["task"] = row.get("provenance", {}).get("task", "")
         row.setdefault("folder", f"{source.name} {row['task']}")
@@ -523,18 +523,18 @@ def problems_of(args):
 
 def settle(args, tasks, given):
     """The protocol of curve or lm_eval; given: options of Decoding. Fills in args.protocol and args.label."""
-    rank, _ = ranks()  # an error before a model is loaded
+    ranks()  # an error before a model is loaded
     family = nt_model.family_of(args.model, args.revision)
     args.protocol = args.protocol or ("tiny" if family == "tiny" else "thresholds")
-    trained = Path(args.adapter or args.model).absolute()  # out/RUN/adapter or out/RUN/model
-    args.label = args.label or (trained.parent.name if trained.is_dir() else "base")
+    trained = Path(args.adapter or args.model).absolute()
+    named = Path(re.sub("/(adapter|model)$", "", str(trained))).name  # out/RUN/adapter
+    args.label = args.label or (named if trained.is_dir() else "base")
     if args.protocol == "thresholds":  # a block-causal model decodes in blocks of its own
         given = nt_model.decoding_defaults(nt_model.config_of(args.model, args.revision)) | given
     protocol, *others = (protocol_of(args.protocol, family, task, args.points, args.thresholds, **given)
                          for task in tasks)
-    if rank == 0 and "math" in map(known_task, tasks):
-        print(f"warning: TAD and TABOM train on PRM12K. {recipes.IN_MATH} "
-              "(lm_eval: minerva_math500)")
+    if "math" in map(known_task, tasks):
+        cli.say(f"warning: TAD and TABOM train on PRM12K. {recipes.IN_MATH} (lm_eval: minerva_math500)")
     if any(other != protocol for other in others):
         raise UserError(f"protocol {args.protocol} differs between these tasks: run them one at a time")
     return protocol
@@ -568,7 +568,8 @@ def nll_command(args, given):
     label = args.adapter or args.model
     settings = dict(cache="none", policy="static", per_step=1, early_stop=False)
     settings |= nt_model.decoding_defaults(model.cfg) | given
-    problems = data.fitting(problems, tok, args.max_prompt, model.cfg.max_len - decoding_of(settings).gen_len)
+    problems = data.fitting(problems, tok, args.max_prompt,
+                            model.cfg.max_len - decoding_of(settings).gen_len)
     outs = sample.generate(model.eval(), [tok.prompt_ids(p) for p in problems], args.batch_size, **settings)
     bar = cli.progress_bar(problems, f"teacher NLL {label}", unit="decoding")
     rows = [trajectory_nll(teacher, teacher_tok, tok, *pair, model.cfg.eos_ids) for pair in zip(bar, outs)]

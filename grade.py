@@ -31,11 +31,11 @@ UNIT = (r"\s?\\?%|\s?[€£]|\s?(?:°|\^{?\\circ}?)\s?[CF]?|(?:[\s~]|\\[,;: ])*+
         r"ft|yd|lbs?|oz|hrs?|mins?|mph|kWh|units?)(?:\^{?\d}?)?(?![\w^])|"
         rf"\s{SCALE}\(?(?:[^\W\d_]{{2}}|[A-Z]-|[ghlmsAJKLNVW]\b)"
         r"(?:[^0-9=+*^\\-]|(?<=[^\W\d_])-(?=[^\W\d_]))*+")  # "2 x" has no unit
-AROUND = r"(?:[*_`$ ]|\\[\[\]()])*+"  # markup
+AROUND = r"(?:[*_`$ ]|\\[\[\]()]|(?i:(?:the )?(?:final )?answer(?: is|:)+))*+"  # markup, "Answer:"
 BARE = re.compile(rf"\A{AROUND}(?:\\(?:text|math)(?:bf|it|rm|tt)?{{(.+)}}|\(([A-Z])\)|(.*?)){AROUND}\Z", re.S)
 THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|,?\\[,!]|[\u00a0\u2007-\u200a\u202f])(?=[0-9]{3}(?![0-9]))")
-FENCE = re.compile(r"((?:^[ \t]*)?)(`{3,}|~{3,})[ \t]*(\w*)[^\n]*\n(.*?)"  # a docstring may hold one
-                   r"(?:^\1\2|(?<=\S)\2|\Z)", re.M | re.S)  # a last block may be cut off
+FENCE = re.compile(r"((?:^[ \t]*)?)([-*+][ \t]+|\d+[.)][ \t]+)?(`{3,}|~{3,})[ \t]*(\w*)[^\n]*\n(.*?)"  # ends
+                   r"(?:^\1(?(2)[ \t]+)\3|(?<=\S)\3|\Z)", re.M | re.S)  # where it began, or is cut off
 CODE = re.compile(r"^(?:@|(?:async )?def |class |import \w|from \S+ import |\w+ *=[^=]).*"  # at the margin,
                   r"(?:\n(?:[ \t)\]}].*)?)*", re.M)  # and what belongs to it
 PROGRAMS = futures.ThreadPoolExecutor(CORES)  # its threads start with the first program
@@ -57,13 +57,12 @@ def check_gradable(problems, allow_code):
         if absent and grader != "parses":
             raise UserError(f"{name}: grader {grader}, but no {need}: add it, or FILE:{need}=NAME")
         if grader == "number" and last_number(str(problem["answer"])) is None:
-            raise UserError(f"{name}: grader number, but no number in the answer {problem['answer']!r}")
+            raise UserError(f"{name}: grader number, but no number in answer {problem['answer']!r}: mend it")
         if grader == "math":
             package(*MATH)
         if grader == "code" and not allow_code:
             raise UserError(f"{name} is graded by running the code in the response: give "
-                            f"--allow_code_execution if this machine may (docs/code-runner.md says what is "
-                            f"contained)")
+                            f"--allow_code_execution if you may (docs/code-runner.md says what is contained)")
 
 
 def is_correct(problem, text, allow_code=False):
@@ -182,7 +181,7 @@ def joined(source):
 def programs(problem, text):
     """The programs a reply may mean, best first: the last fenced block that defines what the tests ask for,
     the longest, the text, its definitions, its body; each first behind the prompt's head (HumanEval)."""
-    text = re.sub(r"^\[/?(?:BEGIN|DONE|PYTHON)\]", "", text, flags=re.M)
+    text = re.sub(r"^(?:\[/?(?:BEGIN|DONE|PYTHON)\]|>(?!>) ?)", "", text, flags=re.M)  # or a quote's margin
     fenced = FENCE.findall(text)
     blocks = [dedent(code) for *_, tag, code in fenced if tag.lower() in ("", "py", "python", "python3")]
     entry, prompt = problem.get("entry_point"), problem.get("prompt", "")

@@ -141,9 +141,8 @@ def load(model, folder):
         if key not in HARMLESS and value not in PLAIN.get(key, UNSET):
             raise UserError(f"{file} has {key} {value!r}: only plain LoRA is built; merge the adapter into "
                             f"its base with peft and load the merged model")
-    for key, kinds in dict(r=[int], lora_alpha=[int, float], lora_dropout=[int, float]).items():
-        most = 1 if key == "lora_dropout" else 1e9
-        if type(config.get(key)) not in kinds or not (key == "r") <= config[key] < most:
+    for key, most in dict(r=1e9, lora_alpha=1e9, lora_dropout=1).items():
+        if type(config.get(key)) not in [float, int][key == "r":] or not (key == "r") <= config[key] < most:
             raise UserError(f"{file} has {key} {config.get(key)!r}: a number below {most:g} is needed")
     tensors = nt_model.read_tensors(Path(folder) / "adapter_model.safetensors")
     names = FAMILIES[model.cfg.family].names
@@ -155,7 +154,7 @@ def load(model, folder):
     wrong = sorted({name for name, *_ in kinds[0] ^ kinds[1]})
     if wrong:
         merge(model)  # B = 0: this only takes the empty adapters off again
-        raise UserError(f"{folder} does not fit the base (its r?), or is quantised: {wrong[:2]}; use peft")
+        raise UserError(f"{folder}: r or the base do not fit tensors {wrong[:2]}: copy all, or merge by peft")
     for name, t in wanted.items():
         t.copy_(tensors[name])
     return model

@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from cli import GIVEN, UserError, read_object, run_cli, sha256
+from cli import GIVEN, UserError, read_object, run_cli, say, sha256
 
 HERE = Path(__file__).resolve().parent
 CHUNK_BYTES = 2**26  # of fp32 logits at once, see by_chunks
@@ -182,10 +182,13 @@ def read_config(folder):
         ids = {token["content"]: int(i) for i, token in table.get("added_tokens_decoder", {}).items()}
         mask = table.get("mask_token")
         mask_id = ids.get(mask["content"] if isinstance(mask, dict) else mask)
-    except (AttributeError, KeyError, TypeError, ValueError) as e:
+    except Exception as e:  # any field may be of another type
         raise UserError(f"{tokens}: added_tokens_decoder or mask_token is wrong ({e!r}); copy it") from None
     found = dict(mask_token_id=mask_id, block_size=sdar and block, kind=kind)
-    raw.update({key: value for key, value in found.items() if value and not raw.get(key)})
+    taken = {key: value for key, value in found.items() if value and not raw.get(key)}
+    if taken:
+        say(f"{folder}/config.json lacks {taken}, which its name, its tokeniser or an option says")
+    raw.update(taken)
     cfg = config_from_json(raw, folder / "config.json")
     return cfg if raw.get("block_size") or not sdar else replace(cfg, block_len=-1)
 
@@ -211,8 +214,7 @@ def config_from_json(raw, file="config.json"):
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     told = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
     if told != "default" or rope.get("partial_rotary_factor") not in (None, 1):
-        raise UserError(f"{file} has rope_scaling or rope_parameters {rope}: "
-                        f"only the default RoPE is built, choose another")
+        raise UserError(f"{file} has rope_scaling or rope_parameters {rope}: choose one of the default RoPE")
     official = family.keys | family.optional
     facts |= {ours: raw[key] for ours, key in official.items() if raw.get(key) is not None}
     theta = rope.get("rope_theta") or raw.get("rope_theta") or None
@@ -543,7 +545,7 @@ def load(name, device="cpu", dtype=torch.float32, revision=None):
     for file in weight_files(folder):
         for key, t in read_tensors(file).items():
             if key in tensors:
-                raise UserError(f"{folder}: tensor {key} stands in two files")
+                raise UserError(f"{file}: an earlier file holds {key}, too: download or copy all again")
             if not t.is_floating_point() or t.element_size() < 2:
                 raise UserError(f"{file} holds {key} as {t.dtype}: quantised; take the model in bf16")
             if not key.endswith("rotary_emb.inv_freq"):  # follows from config.json
@@ -584,8 +586,7 @@ def checkpoint_dir(name, revision=None, weights=True):
             raise UserError(f"--revision {revision}: {name} is a local directory; a revision pins a hub id")
         return Path(name)
     if os.path.isabs(name) or name.startswith(".") or name.count("/") != 1:
-        raise UserError(f"no model {name!r}: give one of {', '.join(presets())}, "
-                        f"a hub id (owner/name) or a directory")
+        raise UserError(f"no model {name!r}: give {', '.join(presets())}, a hub id owner/name or a directory")
     from huggingface_hub import constants, snapshot_download
     files = ["*.json", "*.txt", "*.jinja"] + ["*.safetensors"] * weights
     try:
@@ -628,11 +629,11 @@ def weight_files(folder):
     if index.exists() and not (folder / shards[""]).exists():
         shards = read_object(index).get("weight_map")
     if not isinstance(shards, dict):
-        raise UserError(f"{index} has no weight_map: not an index of safetensors files")
+        raise UserError(f"{index} has no weight_map, {{tensor: file}}: download or copy it again")
     names = sorted(set(map(str, shards.values())))
     for name in names:
         if not (folder / name).exists():
-            raise UserError(f"{folder} has no {name}: not a checkpoint in the official safetensors format")
+            raise UserError(f"{folder} has no {name}, in which the weights are: download or copy it")
     return [folder / name for name in names]
 
 

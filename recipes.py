@@ -4,14 +4,13 @@ A row becomes prompt, solution, answer or tests (None: left out). `question` is 
 user turn says more: that of the paper that trains on the set, or that of the usual 0-shot evaluation."""
 import glob
 import os
-import sys
 import zlib
 from collections import Counter
 from dataclasses import dataclass
 from typing import Callable
 
 import grade
-from cli import UserError, package, progress_bar, read_rows
+from cli import UserError, package, progress_bar, read_rows, reason, say
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 T3D_MATH = (f"{{question}}. {BOXED} You are a precise math problem solver. "  # App. C.3 lost its backslash
@@ -175,12 +174,10 @@ def recipe_problems(name, split, n, path):
         if len(problems) == n:
             break
     if not problems:
-        raise UserError(f"{name} {path or split}: no problem can be used ({dict(left_out)})")
+        raise UserError(f"{name} {path or split}: no row can be used ({dict(left_out)}): give others")
     counts = ", ".join(f"{k} {why}" for why, k in left_out.items()) or "none"
     note = f"\nnote: {recipe.note}" if split == "train" and recipe.note else ""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{name} {own if path else split}: {len(problems)} problems; left out: {counts}{note}",
-              file=sys.stderr)
+    say(f"{name} {own if path else split}: {len(problems)} problems; left out: {counts}{note}")
     return problems
 
 
@@ -190,7 +187,7 @@ def problem_of(name, row, own, i):
     try:
         p = recipe.row(row)
     except KeyError as e:
-        raise UserError(f"{name}, {own} row {i + 1} has no field {e}: is this {recipe.hub}?") from None
+        raise UserError(f"{name}, {own} row {i + 1} has no field {e}: see {recipe.hub}") from None
     except (AttributeError, IndexError, TypeError):  # a field is null or of another type
         return None, "malformed"
     if p is None or not p["prompt"]:
@@ -215,7 +212,7 @@ def rows_of(name, own, path):
     if path is not None:
         files = [path] if os.path.isfile(path) else sorted(glob.glob(path))
         if not files:
-            raise UserError(f"no file {path!r} (of {name}=FILE)")
+            raise UserError(f"no file {path!r} (of {name}=FILE): correct the path")
         for file in files:
             yield from read_rows(file)
         return
@@ -229,5 +226,4 @@ def rows_of(name, own, path):
         try:
             yield from datasets.load_dataset(recipe.hub, config, split=own, streaming=bool(recipe.n))
         except Exception as e:  # the library, the hub and the network raise many kinds
-            why = str(e).strip().partition("\n")[0][:160]
-            raise UserError(f"{recipe.hub} cannot be read ({type(e).__name__}: {why}): {by_hand}") from None
+            raise UserError(f"{recipe.hub} cannot be read ({reason(e)}): {by_hand}") from None

@@ -80,12 +80,12 @@ def finished(folders, cfg, ids):
     for folder in folders:
         found = read_trajectories(folder)
         if not found or any(r["model"] != cfg.model or len(r["x0"]) != cfg.gen_len for r in found):
-            raise UserError(f"{folder} holds no trajectories of {cfg.model} with gen_len {cfg.gen_len}")
+            raise UserError(f"{folder} has none of {cfg.model} with gen_len {cfg.gen_len}: collect them")
         most = cfg.max_prompt or np.inf
         records += [r for r in found if r["id"] in ids and len(r["prompt_ids"]) <= most]
     ids = [r["id"] for r in records]
     if len(set(ids)) < len(ids):
-        raise UserError(f"{'+'.join(folders)}: two of these folders hold the same problem")
+        raise UserError(f"{'+'.join(folders)}: two of these folders hold the same problem: leave one out")
     check_alike(folders, ids)
     return records
 

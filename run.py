@@ -263,8 +263,7 @@ class Run:
         if done and self.rank == 0:
             cli.check_sums(self.final)
         if agreed(done):
-            if self.rank == 0:
-                print(f"{self.out} is finished already; --overwrite starts anew")
+            cli.say(f"{self.out} is finished already; --overwrite starts anew")
             raise SystemExit
         self.stop_asked = threading.Event()  # by SIGTERM
         self.writer = ThreadPoolExecutor(1)  # of checkpoints
@@ -274,8 +273,7 @@ class Run:
         """Make and lock the folder. Checkpoints of another configuration or other data are an error."""
         cfg, out, file = self.cfg, self.out, self.out / "config.json"
         if cfg.overwrite and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
-            raise UserError("--overwrite on several nodes: the nodes that did not fail cannot tell a restart "
-                            "from a start; remove the directory instead")
+            raise UserError("--overwrite on several nodes, which may restart: remove the directory instead")
         now = {k: v for k, v in vars(cfg).items() if k not in FREE}
         folders = getattr(cfg, "trajectories", "").split("+")  # of one alone every record tells
         used = [cfg.model, getattr(cfg, "teacher", ""), *folders[len(folders) < 2:]]
@@ -332,9 +330,8 @@ class Run:
         if self.rank == 0:  # without the lines of steps that will be repeated
             rows = cli.read_jsonl(log, True, mend=True, step=int) if log.exists() else []
             cli.write_whole(log, "".join(cli.line_of(row) for row in rows if row["step"] <= first))
-        if self.rank == 0 and cfg.warmup_steps > n_steps:
-            print(f"warning: --warmup_steps {cfg.warmup_steps} of {n_steps} steps: --lr is never reached",
-                  file=sys.stderr)
+        if cfg.warmup_steps > n_steps:
+            cli.say(f"warning: --warmup_steps {cfg.warmup_steps} of {n_steps} steps: --lr is never reached")
         model.train()
         logged = time.perf_counter()
         before = signal.signal(signal.SIGTERM, lambda *_: self.stop_asked.set())
@@ -579,4 +576,4 @@ def newest_checkpoint(out):
         files = sorted(folder.glob("rank-*"))
         if files and all(f.name == file_name(f, i, len(files)) for i, f in enumerate(files)):
             return folder
-        print(f"warning: checkpoint {folder} is damaged, trying the one before", file=sys.stderr)
+        cli.say(f"warning: checkpoint {folder} is damaged, trying the one before")

@@ -76,8 +76,7 @@ class Decoding:
         cli.check_numbers(vars(self))
         policy = POLICIES[self.policy]
         if self.cache not in policy.caches:
-            raise UserError(f"cache {self.cache!r} with policy {self.policy}: "
-                            f"choose {' or '.join(policy.caches)}")
+            raise UserError(f"cache {self.cache!r}: policy {self.policy} takes {' or '.join(policy.caches)}")
         if self.late_eos and policy.by_entropy:
             raise UserError(f"late_eos with policy {self.policy}, which asks entropies: leave it out")
         if policy.one_block:  # by vars(), since this class is frozen
@@ -768,8 +767,7 @@ def holes(infill, tok, mask_id):
     pieces = re.split(r"\[MASK(?::([1-9]\d{0,3}))?\]", infill)  # text, number of masks, text ...
     if len(pieces) == 1 or "[MASK:" in "".join(pieces[::2]):
         raise UserError(f"--infill {infill!r} needs [MASK], or [MASK:8] for eight tokens")
-    ids = [[mask_id] * int(p or 1) if i % 2 else tok.checked(tok.encode(p), p)
-           for i, p in enumerate(pieces)]
+    ids = [[mask_id] * int(p or 1) if i % 2 else tok.checked(tok.encode(p), p) for i, p in enumerate(pieces)]
     end = tok.eos_id if tok.raw else tok.chat.end_id
     return ids[0], [*sum(ids, []), end]
 

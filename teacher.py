@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from cli import UserError
+from cli import UserError, reason
 from data import OwnChat, Tokenizer, byte_table, tiny_tokens
 from model import by_chunks, checkpoint_dir, local_weights, n_content
 from rollout import Shard
@@ -26,11 +26,10 @@ def load_teacher(name, device="cpu", dtype=torch.float32):
         teacher, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True)
     except Exception as e:  # of a different type for each kind of file
-        why = repr(e).partition("\\n")[0]
-        raise UserError(f"{name} is not a causal LM that transformers loads: {why}") from None
+        raise UserError(f"--teacher {name}: give a causal LM that transformers loads: {reason(e)}") from None
     absent = [*sorted(info["missing_keys"]), *(key[0] for key in info["mismatched_keys"])]
     if absent:  # transformers only warns, and fills them with random numbers
-        raise UserError(f"{name}: tensors are missing or of another shape: {absent[:3]} ({len(absent)})")
+        raise UserError(f"{name}: tensors are missing, or not as config.json says: {absent[:3]}; copy both")
     return teacher.to(device).requires_grad_(False)  # in eval mode
 
 
@@ -44,8 +43,7 @@ def load_teacher_tokenizer(name):
     try:
         hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as e:  # of a different type for each kind of file
-        why = str(e).strip().partition("\n")[0]
-        raise UserError(f"--teacher {name}: transformers loads no tokeniser of it: {why}") from None
+        raise UserError(f"--teacher {name}: needs a tokeniser that transformers loads: {reason(e)}") from None
     def encode(text):  # SentencePiece may write a space before it
         return hf.encode(text, add_special_tokens=False, split_special_tokens=True)
     tables = (byte_table(hf, level) for level in (True, False))
@@ -63,7 +61,7 @@ def token_nll(teacher, ids, metric="nll"):
     first token. ids (B, T) int64, padded on the right, where no token before it looks."""
     rows = teacher.get_input_embeddings().num_embeddings
     if ids.max() >= rows:
-        raise UserError(f"the teacher's tokeniser has the id {ids.max()}, its model only {rows} embeddings")
+        raise UserError(f"{teacher.name_or_path}: {rows} embeddings, tokeniser up to {ids.max()}: copy both")
     def score(ids):
         logp = teacher(ids).logits[:, :-1].float().log_softmax(-1)
         if metric == "entropy":

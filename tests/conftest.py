@@ -118,6 +118,7 @@ def hub(tmp_path_factory):
 def no_command_line_stays():
     yield
     cli.GIVEN.clear()
+    cli.say.cache_clear()
 
 
 def command(cwd, script, *args, **env):

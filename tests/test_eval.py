@@ -17,7 +17,7 @@ import eval as nt_eval
 import model as nt_model
 import sample
 import teacher
-from cli import UserError, run_command
+from cli import UserError, run_command, say
 
 
 @pytest.mark.parametrize("pairs, y_max, want", [  # EVAL.md's check values
@@ -216,7 +216,7 @@ def test_a_curve_without_its_anchor_warns(tmp_path, capsys):
 def test_a_source_without_results_is_one_line(tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     for source in (tmp_path, tmp_path / "nowhere", tmp_path / "empty.jsonl"):
-        with pytest.raises(UserError, match=f"{source.name} holds no results"):
+        with pytest.raises(UserError, match=f"{source.name} has no results"):
             compare.read_runs([source])
 
 
@@ -283,14 +283,27 @@ def test_the_tasks_of_a_table_are_sections_and_panels(tmp_path, monkeypatch):
 def test_a_benchmark_that_is_trained_on_is_warned_of(capsys, monkeypatch):
     def warned(*tasks):
         options = nt_eval.CurveOptions(protocol="thresholds", model="tiny")
+        say.cache_clear()
         nt_eval.settle(options, tasks, {})
-        return capsys.readouterr().out.count("report MATH-500, which is disjoint (lm_eval: minerva_math500)")
+        return capsys.readouterr().err.count("report MATH-500, which is disjoint (lm_eval: minerva_math500)")
     for tasks in (["minerva_math"], ["math"], ["math=x.jsonl"], ["gsm8k", "math"]):
         assert warned(*tasks) == 1
     for task in ("minerva_math500", "math500", "humaneval_instruct", "gsm8k_cot_zeroshot", "tiny", "mine.jsonl"):
         assert warned(task) == 0
     monkeypatch.setattr(nt_eval, "ranks", lambda: (1, 2))
+    monkeypatch.setenv("RANK", "1")
     assert warned("math") == 0  # rank 0 has said it
+
+
+@pytest.mark.parametrize("path, label", [
+    ("out/tad-dream/adapter", "tad-dream"), ("out/tad-dream/model/", "tad-dream"), ("runs/my-llada", "my-llada"),
+    ("adapters/tad-seed1", "tad-seed1"), ("model-2", "model-2"), ("out/epochs/epoch-2", "epoch-2"), (".", None)])
+def test_a_curve_is_called_as_its_folder(tmp_path, monkeypatch, path, label):
+    (tmp_path / path).mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    options = nt_eval.CurveOptions(protocol="thresholds", model="tiny", adapter=path)
+    nt_eval.settle(options, ["tiny"], {})
+    assert options.label == (label or tmp_path.name)
 
 
 def test_protocols_fix_what_the_papers_say():

@@ -248,7 +248,7 @@ def test_a_new_dense_family_is_one_entry(tmp_path, monkeypatch):
     assert out.ids.tolist() == reference(adapted, prompt, **settings).ids.tolist() and len(out.ids) == 8
     with pytest.raises(UserError, match=r"supported are tiny, llada, illada, Dream, sdar, llama, a2d-qwen3, a2d-qwen2, Dummy"):
         nt_model.config_from_json({**raw, "model_type": "other"})
-    with pytest.raises(UserError, match="one of .*, dummy-1b, a hub id"):
+    with pytest.raises(UserError, match="give .*, dummy-1b, a hub id"):
         nt_model.load("dummy-2b")
     del raw["my_max_len"]
     with pytest.raises(UserError, match="config.json has my_max_len None: a valid int is needed"):
@@ -369,7 +369,7 @@ def test_config_files_of_other_presets(hub, tmp_path, folder, family, n_paramete
 
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(rope_scaling=dict(rope_type="yarn", factor=4)), "rope_(scaling|parameters) .*only the default RoPE"),
+    (dict(rope_scaling=dict(rope_type="yarn", factor=4)), "rope_(scaling|parameters) .*the default RoPE"),
     (dict(use_sliding_window=True), "use_sliding_window True: only False is built"),
     (dict(mask_token_id=VOCAB), "an id below vocab_size"), (dict(mask_token_id=None), "mask_token_id None"),
     (dict(eos_token_id=[1, -1]), "eos_token_id"), (dict(eos_token_id=[]), r"eos_token_id \[\]: an id below"),
@@ -377,7 +377,7 @@ def test_config_files_of_other_presets(hub, tmp_path, folder, family, n_paramete
     (dict(tie_word_embeddings="x"), "tie_word_embeddings 'x': a valid bool"), (dict(rope_theta=[1]), "rope_theta"),
     (dict(intermediate_size=None), "intermediate_size None"), (dict(num_hidden_layers=0), "num_hidden_layers 0: a valid int is needed"),
     (dict(num_key_value_heads=3), "num_attention_heads 4, head_dim 8 and 3 heads of keys: these do not fit"), (dict(head_dim=7), "num_attention_heads 4, head_dim 7 .* head_dim is odd"),
-    (dict(rope_parameters=[1]), "rope_(scaling|parameters) .*only the default RoPE"),
+    (dict(rope_parameters=[1]), "rope_(scaling|parameters) .*the default RoPE"),
 ])
 def test_configs_that_would_be_silently_wrong_are_refused(changes, words):
     with pytest.raises(UserError, match=words):
@@ -388,7 +388,7 @@ def test_configs_that_would_be_silently_wrong_are_refused(changes, words):
     ("SDAR-4B-Chat", 4), ("SDAR-4B-Chat-b8", 8), ("models--JetLM--SDAR-1.7B-Chat-b64/snapshots/1a2b", 64),
     ("b8-of-mine", 8), ("SDAR-4B-Chat-b8-math", 8), ("sdar_b8", 8), ("mine.b32.v2", 32), ("mine-b16/SDAR-4B-Chat", 4),
     ("models--me--SDAR-4B-Chat-b16-sft/snapshots/1", 16), ("models--Gen-Verse--TraDo-8B-Instruct/snapshots/2", 4)])
-def test_sdar_as_the_hub_has_it(tmp_path, name, block_len):
+def test_sdar_as_the_hub_has_it(tmp_path, name, block_len, capsys):
     """No mask id and no block length in config.json: the tokeniser's mask token, and the name."""
     folder = tmp_path / name
     folder.mkdir(parents=True)
@@ -410,6 +410,9 @@ def test_sdar_as_the_hub_has_it(tmp_path, name, block_len):
     (folder / "model.safetensors").symlink_to(FIXTURES / "sdar_A/model.safetensors")
     model = nt_model.load(folder)
     assert (model.cfg.mask_id, model.cfg.block_len) == (250, block_len)
+    nt_model.config_of(folder)
+    said = [line for line in capsys.readouterr().err.splitlines() if str(folder) in line]  # once
+    assert said[1:] == [f"{folder}/config.json lacks {dict(mask_token_id=250, block_size=block_len)}, which its name, its tokeniser or an option says"]
     for blocks, file in ((4, "expected"), (8, "expected_b8")):
         want = load_file(FIXTURES / f"sdar_A/{file}.safetensors")
         with torch.no_grad():
@@ -659,10 +662,10 @@ def test_teacher_is_any_causal_lm_and_padding_changes_nothing(tmp_path):
     with pytest.raises(UserError, match="up_proj"):  # transformers alone would fill it with random numbers
         load_teacher(tmp_path)
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:1000])
-    with pytest.raises(UserError, match="not a causal LM"):
+    with pytest.raises(UserError, match="give a causal LM"):
         load_teacher(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "nonsense"}')
-    with pytest.raises(UserError, match="not a causal LM") as e:
+    with pytest.raises(UserError, match="give a causal LM") as e:
         load_teacher(tmp_path)
     assert "\n" not in str(e.value)
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from small_runs import COMMON, METHODS
 from small_runs import VOCAB as SMALL
 
+import cli
 import lora
 import model as nt_model
 import rollout
@@ -128,6 +129,7 @@ def test_a_checkpoint_cut_anywhere_is_not_used(tmp_path, capsys, n_files):
         file = draw.choice(files)
         raw = file.read_bytes()
         file.write_bytes(raw[:int(cut * len(raw))])
+        cli.say.cache_clear()
         assert training.newest_checkpoint(tmp_path) == before
         assert "damaged" in capsys.readouterr().err
         file.write_bytes(raw)

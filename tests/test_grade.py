@@ -57,7 +57,7 @@ def test_number(text, answer, right):
 
 
 def test_bad_problems_are_user_errors():
-    with pytest.raises(UserError, match="no number in the answer 'many'"):
+    with pytest.raises(UserError, match="no number in answer 'many': mend it"):
         grade.is_correct({"id": 7, "answer": "many", "grader": "number"}, "5")
     with pytest.raises(UserError, match="problem 7: no grader 'vibes'"):
         grade.grade_all([{"id": 7, "grader": "vibes"}], ["5"])

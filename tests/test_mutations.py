@@ -2,11 +2,13 @@
 import copy
 import json
 import random
+import re
 
 import pytest
 import torch
 from checkpoints import official_checkpoint
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from test_teachers import write_teacher_tokenizer
 
 import data
@@ -196,3 +198,43 @@ def test_refusals_name_file_key_value_and_what_to_do(tmp_path, name):
             assert any(verb in said for verb in ("is needed", "add", "correct", "copy", "choose", "merge the", "supported are")), (key, value, said)
     file.write_text(json.dumps(good))
     assert nt_model.load(folder)
+
+
+def test_refusals_of_tensors_name_file_tensor_and_what_to_do(tmp_path):
+    folder = official_checkpoint(tmp_path / "model", "sdar")
+    good = {key: t for file in folder.glob("*.safetensors") for key, t in load_file(file).items()}
+    for file in folder.glob("model*"):
+        file.unlink()
+    name = "model.layers.0.mlp.up_proj.weight"
+    wrong = good[name]
+    index = folder / "model.safetensors.index.json"
+    for tensors, words in ((good | {name: wrong[:-1]}, "hidden_size"), (good | {name: wrong.T.contiguous()}, "asks for"),
+                           ({k: t for k, t in good.items() if k != name}, "missing"), (good | {name.replace("up", "down_up"): wrong.clone()}, "unexpected"),
+                           (good | {name: wrong.to(torch.int8)}, "torch.int8: quantised; take"), (good | {name: wrong.to(torch.float8_e4m3fn)}, "quantised; take")):
+        save_file(tensors, folder / "model.safetensors")
+        with pytest.raises(UserError) as refused:
+            nt_model.load(folder)
+        said = str(refused.value)
+        assert str(folder) in said and "up_proj.weight" in said and words in said and re.search("copy both again|take the model", said), said
+    (folder / "model.safetensors").unlink()
+    save_file(good, folder / "model-1.safetensors")
+    save_file({name: wrong}, folder / "model-2.safetensors")
+    for table, words in (({}, "has no weight_map"), (dict(weight_map=3), "has no weight_map"), (dict(weight_map={"a": "b.safetensors"}), "has no b.safetensors"),
+                         (dict(weight_map=dict(a="model-1.safetensors", b="model-2.safetensors")), f"an earlier file holds {name}, too")):
+        index.write_text(json.dumps(table))
+        with pytest.raises(UserError, match=re.escape(words)) as refused:
+            nt_model.load(folder)
+        assert str(folder) in str(refused.value) and re.search("download or copy", str(refused.value)), refused.value
+
+
+@pytest.mark.parametrize("row, source, words", [
+    (dict(prompt="a"), "mine: problem mine-0", "no answer: add it, or FILE:answer=NAME"), (dict(prompt="a", answer=1, grader="sum"), "mine: problem mine-0", "'sum', there are"),
+    (dict(prompt="a", answer="x", grader="number"), "mine: problem mine-0", "answer 'x': mend it"), (dict(prompt="a", tests="assert f()"), "mine: problem mine-0", "give --allow_code_execution"),
+    (dict(prompt=3), "mine.jsonl line 1", "prompt must be text (a chat: messages), not '3'"), (dict(question="a"), "mine.jsonl line 1", "FILE:prompt=NAME takes one: ['question']"),
+    (dict(prompt="a", raw="yes"), "mine.jsonl line 1", "raw must be true or false, not 'yes'"), (dict(prompt="a", messages=[3]), "mine.jsonl line 1", "messages must be turns"),
+    (dict(prompt="a", answer=1, tests=[3]), "mine.jsonl line 1", "lists of texts, not [3]"), ([3], "mine.jsonl line 1", "is not an object: '[3]'; repair it")])
+def test_refusals_of_rows_name_file_row_and_what_to_do(tmp_path, row, source, words):
+    (tmp_path / "mine.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError) as refused:
+        grade.check_gradable(data.load_problems(str(tmp_path / "mine.jsonl")), False)
+    assert source in str(refused.value) and words in str(refused.value)

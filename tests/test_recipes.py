@@ -281,13 +281,13 @@ def test_own_fields_are_mapped(tmp_path):
 
 
 @pytest.mark.parametrize("source, rows, words", [
-    ("{}:prompt=nope", [dict(prompt="a", answer=1)], "line 1 has no field 'nope'"),
+    ("{}:prompt=nope", [dict(prompt="a", answer=1)], r"line 1 has no field 'nope' \(there are \['prompt', 'answer'\]\): correct FILE:prompt=nope"),
     ("{}:promt=q", [dict(q="a", answer=1)], "no field 'promt' to fill; there are id, prompt"),
     ("{}", [dict(prompt=["a"], answer=1)], "prompt must be text"),
-    ("{}", ["a"], "line 1 is not an object"), ("gsm8k={}", [dict(q="a")], "row 1 has no field 'answer'"),
+    ("{}", ["a"], "line 1 is not an object"), ("gsm8k={}", [dict(q="a")], "row 1 has no field 'answer': see openai/gsm8k"),
     ("kodcode={}", [dict(question="a", solution="b", test=3)], "can be used .*malformed"),
     ("{}", [dict(prompt="a", answer=1, id=i) for i in "bb"], "has the id 'b' more than once"),
-    ("gsm8k={}", [dict(question="a", answer="b")], "no problem can be used"),
+    ("gsm8k={}", [dict(question="a", answer="b")], "no row can be used"),
     ("gsm8k={}x", [], "no file"), ("gsm8={}", [], "no data 'gsm8="), ("{}:prompt", [], "no data")])
 def test_bad_data_is_one_line(tmp_path, source, rows, words):
     with pytest.raises(UserError, match=words) as e:
@@ -299,7 +299,7 @@ def test_bad_data_is_one_line(tmp_path, source, rows, words):
 @pytest.mark.parametrize("row, words", [
     (dict(prompt="a", answer="1", solution=5), "solution must be text"),
     (dict(prompt="a", answer="1", grader=["number"]), "grader must be text"),
-    (dict(prompt="a", tests={"x": 1}), "tests, setup, test_setup must be text or lists"),
+    (dict(prompt="a", tests={"x": 1}), "tests, setup and test_setup must be text or lists"),
     (dict(prompt=" ", answer="1"), "'prompt' is absent or empty; FILE:prompt=NAME"),
 ])
 def test_odd_fields_of_an_own_file_are_one_line(tmp_path, row, words):
@@ -311,7 +311,7 @@ def test_odd_fields_of_an_own_file_are_one_line(tmp_path, row, words):
 
 @pytest.mark.parametrize("problem, words", [
     (dict(id=1, grader="code", answer="1"), "but no tests"), (dict(id=1, answer=" "), "but no answer"),
-    (dict(id=1, grader="number", answer="five"), "no number in the answer 'five'"),
+    (dict(id=1, grader="number", answer="five"), "no number in answer 'five'"),
 ])
 def test_what_cannot_be_graded_is_said_before_decoding(problem, words):
     with pytest.raises(UserError, match=words):

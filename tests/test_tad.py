@@ -345,7 +345,7 @@ def test_sigkill_during_training_is_bit_identical(tmp_path, graded_right, full):
     steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 13))
     done = command(tmp_path, "tad.py", *tad_args(model_dir, out, *extra))
-    assert done.returncode == 0 and "finished already" in done.stdout
+    assert done.returncode == 0 and "finished already" in done.stderr
     again = command(tmp_path, "tad.py", *tad_args(model_dir, out, *extra), "--eval_problems", "2")
     assert again.returncode == 0, again.stderr  # saved before; only the closing evaluation is left
 
@@ -417,6 +417,6 @@ def test_several_finished_folders_are_read_together(tmp_path):
     assert {r["decoding"]["temperature"] for r in both} == {0.0, 0.7}
     few = tad.trajectories(cfg, tiny, TOK, problems[1:3], tmp_path)
     assert {r["id"] for r in few} <= {p["id"] for p in problems[1:3]}
-    with pytest.raises(UserError, match="none holds no trajectories of tiny with gen_len 48"):
+    with pytest.raises(UserError, match="none has none of tiny with gen_len 48: collect them"):
         cfg.trajectories = f"{tmp_path}/none+{tmp_path}/nowhere"
         tad.trajectories(cfg, tiny, TOK, problems, tmp_path)

@@ -218,7 +218,7 @@ def test_teachers_that_cannot_be_read_are_named(tmp_path, monkeypatch):
             load_teacher_tokenizer(tmp_path)
     for text in ("{}", "[1]", "not JSON"):
         (tmp_path / "tokenizer.json").write_text(text)
-        with pytest.raises(UserError, match=f"--teacher {tmp_path}: transformers loads no tokeniser"):
+        with pytest.raises(UserError, match=f"--teacher {tmp_path}: needs a tokeniser that transformers loads"):
             load_teacher_tokenizer(tmp_path)
     write_teacher_tokenizer(tmp_path, "llama3")
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
@@ -238,7 +238,7 @@ def test_teachers_that_cannot_be_read_are_named(tmp_path, monkeypatch):
         trims.main()
     assert not (tmp_path / "run").exists()
     few = load_teacher(write_teacher(tmp_path / "few", "llama3"))
-    with pytest.raises(UserError, match="has the id 340, its model only 340"):
+    with pytest.raises(UserError, match="340 embeddings, tokeniser up to 340: copy both"):
         token_nll(few, torch.tensor([[1, 340]]))
 
 
@@ -250,7 +250,7 @@ def test_a_teacher_whose_config_is_wrong_is_refused_in_one_line(teacher_qwen, tm
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | changes))
-    with pytest.raises(UserError, match=f"{tmp_path} is not a causal LM that transformers loads: ") as refused:
+    with pytest.raises(UserError, match=f"--teacher {tmp_path}: give a causal LM that transformers loads: ") as refused:
         load_teacher(str(tmp_path))
     assert "\n" not in str(refused.value)
 

@@ -98,8 +98,8 @@ def test_prompts_from_a_file_continue_where_they_stopped(tmp_path):
     (tmp_path / "changed.jsonl").write_text(lines[0].replace("swap", "trade") + "\n" + "\n".join(lines[1:]))
     changed = ["--prompts", "changed.jsonl", *args[2:]]
     (tmp_path / "one.txt").write_text("a")
-    for bad, words in ((["--prompts", "none.txt"], "no file"), ([*args, "--gen_len", "40"], "other settings"),
-                       (changed, "other prompts"),
+    for bad, words in ((["--prompts", "none.txt"], "no file"), ([*args, "--gen_len", "40"], "another model, settings"),
+                       (changed, "settings or prompts"),
                        (["--prompts", "q.jsonl", "--to", "q.jsonl"], "choose another"),
                        (["--prompts", "one.txt", "--to", "./one.txt"], "would replace"),
                        (["--prompts", "q.jsonl", "--batch_size", "0"], "at least 1"),
@@ -128,7 +128,7 @@ def test_a_system_turn_stands_before_every_prompt(tmp_path, monkeypatch, capsys,
             assert torch.equal(seen[0], want) and torch.equal(seen[0], tok.prompt_ids(dict(prompt="a", raw=raw), system))
             seen.clear()
     monkeypatch.setattr("sys.argv", ["sample.py", "--prompts", str(tmp_path / "p.jsonl"), "--to", str(tmp_path / "be brief.jsonl"), *how])
-    with pytest.raises(cli.UserError, match="other settings or other prompts"):  # without its system turn
+    with pytest.raises(cli.UserError, match="another model, settings or prompts"):  # without its system turn
         sample.main()
     n = len(tok.prompt_ids(dict(prompt="a", raw=raw), "be brief"))
     for most, left_out in ((n, None), (n - 1, "is left: raise --max_prompt")):  # which counts that turn
@@ -153,7 +153,7 @@ def test_responses_of_a_model_that_changed(tmp_path, monkeypatch, capsys, what):
     sample.main()
     (file,) = (tmp_path / what).glob("*.safetensors")
     save_file({name: t * 1.1 for name, t in load_file(file).items()}, file, {"format": "pt"})
-    with pytest.raises(cli.UserError, match="responses of another model"):
+    with pytest.raises(cli.UserError, match="another model, settings or prompts"):
         sample.main()
     assert "0 responses written" in capsys.readouterr().out and (tmp_path / "p.responses.jsonl").read_text() == before
 
@@ -166,7 +166,7 @@ def test_a_last_response_without_its_end(tmp_path, monkeypatch, capsys, theirs):
     monkeypatch.setattr("sys.argv", ["sample.py", "--prompts", str(tmp_path / "p.txt"), "--gen_len", "8", "--block_len", "8"])
     if theirs:
         to.write_text(theirs)
-        with pytest.raises(cli.UserError, match="another model, other settings"):
+        with pytest.raises(cli.UserError, match="another model, settings or prompts"):
             sample.main()
         assert to.read_text() == theirs
         to.write_text("a line")  # as torn as ours may be: it is kept beside
@@ -178,7 +178,7 @@ def test_a_last_response_without_its_end(tmp_path, monkeypatch, capsys, theirs):
     assert to.read_text() == whole and "0 responses written" in capsys.readouterr().out
     to.write_text(whole[:-1])
     monkeypatch.setattr("sys.argv", [*sample.sys.argv, "--threshold", "0.1"])
-    with pytest.raises(cli.UserError, match="another model, other settings"):
+    with pytest.raises(cli.UserError, match="another model, settings or prompts"):
         sample.main()
     assert to.read_text() == whole[:-1]
 
@@ -278,7 +278,7 @@ def test_how_the_tiny_models_were_made_and_a_baseline_in_small(tmp_path, monkeyp
     assert made.returncode == 0, made.stderr
     assert nt_model.load(tmp_path / "base/model").cfg == TINY.cfg
     again = command(tmp_path, "weights/train.py", *few)
-    assert again.returncode == 0 and "finished already" in again.stdout
+    assert again.returncode == 0 and "finished already" in again.stderr
     monkeypatch.undo()
     tuned = command(tmp_path, "trims.py", "--model", "base/model", "--max_steps", "2", "--batch_size", "8",
                 "--n_examples", "16", "--eval_problems", "0", "--out", "sft")

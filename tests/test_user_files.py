@@ -51,6 +51,9 @@ def right(answer, text, grader="final"):
     ("3", "#### 3 x^2", False), ("2", "#### 2**3", False), ("24", "#### 24 or 25", False), ("2", r"\boxed{\sqrt{2}\text{ km}}", False),
     ("7", "#### 7 of 9", False), ("2", r"\boxed{2x}", False), ("2", r"\boxed{\sqrt{2}}", False), ("2", r"\boxed{x^2}", False),
     ("3", r"\boxed{3 + x}", False), ("3", r"\boxed{3\pi}", False), ("1", r"\boxed{\frac{1}{2}}", False), ("3", "#### x = 3", False),
+    # a word that says that it is the answer
+    ("3", "#### Answer: 3", True), ("3", "#### The answer is 3.", True), ("3", "#### **Final answer:** 3 apples", True), ("B", "#### Answer is: (B)", True),
+    ("3", "#### Answers: 3", False), ("3", "#### Answer: 4", False), ("3", "#### Question: 3", False), ("answer", "#### answer", True),
     # signs and thousands as typesetters have them
     ("-7", "#### −7", True), ("-7", "\\boxed{−7}", True), ("7", "#### −7", False), ("-7.5", "#### −7.50", True),
     ("12000", r"\boxed{12{,}000}", True), ("12000", r"\boxed{12,\!000}", True), ("1234567", r"\boxed{1{,}234{,}567}", True),
@@ -131,6 +134,15 @@ CODE = dict(id=1, prompt='def double(n):\n    """Twice n."""\n', entry_point="do
     ("1. so\n   ```python\n   def double(n):\n       return n * 2\n   ```\n2. done", True),
     ("So: ```python\ndef double(n):\n    return n * 2```", True), ("```py\ndef double(n):\n    return n * 2", True),
     ("[BEGIN]\ndef double(n):\n    return n * 2\n[DONE]", True), ("[PYTHON]\ndef double(n):\n    return n * 2\n[/PYTHON]", True),
+    ("- ```python\n  def double(n):\n      return n * 2\n  ```\n- done", True),
+    ("1. ~~~\n   def double(n):\n       return n * 2\n   ~~~\n   It doubles `n`.", True),
+    ("Steps:\n  10) ```py\n      def double(n):\n          return n * 2\n      ```\n  11) done", True),
+    ("* ```python\n\tdef double(n):\n\t    return n * 2\n\t```\nDone", True),
+    ("- ```python\n  def double(n):\n      return n * 3\n  ```", False),
+    ("> ```python\n> def double(n):\n>     return n * 2\n> ```\n> That is it.", True),
+    (">```\n>def double(n):\n>    return n * 2\n>```", True), ("So\n> ~~~py\n> def double(n):\n>\n>     return n * 2\n> ~~~", True),
+    ('```python\ndef double(n):\n    """\n>>> double(2)\n4\n    """\n    return n * 2\n```', True),
+    ("> ```python\n> def double(n):\n>     return n * 3\n> ```", False),
     ("```python\ndef double(n):\n    return n * 3\n```", False), ("~~~\ndef double(n):\n    return n\n~~~", False)])
 def test_fences_as_markdown_allows_them(text, want):
     assert grade.is_correct(CODE, text, allow_code=True) is want
@@ -523,7 +535,7 @@ def test_a_template_that_drops_what_was_said_is_refused(tmp_path):
     tok = data.load_tokenizer(folder)
     assert tok.prompt_ids("a").tolist()
     for asked, system in ((dict(prompt="b"), "Be brief."), (dict(prompt="b", earlier=[["user", "x y"]]), "")):
-        with pytest.raises(UserError, match="chat_template repeats or drops "):
+        with pytest.raises(UserError, match="its chat_template alters .*: repair it"):
             tok.prompt_ids(asked, system)
 
 
@@ -644,7 +656,7 @@ def test_what_rope_parameters_say_counts(tmp_path):
         assert nt_model.read_config(folder).rope_theta == theta
     for said in ("default", 3, ["default"], dict(partial_rotary_factor=0.5), dict(rope_type="linear"), dict(rope_type="default", partial_rotary_factor=0.25)):
         (folder / "config.json").write_text(json.dumps(config | dict(rope_parameters=said)))
-        with pytest.raises(UserError, match="rope_parameters .* only the default RoPE"):
+        with pytest.raises(UserError, match="rope_parameters .* the default RoPE"):
             nt_model.read_config(folder)
 
 

@@ -73,9 +73,8 @@ def load_tasks(names, include_path, allow_code):
     except Exception as e:  # no such task, no hub, a package the task needs, a broken YAML
         if "HF_ALLOW_CODE_EVAL" in str(e):
             raise UserError(f"{', '.join(names)} {UNSAFE}") from None
-        why = str(e).strip().partition("\n")[0]
-        raise UserError(f"lm_eval cannot load {', '.join(names)} ({type(e).__name__}: {why}): `lm_eval ls "
-                        f"tasks` lists what it has, --include_path adds a directory of your own") from None
+        raise UserError(f"lm_eval cannot load {', '.join(names)} ({cli.reason(e)}): `lm_eval ls tasks` lists "
+                        f"what it has, --include_path adds a directory of your own") from None
     for name, task in loaded["tasks"].items():
         if task.OUTPUT_TYPE != "generate_until":
             raise UserError(f"task {name} asks for {task.OUTPUT_TYPE}: choose one of generate_until")
