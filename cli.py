@@ -104,7 +104,7 @@ GIVEN = {}  # what the command line says; read_config() takes a block length fro
 CRC = ', "crc": "01234567"}'  # how a line of ours ends
 SUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
 BOUNDS = {name: (least, most) for least, most, names in [  # of every numeric option
-    (1, 2**17, "lora_r gen_len block_len per_step prompt_len max_prompt n_buckets"),
+    (1, 2**17, "lora_r gen_len block_len per_step prompt_len max_prompt n_buckets turns"),
     (1, 10**7, "n batch_size micro_batch score_batch collect_batch save_every log_every epochs limit seeds"),
     (0, 10**7, "max_steps steps warmup_steps drill_steps eval_problems n_problems points n_examples window "
                "states_per_trajectory train_block vicinity top_k cache_delay refresh"),
@@ -140,17 +140,17 @@ def add_options(parser, cls, presets={}):
     for base in reversed(cls.__mro__[:-1]):
         comments.update(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(base), re.M))
     for field in dataclasses.fields(cls):
-        about, kind = field.metadata, hints[field.name]
+        about, name = field.metadata, field.name
+        kind, text = hints[name], comments.get(name, "")
         if type(None) in get_args(kind):  # X | None
             kind = get_args(kind)[0]
-        names = ["--" + field.name] + ["-n", "--n_problems"] * (field.name == "n")  # --n is torchrun's, too
-        text, name = comments.get(field.name, ""), field.name
+        names = ["--" + name] + ["-n", "--n_problems"] * (name == "n")  # --n is torchrun's, too
         differ = ", ".join(f"{family} {own[name]}" for family, own in presets.items() if name in own)
         values = "; ".join(str(value) for value in (field.default, differ) if value not in (None, ""))
         text += f" [{values}]" if values and not text.endswith("]") else ""
         settings = dict(default=argparse.SUPPRESS, help=text.replace("%", "%%"))  # absent unless given
         if about.get("positional"):
-            names, settings["nargs"] = [field.name], None if about["required"] else "?"
+            names, settings["nargs"] = [name], None if about["required"] else "?"
         else:
             settings["required"] = about.get("required", False)
         if get_origin(kind) is list:

@@ -230,8 +230,8 @@ def stats_command(args):
     known = [r["correct"] for r in records if r["correct"] is not None]
     tokens = [n_content(r["x0"], eos_ids) for r in records]
     print(f"{'trajectories':<16} {len(records)} of {records[0]['model']}, length {len(records[0]['x0'])}")
-    share = f"{np.mean(known):.1%} of {len(known)} graded" if known else "not graded"
-    print(f"{'correct':<16} {share}")
+    print(f"{'correct':<16}",
+          f"{np.mean(known):.1%} of {len(known)} graded" if known else "not graded")
     spread("prompt tokens", [len(r["prompt_ids"]) for r in records])
     spread("response tokens", tokens)
     spread("forwards (nfe)", [r["nfe"] for r in records])

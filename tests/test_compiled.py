@@ -325,20 +325,21 @@ def test_the_step_reads_no_value(case):
                 broken()
 
 
-def test_the_baseline_of_the_benchmark_is_fast_dllm():
-    """Its tokens and forwards on the official sampler's recorded cases, and ours on tokens per forward."""
+@pytest.mark.parametrize("cached", ["dual", "prefix"])
+def test_the_baselines_of_the_benchmark_are_fast_dllm(cached):
+    """Their tokens and forwards on the official sampler's recorded cases, and ours on tokens per forward."""
     model, seen = nt_model.load(FIXTURES / "llada_A"), 0
     for case in json.loads((FIXTURES / "llada_A" / "samplers.json").read_text())["cases"]:
-        if not re.fullmatch(r"fast_dual_p\d_thrNone", case["name"]):
+        if not re.fullmatch(rf"fast_{cached}_p\d_thrNone", case["name"]):
             continue
         (prompt,) = case["settings"]["prompt"]
         s = Decoding(policy="static", early_stop=False, gen_len=16, block_len=8)
-        ids, nfe = bench.fast_dllm(model, torch.tensor(prompt), s)
+        ids, nfe = bench.fast_dllm(model, torch.tensor(prompt), s, cached)
         assert [prompt + ids.tolist()] == case["ids"] and nfe == case["forwards"]
         seen += 1
     assert seen >= 2
     for settings in (dict(per_step=2), dict(per_step=3, block_len=5), dict(gen_len=13, block_len=4)):
         s = Decoding(**dict(policy="static", early_stop=False, gen_len=16, block_len=8) | settings)
-        ids, nfe = bench.fast_dllm(model, torch.tensor(prompt), s)
-        (ours,) = generate(model, [torch.tensor(prompt)], **vars(s))
+        ids, nfe = bench.fast_dllm(model, torch.tensor(prompt), s, cached)
+        (ours,) = generate(model, [torch.tensor(prompt)], **vars(replace(s, cache=cached)))
         assert torch.equal(ids, ours.ids) and nfe == ours.nfe

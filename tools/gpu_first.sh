@@ -17,7 +17,7 @@ step() {  # step NAME SECONDS COMMAND...: its output to a file, the lines that m
 
 pytest=(python3 -m pytest -v -s -m gpu tests/test_gpu.py)
 for batch in 1 32; do
-    step "decode-$batch" 120 python3 tools/bench.py --model llada-8b --per_step 8 --batch_size "$batch" --profile
+    step "decode-$batch" 130 python3 tools/bench.py --model llada-8b --per_step 8 --batch_size "$batch" --turns 2 --profile
 done
 step decodes 180 "${pytest[@]}" -n 7 -k "decodes or no_host or sampling" &
 step nccl 180 "${pytest[@]}" -n 3 -k "nccl" &
