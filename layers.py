@@ -74,7 +74,8 @@ def with_linear(module, kind):
     twin, parts = copy.copy(module), dict(module._modules)
     joined = {"+".join(names): Joined([parts.pop(name) for name in names], kind)
               for names in getattr(module, "JOINED", ()) if names[0] in parts}
-    twin._modules = {name: with_linear(part, kind) for name, part in parts.items()} | joined
+    order = sorted(parts, key="head".__ne__)  # the largest layer first, while there is room for two
+    twin._modules = {name: with_linear(parts[name], kind) for name in order} | joined
     return twin
 
 

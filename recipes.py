@@ -176,8 +176,8 @@ def recipe_problems(name, split, n, path):
     if not problems:
         raise UserError(f"{name} {path or split}: no row can be used ({dict(left_out)}): give others")
     counts = ", ".join(f"{k} {why}" for why, k in left_out.items()) or "none"
-    note = f"\nnote: {recipe.note}" if split == "train" and recipe.note else ""
-    say(f"{name} {own if path else split}: {len(problems)} problems; left out: {counts}{note}")
+    say(f"{name} {own if path else split}: {len(problems)} problems; left out: {counts}"
+        f"{f'; note: {recipe.note}' if split == 'train' and recipe.note else ''}")
     return problems
 
 

@@ -108,8 +108,7 @@ def bootstrap(runs, y_max, least, number, n_boot):
             chosen = np.random.default_rng([number, replicate, 1]).integers(n, size=n)
             if not replicate:
                 picks, chosen = dict.fromkeys(sets, slice(None)), range(n)
-            rows = [summarize(of_label[i], y_max, least, picks[tuple(of_label[i][0]["ids"])])
-                    for i in chosen]
+            rows = [summarize(of_label[i], y_max, least, picks[tuple(of_label[i][0]["ids"])]) for i in chosen]
             draws[label].append(np.mean(rows, 0))
     return {label: np.array(rows) for label, rows in draws.items()}
 
