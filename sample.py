@@ -109,7 +109,7 @@ def pick_tokens(logits, cfg, s, noise=None):
     for i in cfg.eos_ids * s.no_eos:
         logits[..., i] = -1e9  # a number: infinity times a probability of 0 is none
     lse = logits.logsumexp(-1, keepdim=True)
-    entropy = lse[..., 0] - ((logits - lse).exp() * logits).sum(-1)
+    entropy = lse[..., 0] - (logits - lse).exp_().mul_(logits).sum(-1)  # in place: arrays of (..., V)
     choice = logits.clone()
     choice[..., cfg.mask_id] = -torch.inf
     if s.temperature > 0:
