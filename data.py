@@ -195,7 +195,7 @@ def fitting(problems, tok, most, room, asked=None):
                             f"shorten it in {p.get('source', 'the text')}, lower gen_len{way}")
         kept += [p] * (n <= (most or n))
     if len(kept) < len(problems):
-        print(f"{len(problems) - len(kept)} prompts are longer than --max_prompt {most}: left out")
+        say(f"{len(problems) - len(kept)} prompts are longer than --max_prompt {most}: left out")
     if not kept:
         raise UserError(f"no prompt of {len(problems)} is left: raise --max_prompt, or give others")
     return kept

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cli import UserError, run_cli  # first
+from cli import UserError, run_cli, say  # first
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -166,8 +166,8 @@ def load_examples(cfg, tok):
                              **{k: p[k] for k in ["raw"] if k in p}, prompt_ids=tok.prompt_ids(p).tolist()))
     bare = [p["id"] for p in problems if not p["solution"].strip()]
     if len(fits) < len(problems):
-        print(f"{len(problems) - len(fits)} of {len(problems)} rows are left out: {len(bare)} have no "
-              f"solution {bare[:1]}, the others one of more than {cfg.gen_len} tokens (--gen_len)")
+        say(f"{len(problems) - len(fits)} of {len(problems)} rows are left out: {len(bare)} have no "
+            f"solution {bare[:1]}, the others one of more than {cfg.gen_len} tokens (--gen_len)")
     if not fits:
         raise UserError(f"{cfg.data} has no solution of at most {cfg.gen_len} tokens, and {len(bare)} rows "
                         f"without any {bare[:1]}: raise --gen_len, or fill in the field solution")
