@@ -317,7 +317,7 @@ def read_rows(path):
         rows = read_jsonl(path)
     for i, row in enumerate(rows):
         if not isinstance(row, dict):
-            raise UserError(f"{path} line {i + 1} is not an object: {str(row)[:60]!r}; repair it")
+            raise UserError(f"{path} row {i + 1} is not an object: {str(row)[:60]!r}; repair it")
         yield row
 
 

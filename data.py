@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 import grade
 from model import (FAMILIES, LENGTHS, ModelOptions, block_diffusion_layout, checkpoint_dir,
                    first_position, listed, read_config, token_positions)
-from recipes import RECIPES, TEST, recipe_problems
+from recipes import RECIPES, TEST, TEXTS, check_fields, recipe_problems
 
 TINY_DECODING = FAMILIES["tiny"].decoding
 TINY_LEN, TINY_BLOCK = TINY_DECODING["gen_len"], TINY_DECODING["block_len"]  # of a response, tokens
@@ -34,10 +34,6 @@ TINY_TRAINING = dict(  # what the methods that collect train the tiny model with
     warmup_steps=10, batch_size=64, micro_batch=64, max_steps=150, save_every=50, eval_problems=128)
 GAMES = FAMILIES["tiny"].tasks  # weights/NAME/game.py makes the problems of an embedded task
 AVOIDED = {"train": ["dev", "test"], "dev": [], "test": ["dev"]}  # whose held-out prompts do not occur
-TEXTS = "prompt question solution thinking entry_point grader source".split()  # fields that hold text
-KINDS = dict.fromkeys(TEXTS, ("text (a chat: messages)", str)) | dict(
-    raw=("true or false", bool),
-    answer=("text or a number", str, int, float))  # a field of a row: what it must be
 OWN_FIELDS = ("id", *TEXTS, "answer", "tests", "setup", "messages")  # of a problem
 CARRIED = "earlier raw question grader tests entry_point setup".split()  # into its record, where it has them
 LISTS = "prompt_ids x0 order rank".split()  # of a record
@@ -143,22 +139,16 @@ def own_problems(source):
     stem = re.sub(r"\.(jsonl|json|parquet)(\.gz)?$", "", Path(path).name)
     problems = []
     for i, row in enumerate(read_rows(path)):
-        where = f"{path} line {i + 1}"
+        where = f"{path} row {i + 1}"
         for name in names.values():
             if name not in row:
                 raise UserError(f"{where} has no field {name!r} (there are {[*row][:9]}): correct "
                                 f"FILE:{source.rpartition(':')[2]}")
         row.update({field: row[name] for field, name in names.items()})
-        p = {"id": f"{stem}-{i}", "source": stem, "solution": "",
+        p = {"id": f"{stem}-{i}",
+             "source": stem, "solution": "",
              **{key: value for key, value in row.items() if value is not None and key != "earlier"}}
-        for key, (words, *kinds) in KINDS.items():
-            if key in p and type(p[key]) not in kinds:
-                raise UserError(f"{where}: {key} must be {words}, not {str(p[key])[:40]!r}")
-        code = map(p.get, "tests setup test_setup".split())
-        texts = sum(map(listed, code), [])
-        if set(map(type, texts)) - {str}:
-            raise UserError(f"{where}: tests, setup and test_setup must be text or lists of texts, "
-                            f"not {str(texts)[:40]}")
+        check_fields(p, where)
         if "messages" in p:
             p |= last_exchange(p, where)
         if not p.get("prompt", "").strip():
@@ -270,7 +260,7 @@ class OwnChat:
         try:
             return whole(self.hf.apply_chat_template(said, **settings)).removeprefix("\ufeff")
         except Exception as e:  # whatever a template raises
-            raise UserError(f"{self.name}: its chat_template fails ({e}): repair or remove it") from None
+            raise UserError(f"{self.name}: mend its chat_template, or {str(turns)[-50:]} ({e})") from None
 
     @property
     def system(self):

@@ -498,7 +498,7 @@ class CurveOptions(ProblemOptions, ProtocolOptions):
 @dataclass
 class NllOptions(ProblemOptions):
     """an AR teacher's NLL of what each forward has revealed (TRIMS Fig. 7)"""
-    teacher: str = "tiny-ar"  # hub id or directory of a causal LM
+    teacher: str = option()  # hub id or directory of a causal LM; tiny-ar, barter-ar
     out: str = "out"  # directory of trajectory_nll.png
 
 
@@ -563,6 +563,8 @@ def curve_command(args, given):
 def nll_command(args, given):
     problems = problems_of(args)
     teacher_tok = load_teacher_tokenizer(args.teacher)
+    for problem in problems:
+        teacher_tok.prompt_ids(problem)  # an error before anything is decoded
     model, tok = load_both(args)
     teacher = load_teacher(args.teacher, *nt_model.default_device())
     label = args.adapter or args.model
@@ -584,8 +586,9 @@ def tds_command(args):
     model, tok = load_both(args)
     model = nt_model.in_blocks(model, records[0]["decoding"].get("block_len", model.cfg.block_len))
     label = args.adapter or args.model
-    if max(i for r in records for i in r["prompt_ids"] + r["x0"]) >= model.cfg.vocab_size:
-        raise UserError(f"{args.trajectories} has ids that {args.model} does not know: give its own model")
+    asked, most = tok.prompt_ids(records[0]).tolist(), max(i for r in records for i in r["x0"])
+    if asked != records[0]["prompt_ids"] or most >= model.cfg.vocab_size:
+        raise UserError(f"{args.trajectories} has ids of another model than {args.model}: give its own")
     if not args.ce:
         values = mean_of(tds, model, records, label)
         return report_by_step(label, values, "TDS", "nats^2", Path(args.out) / "tds.png")

@@ -25,13 +25,13 @@ NUMBER = re.compile(r"(?<!\^{)(?<!\^-)(?<!\^{-)(?:(?<![\w.)^])-?(?:[$€£]\s?)?
                     r"\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,2}(?!\w))?|"
                     r"(?<![\w.)])-?[$€£]?\.\d+|(?<![\d^])\d+(?:\.\d+)?)")  # and none that is an exponent
 SCALE = (r"(?!\s*(?i:hundred|thousand|[mb]illion|trillion|dozen|(?:[mb]n|mln|lakh|crore|and|over|plus|minus|"
-         r"half|halves|thirds?|quarters?|squared|cubed)\b))")  # "3 million" is not 3
-UNIT = (r"\s?\\?%|\s?[€£]|\s?(?:°|\^{?\\circ}?)\s?[CF]?|(?:[\s~]|\\[,;: ])*+\\(?:text|mathrm){"
-        rf"{SCALE}[^{{}}0-9]*}}(?:\^{{?\d}}?)?|\s(?:m|in|mi)\^{{?\d}}?|\s?(?:[cdkm]m|[km]g|"
-        r"ft|yd|lbs?|oz|hrs?|mins?|mph|kWh|units?)(?:\^{?\d}?)?(?![\w^])|"
-        rf"\s{SCALE}\(?(?:[^\W\d_]{{2}}|[A-Z]-|[ghlmsAJKLNVW]\b)"
+         r"half|halves|thirds?|quarters?|squared|cubed|pi|divided)\b))")  # "3 million" is not 3
+UNIT = (r"\s?\\?%|\s?[€£]|\s?(?:°|\^{?\\circ}?)\s?[CF]?|(?:[\s~]|\\[,;: ])*+"
+        rf"\\(?:text|mbox|(?:text|math)rm){{{SCALE}[^{{}}0-9]*}}(?:\^{{?\d}}?)?|\s(?:m|in|mi)\^{{?\d}}?|"
+        r"\s?(?:[cdkm]m|[km]g|ft|yd|lbs?|oz|hrs?|mins?|mph|kWh|units?)(?:\^{?\d}?)?(?![\w^])|"
+        rf"(?:[\s~]|\\[,;: ]){SCALE}\(?(?:[^\W\d_]{{2}}|[A-Z]-|[ghlmsAJKLNVW]\b)"
         r"(?:[^0-9=+*^\\-]|(?<=[^\W\d_])-(?=[^\W\d_]))*+")  # "2 x" has no unit
-AROUND = r"(?:[*_`$ ]|\\[\[\]()]|(?i:(?:the )?(?:final )?answer(?: is|:)+))*+"  # markup, "Answer:"
+AROUND = r"(?:[*_`$\s]|\\[\[\]()]|(?i:(?:the )?(?:final )?answer(?: is|:)+))*+"  # markup, "Answer:"
 BARE = re.compile(rf"\A{AROUND}(?:\\(?:text|math)(?:bf|it|rm|tt)?{{(.+)}}|\(([A-Z])\)|(.*?)){AROUND}\Z", re.S)
 THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|,?\\[,!]|[\u00a0\u2007-\u200a\u202f])(?=[0-9]{3}(?![0-9]))")
 FENCE = re.compile(r"((?:^[ \t]*)?)([-*+][ \t]+|\d+[.)][ \t]+)?(`{3,}|~{3,})[ \t]*(\w*)[^\n]*\n(.*?)"  # ends
@@ -58,6 +58,8 @@ def check_gradable(problems, allow_code):
             raise UserError(f"{name}: grader {grader}, but no {need}: add it, or FILE:{need}=NAME")
         if grader == "number" and last_number(str(problem["answer"])) is None:
             raise UserError(f"{name}: grader number, but no number in answer {problem['answer']!r}: mend it")
+        if grader == "code" and not tests_of(problem):
+            raise UserError(f"{name}: its tests are no Python, or check nothing: mend them")
         if grader == "math":
             package(*MATH)
         if grader == "code" and not allow_code:
@@ -119,7 +121,7 @@ def boxed(text):
 def final_answer(text):
     """What grader final compares, without a period behind it and markup around it; '' if there is nothing."""
     head, mark, tail = text.rpartition("####")
-    found = boxed(tail) or tail.strip().partition("\n")[0] if mark else boxed(text)
+    found = boxed(tail) or re.sub(rf"\A{AROUND}", "", tail).partition("\n")[0] if mark else boxed(text)
     if found is None:
         number = last_number(text)
         found = "" if number is None else f"{number:f}"
@@ -130,7 +132,7 @@ def final_answer(text):
 def amount(text):
     """'$1,234.50' or '15\\text{ km}' -> number, letters of its unit; other text: NaN, equal to nothing."""
     found = re.fullmatch(rf"\+?({NUMBER.pattern})(?:[*_`$]|\\[)\]])*+({UNIT})?", typed(text))
-    unit = found and re.sub(r"\\text|\\mathrm|\\circ|[^a-z0-9]|(?<=\w\w)s\b", "", (found[2] or "").lower())
+    unit = re.sub(r"\\[a-z]+|[^a-z0-9]|(?<=\w\w)s\b", "", (found and found[2] or "").lower())
     return (last_number(found[1]), unit) if found else (Decimal("NaN"), "")
 
 

@@ -339,8 +339,7 @@ def take(x, cols):
 class KVCache:
     """Rotated keys and values of canvases: per layer k, v (B, S, H_kv, head_dim). valid, positions (B, S)."""
     def __init__(self, cfg, valid, positions, dtype):
-        shape = (*valid.shape, cfg.n_kv_head, cfg.head_dim)
-        # one tensor per layer: torch.compile writes into a whole tensor in place but copies it for a view
+        shape = (*valid.shape, cfg.n_kv_head, cfg.head_dim)  # of one layer: torch.compile would copy a view
         self.k, self.v = ([valid.new_zeros(shape, dtype=dtype) for _ in range(cfg.n_layer)] for _ in "kv")
         self.valid, self.positions = valid, positions
         most = valid.shape[1] + cfg.block_len * cfg.whole_blocks  # positions

@@ -11,7 +11,12 @@ from typing import Callable
 
 import grade
 from cli import UserError, package, progress_bar, read_rows, reason, say
+from model import listed
 
+TEXTS = "prompt question solution thinking entry_point grader source".split()  # fields that hold text
+KINDS = dict.fromkeys(TEXTS, ("text (a chat: messages)", str)) | dict(
+    raw=("true or false", bool),
+    answer=("text or a number", str, int, float))  # a field of a problem: what it must be
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 T3D_MATH = (f"{{question}}. {BOXED} You are a precise math problem solver. "  # App. C.3 lost its backslash
             "Solve the given math problem step by step.")
@@ -186,15 +191,29 @@ def problem_of(name, row, own, i):
     recipe = RECIPES[name]
     try:
         p = recipe.row(row)
+        if p is None or not p["prompt"] or not p.get("question", "?"):
+            return None, "malformed" if p else "not of use"
+        known = {key: value for key, value in p.items() if value is not None}
+        p = dict(source=name, grader=recipe.grader, solution="") | known
+        check_fields(p, name)
     except KeyError as e:
         raise UserError(f"{name}, {own} row {i + 1} has no field {e}: see {recipe.hub}") from None
-    except (AttributeError, IndexError, TypeError):  # a field is null or of another type
+    except (AttributeError, IndexError, TypeError, UserError):  # a field is null or of another type
         return None, "malformed"
-    if p is None or not p["prompt"]:
-        return None, "malformed" if p else "not of use"
-    p = {"source": name, "grader": recipe.grader, **p, "id": f"{name}-{p.get('id') or f'{own}-{i}'}"}
-    gradable = p.get("answer") not in (None, "") or p.get("tests") or p["grader"] == "parses"
-    return (p, "") if gradable else (None, "without an answer")
+    p["id"] = f"{name}-{p.get('id') or f'{own}-{i}'}"
+    answered = grade.tests_of(p) if "tests" in p else p.get("answer", "") != "" or p["grader"] == "parses"
+    return (p, "") if answered else (None, "without an answer, or tests that check something")
+
+
+def check_fields(problem, where):
+    """UserError if a field of a problem is of another type than it must be."""
+    for key, (words, *kinds) in KINDS.items():
+        if key in problem and type(problem[key]) not in kinds:
+            raise UserError(f"{where}: {key} must be {words}, not {str(problem[key])[:40]!r}")
+    texts = sum(map(listed, map(problem.get, ("tests", "setup", "test_setup"))), [])
+    if set(map(type, texts)) - {str}:
+        raise UserError(f"{where}: tests, setup and test_setup must be text or lists of texts, "
+                        f"not {str(texts)[:40]}")
 
 
 def same_question(problem):

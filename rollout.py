@@ -61,9 +61,8 @@ def rollout(model, tok, problems, folder, model_name, privileged=False, batch_si
         raise UserError(f"{folder} holds trajectories that were collected ungraded: choose another folder")
     left = {i: p for i, p in enumerate(problems) if p["id"] not in done}
     grade.check_gradable(left.values(), allow_code or not graded)  # said before hours of decoding
-    barrier()  # all ranks have read the same shards before one appends
-    # dealt out anew; ranks that do not wait for each other may have read different shards: by number
-    places = range(len(left)) if torch.distributed.is_initialized() else left
+    barrier()  # all ranks have read the same shards before one appends; what is left is dealt out anew
+    places = range(len(left)) if torch.distributed.is_initialized() else left  # without a barrier: by number
     todo = {i: p for place, (i, p) in zip(places, left.items()) if place % world == rank}
     if todo:
         shard = Shard(folder, rank, len(todo), "sample", "collect")

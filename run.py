@@ -367,11 +367,10 @@ class Run:
         if len(chosen) > size:
             chosen.sort(key=length)  # little padding
         mine = chosen[self.rank::self.world]
-        # equally many on every rank, as sharded forwards are collective: a filler counts nothing
-        for first in range(0, -(-len(chosen) // self.world), size):
+        for first in range(0, -(-len(chosen) // self.world), size):  # on every rank as many, see weight
             part = mine[first:first + size]
             began = time.perf_counter()
-            batch, self.weight = build(part or chosen[:1]), 1 if part else 0
+            batch, self.weight = build(part or chosen[:1]), 1 if part else 0  # a filler counts nothing
             self.total["data_s"] += time.perf_counter() - began
             if part:
                 self.ids += batch["ids"]

@@ -202,8 +202,7 @@ def at_least_one(chosen, score, among):
     return chosen | (torch.zeros_like(chosen).scatter(1, best, none) & among)
 
 
-# LLaDA's generate(): the best ones, `per_step` of them, or so many that a block takes `steps` forwards.
-def static_policy(now, s):
+def static_policy(now, s):  # LLaDA's generate(): the `per_step` best, or a block in `steps` forwards
     n = s.per_step
     if s.steps:  # equal shares of the block, and the first forwards take what remains
         in_response = (now.index >= 0) & (now.index < s.gen_len)
@@ -218,13 +217,11 @@ def static_forwards(s, n_masked):
     return None if s.early_stop else math.ceil(n_masked / per_forward)
 
 
-# Fast-dLLM: all with c >= threshold, and the best one in any case.
-def threshold_policy(now, s):
+def threshold_policy(now, s):  # Fast-dLLM: all with c >= threshold, and the best one in any case
     return at_least_one(now.confidence >= now.threshold, now.confidence, now.masked)
 
 
-# Fast-dLLM: the n best, for the largest n whose n-th best has c_n >= 1 - f / (n + 1), and at least one.
-def factor_policy(now, s):
+def factor_policy(now, s):  # Fast-dLLM: the n best, n >= 1 the largest with c_n >= 1 - f / (n + 1)
     n = place_of(now.confidence, now.masked) + 1  # the position is the n-th best
     passes = now.masked & (now.confidence >= 1 - now.threshold / (n + 1))
     n_best = torch.where(passes, n, 1).amax(1, keepdim=True)
@@ -233,13 +230,11 @@ def factor_policy(now, s):
     return (n <= n_best) | all_but_one
 
 
-# d3LLM, TAD: all with H < threshold, or the lowest one.
-def entropy_policy(now, s):
+def entropy_policy(now, s):  # d3LLM, TAD: all with H < threshold, or the lowest one
     return at_least_one(now.entropy < now.threshold, -now.entropy, now.masked)
 
 
-# Dream's diffusion_generate(): from time t to s the share 1 - s / t of the masks, at the last step all.
-def dream_policy(now, s):
+def dream_policy(now, s):  # Dream's: from time t to s the share 1 - s / t of the masks, all at the last step
     steps = s.steps or s.gen_len
     t = torch.linspace(1, s.eps, steps + 1, device=now.masked.device)  # fp32, as the published code rounds
     i = now.tries.clamp(max=steps - 1)
@@ -249,23 +244,19 @@ def dream_policy(now, s):
     return place_of(now.score, now.masked) < n
 
 
-# D2F, d3LLM, TAD: several blocks at once. The memory is the number of blocks that take part.
-def multiblock_policy(now, s):
+def multiblock_policy(now, s):  # D2F, d3LLM, TAD: several blocks at once; memory: how many take part
     masks = by_block(now.response, s).sum(2)  # (R, blocks)
     size = by_block(torch.ones_like(now.response), s).sum(2)
     revealed = (size - masks) / size
-    # one block takes part at first, and one more when the last of them is `block_add` revealed
-    last = (now.memory - 1).clamp(min=0)
+    last = (now.memory - 1).clamp(min=0)  # first one block, and one more when it is `block_add` revealed
     joins = revealed.gather(1, last) >= min(s.block_add, 1.0)
     n_blocks = now.memory + (joins | (now.memory == 0))
     now.memory = n_blocks.clamp(max=masks.shape[1])
-    # all with H < threshold in these blocks, or the lowest one
     block = (now.index // s.block_len).clamp(max=masks.shape[1] - 1)  # (R, W)
-    candidates = now.masked & (block < now.memory)
+    candidates = now.masked & (block < now.memory)  # of them all with H < threshold, or the lowest one
     reveal = candidates & (now.entropy < now.threshold)
     reveal = at_least_one(reveal, -now.entropy, candidates)
-    # and at least one in the first unfinished block whose predecessor is `decoded` revealed
-    predecessor = F.pad(revealed[:, :-1], (1, 0), value=1.0)
+    predecessor = F.pad(revealed[:, :-1], (1, 0), value=1.0)  # where it is `decoded` revealed, one at least
     ready = candidates & (predecessor.gather(1, block) >= s.decoded)
     first = block.masked_fill(~ready, s.gen_len).amin(1, keepdim=True)
     return at_least_one(reveal, -now.entropy, ready & (block == first))
@@ -343,8 +334,7 @@ def reference(model, prompt, **settings):
             revealed += at.tolist()
         nfe += 1
         tries += 1
-        # the window moves behind its first blocks that are full (multiblock: since `cache_delay` forwards)
-        for at in range(start, total, s.block_len):
+        for at in range(start, total, s.block_len):  # it moves behind its first full blocks, see cache_delay
             block = slice(at, at + s.block_len)
             if masked[block].any() or nfe - order[block].max() <= s.cache_delay:
                 break
@@ -518,12 +508,11 @@ def reveal(model, x, s, columns, h):
         setattr(x, name, whole.scatter(1, columns, inside))
     if not s.early_stop:
         return
-    # where all before the first EOS is revealed, the masked rest becomes EOS now
     is_eos = ~x.masked & sum(x.canvas == i for i in model.cfg.eos_ids).bool()
     is_eos[:, :P] = False
     behind = is_eos.cumsum(1) > 0  # an EOS, or behind one
     open_before = (x.masked & ~behind).any(1, keepdim=True)
-    fill = x.masked & behind & ~open_before
+    fill = x.masked & behind & ~open_before  # where all before the first EOS is revealed
     x.canvas = torch.where(fill, model.cfg.eos_ids[0], x.canvas)
     x.order = torch.where(fill, x.nfe, x.order)
     x.masked = x.masked & ~fill

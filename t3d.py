@@ -150,8 +150,8 @@ def draw_mask(pi, size, block_len, cfg, rngs):
         j = [int(rng.integers(B)) for rng in rngs]
     decoded = pi - 1 if cfg.mask_order == "paper" else size - pi  # (code) the earliest are masked
     masked = decoded >= torch.tensor(j)[:, None]
-    # a response shorter than j: its last token, so that every example has a row
-    return masked | (~masked.any(1, keepdim=True) & (decoded == decoded.amax(1, keepdim=True)))
+    short = ~masked.any(1, keepdim=True)  # a response shorter than j: its last token, so that it has a row
+    return masked | (short & (decoded == decoded.amax(1, keepdim=True)))
 
 
 def make_batch(records, rngs, cfg, model_cfg, vocabulary):

@@ -548,7 +548,7 @@ def test_json_that_is_nested_too_deep(tmp_path, text):
 @pytest.mark.parametrize("field", ["source", "question", "grader", "entry_point"])
 def test_fields_that_must_be_text(tmp_path, field):
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "a", "answer": "b", field: 5}) + "\n")
-    with pytest.raises(UserError, match=f"line 1: {field} must be text"):
+    with pytest.raises(UserError, match=f"row 1: {field} must be text"):
         data.load_problems(str(tmp_path / "a.jsonl"))
 
 

@@ -175,8 +175,8 @@ def test_a_base_model_without_a_template_gets_plain_text(tmp_path, capsys):
 
 def test_chat_templates_that_cannot_be_used_are_refused(tmp_path):
     folder = official_checkpoint(tmp_path, "sdar", eos_token_id=256)
-    for template, words in (("{% if %}", "chat_template fails"), ("{{ messages[7].content }}", "chat_template fails"),
-                            ("{{ ''.__class__.__mro__ }}", "fails"),
+    for template, words in (("{% if %}", "mend its chat_template"), ("{{ messages[7].content }}", "mend its chat_template"),
+                            ("{{ ''.__class__.__mro__ }}", "mend its chat_template"),
                             (OWN.replace("<|im_end|>", "<|MASK|>"), "ends an answer with the id 259, which is no eos")):
         (folder / "chat_template.jinja").write_text(template)
         with pytest.raises(UserError, match=words):

@@ -159,18 +159,18 @@ PYTEST = "from solution import add\nimport pytest\n\n\ndef test_add():\n    asse
     (ADD, f"```\n{RIGHT}```", True), (ADD, f"```python\n{RIGHT}", True), (ADD, f"```js\n{RIGHT}```", False),
     (ADD, f"{RIGHT}\nif __name__ == '__main__':\n    raise SystemExit(add(1, 2))\n", True),
     (dict(ADD, setup="TWO = 2", tests=["assert add(1, TWO) == 3"]), RIGHT, True),
-    (dict(ADD, tests="assert add(1, 2) == 3"), RIGHT, True), (dict(ADD, tests=["x = 1"]), RIGHT, False),
+    (dict(ADD, tests="assert add(1, 2) == 3"), RIGHT, True), (dict(ADD, tests=["x = 1"]), RIGHT, None),
     (HEAD, "    return a + b\n", True), (HEAD, "return a + b", True), (HEAD, "c = a + b\n    return c", True),
     (HEAD, "    return floor(a + b)\n", True), (HEAD, RIGHT.replace("a + b", "floor(a + b)"), True),
     (HEAD, "    return a - b\n", False), (HEAD, "", False), (HEAD, "    pass\n", False),
     (HEAD, f"from __future__ import annotations\n{RIGHT}", True),
     (CHAT, f"```python\n{RIGHT}```", True), (CHAT, "```python\n    return floor(a + b)\n```", True),
     (CHAT, "```python\nreturn a - b\n```", False),
-    (dict(HEAD, tests="def check(candidate):\n    pass\n"), RIGHT, False),
+    (dict(HEAD, tests="def check(candidate):\n    pass\n"), RIGHT, None),
     (dict(ADD, tests=PYTEST), RIGHT, True), (dict(ADD, tests=PYTEST), "def add(a, b): return 4", False),
     (dict(ADD, tests=PYTEST + "\ndef test_more():\n    assert add(1, 1) == 3\n"), RIGHT, False),
-    (dict(ADD, tests="def test_x():\n    pass\n"), RIGHT, False),
-    (dict(ADD, tests="def helper():\n    assert add(1, 2) == 3\n"), RIGHT, False),
+    (dict(ADD, tests="def test_x():\n    pass\n"), RIGHT, None),
+    (dict(ADD, tests="def helper():\n    assert add(1, 2) == 3\n"), RIGHT, None),
     (dict(ADD, tests="def test_add(x):\n    assert add(1, 2) == 3\n"), RIGHT, False),  # fixtures: no
     (dict(ADD, tests="async def test_add():\n    assert add(1, 2) == 3\n"), RIGHT, True),
     (dict(ADD, tests="async def test_add():\n    assert add(1, 2) == 4\n"), RIGHT, False),
@@ -178,10 +178,14 @@ PYTEST = "from solution import add\nimport pytest\n\n\ndef test_add():\n    asse
     (dict(ADD, tests="import unittest\nclass TestAdd(unittest.TestCase):\n    def setUp(self):\n"
                      "        self.n = 2\n    def test(self):\n        self.assertEqual(add(1, self.n), 3)\n"
                      "if __name__ == '__main__':\n    unittest.main()\n"), RIGHT, True),
-    (dict(ADD, tests="    assert add(1, 2) == 4\n"), RIGHT, False),
-    (dict(ADD, tests="assert ("), RIGHT, False),
+    (dict(ADD, tests="    assert add(1, 2) == 4\n"), RIGHT, None),
+    (dict(ADD, tests="assert ("), RIGHT, None),
     (ADD, "def add(a, b):\n    return a + b\n\x00", True), (ADD, "def add(a, b):\n    return a + b\x00", False), (ADD, "(" * 10**5, False)])
 def test_code(problem, reply, right):
+    if right is None:  # said before anything runs
+        with pytest.raises(UserError, match="its tests are no Python, or check nothing: mend them"):
+            grade.check_gradable([problem], True)
+        return
     assert grade.is_correct(problem, reply, allow_code=True) is right
 
 

@@ -9,13 +9,16 @@ import torch
 from checkpoints import official_checkpoint
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from test_recipes import ROWS as SETS
 from test_teachers import write_teacher_tokenizer
 
+import cli
 import data
 import eval as nt_eval
 import grade
 import lora
 import model as nt_model
+import rollout
 import trims
 from cli import UserError
 from compare import RunsOptions, compare, runs_command
@@ -23,6 +26,7 @@ from model import decoding_defaults
 from sample import generate, read_prompts
 from teacher import load_teacher_tokenizer
 
+TINY, SHORT = nt_model.load("tiny"), dict(gen_len=8, block_len=8, cache="none", policy="static", per_step=8)
 VALUES = [None, True, 0, -1, 3, 2.5, 1e30, float("nan"), "", "x", "\ud83d", [], [1], ["a"], [[1]], {}, {"a": 1}, 10**12]
 
 
@@ -230,11 +234,49 @@ def test_refusals_of_tensors_name_file_tensor_and_what_to_do(tmp_path):
 @pytest.mark.parametrize("row, source, words", [
     (dict(prompt="a"), "mine: problem mine-0", "no answer: add it, or FILE:answer=NAME"), (dict(prompt="a", answer=1, grader="sum"), "mine: problem mine-0", "'sum', there are"),
     (dict(prompt="a", answer="x", grader="number"), "mine: problem mine-0", "answer 'x': mend it"), (dict(prompt="a", tests="assert f()"), "mine: problem mine-0", "give --allow_code_execution"),
-    (dict(prompt=3), "mine.jsonl line 1", "prompt must be text (a chat: messages), not '3'"), (dict(question="a"), "mine.jsonl line 1", "FILE:prompt=NAME takes one: ['question']"),
-    (dict(prompt="a", raw="yes"), "mine.jsonl line 1", "raw must be true or false, not 'yes'"), (dict(prompt="a", messages=[3]), "mine.jsonl line 1", "messages must be turns"),
-    (dict(prompt="a", answer=1, tests=[3]), "mine.jsonl line 1", "lists of texts, not [3]"), ([3], "mine.jsonl line 1", "is not an object: '[3]'; repair it")])
+    (dict(prompt=3), "mine.jsonl row 1", "prompt must be text (a chat: messages), not '3'"), (dict(question="a"), "mine.jsonl row 1", "FILE:prompt=NAME takes one: ['question']"),
+    (dict(prompt="a", raw="yes"), "mine.jsonl row 1", "raw must be true or false, not 'yes'"), (dict(prompt="a", messages=[3]), "mine.jsonl row 1", "messages must be turns"),
+    (dict(prompt="a", answer=1, tests=[3]), "mine.jsonl row 1", "lists of texts, not [3]"), ([3], "mine.jsonl row 1", "is not an object: '[3]'; repair it")])
 def test_refusals_of_rows_name_file_row_and_what_to_do(tmp_path, row, source, words):
     (tmp_path / "mine.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(UserError) as refused:
         grade.check_gradable(data.load_problems(str(tmp_path / "mine.jsonl")), False)
     assert source in str(refused.value) and words in str(refused.value)
+
+
+@pytest.mark.parametrize("name", [name for name in SETS if name != "gsm-symbolic"])
+def test_mutated_rows_of_known_sets(tmp_path, name):
+    """NAME=FILE: a row is used, or left out and counted; none is a traceback, here or where it is trained on or graded."""
+    good = next(row for row, problem in SETS[name] if problem)
+    tok, rng, file = data.load_tokenizer("tiny"), random.Random(name), tmp_path / "rows.jsonl"
+    nothing = [good | {key: value} for key in good for value in (None, [], ["x"], 3, "", {"a": 1}, True)]
+    for number, row in enumerate([*nothing, *(mutated(good, rng) for _ in range(40))]):
+        file.write_text(json.dumps(good) + "\n" + json.dumps(row) + "\n")
+        for read in (lambda: used(f"{name}={file}", tok), lambda: trims.load_examples(trims.Config(data=f"{name}={file}", gen_len=64), tok),
+                     lambda: rollout.rollout(TINY, tok, data.load_problems(f"{name}={file}"), tmp_path / f"kept-{number}", "tiny", graded=False, **SHORT)
+                     if number % 9 == 0 else None):
+            survives(read, f"{name} {number}: {row}")
+
+
+def test_a_row_of_a_known_set_that_cannot_be_used_is_left_out(tmp_path, capsys):
+    for name, key, values in (("math500", "problem", [None, 3, ""]), ("humaneval", "entry_point", [["f"], 3]), ("s1k", "attempt", [["2"], {}]),
+                              ("humaneval", "test", ["def check(f):\n    pass\n", "assert (", 3]), ("mbpp", "test_list", [["x = 1"], [3]])):
+        good = next(row for row, problem in SETS[name] if problem)
+        for value in values:
+            (tmp_path / "x.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(good | {key: value}) + "\n")
+            cli.say.cache_clear()
+            assert len(data.load_problems(f"{name}={tmp_path}/x.jsonl")) == 1
+            assert re.search("left out: 1 (malformed|without an answer, or tests that check something)", capsys.readouterr().err), (name, key, value)
+    good = next(row for row, problem in SETS["humaneval"] if problem)
+    (tmp_path / "x.jsonl").write_text(json.dumps(good | dict(canonical_solution=None)) + "\n")
+    (problem,) = data.load_problems(f"humaneval={tmp_path}/x.jsonl")
+    assert problem["solution"] == ""
+
+
+@pytest.mark.parametrize("tests, more", [
+    ("def check(candidate):\n    assert candidate(2) == 4", {}), ("assert f(2)==4)", {}), (["f(2) == 4"], {}), ("```python\nassert f(2) == 4\n```", {}),
+    ("if f(2) != 4: raise ValueError", {}), ("  assert f(2) == 4", {}), ("def check(f):\n    pass", dict(entry_point="f"))])
+def test_tests_that_check_nothing_are_said_before_decoding(tmp_path, tests, more):
+    (tmp_path / "mine.jsonl").write_text(json.dumps(dict(prompt="a", tests=tests, **more)) + "\n")
+    with pytest.raises(UserError, match="mine: problem mine-0: its tests are no Python, or check nothing: mend them"):
+        grade.check_gradable(data.load_problems(f"{tmp_path}/mine.jsonl"), True)

@@ -281,10 +281,10 @@ def test_own_fields_are_mapped(tmp_path):
 
 
 @pytest.mark.parametrize("source, rows, words", [
-    ("{}:prompt=nope", [dict(prompt="a", answer=1)], r"line 1 has no field 'nope' \(there are \['prompt', 'answer'\]\): correct FILE:prompt=nope"),
+    ("{}:prompt=nope", [dict(prompt="a", answer=1)], r"row 1 has no field 'nope' \(there are \['prompt', 'answer'\]\): correct FILE:prompt=nope"),
     ("{}:promt=q", [dict(q="a", answer=1)], "no field 'promt' to fill; there are id, prompt"),
     ("{}", [dict(prompt=["a"], answer=1)], "prompt must be text"),
-    ("{}", ["a"], "line 1 is not an object"), ("gsm8k={}", [dict(q="a")], "row 1 has no field 'answer': see openai/gsm8k"),
+    ("{}", ["a"], "row 1 is not an object"), ("gsm8k={}", [dict(q="a")], "row 1 has no field 'answer': see openai/gsm8k"),
     ("kodcode={}", [dict(question="a", solution="b", test=3)], "can be used .*malformed"),
     ("{}", [dict(prompt="a", answer=1, id=i) for i in "bb"], "has the id 'b' more than once"),
     ("gsm8k={}", [dict(question="a", answer="b")], "no row can be used"),

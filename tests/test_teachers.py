@@ -218,12 +218,12 @@ def test_teachers_that_cannot_be_read_are_named(tmp_path, monkeypatch):
             load_teacher_tokenizer(tmp_path)
     for text in ("{}", "[1]", "not JSON"):
         (tmp_path / "tokenizer.json").write_text(text)
-        with pytest.raises(UserError, match=f"--teacher {tmp_path}: needs a tokeniser that transformers loads"):
+        with pytest.raises(UserError, match=f"--teacher {tmp_path}: copy its tokeniser, none is read: "):
             load_teacher_tokenizer(tmp_path)
     write_teacher_tokenizer(tmp_path, "llama3")
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    for template, words in (("{{ raise_exception('no system') }}", r"its chat_template fails \(no system"),
-                            ("{% for %}", "its chat_template fails"), ("{{ messages[5].content }}", "fails")):
+    for template, words in (("{{ raise_exception('no system') }}", r"mend its chat_template, or .*OK .* \(no system"),
+                            ("{% for %}", "mend its chat_template"), ("{{ messages[5].content }}", "mend its chat_template")):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
         with pytest.raises(UserError, match=words):
             load_teacher_tokenizer(tmp_path)

@@ -52,7 +52,11 @@ def right(answer, text, grader="final"):
     ("3", "#### 3 x^2", False), ("2", "#### 2**3", False), ("24", "#### 24 or 25", False), ("2", r"\boxed{\sqrt{2}\text{ km}}", False),
     ("7", "#### 7 of 9", False), ("2", r"\boxed{2x}", False), ("2", r"\boxed{\sqrt{2}}", False), ("2", r"\boxed{x^2}", False),
     ("3", r"\boxed{3 + x}", False), ("3", r"\boxed{3\pi}", False), ("1", r"\boxed{\frac{1}{2}}", False), ("3", "#### x = 3", False),
+    *(("5", rf"\boxed{{5{unit}}}", True) for unit in (r"\mbox{ cm}", r"\textrm{ cm}", r"\ cm", "~cm", r"\,\mathrm{cm}^2", r"\;apples")), ("5 cm", r"\boxed{5~cm}", True),
+    ("5 cm", r"\boxed{5\mbox{ km}}", False), ("5", r"\boxed{5\mbox{ million}}", False), ("5", r"\boxed{5~pi}", False), ("5", "#### 5 pi", False),
+    ("5", "#### 5 divided by two", False), ("5", "#### 5 times", True), ("5", "#### 5 pies", True),
     # a word that says that it is the answer
+    ("5", "#### Final Answer:\n5", True), ("5", "#### Answer:\n\n**5**\nas 6 - 1", True), ("5", "####\n\n$5$\n", True), ("5", "#### Answer:\n6\n5", False),
     ("3", "#### Answer: 3", True), ("3", "#### The answer is 3.", True), ("3", "#### **Final answer:** 3 apples", True), ("B", "#### Answer is: (B)", True),
     ("3", "#### Answers: 3", False), ("3", "#### Answer: 4", False), ("3", "#### Question: 3", False), ("answer", "#### answer", True),
     # signs and thousands as typesetters have them
@@ -98,7 +102,7 @@ def test_numbers_of_json_are_answers(tmp_path):
         grade.check_gradable([p], False)
         assert grade.is_correct(p, rf"\boxed{{{said[row['answer']]}}}") and not grade.is_correct(p, r"\boxed{7}"), p
     for value in (["12"], {"a": 1}, True, [], [0]):
-        with pytest.raises(UserError, match="mine.jsonl line 2: answer must be text or a number, not"):
+        with pytest.raises(UserError, match="mine.jsonl row 2: answer must be text or a number, not"):
             problems(tmp_path, dict(prompt="q", answer=1), dict(prompt="r", answer=value))
     for value in (float("nan"), float("inf"), -float("inf"), "", " \n", "1e999"):  # JSON has none of the first three
         for p in problems(tmp_path, *[dict(prompt="q", answer=value, grader=grader) for grader in ("final", "number", "math")]):
@@ -246,7 +250,7 @@ def test_a_plus_may_be_in_a_path(tmp_path):
 @pytest.mark.parametrize("key", ["setup", "tests", "test_setup", "entry_point", "prompt", "solution", "grader", "question", "thinking"])
 def test_fields_of_another_type_are_named_with_their_line(tmp_path, key):
     for value in (3, True, [1], {"a": 1}, 2.5, *[["x", 3]] * (key in ("setup", "test_setup"))):
-        with pytest.raises(UserError, match=rf"mine.jsonl line 2.*{key}"):
+        with pytest.raises(UserError, match=rf"mine.jsonl row 2.*{key}"):
             problems(tmp_path, dict(prompt="q"), {"prompt": "r", key: value})
 
 
@@ -417,9 +421,9 @@ def test_a_chat_keeps_what_was_said_before_whatever_is_shown(tmp_path):
     3, "x", [], {}, [3], ["user"], [dict(role="user")], [dict(content="x")], [dict(role="user", content=3)], [dict(role=3, content="x")],
     [dict(role="assistant", content="x")], [dict(role="system", content="x")], [*CHAT[:3], CHAT[2]], [None, *CHAT], [dict(role="user", content=["x"])]])
 def test_chats_that_cannot_be_read_are_named_with_their_line(tmp_path, messages):
-    with pytest.raises(UserError, match="mine.jsonl line 2: messages must be turns with role and content"):
+    with pytest.raises(UserError, match="mine.jsonl row 2: messages must be turns with role and content"):
         problems(tmp_path, dict(messages=CHAT), dict(messages=messages))
-    with pytest.raises(UserError, match="line 1: 'prompt' is absent or empty"):
+    with pytest.raises(UserError, match="row 1: 'prompt' is absent or empty"):
         problems(tmp_path, dict(messages=[dict(role="user", content=" ")]))
 
 
@@ -436,7 +440,7 @@ def test_raw_rows_are_asked_without_a_template(tmp_path, family, monkeypatch):
         (p,) = problems(tmp_path, dict(prompt="a", raw=said))
         assert tok.prompt_ids(p).tolist() == tok.prompt_ids("a").tolist() != tok.encode("a")
     for said in ("yes", "true", 2, [True], "", {}):
-        with pytest.raises(UserError, match="line 1: raw must be true or false, not "):
+        with pytest.raises(UserError, match="row 1: raw must be true or false, not "):
             problems(tmp_path, dict(prompt="a", raw=said))
     (p,) = problems(tmp_path, chat)
     assert tok.decode(tok.prompt_ids(p).tolist()).split() == "Be brief. 2 + 2? 4 <|im_end|> and 3 + 3?".split()

@@ -38,8 +38,7 @@ def random_weights(cfg, device="cpu", dtype=torch.float32):
 
 @torch.no_grad()
 def fast_dllm(model, prompt, s, cached):
-    """Fast-dLLM (arXiv 2505.22618), s.per_step tokens per forward -> ids (L,), nfe. cached: "prefix", or
-    "dual", where later blocks are cached, too."""
+    """Fast-dLLM (arXiv 2505.22618), its "dual" or "prefix" cache, s.per_step per forward -> ids (L,), nfe."""
     cfg, nfe = model.cfg, 0
     x = F.pad(prompt[None], (0, s.gen_len), value=cfg.mask_id)
     column = torch.arange(x.shape[1], device=x.device)[None]
