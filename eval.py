@@ -586,8 +586,8 @@ def tds_command(args):
     model, tok = load_both(args)
     model = nt_model.in_blocks(model, records[0]["decoding"].get("block_len", model.cfg.block_len))
     label = args.adapter or args.model
-    asked, most = tok.prompt_ids(records[0]).tolist(), max(i for r in records for i in r["x0"])
-    if asked != records[0]["prompt_ids"] or most >= model.cfg.vocab_size:
+    if any(tok.prompt_ids(r).tolist() != r["prompt_ids"] or max(r["x0"]) >= model.cfg.vocab_size
+           for r in records):
         raise UserError(f"{args.trajectories} has ids of another model than {args.model}: give its own")
     if not args.ce:
         values = mean_of(tds, model, records, label)

@@ -143,7 +143,7 @@ def load(model, folder):
                             f"its base with peft and load the merged model")
     for key, most in dict(r=1e9, lora_alpha=1e9, lora_dropout=1).items():
         if type(config.get(key)) not in [float, int][key == "r":] or not (key == "r") <= config[key] < most:
-            raise UserError(f"{file} has {key} {config.get(key)!r}: a number below {most:g} is needed")
+            raise UserError(f"{file} has {key} {config.get(key)!r}: a number (r: int) < {most:g} is needed")
     tensors = nt_model.read_tensors(Path(folder) / "adapter_model.safetensors")
     names = FAMILIES[model.cfg.family].names
     targets = [t for t in ALL if any(f".{names[t]}.lora_A." in key for key in tensors)]

@@ -165,18 +165,18 @@ def listed(value):
 
 
 def read_config(folder):
-    """The Config of a checkpoint's directory; generation_config.json may add EOS ids."""
+    """The Config of a checkpoint's directory, or a link to one; generation_config.json may add EOS ids."""
     raw = read_object(folder / "config.json", optional=False)
     eos = listed(raw.get("eos_token_id"))
     said = read_object(folder / "generation_config.json").get("eos_token_id")
     more = [i for i in listed(said) if i not in eos]
     if more:
         raw["eos_token_id"] = eos + more
-    tokens, path = folder / "tokenizer_config.json", folder.resolve()
-    name = next((part for part in path.parts if part.startswith("models--")), path.name)
-    told = re.search(r"(?:^|[-_.])b(8|16|32|64)(?!\w)|(?:SDAR|TraDo)-[\d.]+B(-Chat|-Instruct)?$", name, re.I)
+    tokens, parts = folder / "tokenizer_config.json", (*folder.resolve().parts, folder.absolute().name)
+    name = next((part for part in parts if part.startswith("models--")), f"{parts[-2]} {parts[-1]}")
+    told = re.search(r"(?:\b|_)b(8|16|32|64)(?!\w)|(SDAR|TraDo)-[\d.]+B(-Chat|-Instruct)?(?!\S)", name, re.I)
     block = int(told[1] or 4) if told else GIVEN.get("block_len") or GIVEN.get("train_block")
-    sdar, kind = raw.get("model_type") == "sdar", " ".join(re.findall("mdlm|bd3lm", name.lower()))
+    sdar, kind = raw.get("model_type") == "sdar", " ".join({*re.findall("mdlm|bd3lm", name.lower())})
     table = read_object(tokens)
     try:
         ids = {token["content"]: int(i) for i, token in table.get("added_tokens_decoder", {}).items()}

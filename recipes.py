@@ -210,7 +210,7 @@ def check_fields(problem, where):
     for key, (words, *kinds) in KINDS.items():
         if key in problem and type(problem[key]) not in kinds:
             raise UserError(f"{where}: {key} must be {words}, not {str(problem[key])[:40]!r}")
-    texts = sum(map(listed, map(problem.get, ("tests", "setup", "test_setup"))), [])
+    texts = sum(map(listed, map(problem.get, "tests setup test_setup".split())), [])
     if set(map(type, texts)) - {str}:
         raise UserError(f"{where}: tests, setup and test_setup must be text or lists of texts, "
                         f"not {str(texts)[:40]}")

@@ -507,6 +507,13 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, words, match):
         cli(monkeypatch, "curve", *words)
 
 
+def test_nll_asks_for_a_teacher(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in ((), ("--n", "2"), ("--model", "barter", "--task", "barter")):
+        with pytest.raises(UserError, match="required: --teacher"):
+            cli(monkeypatch, "nll", *words)
+
+
 def test_tds_command(tmp_path, monkeypatch, capsys):
     """What it prints is the mean over the trajectories of a folder, of one hand-written record here."""
     p = data.load_problems("tiny", "train", 1)[0]
@@ -523,10 +530,10 @@ def test_tds_command(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "o/tds.png").stat().st_size > 5000
     with pytest.raises(UserError, match="no trajectory"):
         cli(monkeypatch, "tds", "--trajectories", tmp_path / "none")
-    for field, foreign in (("x0", 298), ("x0", 151_935), ("prompt_ids", 126_336)):
-        other = record | {field: [*record[field][:-1], foreign]}
-        (tmp_path / "t/rank0.jsonl").write_text(json.dumps(other) + "\n")
-        with pytest.raises(UserError, match="t has ids that tiny does not know: give its own model"):
+    for field, foreign in (("x0", 298), ("x0", 151_935), ("prompt_ids", 126_336), ("prompt_ids", 7)):  # the last: of another tokeniser
+        other = record | {"id": "b", field: [*record[field][:-1], foreign]}
+        (tmp_path / "t/rank0.jsonl").write_text(json.dumps(record) + "\n" + json.dumps(other) + "\n")
+        with pytest.raises(UserError, match="t has ids of another model than tiny: give its own"):
             cli(monkeypatch, "tds", "--trajectories", tmp_path / "t")
 
 

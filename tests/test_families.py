@@ -399,6 +399,9 @@ def test_sdar_as_the_hub_has_it(tmp_path, name, block_len, capsys):
         own = shutil.copytree(folder, tmp_path / "named" / unknown)
         (own / "config.json").write_text(json.dumps(hub | dict(mask_token_id=250)))
         assert nt_model.read_config(own).block_len == -1
+        for link, blocks in ((f"{unknown}-b8", 8), (f"SDAR-1.7B-Chat-b32-{unknown}", 32), (f"{unknown}-2", -1)):
+            (own.parent / link).symlink_to(own)
+            assert nt_model.read_config(own.parent / link).block_len == blocks
         with pytest.raises(UserError, match="lacks block_size"):
             Decoding(**nt_model.decoding_defaults(nt_model.read_config(own)))
     with pytest.raises(UserError, match=r"mask_token_id \[151669\]: an id below vocab_size 256"):  # the family's, of the real vocabulary
@@ -410,6 +413,10 @@ def test_sdar_as_the_hub_has_it(tmp_path, name, block_len, capsys):
     (folder / "model.safetensors").symlink_to(FIXTURES / "sdar_A/model.safetensors")
     model = nt_model.load(folder)
     assert (model.cfg.mask_id, model.cfg.block_len) == (250, block_len)
+    for link, blocks in (("mine-b16", block_len), ("x", block_len), ("SDAR-4B-Chat", block_len)):  # the folder's own name goes first
+        (tmp_path / "links").mkdir(exist_ok=True)
+        (tmp_path / "links" / link).symlink_to(folder)
+        assert nt_model.config_of(tmp_path / "links" / link).block_len == blocks
     nt_model.config_of(folder)
     said = [line for line in capsys.readouterr().err.splitlines() if str(folder) in line]  # once
     assert said[1:] == [f"{folder}/config.json lacks {dict(mask_token_id=250, block_size=block_len)}, which its name, its tokeniser or an option says"]

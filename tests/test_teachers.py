@@ -202,6 +202,10 @@ def refused(folder, table):
     (folder / "tokenizer_config.json").write_text(json.dumps(dict(tokenizer_class="PreTrainedTokenizerFast")))
 
 
+NO_SYSTEM = ("{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+             "<s>{{ m.role }}\n{{ m.content }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}")
+
+
 def test_teachers_that_cannot_be_read_are_named(tmp_path, monkeypatch):
     """Before any weights are loaded: there are none here."""
     monkeypatch.setattr(nt_teacher, "load_teacher", lambda *_: pytest.fail("loaded first"))
@@ -227,6 +231,11 @@ def test_teachers_that_cannot_be_read_are_named(tmp_path, monkeypatch):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
         with pytest.raises(UserError, match=words):
             load_teacher_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": NO_SYSTEM}))
+    tok = load_teacher_tokenizer(tmp_path)
+    for said in ([["system", "Be brief."]], [["user", "a"], ["assistant", "b"], ["system", "c"]], [["system", ""]]):
+        with pytest.raises(UserError, match=r"mend its chat_template, or .*last words.*no system here"):
+            tok.prompt_ids(dict(prompt="the last words", earlier=said))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(tokenizer_class="PreTrainedTokenizerFast")))
     with pytest.raises(UserError, match="not how an answer ends"):
         load_teacher_tokenizer(tmp_path)
