@@ -32,7 +32,7 @@ class UserError(ValueError):
 
 def reason(error):
     """Of a library's error, its kind and first line."""
-    return f"{type(error).__name__}: {error}".partition("\n")[0][:250]
+    return f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0][:250]
 
 
 def run_cli(main):
@@ -219,7 +219,7 @@ def read_text(path, errors="strict"):
     try:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as f:
             return f.read().decode("utf-8", errors).removeprefix("\ufeff").replace("\r\n", "\n")
-    except (FileNotFoundError, IsADirectoryError):
+    except FileNotFoundError:
         raise UserError(f"no file {path}: correct the path, or copy the file there") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text: convert it") from None

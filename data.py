@@ -260,7 +260,8 @@ class OwnChat:
         try:
             return whole(self.hf.apply_chat_template(said, **settings)).removeprefix("\ufeff")
         except Exception as e:  # whatever a template raises
-            raise UserError(f"{self.name}: mend its chat_template, or {str(turns)[-50:]} ({e})") from None
+            raise UserError(f"{self.name}: its chat_template fails ({e}) with the roles "
+                            f"{[who for who, _ in turns]}: mend it or the row {str(turns)[-70:]}") from None
 
     @property
     def system(self):

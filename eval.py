@@ -570,8 +570,7 @@ def nll_command(args, given):
     label = args.adapter or args.model
     settings = dict(cache="none", policy="static", per_step=1, early_stop=False)
     settings |= nt_model.decoding_defaults(model.cfg) | given
-    problems = data.fitting(problems, tok, args.max_prompt,
-                            model.cfg.max_len - decoding_of(settings).gen_len)
+    problems = data.fitting(problems, tok, args.max_prompt, model.cfg.max_len - decoding_of(settings).gen_len)
     outs = sample.generate(model.eval(), [tok.prompt_ids(p) for p in problems], args.batch_size, **settings)
     bar = cli.progress_bar(problems, f"teacher NLL {label}", unit="decoding")
     rows = [trajectory_nll(teacher, teacher_tok, tok, *pair, model.cfg.eos_ids) for pair in zip(bar, outs)]

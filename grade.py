@@ -35,7 +35,7 @@ AROUND = r"(?:[*_`$\s]|\\[\[\]()]|(?i:(?:the )?(?:final )?answer(?: is|:)+))*+" 
 BARE = re.compile(rf"\A{AROUND}(?:\\(?:text|math)(?:bf|it|rm|tt)?{{(.+)}}|\(([A-Z])\)|(.*?)){AROUND}\Z", re.S)
 THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|,?\\[,!]|[\u00a0\u2007-\u200a\u202f])(?=[0-9]{3}(?![0-9]))")
 FENCE = re.compile(r"((?:^[ \t]*)?)([-*+][ \t]+|\d+[.)][ \t]+)?(`{3,}|~{3,})[ \t]*(\w*)[^\n]*\n(.*?)"  # ends
-                   r"(?:^\1(?(2)[ \t]+)\3|(?<=\S)\3|\Z)", re.M | re.S)  # where it began, or is cut off
+                   r"(?:^\1(?(2)[ \t]*)\3|(?<=\S)\3|\Z)", re.M | re.S)  # where it began, or is cut off
 CODE = re.compile(r"^(?:@|(?:async )?def |class |import \w|from \S+ import |\w+ *=[^=]).*"  # at the margin,
                   r"(?:\n(?:[ \t)\]}].*)?)*", re.M)  # and what belongs to it
 PROGRAMS = futures.ThreadPoolExecutor(CORES)  # its threads start with the first program
@@ -59,7 +59,7 @@ def check_gradable(problems, allow_code):
         if grader == "number" and last_number(str(problem["answer"])) is None:
             raise UserError(f"{name}: grader number, but no number in answer {problem['answer']!r}: mend it")
         if grader == "code" and not tests_of(problem):
-            raise UserError(f"{name}: its tests are no Python, or check nothing: mend them")
+            raise UserError(f"{name}: no assert in its tests runs: mend them (check() needs entry_point)")
         if grader == "math":
             package(*MATH)
         if grader == "code" and not allow_code:
@@ -132,7 +132,7 @@ def final_answer(text):
 def amount(text):
     """'$1,234.50' or '15\\text{ km}' -> number, letters of its unit; other text: NaN, equal to nothing."""
     found = re.fullmatch(rf"\+?({NUMBER.pattern})(?:[*_`$]|\\[)\]])*+({UNIT})?", typed(text))
-    unit = re.sub(r"\\[a-z]+|[^a-z0-9]|(?<=\w\w)s\b", "", (found and found[2] or "").lower())
+    unit = re.sub(r"\\circ|\\[a-z]+|[^a-z0-9]|(?<=\w\w)s\b", "", (found and found[2] or "").lower())
     return (last_number(found[1]), unit) if found else (Decimal("NaN"), "")
 
 
@@ -183,7 +183,7 @@ def joined(source):
 def programs(problem, text):
     """The programs a reply may mean, best first: the last fenced block that defines what the tests ask for,
     the longest, the text, its definitions, its body; each first behind the prompt's head (HumanEval)."""
-    text = re.sub(r"^(?:\[/?(?:BEGIN|DONE|PYTHON)\]|>(?!>) ?)", "", text, flags=re.M)  # or a quote's margin
+    text = re.sub(r"(?m)^(?:\[/?(?:BEGIN|DONE|PYTHON)\]|>(?!>) ?(?=(?:.*\n>)*.*(?:```|~~~)))", "", text)
     fenced = FENCE.findall(text)
     blocks = [dedent(code) for *_, tag, code in fenced if tag.lower() in ("", "py", "python", "python3")]
     entry, prompt = problem.get("entry_point"), problem.get("prompt", "")
@@ -213,11 +213,12 @@ def tests_of(problem):
     if "check" in defined and (problem.get("entry_point") or "").isidentifier():
         calls.append(f"check({problem['entry_point']})")
     source = "\n".join([source, *calls])
-    ran = [n for n in statements(source) or [] if not hasattr(n, "name")]  # and what these name
-    named = {getattr(n, "id", None) for top in ran for n in ast.walk(top)}
-    ran += [node for name, node in defined.items() if name in named]
-    used = {getattr(n, "attr", getattr(n, "id", "assert" * isinstance(n, ast.Assert)))
-            for top in ran for n in ast.walk(top)}
+    top = ran = [n for n in statements(source) or [] if not hasattr(n, "name")]
+    for _ in range(3):  # and what these name, what that names ...
+        named = {getattr(n, "id", None) for part in ran for n in ast.walk(part)}
+        ran = top + [node for name, node in defined.items() if name in named]
+    used = {getattr(n, "attr", getattr(n, "id", "assert" * isinstance(n, (ast.Assert, ast.Raise))))
+            for part in ran for n in ast.walk(part)}
     checks = any(re.match("assert|raises$", name) for name in used)
     return source if checks else ""
 

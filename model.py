@@ -173,8 +173,8 @@ def read_config(folder):
     if more:
         raw["eos_token_id"] = eos + more
     tokens, parts = folder / "tokenizer_config.json", (*folder.resolve().parts, folder.absolute().name)
-    name = next((part for part in parts if part.startswith("models--")), f"{parts[-2]} {parts[-1]}")
-    told = re.search(r"(?:\b|_)b(8|16|32|64)(?!\w)|(SDAR|TraDo)-[\d.]+B(-Chat|-Instruct)?(?!\S)", name, re.I)
+    name = next((part for part in parts if part.startswith("models--")), f"{parts[-2]}\n{parts[-1]}")
+    told = re.search(r"(?im)(?:\b|_)b(8|16|32|64)(?!\w)|(SDAR|TraDo)-[\d.]+B(-Chat|-Instruct)?$", name)
     block = int(told[1] or 4) if told else GIVEN.get("block_len") or GIVEN.get("train_block")
     sdar, kind = raw.get("model_type") == "sdar", " ".join({*re.findall("mdlm|bd3lm", name.lower())})
     table = read_object(tokens)

@@ -367,7 +367,7 @@ class Run:
         if len(chosen) > size:
             chosen.sort(key=length)  # little padding
         mine = chosen[self.rank::self.world]
-        for first in range(0, -(-len(chosen) // self.world), size):  # on every rank as many, see weight
+        for first in range(0, -(-len(chosen) // self.world), size):  # everywhere as often: it is collective
             part = mine[first:first + size]
             began = time.perf_counter()
             batch, self.weight = build(part or chosen[:1]), 1 if part else 0  # a filler counts nothing

@@ -334,7 +334,7 @@ def reference(model, prompt, **settings):
             revealed += at.tolist()
         nfe += 1
         tries += 1
-        for at in range(start, total, s.block_len):  # it moves behind its first full blocks, see cache_delay
+        for at in range(start, total, s.block_len):  # the window moves behind full blocks
             block = slice(at, at + s.block_len)
             if masked[block].any() or nfe - order[block].max() <= s.cache_delay:
                 break

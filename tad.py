@@ -165,7 +165,7 @@ def soft_rows(teacher, b, cfg, x0):
 def training_loss(model, teacher, b, cfg):
     """Batch -> loss of one micro-batch. teacher: the model, whose LoRA is then off, or its frozen copy."""
     at = b["masked"].nonzero(as_tuple=True)  # (N,) rows, (N,) positions
-    clean = b["x0"] if model.cfg.block_len and cfg.source in RANDOM else None  # such is no state of decoding
+    clean = b["x0"] if model.cfg.block_len and cfg.source in RANDOM else None  # SDAR's training layout
     h = hidden_rows(model, b["prompts"], b["xt"], at, clean)
     x0, near, example = (t.to(h.device) for t in (b["x0"][at], b["near"][at], at[0]))
 

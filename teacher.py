@@ -43,7 +43,7 @@ def load_teacher_tokenizer(name):
     try:
         hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as e:  # of a different type for each kind of file
-        raise UserError(f"--teacher {name}: copy its tokeniser, none is read: {reason(e)}") from None
+        raise UserError(f"--teacher {name}: copy or install what its tokeniser needs: {reason(e)}") from None
     def encode(text):  # SentencePiece may write a space before it
         return hf.encode(text, add_special_tokens=False, split_special_tokens=True)
     tables = (byte_table(hf, level) for level in (True, False))

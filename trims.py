@@ -179,8 +179,7 @@ def main():
     tok = load_tokenizer(cfg.model, cfg.revision)
     teacher_tok = load_teacher_tokenizer(cfg.teacher) if cfg.trajectory_share else None
     examples = load_examples(cfg, tok)
-    for example in examples * bool(teacher_tok):
-        teacher_tok.prompt_ids(example)  # an error before its weights are loaded
+    [teacher_tok.prompt_ids(e) for e in examples * bool(teacher_tok)]  # an error before weights are loaded
     per_epoch = run.steps_per_epoch(len(examples), cfg)  # an error before hours of scoring
     r = run.Run(cfg, examples)  # ranks, device, the folder: new or to be continued
     torch.manual_seed(cfg.seed)

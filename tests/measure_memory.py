@@ -100,6 +100,8 @@ def test_peak_memory_of_decoding(tmp_path):
     peaks = {how: measured(DECODING, how, malloc={}) for how in ("beside", "once")}
     peaks["once, what is freed kept"] = measured(DECODING, "once", malloc=kept)
     peaks["once, of a file"] = measured(DECODING, "once", tmp_path, malloc={})
+    nt_model.save(nt_model.load(tmp_path), tmp_path, torch.bfloat16)
+    peaks["once, of a bf16 file"] = measured(DECODING, "once", tmp_path, malloc={})
     for how, (first, second, least) in peaks.items():
         print(f"\n| {how} | {first} MiB, {first / least:.2f} x | {second} MiB, {second / least:.2f} x | {least} MiB |")
     assert peaks["once"][1] < 0.7 * peaks["beside"][1]

@@ -175,8 +175,8 @@ def test_a_base_model_without_a_template_gets_plain_text(tmp_path, capsys):
 
 def test_chat_templates_that_cannot_be_used_are_refused(tmp_path):
     folder = official_checkpoint(tmp_path, "sdar", eos_token_id=256)
-    for template, words in (("{% if %}", "mend its chat_template"), ("{{ messages[7].content }}", "mend its chat_template"),
-                            ("{{ ''.__class__.__mro__ }}", "mend its chat_template"),
+    for template, words in (("{% if %}", "its chat_template fails"), ("{{ messages[7].content }}", "its chat_template fails"),
+                            ("{{ ''.__class__.__mro__ }}", "its chat_template fails"),
                             (OWN.replace("<|im_end|>", "<|MASK|>"), "ends an answer with the id 259, which is no eos")):
         (folder / "chat_template.jinja").write_text(template)
         with pytest.raises(UserError, match=words):
@@ -386,7 +386,7 @@ def test_configs_that_would_be_silently_wrong_are_refused(changes, words):
 
 @pytest.mark.parametrize("name, block_len", [
     ("SDAR-4B-Chat", 4), ("SDAR-4B-Chat-b8", 8), ("models--JetLM--SDAR-1.7B-Chat-b64/snapshots/1a2b", 64),
-    ("b8-of-mine", 8), ("SDAR-4B-Chat-b8-math", 8), ("sdar_b8", 8), ("mine.b32.v2", 32), ("mine-b16/SDAR-4B-Chat", 4),
+    ("b8-of-mine", 8), ("SDAR-4B-Chat b8", 8), ("SDAR-4B-Chat (b16)", 16), ("SDAR-4B-Chat-b8-math", 8), ("sdar_b8", 8), ("mine.b32.v2", 32), ("mine-b16/SDAR-4B-Chat", 4),
     ("models--me--SDAR-4B-Chat-b16-sft/snapshots/1", 16), ("models--Gen-Verse--TraDo-8B-Instruct/snapshots/2", 4)])
 def test_sdar_as_the_hub_has_it(tmp_path, name, block_len, capsys):
     """No mask id and no block length in config.json: the tokeniser's mask token, and the name."""
@@ -395,7 +395,7 @@ def test_sdar_as_the_hub_has_it(tmp_path, name, block_len, capsys):
     raw = json.loads((FIXTURES / "sdar_A/config.json").read_text())
     hub = {key: value for key, value in raw.items() if key not in ("mask_token_id", "block_size")}
     (folder / "config.json").write_text(json.dumps(hub))
-    for unknown in ("SDAR-4B-Chat-sft", "mine-b16x", "sdar-sft", "web8", "sdar-sft-b200", "sdar-b3", "my.b1000000", "sdar-b0"):  # never guessed
+    for unknown in ("SDAR-4B-Chat-sft", "mine-b16x", "sdar-sft", "web8", "sdar-sft-b200", "sdar-b3", "my.b1000000", "sdar-b0", "SDAR-4B-Chat (1)"):  # never guessed
         own = shutil.copytree(folder, tmp_path / "named" / unknown)
         (own / "config.json").write_text(json.dumps(hub | dict(mask_token_id=250)))
         assert nt_model.read_config(own).block_len == -1

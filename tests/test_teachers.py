@@ -222,19 +222,19 @@ def test_teachers_that_cannot_be_read_are_named(tmp_path, monkeypatch):
             load_teacher_tokenizer(tmp_path)
     for text in ("{}", "[1]", "not JSON"):
         (tmp_path / "tokenizer.json").write_text(text)
-        with pytest.raises(UserError, match=f"--teacher {tmp_path}: copy its tokeniser, none is read: "):
+        with pytest.raises(UserError, match=f"--teacher {tmp_path}: copy or install what its tokeniser needs: "):
             load_teacher_tokenizer(tmp_path)
     write_teacher_tokenizer(tmp_path, "llama3")
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    for template, words in (("{{ raise_exception('no system') }}", r"mend its chat_template, or .*OK .* \(no system"),
-                            ("{% for %}", "mend its chat_template"), ("{{ messages[5].content }}", "mend its chat_template")):
+    for template, words in (("{{ raise_exception('no system') }}", r"its chat_template fails \(no system.* with the roles .*user.*assistant.*: mend it or the row .*OK"),
+                            ("{% for %}", "its chat_template fails"), ("{{ messages[5].content }}", "its chat_template fails")):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
         with pytest.raises(UserError, match=words):
             load_teacher_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": NO_SYSTEM}))
     tok = load_teacher_tokenizer(tmp_path)
     for said in ([["system", "Be brief."]], [["user", "a"], ["assistant", "b"], ["system", "c"]], [["system", ""]]):
-        with pytest.raises(UserError, match=r"mend its chat_template, or .*last words.*no system here"):
+        with pytest.raises(UserError, match=r"its chat_template fails \(no system here.* with the roles .*system.*: mend it or the row .*last words"):
             tok.prompt_ids(dict(prompt="the last words", earlier=said))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(tokenizer_class="PreTrainedTokenizerFast")))
     with pytest.raises(UserError, match="not how an answer ends"):
