@@ -154,7 +154,7 @@ def load(model, folder):
     wrong = sorted({name for name, *_ in kinds[0] ^ kinds[1]})
     if wrong:
         merge(model)  # B = 0: this only takes the empty adapters off again
-        raise UserError(f"{folder}: r or the base do not fit tensors {wrong[:2]}: copy all, or merge by peft")
+        raise UserError(f"{folder} does not fit the base (r?) or is quantised: {wrong[:2]}; merge by peft")
     for name, t in wanted.items():
         t.copy_(tensors[name])
     return model

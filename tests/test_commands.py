@@ -35,7 +35,7 @@ WORK = [(rollout, "decode_into"), (trims, "score_examples"), (training.Run, "ste
         (sweep, "prepare"), (sweep, "run_script"), (lora, "merge")]
 COMMANDS = {**COMMANDS, "model": (nt_model, [], [nt_model.ModelOptions]), "lora merge": (lora, [], [lora.Merge])}
 LORA = {"merge": (lora.merge_command, lora.Merge)}
-GIVEN = {"harness": ["--tasks=x"], "eval tds": ["--trajectories=records"], "eval log": ["a_run"],
+GIVEN = {"eval nll": ["--teacher=tiny-ar"], "harness": ["--tasks=x"], "eval tds": ["--trajectories=records"], "eval log": ["a_run"],
          "rollout collect": ["--out=collected"], "rollout inspect": ["records"], "rollout stats": ["records"],
          "compare runs": ["results"], "sweep paper": ["TAD-4"], "data stats": ["tiny"],
          "lora merge": ["--adapter=adapter", "--to=merged"]}

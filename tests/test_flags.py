@@ -33,7 +33,7 @@ import trims
 eval_module = importlib.import_module("eval")
 METHODS = {module.__name__: (module, [], [module.Config]) for module in (tad, t3d, tabom, trims)}
 BENCH, ROLLOUT = (importlib.import_module(name) for name in ("bench", "rollout"))
-REQUIRED = {"collect": ["--out", "out"], "inspect": ["out"], "stats": ["out"], "tds": ["--trajectories", "out"],
+REQUIRED = {"nll": ["--teacher", "tiny-ar"], "collect": ["--out", "out"], "inspect": ["out"], "stats": ["out"], "tds": ["--trajectories", "out"],
             "runs": ["out"], "published": ["gsm8k"], "log": ["out"], "merge": ["--adapter", "a", "--to", "b"]}
 COMMANDS = {
     **METHODS, "sample": (sample, [], [sample.Options, sample.Decoding]),
