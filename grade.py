@@ -26,7 +26,8 @@ NUMBER = re.compile(r"(?<!\^{)(?<!\^-)(?<!\^{-)(?:(?<![\w.)^])-?(?:[$€£]\s?)?
                     r"(?<![\w.)])-?[$€£]?\.\d+|(?<![\d^])\d+(?:\.\d+)?)")  # and none that is an exponent
 SCALE = (r"(?!\s*(?i:hundred|thousand|[mb]illion|trillion|dozen|(?:[mb]n|mln|lakh|crore|and|over|plus|minus|"
          r"half|halves|thirds?|quarters?|squared|cubed|pi|divided)\b))")  # "3 million" is not 3
-UNIT = (r"\s?\\?%|\s?[€£]|\s?(?:°|\^{?\\circ}?)\s?[CF]?|(?:[\s~]|\\[,;: ])*+"
+UNIT = (r"\s?\\?%|\s?[€£]|(?:[\s~]|\\[,;: ])*+(?:°|\^{?\\circ}?)\s?(?:[CF]|\\(?:text|mbox|"
+        r"(?:text|math)rm){[CF]})?|(?:[\s~]|\\[,;: ])*+"
         rf"\\(?:text|mbox|(?:text|math)rm){{{SCALE}[^{{}}0-9]*}}(?:\^{{?\d}}?)?|\s(?:m|in|mi)\^{{?\d}}?|"
         r"\s?(?:[cdkm]m|[km]g|ft|yd|lbs?|oz|hrs?|mins?|mph|kWh|units?)(?:\^{?\d}?)?(?![\w^])|"
         rf"(?:[\s~]|\\[,;: ]){SCALE}\(?(?:[^\W\d_]{{2}}|[A-Z]-|[ghlmsAJKLNVW]\b)"
@@ -184,7 +185,7 @@ def programs(problem, text):
     """The programs a reply may mean, best first: the last fenced block that defines what the tests ask for,
     the longest, the text, its definitions, its body; each first behind the prompt's head (HumanEval)."""
     text = re.sub(r"(?m)^(?:\[/?(?:BEGIN|DONE|PYTHON)\]|>(?!>) ?(?=(?:.*\n>)*.*(?:```|~~~)))", "", text)
-    fenced = FENCE.findall(text)
+    fenced = FENCE.findall(re.sub(r"(`{3,}|~{3,})([^`~\n]+)\1", r"`\2`", text))  # within a line is no fence
     blocks = [dedent(code) for *_, tag, code in fenced if tag.lower() in ("", "py", "python", "python3")]
     entry, prompt = problem.get("entry_point"), problem.get("prompt", "")
     tests = joined(problem["tests"])

@@ -15,8 +15,7 @@ from model import listed
 
 TEXTS = "prompt question solution thinking entry_point grader source".split()  # fields that hold text
 KINDS = dict.fromkeys(TEXTS, ("text (a chat: messages)", str)) | dict(
-    raw=("true or false", bool),
-    answer=("text or a number", str, int, float))  # a field of a problem: what it must be
+    raw=("true or false", bool), answer=("text or a number", str, int, float))  # a field: what it must be
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 T3D_MATH = (f"{{question}}. {BOXED} You are a precise math problem solver. "  # App. C.3 lost its backslash
             "Solve the given math problem step by step.")

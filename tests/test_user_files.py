@@ -53,7 +53,9 @@ def right(answer, text, grader="final"):
     ("7", "#### 7 of 9", False), ("2", r"\boxed{2x}", False), ("2", r"\boxed{\sqrt{2}}", False), ("2", r"\boxed{x^2}", False),
     ("3", r"\boxed{3 + x}", False), ("3", r"\boxed{3\pi}", False), ("1", r"\boxed{\frac{1}{2}}", False), ("3", "#### x = 3", False),
     *(("5", rf"\boxed{{5{unit}}}", True) for unit in (r"\mbox{ cm}", r"\textrm{ cm}", r"\ cm", "~cm", r"\,\mathrm{cm}^2", r"\;apples")), ("5 cm", r"\boxed{5~cm}", True),
-    ("5 cm", r"\boxed{5\mbox{ km}}", False), ("5 °F", r"\boxed{5^\circ C}", False), ("5 °C", r"\boxed{5^\circ C}", True), ("5", r"\boxed{5\mbox{ million}}", False), ("5", r"\boxed{5~pi}", False), ("5", "#### 5 pi", False),
+    ("5 cm", r"\boxed{5\mbox{ km}}", False), ("5 °F", r"\boxed{5^\circ C}", False), ("5 °C", r"\boxed{5^\circ C}", True),
+    ("25", r"\boxed{25^\circ\text{C}}", True), ("25", r"\boxed{25\,^\circ\mathrm{C}}", True), ("25 °C", r"\boxed{25^{\circ}\text{C}}", True),
+    ("25 °F", r"\boxed{25^\circ\text{C}}", False), ("26", r"\boxed{25^\circ\text{C}}", False), ("25°", r"\boxed{25^\circ}", True), ("5", r"\boxed{5\mbox{ million}}", False), ("5", r"\boxed{5~pi}", False), ("5", "#### 5 pi", False),
     ("5", "#### 5 divided by two", False), ("5", "#### 5 times", True), ("5", "#### 5 pies", True),
     # a word that says that it is the answer
     ("5", "#### Final Answer:\n5", True), ("5", "#### Answer:\n\n**5**\nas 6 - 1", True), ("5", "####\n\n$5$\n", True), ("5", "#### Answer:\n6\n5", False),
@@ -144,6 +146,10 @@ CODE = dict(id=1, prompt='def double(n):\n    """Twice n."""\n', entry_point="do
     ("Steps:\n  10) ```py\n      def double(n):\n          return n * 2\n      ```\n  11) done", True),
     ("* ```python\n\tdef double(n):\n\t    return n * 2\n\t```\nDone", True),
     ("- ```python\n  def double(n):\n      return n * 3\n  ```", False),
+    *((f"{before}```python\ndef double(n):\n    return n * {by}\n```\n", by == 2) for by in (2, 3) for before in (
+        "Use ```double``` as follows:\n", "The function ```double(n)``` doubles.\n\n", "> use ```x```\n\n", "The ~~~naive~~~ way fails:\n", "~~~x~~~ and ```y```:\n")),
+    ("1. Define ```double```:\n   ```python\n   def double(n):\n       return n * 2\n   ```\n", True),
+    ("```python\n# 1. ```double```\ndef double(n):\n    return n * 2\n```\n", True), ("```double``` is wrong:\n```python\ndef double(n):\n    return n\n```", False),
     ("**Solution:** ```python\ndef double(n):\n    return n * 2\n```\n", True), ("The code - ```python\ndef double(n):\n    return n * 2\n```\nDone.", True),
     ("1. ```python\ndef double(n):\n    return n * 2\n```\nDone.", True), ("3) ~~~python\ndef double(n):\n    return n * 2\n~~~", True),
     ('```python\nHELP = """\n> usage: x\n"""\ndef double(n):\n    return n * 2 if ">" in HELP else 0\n```', True),
