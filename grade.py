@@ -185,7 +185,7 @@ def programs(problem, text):
     """The programs a reply may mean, best first: the last fenced block that defines what the tests ask for,
     the longest, the text, its definitions, its body; each first behind the prompt's head (HumanEval)."""
     text = re.sub(r"(?m)^(?:\[/?(?:BEGIN|DONE|PYTHON)\]|>(?!>) ?(?=(?:.*\n>)*.*(?:```|~~~)))", "", text)
-    fenced = FENCE.findall(re.sub(r"(`{3,}|~{3,})([^`~\n]+)\1", r"`\2`", text))  # within a line is no fence
+    fenced = FENCE.findall(text)
     blocks = [dedent(code) for *_, tag, code in fenced if tag.lower() in ("", "py", "python", "python3")]
     entry, prompt = problem.get("entry_point"), problem.get("prompt", "")
     tests = joined(problem["tests"])
