@@ -145,8 +145,7 @@ def own_problems(source):
                 raise UserError(f"{where} has no field {name!r} (there are {[*row][:9]}): correct "
                                 f"FILE:{source.rpartition(':')[2]}")
         row.update({field: row[name] for field, name in names.items()})
-        p = {"id": f"{stem}-{i}",
-             "source": stem, "solution": "",
+        p = {"id": f"{stem}-{i}", "source": stem, "solution": "",
              **{key: value for key, value in row.items() if value is not None and key != "earlier"}}
         check_fields(p, where)
         if "messages" in p:
