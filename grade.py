@@ -35,7 +35,8 @@ UNIT = (r"\s?\\?%|\s?[€£]|(?:[\s~]|\\[,;: ])*+(?:°|\^{?\\circ}?)\s?(?:[CF]|\
 AROUND = r"(?:[*_`$\s]|\\[\[\]()]|(?i:(?:the )?(?:final )?answer(?: is|:)+))*+"  # markup, "Answer:"
 BARE = re.compile(rf"\A{AROUND}(?:\\(?:text|math)(?:bf|it|rm|tt)?{{(.+)}}|\(([A-Z])\)|(.*?)){AROUND}\Z", re.S)
 THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|,?\\[,!]|[\u00a0\u2007-\u200a\u202f])(?=[0-9]{3}(?![0-9]))")
-FENCE = re.compile(r"((?:^[ \t]*)?)([-*+][ \t]+|\d+[.)][ \t]+)?(`{3,}|~{3,})[ \t]*(\w*)[^\n]*\n(.*?)"  # ends
+FENCE = re.compile(r"`{3,}[^`\n]+`{3,}|~{3,}[^~\n]+~{3,}|((?:^[ \t]*)?)([-*+][ \t]+|\d+[.)][ \t]+)?"
+                   r"(`{3,}|~{3,})(?![^`~\n]+\3)[ \t]*(\w*)[^\n]*\n(.*?)"  # a span, or a block, which ends
                    r"(?:^\1(?(2)[ \t]*)\3|(?<=\S)\3|\Z)", re.M | re.S)  # where it began, or is cut off
 CODE = re.compile(r"^(?:@|(?:async )?def |class |import \w|from \S+ import |\w+ *=[^=]).*"  # at the margin,
                   r"(?:\n(?:[ \t)\]}].*)?)*", re.M)  # and what belongs to it
@@ -185,7 +186,7 @@ def programs(problem, text):
     """The programs a reply may mean, best first: the last fenced block that defines what the tests ask for,
     the longest, the text, its definitions, its body; each first behind the prompt's head (HumanEval)."""
     text = re.sub(r"(?m)^(?:\[/?(?:BEGIN|DONE|PYTHON)\]|>(?!>) ?(?=(?:.*\n>)*.*(?:```|~~~)))", "", text)
-    fenced = FENCE.findall(text)
+    fenced = [found for found in FENCE.findall(text) if found[2]]  # not the spans within a line
     blocks = [dedent(code) for *_, tag, code in fenced if tag.lower() in ("", "py", "python", "python3")]
     entry, prompt = problem.get("entry_point"), problem.get("prompt", "")
     tests = joined(problem["tests"])

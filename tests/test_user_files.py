@@ -146,6 +146,12 @@ CODE = dict(id=1, prompt='def double(n):\n    """Twice n."""\n', entry_point="do
     ("Steps:\n  10) ```py\n      def double(n):\n          return n * 2\n      ```\n  11) done", True),
     ("* ```python\n\tdef double(n):\n\t    return n * 2\n\t```\nDone", True),
     ("- ```python\n  def double(n):\n      return n * 3\n  ```", False),
+    *((f"{before}```python\ndef double(n):\n    return n * {by}\n```\n", by == 2) for by in (2, 3) for before in (
+        "Use ```double``` as follows:\n", "The function ```double(n)``` doubles.\n\n", "> use ```x```\n\n", "### ```double```\n",
+        "The ~~~naive~~~ way fails:\n", "~~~x~~~ and ```y```:\n", "```python\ndef double(n):\n    return n\n```\nThe ```n``` is wrong:\n")),
+    ("Use ```double```.\n\ndef double(n):\n    return n * 2\n", True), ("1. Define ```double```:\n   ```python\n   def double(n):\n       return n * 2\n   ```\n", True),
+    ("def double(n):\n    # ```text``` and ~~~rule~~~\n    return n * 2\n", True), ("```python\ndef double(n):\n    '~~~' + str(n) + '~~~'\n    return n * 2\n```\n", True),
+    ("```python\ndef double(n):\n    return n * 2\n```\nNot ```n * 3```:\n```python\ndef double(n):\n    return n * 3\n```\n", False),
     ("```python\ndef double(n):\n    return n * 2``` Call ```double(2)```.", True), ("```python\ndef double(n):\n    return n * 2\n``` Example: ```python\nprint(double(2))\n```", True),
     ("**Solution:** ```python\ndef double(n):\n    return n * 2\n```\n", True), ("The code - ```python\ndef double(n):\n    return n * 2\n```\nDone.", True),
     ("1. ```python\ndef double(n):\n    return n * 2\n```\nDone.", True), ("3) ~~~python\ndef double(n):\n    return n * 2\n~~~", True),
