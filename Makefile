@@ -4,9 +4,6 @@
 # make check  the tests that start no process and compile nothing: under two minutes
 PYTHON ?= python3
 BIN := .venv/bin
-# glibc keeps what is freed: giving it back to the kernel was a quarter of the tiny model's decoding time
-export MALLOC_TRIM_THRESHOLD_ := 1073741824
-export MALLOC_MMAP_THRESHOLD_ := 33554432
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 sys.stderr = sys.stderr or open(os.devnull, "w")  # `2>&-`
+interrupted = []  # what else comes of an interrupt: C code may raise an error of its own in its place
 
 
 class UserError(ValueError):
@@ -73,9 +74,6 @@ def run_cli(main):
         distributed.destroy_process_group()
     if isinstance(code, (int, str)):
         sys.exit(code)
-
-
-interrupted = []  # what else comes of an interrupt: C code may raise an error of its own in its place
 
 
 def interrupt(*_):
@@ -219,7 +217,7 @@ def read_text(path, errors="strict"):
     try:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as f:
             return f.read().decode("utf-8", errors).removeprefix("\ufeff").replace("\r\n", "\n")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"no file {path}: correct the path, or copy the file there") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text: convert it") from None
@@ -300,7 +298,7 @@ def row_of(line, kinds, sealed):
 
 
 def read_rows(path):
-    """The objects of a .jsonl, .json (a list) or .parquet file, the first two also with .gz."""
+    """The objects of a .jsonl, .json or .parquet file, the first two also with .gz."""
     if str(path).endswith(".parquet"):
         parquet = package("pyarrow.parquet", f"{path}: reading .parquet needs pyarrow: pip install pyarrow")
         try:
@@ -309,12 +307,8 @@ def read_rows(path):
         except (ValueError, OSError) as e:  # pyarrow's own are kinds of these
             raise UserError(f"{path} is not a whole .parquet file ({e}): copy it again") from None
         return
-    if str(path).endswith((".json", ".json.gz")):
-        rows = read_json(path)
-        if not isinstance(rows, list):
-            raise UserError(f"{path} must hold a list of objects: repair it")
-    else:
-        rows = read_jsonl(path)
+    listed = str(path).endswith((".json", ".json.gz")) and read_text(path).lstrip().startswith("[")
+    rows = read_json(path) if listed else read_jsonl(path)  # many a .json has a row per line
     for i, row in enumerate(rows):
         if not isinstance(row, dict):
             raise UserError(f"{path} row {i + 1} is not an object: {str(row)[:60]!r}; repair it")

@@ -186,7 +186,7 @@ def fitting(problems, tok, most, room, asked=None):
     if len(kept) < len(problems):
         say(f"{len(problems) - len(kept)} prompts are longer than --max_prompt {most}: left out")
     if not kept:
-        raise UserError(f"no prompt of {len(problems)} is left: raise --max_prompt, or give others")
+        raise UserError(f"no prompt of {len(problems)} is left: raise --max_prompt, or give a file with some")
     return kept
 
 

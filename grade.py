@@ -29,15 +29,15 @@ SCALE = (r"(?!\s*(?i:hundred|thousand|[mb]illion|trillion|dozen|(?:[mb]n|mln|lak
 UNIT = (r"\s?\\?%|\s?[€£]|(?:[\s~]|\\[,;: ])*+(?:°|\^{?\\circ}?)\s?(?:[CF]|\\(?:text|mbox|"
         r"(?:text|math)rm){[CF]})?|(?:[\s~]|\\[,;: ])*+"
         rf"\\(?:text|mbox|(?:text|math)rm){{{SCALE}[^{{}}0-9]*}}(?:\^{{?\d}}?)?|\s(?:m|in|mi)\^{{?\d}}?|"
-        r"\s?(?:[cdkm]m|[km]g|ft|yd|lbs?|oz|hrs?|mins?|mph|kWh|units?)(?:\^{?\d}?)?(?![\w^])|"
+        r"\s?(?:[cdkm]m|[km]?g|m?[lL]|ft|yd|lbs?|oz|hrs?|mins?|mph|kWh|units?)(?:\^{?\d}?)?(?![\w^])|"
         rf"(?:[\s~]|\\[,;: ]){SCALE}\(?(?:[^\W\d_]{{2}}|[A-Z]-|[ghlmsAJKLNVW]\b)"
         r"(?:[^0-9=+*^\\-]|(?<=[^\W\d_])-(?=[^\W\d_]))*+")  # "2 x" has no unit
 AROUND = r"(?:[*_`$\s]|\\[\[\]()]|(?i:(?:the )?(?:final )?answer(?: is|:)+))*+"  # markup, "Answer:"
 BARE = re.compile(rf"\A{AROUND}(?:\\(?:text|math)(?:bf|it|rm|tt)?{{(.+)}}|\(([A-Z])\)|(.*?)){AROUND}\Z", re.S)
-THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|,?\\[,!]|[\u00a0\u2007-\u200a\u202f])(?=[0-9]{3}(?![0-9]))")
-FENCE = re.compile(r"`{3,}[^`\n]+`{3,}|~{3,}[^~\n]+~{3,}|((?:^[ \t]*)?)([-*+][ \t]+|\d+[.)][ \t]+)?"
-                   r"(`{3,}|~{3,})(?![^`~\n]+\3)[ \t]*(\w*)[^\n]*\n(.*?)"  # a span, or a block, which ends
-                   r"(?:^\1(?(2)[ \t]*)\3|(?<=\S)\3|\Z)", re.M | re.S)  # where it began, or is cut off
+THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|~|,?\\[,!]|[\u00a0\u2007-\u200a\u202f])(?=[0-9]{3}(?![0-9]))")
+FENCE = re.compile(r"`{3,}+[^`\n]+`{3,}|~{3,}+[^~\n]+~{3,}|(^[ \t]*)?([-*+][ \t]+|\d{1,9}[.)][ \t]+)?"
+                   r"(`{3,}+|~{3,}+)(?![^`~\n]+\3)[ \t]*(\w*)(?(1)[^\n]*|[ \t]*)\n(.*?)"  # a span or a block
+                   r"(?:^(?(1)\1)(?(2)[ \t]*)\3|(?<=\S)\3|\Z)", re.M | re.S)  # to its fence, or cut off
 CODE = re.compile(r"^(?:@|(?:async )?def |class |import \w|from \S+ import |\w+ *=[^=]).*"  # at the margin,
                   r"(?:\n(?:[ \t)\]}].*)?)*", re.M)  # and what belongs to it
 PROGRAMS = futures.ThreadPoolExecutor(CORES)  # its threads start with the first program
@@ -183,12 +183,13 @@ def joined(source):
 
 
 def programs(problem, text):
-    """The programs a reply may mean, best first: the last fenced block that defines what the tests ask for,
-    the longest, the text, its definitions, its body; each first behind the prompt's head (HumanEval)."""
+    """The programs a reply may mean, best first: the text, the last fenced block that defines what the tests
+    ask for, definitions beside blocks, a body, a block; each first behind the prompt's head (HumanEval)."""
     text = re.sub(r"(?m)^(?:\[/?(?:BEGIN|DONE|PYTHON)\]|>(?!>) ?(?=(?:.*\n>)*.*(?:```|~~~)))", "", text)
-    fenced = [found for found in FENCE.findall(text) if found[2]]  # not the spans within a line
-    blocks = [dedent(code) for *_, tag, code in fenced if tag.lower() in ("", "py", "python", "python3")]
-    entry, prompt = problem.get("entry_point"), problem.get("prompt", "")
+    blocks = [dedent(code) for *_, tag, code in FENCE.findall(text)
+              if tag.lower() in ("", "py", "python", "python3") and code.strip()]
+    entry = problem.get("entry_point")
+    prompt = problem.get("prompt", "")
     tests = joined(problem["tests"])
     called = set(re.findall(r"\b([A-Za-z_]\w*)\(", tests)) - set(re.findall(r"\bdef +(\w+)", tests))
     name = "|".join(map(re.escape, [entry] if entry else called)) or "(?!)"  # (?!) matches nothing
@@ -198,10 +199,11 @@ def programs(problem, text):
     head = next((code for code in heads if entry and defines(code)), None)
     before = [f"{head}\n", f"{head}\n    ", ""] if head else [""]  # the first line's indentation may be lost
     blocks.sort(key=len, reverse=True)  # those of `wanted` come twice: what did not compile will not
-    parts = [] if fenced else CODE.findall(text)  # the last may be cut off
+    parts = CODE.findall(FENCE.sub("", text))  # the last may be cut off
     loose = filter(defines, map("".join, (parts, parts[:-1])))
     body = re.match(r".*(?:\n(?:[ \t].*)?)*", text)[0]
-    return [start + code for code in [*wanted, *blocks, text, *loose, body] for start in before]
+    first = [body] * text.startswith((" ", "\t", "return "))
+    return [start + code for code in [text, *wanted, *loose, *first, *blocks, body] for start in before]
 
 
 def tests_of(problem):

@@ -1,6 +1,7 @@
 """Linear layers as the decoder runs them: adapters merged, those of one input joined, packed on a CPU."""
 import copy
 import weakref
+from ctypes import pythonapi
 
 import torch
 
@@ -86,6 +87,13 @@ def state_of(model):
     return model.cfg, adapters, sums.tolist()
 
 
+def give_back(nbytes):
+    """From now on, glibc gives arrays of this size and more back to the kernel when they are freed."""
+    if hasattr(pythonapi, "mallopt"):
+        pythonapi.mallopt(-3, nbytes)  # M_MMAP_THRESHOLD
+        pythonapi.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+
+
 @torch.inference_mode(False)
 @torch.no_grad()
 def for_decoding(model):
@@ -95,7 +103,9 @@ def for_decoding(model):
         kind, embedding = linear, model.embed.weight.data
         if can_pack(embedding):
             kind = moved if model.only_decodes else PackedLinear
+        give_back(1 << 16)  # or freed weights would leave holes on the heap
         twin = with_linear(model, kind)
+        give_back(1 << 25)  # or every forward would fetch the memory of its arrays anew
         model.embed.weight.data = embedding  # a tied head's, too
         DECODERS[model] = state_of(model), twin
     return DECODERS[model][1]

@@ -121,10 +121,9 @@ def save(model, folder, base=""):
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.cpu().contiguous() for name, t in state_dict(model).items()}
     nt_model.save_tensors(tensors, folder / "adapter_model.safetensors")
-    # a pattern, not a list: PEFT matches a list by suffix, and LLaDA's head is called ff_out as down_proj is
     names, layer = FAMILIES[model.cfg.family].names, pairs[0][1]
     kinds = sorted({re.escape(names[name.rpartition(".")[2]]) for name, _ in pairs})
-    targets = rf"{re.escape(names['block'])}\.\d+\.({'|'.join(kinds)})"
+    targets = rf"{re.escape(names['block'])}\.\d+\.({'|'.join(kinds)})"  # a list would match LLaDA's head
     config = dict(peft_type="LORA", task_type="CAUSAL_LM", r=layer.r, lora_alpha=layer.alpha,
                   target_modules=targets, bias="none", lora_dropout=layer.dropout,
                   base_model_name_or_path=base if Path(where).is_absolute() else where,

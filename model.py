@@ -3,8 +3,7 @@
     model = load("tiny")                    # embedded; also a hub id or a checkpoint directory
     logits = model(ids)                     # (B, T) -> (B, T, V); logits[:, i] scores token i
 
-Families differ in their entry of `FAMILIES` only. Module names are our own; official names exist only at the
-file boundary (`load`, `save`, adapters)."""
+Families differ in their entry of `FAMILIES` only; official names exist in load, save and adapters only."""
 import copy
 import json
 import os
@@ -29,6 +28,8 @@ from cli import GIVEN, UserError, read_object, run_cli, say, sha256
 HERE = Path(__file__).resolve().parent
 CHUNK_BYTES = 2**26  # of fp32 logits at once, see by_chunks
 LENGTHS = 64 if torch.cuda.is_available() else 1  # of training batches, a multiple: cuDNN plans for each
+TOKENISER_FILES = ("vocab.json merges.txt token*.* added_tokens.json special_tokens_map.json "
+                   "generation_config.json chat_template.jinja").split()
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,6 @@ REFUSED = {key: built for built, keys in [  # of config.json, and what is built:
     (True, "rope rope_full_precision"), ("silu", "hidden_act activation_type"), ("rms", "layer_norm_type"),
     (1, "block_group_size partial_rotary_factor"), ("llama", "block_type"), ("full_attention", "layer_types"),
 ] for key in keys.split()}
-
-
 UNKNOWN = "config.json lacks block_size: add it, name the folder x-b8, or give --block_len (--train_block)"
 
 
@@ -203,8 +202,8 @@ def config_from_json(raw, file="config.json"):
     told = str([raw.get(key) for key in ("kind", "architectures", "auto_map")]).lower()
     kinds = [kind for kind in family.kinds if kind in told]
     if len(kinds) != 1:
-        raise UserError(f"{file} has model_type {network!r}, and its architectures and its folder's "
-                        f"name do not say {' or '.join(family.kinds)}: rename it, or choose another model")
+        raise UserError(f"{file} has model_type {network!r}, but its kind, architectures and auto_map do "
+                        f"not say {' or '.join(family.kinds)}: add its kind, or take another model")
     facts = dict.fromkeys(family.keys) | family.networks[network] | family.kinds[kinds[0]]
     bidirectional = "block_len" not in facts and family.optional is HF_OPTIONAL
     blocks = dict(block_size=None) if bidirectional else {}  # DreamReasoner, say, is another network
@@ -660,10 +659,6 @@ def save(model, folder, dtype=None):
     (folder / "config.json").write_text(json.dumps(model.cfg.raw, indent=2) + "\n")
     for old in (folder / "model.safetensors.index.json", *folder.glob("model-*-of-*.safetensors")):
         old.unlink(missing_ok=True)
-
-
-TOKENISER_FILES = ("vocab.json merges.txt token*.* added_tokens.json special_tokens_map.json "
-                   "generation_config.json chat_template.jinja").split()
 
 
 def copy_tokenizer(name, folder, revision=None):

@@ -7,6 +7,7 @@ import json
 import re
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -243,6 +244,22 @@ def test_a_model_that_only_decodes_holds_its_weights_once(monkeypatch, settings)
     assert torch.equal(model.embed.weight, own.embed.weight)
     kept = sum(p.numel() for name, p in model.named_parameters() if name.endswith("proj.weight") or name == "head.weight")
     assert kept == 0 and sum(p.numel() for p in own.parameters()) > 2 * sum(p.numel() for p in model.parameters())
+
+
+def test_packing_leaves_no_holes_and_decoding_keeps_its_arrays(monkeypatch):
+    """glibc is told so, where there is one: before the first layer is packed, and behind the last."""
+    said = []
+    monkeypatch.setattr(layers, "pythonapi", SimpleNamespace(mallopt=lambda *setting: said.append(setting)))
+    inner = layers.with_linear
+    monkeypatch.setattr(layers, "with_linear", lambda *args: said.append("packed") or inner(*args))
+    model = random_model()
+    layers.for_decoding(model)
+    assert said[1:2] + said[-1:] == [(-1, 1 << 30)] * 2 and said[0] == (-3, 1 << 16) and said[-2] == (-3, 1 << 25) and set(said[2:-2]) == {"packed"}
+    said.clear()
+    layers.for_decoding(model)
+    assert not said
+    monkeypatch.setattr(layers, "pythonapi", object())  # another C library
+    layers.for_decoding(random_model())
 
 
 @pytest.mark.parametrize("packed", [True, False])

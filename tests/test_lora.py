@@ -152,7 +152,8 @@ def test_an_empty_or_missing_adapter_is_an_error(tmp_path, monkeypatch):
     import eval as nt_eval
     import sample
     for module, args in ((sample, ["--prompt", "x"]), (nt_eval, ["curve", "--n", "1"])):
-        for folder, words in (("", "--adapter is empty"), (str(tmp_path), "no file .*adapter_config.json")):
+        (tmp_path / "file").touch()
+        for folder, words in (("", "--adapter is empty"), (str(tmp_path), "no file .*adapter_config.json"), (str(tmp_path / "file"), "no file .*file/adapter_config.json: correct")):
             monkeypatch.setattr("sys.argv", ["x.py", *args, "--adapter", folder])
             with pytest.raises(UserError, match=words):
                 sample.main() if module is sample else nt_eval.cli.run_command("", nt_eval.COMMANDS)

@@ -46,6 +46,7 @@ def right(answer, text, grader="final"):
     *(("3", f"#### 3 {more}", False) for more in ("million", "x", "π", "i + 1", "/ x", "!", "< x", "dozen eggs", "Thousand")),
     ("3", r"\boxed{3\text{ billion}}", False), ("3", r"\boxed{3 i}", False),
     *(("3", f"#### 3 {more}", True) for more in ("g", "kg of rice", "s", "%", "€", "(apples)", "metres, in all")),
+    *(("3", f"#### 3{unit}", True) for unit in ("ml", "mL", "L", "l", "g", "kg", "cm", "g.")), ("3 ml", "#### 3 g", False), ("3", "#### 3gx", False),
     ("24", "#### 24 cm^2", True), ("24", r"\boxed{24\text{ cm}^2}", True), ("24", r"\boxed{24~\mathrm{m}^{2}}", True), ("24", "#### 24 m²", True),
     ("24", r"\boxed{24^\circ}", True), ("24", "#### 24°", True), ("24", "#### €24", True), ("24", "#### 24€", True), ("24 cm^2", "#### 24 cm", False),
     # and not every text that holds the number
@@ -64,7 +65,7 @@ def right(answer, text, grader="final"):
     # signs and thousands as typesetters have them
     ("-7", "#### −7", True), ("-7", "\\boxed{−7}", True), ("7", "#### −7", False), ("-7.5", "#### −7.50", True),
     ("12000", r"\boxed{12{,}000}", True), ("12000", r"\boxed{12,\!000}", True), ("1234567", r"\boxed{1{,}234{,}567}", True),
-    ("12000", "#### 12\u202f000", True), ("12000", r"\boxed{12\,000}", True), ("12000", "#### 12 000", False),
+    ("12000", "#### 12\u202f000", True), ("12000", r"\boxed{12\,000}", True), ("12000", r"\boxed{12~000}", True), ("12", "#### 12~00", False), ("12000", "#### 12 000", False),
     ("-7", "#### –7", True), ("1234.5", "#### 1\u200a234.5", True), ("7", "#### +7", True),
     # markup, and what ends a sentence
     ("24", "#### **24** boxes", True), ("24", "#### `24`", True), ("24", r"#### \(24\)", True), ("24", r"\boxed{\textbf{24}}", True),
@@ -181,9 +182,26 @@ CALLED = dict(id=1, prompt="Write double.", grader="code", tests=["assert double
     (CALLED, f"Sure!\n\n{DOUBLE}\nNote: it doubles.", True), (CALLED, f"Sure:\n{DOUBLE}\nIt doubles.\n\ndef more(x):\n    return x(", True),
     (CALLED, f"Sure! The idea:\nimport math\nTWO = (\n    2\n)\n\n{DOUBLE.replace('2', 'TWO')}\nDone now.", True),
     (CALLED, "Use this:\ntable = {\n    2: 4,\n}\n\n@print\ndef no():\n    pass\n\nSo:\ndef double(n):\n    return table[n]\n", True),
-    (CALLED, f"Here:\n{DOUBLE.replace('2', '3')}\nDone now.", False)])
+    (CALLED, f"Here:\n{DOUBLE.replace('2', '3')}\nDone now.", False),
+    # beside a program or a body that stands alone, fences that hold something else, or nothing
+    *((CALLED, text.format(DOUBLE.replace("2", str(by))), by == 2) for by in (2, 3) for text in (
+        "{}```\n", "{}```", "{}```\nDone\n", "{}\nOutput:\n```\n4\n```\n", "{}\nExample:\n```python\nprint(double(2))\n```\n",
+        "Example:\n```\ndouble(2) == 4\n```\n\n{}", "```bash\npip install x\n```\n\n{}", "Use ```double(2)```:\n\n{}\n```\n4\n```\n")),
+    *((problem, f'{before}def double(n):\n    """Twice.\n\n    ```{tag}\n    print(double(2))\n    ```\n    """\n    return n * {by}\n', by == 2)
+      for problem in (CODE, CALLED) for before in ("", "So:\n\n") for tag in ("", "python") for by in (2, 3)),
+    *((CODE, f"{lost}return n * {by}\n{behind}", by == 2) for by in (2, 3) for lost in ("", "    ")
+      for behind in ("```\n", "```\nDone\n", "\n```\n4\n```\n", "\n```python\nprint(double(2))\n```\n")),
+    # a mark of fences within a line, which opens nothing
+    *((CALLED, f"{before}\n```python\n{DOUBLE.replace('2', str(by))}```\n", by == 2) for by in (2, 3) for before in (
+        "Wrap it in triple backticks (```):\n", "It must start with ```python.\n", "<think>start with ```python, end with ```.</think>\n", "The `~~~` is old:\n"))])
 def test_prose_around_code_without_a_fence(problem, text, want):
     assert grade.is_correct(problem, text, allow_code=True) is want
+
+
+@pytest.mark.parametrize("reply", ["`" * 20_000, "~" * 20_000, "```" * 2_000 + "x", "1" * 20_000, "``` " * 5_000, "```a" * 5_000])
+def test_a_degenerate_reply_is_graded_at_once(reply):
+    """Where a pattern is tried at each of n marks over all that follow, such a reply takes minutes to hours."""
+    assert not grade.is_correct(CODE, reply, allow_code=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- rows
@@ -540,6 +558,25 @@ def test_prompts_are_rows_whatever_the_file(tmp_path, name):
         assert done.returncode == 0, done.stderr
     (row,) = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
     assert row["id"] == "a" and row["prompt"] == "x" and row["note"] == "kept" and row["model"] == "tiny" and row["response"] != "old"
+
+
+@pytest.mark.parametrize("name", ["q.json", "q.json.gz", "train_0.json"])
+def test_a_json_may_have_a_row_per_line(tmp_path, name):
+    """As many sets on the hub do."""
+    rows = [dict(id=str(i), prompt=f"p{i}", answer="1") for i in range(3)]
+    for text in ("".join(json.dumps(row) + "\n" for row in rows), json.dumps(rows), f"\n {json.dumps(rows, indent=1)}\n"):
+        (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+        assert [p["prompt"] for p in data.load_problems(str(tmp_path / name))] == ["p0", "p1", "p2"]
+    (tmp_path / "bad.json").write_text('{"rows": [\n1]}\n')
+    with pytest.raises(UserError, match="bad.json line 1 is not valid JSON"):
+        data.load_problems(str(tmp_path / "bad.json"))
+
+
+@pytest.mark.parametrize("text", ["", "\n", " \n\t\n"])
+def test_a_file_without_a_prompt_is_refused(tmp_path, text):
+    (tmp_path / "blank.txt").write_text(text)
+    done = command(tmp_path, "sample.py", "--prompts", "blank.txt")
+    assert done.returncode == 2 and "no prompt of 0 is left" in done.stderr and "a file with some" in done.stderr
 
 
 @pytest.mark.parametrize("path", [".", "/", ".."])

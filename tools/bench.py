@@ -124,8 +124,7 @@ def measure(model, prompts, args, s):
         n_bytes += sum(t.nbytes for t in batch.cache.k + batch.cache.v)
     facts.update(
         gb_per_s=n_bytes / ms / 1e6,
-        tflop_per_s=n_flop / ms / 1e9,
-        mfu_of_h100=n_flop / ms / 989e9)  # dense bf16, by the data sheet
+        tflop_per_s=n_flop / ms / 1e9)  # of an H100's 989 (dense bf16, by the data sheet)
     return facts, forward
 
 
