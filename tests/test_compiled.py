@@ -88,6 +88,69 @@ def test_no_recompile_after_warm_up(graphs, monkeypatch, cache):
     assert len(graphs) > after_warm_up
 
 
+class Recorded:
+    """A CUDA graph without CUDA: inside of it nothing runs, and a replay runs it on the same tensors."""
+    def __init__(self):
+        self.calls = []
+
+    def replay(self):
+        for step, args in self.calls:
+            step(*args)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The decoder compiles its parts and replays graphs, on plain layers -> [the graphs that were captured],
+    {shape of a step: rows of a refresh or None, columns of the batch}.
+    """
+    captured, shapes, inner, open_graph = [], set(), Batch.__init__, []
+
+    @contextmanager
+    def capturing(graph, pool):
+        captured.append(graph)
+        open_graph.append(graph)
+        yield
+        open_graph.clear()
+
+    def init(self, *args, **kw):
+        inner(self, *args, **kw)
+        step, shape = self.step, self.rows.canvas.shape
+
+        def stepping(rows, width):
+            shapes.add((rows is not None and len(rows), width, shape))
+            return open_graph[0].calls.append((step, (rows, width))) if open_graph else step(rows, width)
+        self.step = stepping
+    monkeypatch.setattr(Batch, "capture", property(lambda self: True, lambda self, value: None), raising=False)
+    monkeypatch.setattr(Batch, "__init__", init)
+    monkeypatch.setattr(layers, "can_pack", lambda weight: False)
+    for name, value in dict(CUDAGraph=Recorded, graph=capturing, graph_pool_handle=lambda: None).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return captured, shapes
+
+
+@pytest.mark.parametrize("name, rules", [("shift", "dual"), ("grouped", "prefix"), ("block", "exact"), ("plain", "sampling")])
+def test_the_gpus_arrangement_compiles_three_graphs_per_shape(graphs, as_on_a_gpu, monkeypatch, name, rules):
+    """A refresh (of 2, 4 ... rows): the blocks, the last of them, the step's end. A window has no other last
+    block. Nothing else is compiled, however many batches follow, and replays do what the reference does.
+    """
+    captured, shapes = as_on_a_gpu
+    for seed in range(3):
+        model, settings = random_model(**CONFIGS[name], seed=seed), {**SETTINGS, **RULES[rules], "seed": seed}
+        lengths = torch.randint(0, 12, (7,), generator=torch.Generator().manual_seed(seed)).tolist()
+        prompts = prompts_of([12, *lengths], seed=seed) if seed else prompts_of([2, 9, 5, 7, 12])
+        outs = generate(model, prompts, batch_size=4, compiled=True, **settings)
+        if not seed and not settings.get("temperature"):
+            assert all(same(out, reference(model, prompt, **settings)) for prompt, out in zip(prompts, outs))
+        assert len(graphs) == sum(3 if rows else 2 for rows, *_ in shapes)
+    assert {rows for rows, *_ in shapes if rows} <= {2, 4} and len({columns for *_, columns in shapes}) == 1
+    assert len(captured) >= 4 and all(len(graph.calls) == 1 for graph in captured)
+    # broken: a refresh of as many rows as there happen to be
+    before = len(graphs)
+    monkeypatch.setattr(Batch, "row_numbers", lambda self, rows: torch.tensor(rows))
+    generate(model, prompts_of([9, 12, 3, 5, 7]), batch_size=4, compiled=True, **settings)
+    assert len(graphs) > before
+
+
 def test_a_graph_break_is_an_error(graphs, monkeypatch):
     model, prompts, settings = random_model(num_hidden_layers=1), prompts_of([9, 12]), {**SETTINGS, "cache": "none"}
     generate(model, prompts, compiled=True, **settings)  # whole
