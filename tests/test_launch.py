@@ -79,9 +79,9 @@ def with_adapters(**facts):
     return model
 
 
-def gradient(model):
+def gradient(model, ids=torch.arange(24).view(2, 12)):
     """Of a student's forward, with the teacher's after it, as TAD runs them; three steps."""
-    ids, valid = torch.arange(24).view(2, 12), torch.ones(2, 12, dtype=torch.bool)
+    valid = torch.ones(ids.shape, dtype=torch.bool)
     valid[0, :3] = False
     for _ in range(3):
         loss = model.head(model.hidden(ids, valid)).float().logsumexp(-1).sum()
@@ -115,6 +115,27 @@ def test_compiled_blocks_are_three_graphs(name, broken):
         block.compile(backend=(lambda *args: capture(*args)) if broken else capture, fullgraph=True)
     got = gradient(model)
     assert (got - want).norm() <= 1e-5 * want.norm()
+    assert (len(graphs) > 3) if broken else (len(graphs) == 3), len(graphs)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name, broken", [("plain", False), ("all", False), ("plain", True)])
+def test_compiled_blocks_stay_compiled_over_lengths_and_batches(monkeypatch, name, broken):
+    """run.compile_blocks(), whose graphs hold for every shape. broken: for one shape each."""
+    torch._dynamo.reset()
+    facts = dict(CONFIGS[name], num_hidden_layers=3)
+    model, plain, graphs = with_adapters(**facts), with_adapters(**facts), []
+    inner = torch.nn.Module.compile
+
+    def capture(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, dynamic: inner(block, backend=capture, dynamic=dynamic and not broken))
+    training.compile_blocks(model)
+    for n, (rows, length) in enumerate([(2, 24), (3, 40), (4, 17), (2, 64), (5, 33)]):
+        ids = torch.randint(0, 30, (rows, length), generator=torch.Generator().manual_seed(n))
+        got, want = (gradient(each, ids) for each in (model, plain))
+        assert (got - want).norm() <= 1e-5 * want.norm()
     assert (len(graphs) > 3) if broken else (len(graphs) == 3), len(graphs)
     torch._dynamo.reset()
 
