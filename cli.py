@@ -307,8 +307,10 @@ def read_rows(path):
         except (ValueError, OSError) as e:  # pyarrow's own are kinds of these
             raise UserError(f"{path} is not a whole .parquet file ({e}): copy it again") from None
         return
-    listed = str(path).endswith((".json", ".json.gz")) and read_text(path).lstrip().startswith("[")
-    rows = read_json(path) if listed else read_jsonl(path)  # many a .json has a row per line
+    one = str(path).endswith((".json", ".json.gz")) and not re.match(r"\s*{.*}\s*?$", read_text(path), re.M)
+    rows = read_json(path) if one else read_jsonl(path)  # many a .json has a row per line
+    if not isinstance(rows, list):
+        raise UserError(f"{path} must hold a list of objects, or one per line: repair it")
     for i, row in enumerate(rows):
         if not isinstance(row, dict):
             raise UserError(f"{path} row {i + 1} is not an object: {str(row)[:60]!r}; repair it")

@@ -394,9 +394,9 @@ def response_inputs(model_cfg, prompts, xt, x0=None):
 def hidden_rows(model, prompts, xt, where, x0=None):
     """Hidden states (N, C) of the positions where = rows (N,) of xt (B, L), columns (N,): one forward."""
     device, (row, position) = model.embed.weight.device, where
-    inputs, cols = response_inputs(model.cfg, prompts, xt, x0)
+    inputs, inputs["out"] = response_inputs(model.cfg, prompts, xt, x0)
     h = model.hidden(**{k: None if t is None else t.to(device) for k, t in inputs.items()})
-    return h[row.to(device), cols[row, position].to(device)]
+    return h[row.to(device), position.to(device)]
 
 
 @torch.no_grad()

@@ -219,8 +219,7 @@ class Kept:
             raise UserError(f"{out} holds results already, of another run ({differ} differ): choose another "
                             f"--out or remove it")
         self.out.mkdir(parents=True, exist_ok=True)
-        self.lock = cli.lock(self.out / f"lock-{self.rank}")
-        rows = []
+        self.lock, rows = cli.lock(self.out / f"lock-{self.rank}"), []
         if self.rank == 0:
             write_whole(file, json.dumps(config, indent=1) + "\n")
             rows = read_jsonl(self.results, True, mend=True, key=str) if self.results.exists() else []

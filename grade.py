@@ -14,7 +14,7 @@ import re
 import threading
 from concurrent import futures
 from decimal import Decimal
-from textwrap import dedent
+from textwrap import dedent, indent
 
 from cli import UserError, package, progress_bar
 from runner import run_program
@@ -34,10 +34,10 @@ UNIT = (r"\s?\\?%|\s?[€£]|(?:[\s~]|\\[,;: ])*+(?:°|\^{?\\circ}?)\s?(?:[CF]|\
         r"(?:[^0-9=+*^\\-]|(?<=[^\W\d_])-(?=[^\W\d_]))*+")  # "2 x" has no unit
 AROUND = r"(?:[*_`$\s]|\\[\[\]()]|(?i:(?:the )?(?:final )?answer(?: is|:)+))*+"  # markup, "Answer:"
 BARE = re.compile(rf"\A{AROUND}(?:\\(?:text|math)(?:bf|it|rm|tt)?{{(.+)}}|\(([A-Z])\)|(.*?)){AROUND}\Z", re.S)
-THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|~|,?\\[,!]|[\u00a0\u2007-\u200a\u202f])(?=[0-9]{3}(?![0-9]))")
+THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|,?\\[,!]|[\u00a0\u2007-\u200a\u202f])(?=[0-9]{3}(?![0-9]))")
 FENCE = re.compile(r"`{3,}+[^`\n]+`{3,}|~{3,}+[^~\n]+~{3,}|(^[ \t]*)?([-*+][ \t]+|\d{1,9}[.)][ \t]+)?"
-                   r"(`{3,}+|~{3,}+)(?![^`~\n]+\3)[ \t]*(\w*)(?(1)[^\n]*|[ \t]*)\n(.*?)"  # a span or a block
-                   r"(?:^(?(1)\1)(?(2)[ \t]*)\3|(?<=\S)\3|\Z)", re.M | re.S)  # to its fence, or cut off
+                   r"(`{3,}+|~{3,}+)(?![^`~\n]+\3)[ \t]*(\w*)(?(1)[^\n]*|[#+-]*[ \t]*)\n(.*?)"  # a span or a
+                   r"(?:^(?:(?(1)\1)(?(2)[ \t]*)| {0,3})\3|(?<=\S)\3|\Z)", re.M | re.S)  # block, or cut off
 CODE = re.compile(r"^(?:@|(?:async )?def |class |import \w|from \S+ import |\w+ *=[^=]).*"  # at the margin,
                   r"(?:\n(?:[ \t)\]}].*)?)*", re.M)  # and what belongs to it
 PROGRAMS = futures.ThreadPoolExecutor(CORES)  # its threads start with the first program
@@ -185,11 +185,11 @@ def joined(source):
 def programs(problem, text):
     """The programs a reply may mean, best first: the text, the last fenced block that defines what the tests
     ask for, definitions beside blocks, a body, a block; each first behind the prompt's head (HumanEval)."""
-    text = re.sub(r"(?m)^(?:\[/?(?:BEGIN|DONE|PYTHON)\]|>(?!>) ?(?=(?:.*\n>)*.*(?:```|~~~)))", "", text)
+    text = re.sub(r"(?m)\A\s*\n|\r$|(?s:<think>.*?</think>)|^(?:\[/?(?:BEGIN|DONE|PYTHON)\]|"
+                  r">(?!>) ?(?=(?:.*\n>)*.*(?:```|~~~)))", "", text)
     blocks = [dedent(code) for *_, tag, code in FENCE.findall(text)
               if tag.lower() in ("", "py", "python", "python3") and code.strip()]
-    entry = problem.get("entry_point")
-    prompt = problem.get("prompt", "")
+    entry, prompt = problem.get("entry_point"), problem.get("prompt", "")
     tests = joined(problem["tests"])
     called = set(re.findall(r"\b([A-Za-z_]\w*)\(", tests)) - set(re.findall(r"\bdef +(\w+)", tests))
     name = "|".join(map(re.escape, [entry] if entry else called)) or "(?!)"  # (?!) matches nothing
@@ -197,13 +197,16 @@ def programs(problem, text):
     wanted = list(filter(defines, reversed(blocks)))  # not parsed: it is generated code
     heads = [dedent(code) for *_, code in FENCE.findall(prompt)] + [prompt]
     head = next((code for code in heads if entry and defines(code)), None)
-    before = [f"{head}\n", f"{head}\n    ", ""] if head else [""]  # the first line's indentation may be lost
-    blocks.sort(key=len, reverse=True)  # those of `wanted` come twice: what did not compile will not
-    parts = CODE.findall(FENCE.sub("", text))  # the last may be cut off
-    loose = filter(defines, map("".join, (parts, parts[:-1])))
+    blocks.sort(key=lambda code: ("return" in code, len(code)), reverse=True)  # `wanted` come again, in vain
+    parts = map(CODE.findall, [*wanted, FENCE.sub("\n #", text)])
+    loose = filter(defines, ("".join(some) for each in parts for some in (each, each[:-1])))  # it may be cut
     body = re.match(r".*(?:\n(?:[ \t].*)?)*", text)[0]
-    first = [body] * text.startswith((" ", "\t", "return "))
-    return [start + code for code in [text, *wanted, *loose, *first, *blocks, body] for start in before]
+    first = [body] * bool(re.match(r"[ \t]|return |.*\n[ \t]", text))
+    found = [text, *wanted, *loose, *first, *blocks, body]
+    if head:  # the indentation of the first line, or of all, may be lost
+        found = [form for code in found for form in (
+            f"{head}\n{code}", f"{head}\n    {code}", f"{head}\n{indent(code, '    ')}", code)]
+    return found
 
 
 def tests_of(problem):

@@ -202,8 +202,8 @@ def config_from_json(raw, file="config.json"):
     told = str([raw.get(key) for key in ("kind", "architectures", "auto_map")]).lower()
     kinds = [kind for kind in family.kinds if kind in told]
     if len(kinds) != 1:
-        raise UserError(f"{file} has model_type {network!r}, but its kind, architectures and auto_map do "
-                        f"not say {' or '.join(family.kinds)}: add its kind, or take another model")
+        raise UserError(f"{file} has model_type {network!r}, but its kind, architectures, auto_map (A2D's "
+                        f"folder) do not say {' or '.join(family.kinds)}: add its kind, or take another")
     facts = dict.fromkeys(family.keys) | family.networks[network] | family.kinds[kinds[0]]
     bidirectional = "block_len" not in facts and family.optional is HF_OPTIONAL
     blocks = dict(block_size=None) if bidirectional else {}  # DreamReasoner, say, is another network

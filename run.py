@@ -151,8 +151,7 @@ def shard(model, device, train=False, group=None):
     policy = MixedPrecisionPolicy(torch.bfloat16 if in_bf16 else None, torch.float32 if in_bf16 else None,
                                   cast_forward_inputs=False)  # the angles of RoPE stay fp32
     adapters = {p for name, p in model.named_parameters() if "lora_" in name}
-    # what the blocks leave to the model (embedding, norm, head) is whole from hidden() to the end of backward
-    for unit in [*model.blocks, model]:
+    for unit in [*model.blocks, model]:  # embedding, norm, head: whole from hidden() to the end of backward
         if train:
             unit.float()
         fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=adapters)

@@ -409,8 +409,7 @@ def check_prompts(cfg, prompts, s):
 @dataclass
 class Rows:
     """R rows that are being decoded, T columns each: [padding, prompt | response | a column nobody reads]."""
-    # these four are fixed while a prompt is decoded; a forward changes the others
-    valid: torch.Tensor      # (R, T) bool, prompt and response
+    valid: torch.Tensor      # (R, T) bool, prompt and response; no forward changes it and the next three
     positions: torch.Tensor  # (R, T) int64, from the first prompt token
     key: torch.Tensor        # (R, 1) int64, of its random numbers
     threshold: torch.Tensor  # (R, 1) fp32; a tensor, so that a curve over thresholds compiles once
@@ -478,8 +477,7 @@ def conclude(model, x, s, rows, before, active, scored, h):
     """The end of a step: what the states h (R, W, C) of the scored columns reveal, written into x."""
     after = Rows(*(getattr(before, name) for name in ROWS))  # the same tensors; a change is a new tensor
     if rows is not None:
-        after.age = torch.zeros_like(before.age)
-        # to fill `rows` up the first one is repeated: all copies write its first result
+        after.age = torch.zeros_like(before.age)  # copies of the first row, which fill up, write its result
         source = torch.where(rows == rows[0], 0, torch.arange(len(rows), device=rows.device))
     reveal(model, after, s, scored, h)
     advance(after, s)

@@ -65,7 +65,7 @@ def right(answer, text, grader="final"):
     # signs and thousands as typesetters have them
     ("-7", "#### −7", True), ("-7", "\\boxed{−7}", True), ("7", "#### −7", False), ("-7.5", "#### −7.50", True),
     ("12000", r"\boxed{12{,}000}", True), ("12000", r"\boxed{12,\!000}", True), ("1234567", r"\boxed{1{,}234{,}567}", True),
-    ("12000", "#### 12\u202f000", True), ("12000", r"\boxed{12\,000}", True), ("12000", r"\boxed{12~000}", True), ("12", "#### 12~00", False), ("12000", "#### 12 000", False),
+    ("12000", "#### 12\u202f000", True), ("12000", r"\boxed{12\,000}", True), ("12000", "#### 12 000", False),
     ("-7", "#### –7", True), ("1234.5", "#### 1\u200a234.5", True), ("7", "#### +7", True),
     # markup, and what ends a sentence
     ("24", "#### **24** boxes", True), ("24", "#### `24`", True), ("24", r"#### \(24\)", True), ("24", r"\boxed{\textbf{24}}", True),
@@ -191,6 +191,16 @@ CALLED = dict(id=1, prompt="Write double.", grader="code", tests=["assert double
       for problem in (CODE, CALLED) for before in ("", "So:\n\n") for tag in ("", "python") for by in (2, 3)),
     *((CODE, f"{lost}return n * {by}\n{behind}", by == 2) for by in (2, 3) for lost in ("", "    ")
       for behind in ("```\n", "```\nDone\n", "\n```\n4\n```\n", "\n```python\nprint(double(2))\n```\n")),
+    # a body that lost its indentation, or all of it, in a fence or not; what stands behind it; a draft before it
+    *((CODE, text.format(body=body, whole=body.replace("\n    ", "\n")), "3" not in body)
+      for body in ("x = n\n    return x * 2", "t = 0\n    for _ in range(2):\n        t += n\n    return t", "if n:\n        return n * 2\n    return 0", "x = n\n    return x * 3")
+      for text in ("```python\n    {body}\n```", "So:\n```\n{whole}\n```\nDone", "```python\n    {body}", "\n    {body}\n\nOutput:\n```\n4\n```\n",
+                   "{body}\n\n```\n4\n```\n", "{whole}", "```python\n    {body}\n```\nFor ```4```.", "<think>\n```python\n    return 7\n```\n</think>\n```python\n    {body}\n```")),
+    *((CALLED, text.format(DOUBLE.replace("2", str(by))), by == 2) for by in (2, 3) for text in (
+        "- C#: ```c#\nint D(int n) => 2 * n;\n```\n- Python: ```python\n{}```\n", "Code: ```c++\nint x;\n```\nor ```python\n{}```\n", "```python\n{} ```\nDone.\n", "  ```python\n{}```\n",
+        "<think>\n```python\ndef double(n):\n    return 7\n```\n</think>\n{}", "<think>So: ```python\nx</think>\n```python\n{}```\n", "```python\n{}\nprint(double(2", "```python\n{}```\nand\n```python\nassert double(2",
+        "{}\n### Complexity\n\n- O(1)\n- Space: O(n)\n", "{}\nComplexity: O(1)\n", "{}\n* O(1) time\n", "{}\n- n\n- `n * 2`\n", "{}\n```\n4\n``` is the output.\n", "{}\n```\n4\n```\n    as it should be\n")),
+    *((CALLED, f"Code: ```python\n{DOUBLE.replace('2', str(by))}```\nDone.\n".replace("\n", "\r\n"), by == 2) for by in (2, 3)),
     # a mark of fences within a line, which opens nothing
     *((CALLED, f"{before}\n```python\n{DOUBLE.replace('2', str(by))}```\n", by == 2) for by in (2, 3) for before in (
         "Wrap it in triple backticks (```):\n", "It must start with ```python.\n", "<think>start with ```python, end with ```.</think>\n", "The `~~~` is old:\n"))])
@@ -567,9 +577,11 @@ def test_a_json_may_have_a_row_per_line(tmp_path, name):
     for text in ("".join(json.dumps(row) + "\n" for row in rows), json.dumps(rows), f"\n {json.dumps(rows, indent=1)}\n"):
         (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
         assert [p["prompt"] for p in data.load_problems(str(tmp_path / name))] == ["p0", "p1", "p2"]
-    (tmp_path / "bad.json").write_text('{"rows": [\n1]}\n')
-    with pytest.raises(UserError, match="bad.json line 1 is not valid JSON"):
-        data.load_problems(str(tmp_path / "bad.json"))
+    for text, words in (('{"rows": [\n1]}\n', "must hold a list of objects, or one per line: repair it"), ('{\n "data": [{"prompt": "x"}]\n}', "must hold a list"), ("3", "must hold a list"),
+                        ('{"prompt": "a"}\n{"prompt": \n', "line 2 is not valid JSON"), ('[{"prompt": "a"}\n', "is not valid JSON"), ('{"data": [{"prompt": "x"}]}', "row 1: 'prompt' is absent")):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(UserError, match="bad.json.*" + words):
+            data.load_problems(str(tmp_path / "bad.json"))
 
 
 @pytest.mark.parametrize("text", ["", "\n", " \n\t\n"])

@@ -1,9 +1,7 @@
-"""The tables of the papers, and every method with its ablations on the tiny model: one table, one picture.
+"""The papers' tables, and every method with its ablations on the tiny model. The same command continues.
 
     python tools/sweep.py paper TAD-4 --model llada   # the commands of a table or figure: docs/papers.md
-    python tools/sweep.py       # the tiny comparison of docs/results.md; --only TAD T3D: some of its rows
-
-The same command continues. The rows of docs/papers-tiny.md share COMMON; a seed has its own --n problems."""
+    python tools/sweep.py       # the tiny comparison of docs/results.md; --only TAD T3D: some of its rows"""
 import os
 import re
 import shlex
