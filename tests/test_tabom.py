@@ -167,8 +167,9 @@ def test_tds_by_hand():
         cfg = SimpleNamespace(eos_ids=(2,), mask_id=3, pad_id=2, block_len=0)
         embed = torch.nn.Embedding(1, 1)
 
-        def hidden(self, ids, valid, positions):
-            return torch.tensor([[[h] for h in [0.0] * (ids.shape[1] - 4) + want]] * len(ids))
+        def hidden(self, ids, valid, positions, out):
+            assert out.tolist() == [list(range(ids.shape[1] - 4, ids.shape[1]))] * len(ids)
+            return torch.tensor([[[h] for h in want]] * len(ids))
 
         def head(self, h):  # a distribution over 8 ids with entropy h: bisection in the share of the first
             lo, hi = torch.full_like(h, 1 / 8), torch.ones_like(h)
