@@ -185,7 +185,7 @@ def joined(source):
 def programs(problem, text):
     """The programs a reply may mean, best first: the text, the last fenced block that defines what the tests
     ask for, definitions beside blocks, a body, a block; each first behind the prompt's head (HumanEval)."""
-    text = re.sub(r"(?m)\A\s*\n|\r$|(?s:<think>.*?</think>)|^(?:\[/?(?:BEGIN|DONE|PYTHON)\]|"
+    text = re.sub(r"(?m)(?s:\A.*</think>\s*\n)|\A\s*\n|\r$|^(?:\[/?(?:BEGIN|DONE|PYTHON)\]|"
                   r">(?!>) ?(?=(?:.*\n>)*.*(?:```|~~~)))", "", text)
     blocks = [dedent(code) for *_, tag, code in FENCE.findall(text)
               if tag.lower() in ("", "py", "python", "python3") and code.strip()]

@@ -198,7 +198,7 @@ CALLED = dict(id=1, prompt="Write double.", grader="code", tests=["assert double
                    "{body}\n\n```\n4\n```\n", "{whole}", "```python\n    {body}\n```\nFor ```4```.", "<think>\n```python\n    return 7\n```\n</think>\n```python\n    {body}\n```")),
     *((CALLED, text.format(DOUBLE.replace("2", str(by))), by == 2) for by in (2, 3) for text in (
         "- C#: ```c#\nint D(int n) => 2 * n;\n```\n- Python: ```python\n{}```\n", "Code: ```c++\nint x;\n```\nor ```python\n{}```\n", "```python\n{} ```\nDone.\n", "  ```python\n{}```\n",
-        "<think>\n```python\ndef double(n):\n    return 7\n```\n</think>\n{}", "<think>So: ```python\nx</think>\n```python\n{}```\n", "```python\n{}\nprint(double(2", "```python\n{}```\nand\n```python\nassert double(2",
+        "<think>\n```python\ndef double(n):\n    return 7\n```\n</think>\n{}", "Hm.\n```python\ndef double(n):\n    return 7\n```\nNo.\n</think>\n\n{}", "{}\nTHINK = '<think>x</think>'\n", "<think>So: ```python\nx</think>\n```python\n{}```\n", "```python\n{}\nprint(double(2", "```python\n{}```\nand\n```python\nassert double(2",
         "{}\n### Complexity\n\n- O(1)\n- Space: O(n)\n", "{}\nComplexity: O(1)\n", "{}\n* O(1) time\n", "{}\n- n\n- `n * 2`\n", "{}\n```\n4\n``` is the output.\n", "{}\n```\n4\n```\n    as it should be\n")),
     *((CALLED, f"Code: ```python\n{DOUBLE.replace('2', str(by))}```\nDone.\n".replace("\n", "\r\n"), by == 2) for by in (2, 3)),
     # a mark of fences within a line, which opens nothing
