@@ -197,11 +197,11 @@ def programs(problem, text):
     wanted = list(filter(defines, reversed(blocks)))  # not parsed: it is generated code
     heads = [dedent(code) for *_, code in FENCE.findall(prompt)] + [prompt]
     head = next((code for code in heads if entry and defines(code)), None)
-    blocks.sort(key=lambda code: ("return" in code, len(code)), reverse=True)  # `wanted` come again, in vain
+    blocks.sort(key=lambda code: ("return" not in code, -len(code)))  # `wanted` come again, in vain
     parts = map(CODE.findall, [*wanted, FENCE.sub("\n #", text)])
     loose = filter(defines, ("".join(some) for each in parts for some in (each, each[:-1])))  # it may be cut
     body = re.match(r".*(?:\n(?:[ \t].*)?)*", text)[0]
-    first = [body] * bool(re.match(r"[ \t]|return |.*\n[ \t]", text))
+    first = re.findall(r"\A(?=[ \t]|return |.*\n[ \t]).*(?:\n(?:[ \t].*)?)*", text)
     found = [text, *wanted, *loose, *first, *blocks, body]
     if head:  # the indentation of the first line, or of all, may be lost
         found = [form for code in found for form in (

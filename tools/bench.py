@@ -74,7 +74,7 @@ def in_turns(what, n, **calls):
     results, seconds = {}, {name: [] for name in calls}
     for _ in cli.progress_bar(range(n + 1), what):
         for name, call in calls.items():
-            results.pop(name, None)  # its cache need not lie beside the next one
+            results[name] = None  # its cache need not lie beside the next one
             start = timer()  # when the device is done
             results[name] = call()
             seconds[name].append(timer() - start)
@@ -104,9 +104,10 @@ def measure(model, prompts, args, s):
         if batch.cache is not None:
             found["window_ms"] = lambda: batch.forward(None, width)
         return found
+    flop_of_ours = flop_of(lambda: decode(False))  # first, so that there is one cache at a time
+    n_flop = flop_of([*forwards(sample.Batch(model, prompts, s, n, compiled=False)).values()][-1])
     results, first, seconds = in_turns("decode", args.turns, ours=lambda: decode(args.compiled), **others)
     batch, outs = results["ours"]
-    flop_of_ours = flop_of(lambda: decode(False))
     facts = dict(
         **nt_eval.provenance(),
         model=args.model, batch=n, prompt_len=args.prompt_len, **vars(s), compiled=batch.compiled,
@@ -119,7 +120,6 @@ def measure(model, prompts, args, s):
     for name, forward in forwards(batch).items():
         facts[name] = 1000 * in_turns(name, 11, it=forward)[2]["it"]
     ms = facts[name]
-    n_flop = flop_of(forwards(sample.Batch(model, prompts, s, n, compiled=False))[name])
     n_bytes = sum(p.nbytes for p in [*model.blocks.parameters(), model.head.weight])
     if batch.cache is not None:
         n_bytes += sum(t.nbytes for t in batch.cache.k + batch.cache.v)

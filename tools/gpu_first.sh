@@ -22,4 +22,4 @@ done
 step decodes 180 "${pytest[@]}" -n 7 -k "decodes or no_host or sampling" &
 step nccl 180 "${pytest[@]}" -n 3 -k "nccl" &
 wait
-step train 90 "${pytest[@]}" -k "step_against and 4-512"
+step train 120 "${pytest[@]}" -k "step_against and 4-512 or real_shapes and LLaDA"
