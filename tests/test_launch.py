@@ -134,7 +134,7 @@ def test_compiled_blocks_stay_compiled_over_lengths_and_batches(monkeypatch, nam
         return graph.forward
     monkeypatch.setattr(torch.nn.Module, "compile", lambda block, dynamic: inner(block, backend=capture, dynamic=dynamic and not broken))
     training.compile_blocks(model)
-    for n, (rows, length) in enumerate([(2, 24), (3, 40), (4, 17), (2, 64), (5, 33)]):
+    for n, (rows, length) in enumerate([(2, 24), (3, 40), (5, 17)]):
         ids = torch.randint(0, 30, (rows, length), generator=torch.Generator().manual_seed(n))
         got, want = (gradient(each, ids) for each in (model, plain))
         assert (got - want).norm() <= 1e-5 * want.norm()
