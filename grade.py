@@ -196,12 +196,12 @@ def programs(problem, text):
     defines = re.compile(rf"^(?:(?:async )?def|class) +(?:{name})\b|^(?:{name}) *=", re.M).search
     wanted = list(filter(defines, reversed(blocks)))  # not parsed: it is generated code
     heads = [dedent(code) for *_, code in FENCE.findall(prompt)] + [prompt]
-    head = next((code for code in heads if entry and defines(code)), None)
+    head = next(filter(defines, heads if entry else ()), None)
     blocks.sort(key=lambda code: ("return" not in code, -len(code)))  # `wanted` come again, in vain
     parts = map(CODE.findall, [*wanted, FENCE.sub("\n #", text)])
     loose = filter(defines, ("".join(some) for each in parts for some in (each, each[:-1])))  # it may be cut
     body = re.match(r".*(?:\n(?:[ \t].*)?)*", text)[0]
-    first = re.findall(r"\A(?=[ \t]|return |.*\n[ \t]).*(?:\n(?:[ \t].*)?)*", text)
+    first = [body] * bool(re.match(r"[ \t]|return |.*\n[ \t]", text))
     found = [text, *wanted, *loose, *first, *blocks, body]
     if head:  # the indentation of the first line, or of all, may be lost
         found = [form for code in found for form in (

@@ -144,7 +144,7 @@ def test_the_gpus_arrangement_compiles_three_graphs_per_shape(graphs, as_on_a_gp
         lengths = torch.randint(0, 12, (7,), generator=torch.Generator().manual_seed(seed)).tolist()
         prompts = prompts_of([12, *lengths], seed=seed) if seed else prompts_of([2, 9, 5, 7, 12])
         outs = generate(model, prompts, batch_size=4, compiled=True, **settings)
-        if not seed and not settings.get("temperature"):
+        if not seed:
             assert all(same(out, reference(model, prompt, **settings)) for prompt, out in zip(prompts, outs))
         assert len(graphs) == sum(3 if rows else 2 for rows, *_ in shapes)
     assert {rows for rows, *_ in shapes if rows} <= {2, 4} and len({columns for *_, columns in shapes}) == 1
