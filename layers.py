@@ -6,6 +6,8 @@ from ctypes import pythonapi
 import torch
 
 DECODERS = weakref.WeakKeyDictionary()  # model -> (what it was made from, for_decoding() of it)
+mallopt = getattr(pythonapi, "mallopt", lambda option, value: None)  # glibc's; other C libraries have none
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 PACKED = {}  # address of a layer's `tag` -> its weight in oneDNN's layout, which torch.compile cannot hold
 
 
@@ -36,7 +38,7 @@ class PackedLinear(torch.nn.Module):
 
 def moved(weight, bias):
     """A PackedLinear in the place of these parameters, which are empty from now on."""
-    layer = PackedLinear(weight, bias)
+    layer = PackedLinear(weight.float(), bias)  # load() may have left it as it is in the file
     weight.data = weight.new_empty(0)
     return layer
 
@@ -87,13 +89,6 @@ def state_of(model):
     return model.cfg, adapters, sums.tolist()
 
 
-def give_back(nbytes):
-    """From now on, glibc gives arrays of this size and more back to the kernel when they are freed."""
-    if hasattr(pythonapi, "mallopt"):
-        pythonapi.mallopt(-3, nbytes)  # M_MMAP_THRESHOLD
-        pythonapi.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-
-
 @torch.inference_mode(False)
 @torch.no_grad()
 def for_decoding(model):
@@ -101,16 +96,15 @@ def for_decoding(model):
     if DECODERS.get(model, [None])[0] != state_of(model):
         DECODERS.pop(model, None)  # first: there may be no room for two
         kind, embedding = linear, model.embed.weight.data
-        if can_pack(embedding):
+        if can_pack(embedding.device, embedding.dtype):
             kind = moved if model.only_decodes else PackedLinear
-        give_back(1 << 16)  # or freed weights would leave holes on the heap
+        mallopt(M_MMAP_THRESHOLD, 1 << 19)  # freed weights go back to the kernel and leave no holes
+        mallopt(M_TRIM_THRESHOLD, 1 << 30)  # what is smaller stays, or every forward would fetch it anew
         twin = with_linear(model, kind)
-        give_back(1 << 25)  # or every forward would fetch the memory of its arrays anew
         model.embed.weight.data = embedding  # a tied head's, too
         DECODERS[model] = state_of(model), twin
     return DECODERS[model][1]
 
 
-def can_pack(weight):
-    return (weight.device.type == "cpu" and weight.dtype == torch.float32
-            and torch.backends.mkldnn.is_available())
+def can_pack(device, dtype):
+    return str(device) == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()

@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
+import layers
 from cli import GIVEN, UserError, read_object, run_cli, say, sha256
 
 HERE = Path(__file__).resolve().parent
@@ -419,7 +420,7 @@ def block_diffusion_layout(cfg, prompts, xt, x0):
 
 class Transformer(nn.Module):
     revision = None  # the hub commit that load() took the weights from
-    only_decodes = False  # on a CPU its packed weights then replace its own
+    only_decodes = False  # on a CPU, linear layers stay as in the file; packed ones then take their place
     checkpoint_blocks = False  # training keeps a block's input only and computes the block again: less memory
 
     def __init__(self, cfg):
@@ -532,13 +533,15 @@ def stale_hidden(model, old, new, positions, inside):
     return torch.cat([h[:, :1], h[:, :-1]], 1) if cfg.shift else h
 
 
-def load(name, device="cpu", dtype=torch.float32, revision=None):
+def load(name, device="cpu", dtype=torch.float32, revision=None, only_decodes=False):
     """Preset name, hub id or directory -> a model in eval mode, every tensor used, every parameter filled."""
     folder = checkpoint_dir(name, revision)
     cli.check_sums(folder)
     cfg = read_config(folder)
     with torch.device("meta"):  # nothing is allocated twice
         model = Transformer(cfg)
+    head, embed = (official_name(cfg, name) for name in ("head.weight", "embed.weight"))
+    packed = only_decodes and layers.can_pack(device, dtype)
     tensors = {}
     for file in weight_files(folder):
         for key, t in read_tensors(file).items():
@@ -547,10 +550,10 @@ def load(name, device="cpu", dtype=torch.float32, revision=None):
             if not t.is_floating_point() or t.element_size() < 2:
                 raise UserError(f"{file} holds {key} as {t.dtype}: quantised; take the model in bf16")
             if not key.endswith("rotary_emb.inv_freq"):  # follows from config.json
-                tensors[key] = t.to(device=device, dtype=dtype)
+                later = packed and t.dim() == 2 and key != embed
+                tensors[key] = t if later else t.to(device=device, dtype=dtype)
     own = {official_name(cfg, name): (name, p.shape) for name, p in model.named_parameters()}
-    head, embed = (official_name(cfg, name) for name in ("head.weight", "embed.weight"))
-    if cfg.tied and {head, embed} <= tensors.keys() and torch.equal(tensors[head], tensors[embed]):
+    if cfg.tied and {head, embed} <= tensors.keys() and torch.equal(tensors[head].to(dtype), tensors[embed]):
         del tensors[head]
     missing, extra = sorted(own.keys() - tensors), sorted(tensors.keys() - own)
     if missing or extra:
@@ -565,6 +568,7 @@ def load(name, device="cpu", dtype=torch.float32, revision=None):
     if cfg.tied:
         model.head.weight = model.embed.weight
     model.revision = folder.name if folder.parent.name == "snapshots" else None
+    model.only_decodes = only_decodes
     return model.eval()
 
 

@@ -1,5 +1,4 @@
 """The papers' data sets, by name: one small function per set turns a row of its real layout into a problem.
-
 A row becomes prompt, solution, answer or tests (None: left out). `question` is the bare question, where the
 user turn says more: that of the paper that trains on the set, or that of the usual 0-shot evaluation."""
 import glob

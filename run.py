@@ -1,5 +1,4 @@
 """One training run: ranks and devices, its folder, micro-batches, the optimizer's step, checkpoints, the log.
-
 A method's main() calls them. A batch is a dict with `ids`, `prompts` (lists of token ids) and `xt` (B, L)."""
 import gc
 import json

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 import data
 import lora
 from cli import UserError, option, run_cli
-from layers import for_decoding, linear, with_linear
+from layers import M_MMAP_THRESHOLD, for_decoding, linear, mallopt, with_linear
 from model import (UNKNOWN, KVCache, ModelOptions, config_of, decoding_defaults, default_device, load,
                    first_position, in_blocks, in_first_block, local_weights, n_content, stale_hidden,
                    with_response)
@@ -548,6 +548,7 @@ class Batch:
             n_rows = 1 << (n_rows - 1).bit_length()  # the next power of two
             T = 32 * math.ceil(T / 32)
         n_rows = min(batch_size, n_rows)
+        mallopt(M_MMAP_THRESHOLD, 1 << (25 if n_rows > 1 else 19))  # a batch keeps its large arrays, too
         self.P = T - s.gen_len - 1  # where the responses begin
         empty = Rows.new([(0, [0] * s.gen_len, 0)] * n_rows, s, self.model.cfg, T)
         self.rows = Rows(*(t.to(self.dev).clone() for t in vars(empty).values()))
@@ -742,10 +743,10 @@ def load_both(args):
     """-> the model that is asked for, on this rank's own GPU and with its adapter, and its tokeniser."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    model = load(args.model, *default_device(), args.revision)
-    model.only_decodes = not getattr(args, "adapter", "")
-    if not model.only_decodes:
-        lora.load(model, args.adapter)
+    adapter = getattr(args, "adapter", "")
+    model = load(args.model, *default_device(), args.revision, only_decodes=not adapter)
+    if adapter:
+        lora.load(model, adapter)
     return model, data.load_tokenizer(args.model, args.revision)
 
 

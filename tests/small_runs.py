@@ -40,7 +40,7 @@ class Runs:
         nt_model.copy_tokenizer("tiny", folder / "base")
         monkeypatch.setattr(grade, "is_correct", lambda *_: True)  # a random model answers nothing
         monkeypatch.setattr(training, "ThreadPoolExecutor", Writer)
-        monkeypatch.setattr(layers, "can_pack", lambda weight: False)  # packing takes longer than these runs
+        monkeypatch.setattr(layers, "can_pack", lambda *args: False)  # packing takes longer than these runs
 
     def __call__(self, method, name, *options):
         """One command -> exit code, and what it said on stderr but for progress bars."""

@@ -5,6 +5,8 @@ CI counts; it never looks at a clock. Most tests let dynamo capture the graphs a
 import copy
 import json
 import re
+import subprocess
+import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import CONFIGS, FIXTURES, prompts_of, random_model
+from safetensors.torch import load_file, save_file
 from test_sample import same
 from torch._subclasses.fake_tensor import (DataDependentOutputException, DynamicOutputShapeException,
                                            FakeTensorMode)
@@ -127,7 +130,7 @@ def as_on_a_gpu(monkeypatch):
         self.step = stepping
     monkeypatch.setattr(Batch, "capture", property(lambda self: True, lambda self, value: None), raising=False)
     monkeypatch.setattr(Batch, "__init__", init)
-    monkeypatch.setattr(layers, "can_pack", lambda weight: False)
+    monkeypatch.setattr(layers, "can_pack", lambda *args: False)
     for name, value in dict(CUDAGraph=Recorded, graph=capturing, graph_pool_handle=lambda: None).items():
         monkeypatch.setattr(torch.cuda, name, value)
     return captured, shapes
@@ -314,26 +317,57 @@ def test_a_model_that_only_decodes_holds_its_weights_once(monkeypatch, settings)
     assert kept == 0 and sum(p.numel() for p in own.parameters()) > 2 * sum(p.numel() for p in model.parameters())
 
 
-def test_packing_leaves_no_holes_and_decoding_keeps_its_arrays(monkeypatch):
-    """glibc is told so, where there is one: before the first layer is packed, and behind the last."""
-    said = []
-    monkeypatch.setattr(layers, "pythonapi", SimpleNamespace(mallopt=lambda *setting: said.append(setting)))
-    inner = layers.with_linear
+@pytest.mark.parametrize("family", ["llada", "dream", "sdar", "a2d_qwen2_mdlm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_model_that_only_decodes_leaves_its_weights_in_the_file(tmp_path, monkeypatch, family, dtype):
+    """Until they are packed, and then they are the same: tied (A2D), with biases (Dream, A2D); where nothing packs, too."""
+    nt_model.save(nt_model.load(FIXTURES / f"{family}_A"), tmp_path, dtype)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    save_file({"lm_head.weight": tensors.get("model.embed_tokens.weight", torch.empty(0)).clone(), **tensors}
+              if family.startswith("a2d") else tensors, file)  # a tied head may be stored, too
+    plain, model = nt_model.load(tmp_path), nt_model.load(tmp_path, only_decodes=True)
+    assert not plain.only_decodes and model.only_decodes and plain.head.weight.dtype == torch.float32
+    later = {name for name, p in model.named_parameters() if p.dtype != torch.float32}
+    linear = {name for name, p in model.named_parameters() if p.dim() == 2 and name != "embed.weight"}
+    assert later == (linear if dtype != torch.float32 and layers.can_pack("cpu", torch.float32) else set())
+    settings = dict(gen_len=16, block_len=8, threshold=0.3, cache="none")
+    want, outs = (generate(m, prompts_of([9, 4]), **settings) for m in (plain, model))
+    assert all(map(same, want, outs)) and all(torch.equal(a.conf, b.conf) for a, b in zip(want, outs))
+    monkeypatch.setattr(layers, "can_pack", lambda *args: False)
+    model = nt_model.load(tmp_path, only_decodes=True)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert torch.equal(model(torch.arange(9)[None]), plain(torch.arange(9)[None]))
+    generate(model, prompts_of([9, 4]), **settings)
+
+
+def test_packing_leaves_no_holes_and_batches_keep_their_arrays(monkeypatch):
+    """glibc is told so, before the first layer is packed; of a batch of one it keeps small arrays only."""
+    said, threshold, inner = [], layers.M_MMAP_THRESHOLD, layers.with_linear
+    for module in (layers, sample):
+        monkeypatch.setattr(module, "mallopt", lambda *setting: said.append(setting))
     monkeypatch.setattr(layers, "with_linear", lambda *args: said.append("packed") or inner(*args))
     model = random_model()
-    layers.for_decoding(model)
-    assert said[1:2] + said[-1:] == [(-1, 1 << 30)] * 2 and said[0] == (-3, 1 << 16) and said[-2] == (-3, 1 << 25) and set(said[2:-2]) == {"packed"}
-    said.clear()
-    layers.for_decoding(model)
-    assert not said
-    monkeypatch.setattr(layers, "pythonapi", object())  # another C library
-    layers.for_decoding(random_model())
+    for n, batch_size, kept in ((1, 8, 19), (8, 1, 19), (2, 8, 25)):
+        said.clear()
+        generate(model, prompts_of([4] * n), batch_size, gen_len=4, block_len=4)
+        if (n, batch_size) == (1, 8):
+            assert said[:3] == [(threshold, 1 << 19), (layers.M_TRIM_THRESHOLD, 1 << 30), "packed"]
+        assert said[-1] == (threshold, 1 << kept)
+        assert said.count("packed") == (len(said) - 3 if n == 1 and batch_size == 8 else 0)
+
+
+def test_another_c_library_than_glibc():
+    code = "import ctypes; ctypes.pythonapi = object(); import sample, model, torch\n" \
+           "print(sample.generate(model.load('tiny'), [torch.arange(5)], gen_len=4, block_len=4)[0].nfe)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=layers.__file__.rpartition("/")[0])
+    assert int(done.stdout) > 0, done.stderr
 
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_the_decoder_is_made_again_only_when_the_model_changes(monkeypatch, packed):
     """One packing for many calls; a change of any kind is seen, and the model stays as it was."""
-    monkeypatch.setattr(layers, "can_pack", lambda weight: packed)
+    monkeypatch.setattr(layers, "can_pack", lambda *args: packed)
     made, inner = [], layers.with_linear
     monkeypatch.setattr(layers, "with_linear", lambda *args: made.append(args[0]) or inner(*args))
     model = lora.add(random_model(qkv_bias=True), r=2, alpha=4)

@@ -20,9 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import compare  # noqa: F401, first: it puts the folder above on the path
 import cli
 import eval as nt_eval
+import lora
 import sample
 from cli import UserError, run_cli
-from model import HERE, KVCache, Transformer, config_from_json, decoding_defaults, default_device
+from model import HERE, KVCache, Transformer, config_from_json, decoding_defaults, default_device, load
 
 SHAPES = {name: config_from_json(raw) for name, raw in tomllib.loads(
     cli.read_text(HERE / "assets" / "shapes.toml")).items()}
@@ -110,10 +111,13 @@ def measure(model, prompts, args, s):
     batch, outs = results["ours"]
     facts = dict(
         **nt_eval.provenance(),
-        model=args.model, batch=n, prompt_len=args.prompt_len, **vars(s), compiled=batch.compiled,
-        first_s=first["ours"], seconds=seconds["ours"],
-        tok_per_s=n * s.gen_len / seconds["ours"], samples_per_h=3600 * n / seconds["ours"],
-        nfe=sum(out.nfe for out in outs), forwards=batch.forwards, looks=batch.looks)
+        model=args.model, batch=n, prompt_len=args.prompt_len,
+        **vars(s), compiled=batch.compiled,
+        first_s=first["ours"],
+        tok_per_s=n * s.gen_len / seconds["ours"],
+        samples_per_h=3600 * n / seconds["ours"],
+        nfe=sum(out.nfe for out in outs),
+        forwards=batch.forwards, looks=batch.looks)
     for name, call in others.items():  # how many times its time and its products, for as many prompts
         facts[f"time_of_{name}"] = n * seconds[name] / seconds["ours"]
         facts[f"flop_of_{name}"] = n * flop_of(call) / flop_of_ours
@@ -141,11 +145,12 @@ class Options(nt_eval.AdaptedModel):
 
 def main():
     args, given = cli.parse(__doc__, Options, sample.Decoding)
-    if args.model in SHAPES and not (args.revision or args.adapter):
+    if args.model in SHAPES and not args.revision:
         model = random_weights(SHAPES[args.model], *default_device())
     else:
-        model, _ = nt_eval.load_both(args)
-        model.only_decodes = False  # others decode with it, too
+        model = load(args.model, *default_device(), args.revision)
+    if args.adapter:
+        lora.load(model, args.adapter)
     torch.manual_seed(0)
     prompts = torch.randint(model.cfg.mask_id, (args.batch_size, args.prompt_len))
     s = sample.Decoding(**decoding_defaults(model.cfg) | dict(policy="static", early_stop=False) | given)

@@ -1,5 +1,4 @@
 """The papers' tables, and every method with its ablations on the tiny model. The same command continues.
-
     python tools/sweep.py paper TAD-4 --model llada   # the commands of a table or figure: docs/papers.md
     python tools/sweep.py       # the tiny comparison of docs/results.md; --only TAD T3D: some of its rows"""
 import os
