@@ -358,7 +358,7 @@ def test_packing_leaves_no_holes_and_batches_keep_their_arrays(monkeypatch):
 
 
 def test_another_c_library_than_glibc():
-    code = "import ctypes; ctypes.pythonapi = object(); import sample, model, torch\n" \
+    code = "import ctypes, torch; ctypes.pythonapi = object(); import sample, model\n" \
            "print(sample.generate(model.load('tiny'), [torch.arange(5)], gen_len=4, block_len=4)[0].nfe)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=layers.__file__.rpartition("/")[0])
     assert int(done.stdout) > 0, done.stderr
