@@ -99,8 +99,9 @@ def for_decoding(model):
         if can_pack(embedding.device, embedding.dtype):
             kind = moved if model.only_decodes else PackedLinear
         mallopt(M_MMAP_THRESHOLD, 1 << 19)  # freed weights go back to the kernel and leave no holes
-        mallopt(M_TRIM_THRESHOLD, 1 << 30)  # what is smaller stays, or every forward would fetch it anew
+        mallopt(M_TRIM_THRESHOLD, 1 << 30)
         twin = with_linear(model, kind)
+        mallopt(M_MMAP_THRESHOLD, 1 << 25)  # arrays stay, or every forward would fetch their memory anew
         model.embed.weight.data = embedding  # a tied head's, too
         DECODERS[model] = state_of(model), twin
     return DECODERS[model][1]

@@ -548,7 +548,8 @@ class Batch:
             n_rows = 1 << (n_rows - 1).bit_length()  # the next power of two
             T = 32 * math.ceil(T / 32)
         n_rows = min(batch_size, n_rows)
-        mallopt(M_MMAP_THRESHOLD, 1 << (25 if n_rows > 1 else 19))  # a batch keeps its large arrays, too
+        lean = n_rows == 1 and model.only_decodes
+        mallopt(M_MMAP_THRESHOLD, 1 << (19 if lean else 25))  # large arrays of one prompt are given back
         self.P = T - s.gen_len - 1  # where the responses begin
         empty = Rows.new([(0, [0] * s.gen_len, 0)] * n_rows, s, self.model.cfg, T)
         self.rows = Rows(*(t.to(self.dev).clone() for t in vars(empty).values()))

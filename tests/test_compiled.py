@@ -341,27 +341,28 @@ def test_a_model_that_only_decodes_leaves_its_weights_in_the_file(tmp_path, monk
     generate(model, prompts_of([9, 4]), **settings)
 
 
-def test_packing_leaves_no_holes_and_batches_keep_their_arrays(monkeypatch):
-    """glibc is told so, before the first layer is packed; of a batch of one it keeps small arrays only."""
+def test_packing_leaves_no_holes_and_decoding_keeps_its_arrays(monkeypatch):
+    """glibc is told so, around packing; a model that only decodes keeps small arrays only, of a single prompt."""
     said, threshold, inner = [], layers.M_MMAP_THRESHOLD, layers.with_linear
     for module in (layers, sample):
         monkeypatch.setattr(module, "mallopt", lambda *setting: said.append(setting))
     monkeypatch.setattr(layers, "with_linear", lambda *args: said.append("packed") or inner(*args))
     model = random_model()
-    for n, batch_size, kept in ((1, 8, 19), (8, 1, 19), (2, 8, 25)):
+    layers.for_decoding(model)
+    assert said[:3] == [(threshold, 1 << 19), (layers.M_TRIM_THRESHOLD, 1 << 30), "packed"]
+    assert said[-1] == (threshold, 1 << 25) and set(said[3:-1]) == {"packed"}
+    for only_decodes, n, batch_size, kept in ((False, 1, 8, 25), (False, 8, 8, 25), (True, 1, 8, 19), (True, 8, 1, 19), (True, 2, 8, 25)):
+        model.only_decodes = only_decodes
         said.clear()
         generate(model, prompts_of([4] * n), batch_size, gen_len=4, block_len=4)
-        if (n, batch_size) == (1, 8):
-            assert said[:3] == [(threshold, 1 << 19), (layers.M_TRIM_THRESHOLD, 1 << 30), "packed"]
-        assert said[-1] == (threshold, 1 << kept)
-        assert said.count("packed") == (len(said) - 3 if n == 1 and batch_size == 8 else 0)
+        assert said == [(threshold, 1 << kept)]
 
 
 def test_another_c_library_than_glibc():
     code = "import ctypes, torch; ctypes.pythonapi = object(); import sample, model\n" \
            "print(sample.generate(model.load('tiny'), [torch.arange(5)], gen_len=4, block_len=4)[0].nfe)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=layers.__file__.rpartition("/")[0])
-    assert int(done.stdout) > 0, done.stderr
+    assert not done.returncode and int(done.stdout) > 0, done.stderr
 
 
 @pytest.mark.parametrize("packed", [True, False])

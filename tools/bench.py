@@ -116,8 +116,7 @@ def measure(model, prompts, args, s):
         first_s=first["ours"],
         tok_per_s=n * s.gen_len / seconds["ours"],
         samples_per_h=3600 * n / seconds["ours"],
-        nfe=sum(out.nfe for out in outs),
-        forwards=batch.forwards, looks=batch.looks)
+        nfe=sum(out.nfe for out in outs), forwards=batch.forwards, looks=batch.looks)
     for name, call in others.items():  # how many times its time and its products, for as many prompts
         facts[f"time_of_{name}"] = n * seconds[name] / seconds["ours"]
         facts[f"flop_of_{name}"] = n * flop_of(call) / flop_of_ours

@@ -1,5 +1,4 @@
 """One table and one picture over several runs, seeds and tasks. The papers' numbers: docs/papers.md.
-
     python tools/compare.py runs assets/comparison.jsonl.gz --control SFT-SD     # docs/results.md"""
 import gzip
 import json
