@@ -93,7 +93,7 @@ def state_of(model):
 @torch.no_grad()
 def for_decoding(model):
     """The model as the decoder runs it, made again only when the model has changed."""
-    if DECODERS.get(model, [None])[0] != state_of(model):
+    if model not in DECODERS or DECODERS[model][0] != state_of(model):
         DECODERS.pop(model, None)  # first: there may be no room for two
         kind, embedding = linear, model.embed.weight.data
         if can_pack(embedding.device, embedding.dtype):

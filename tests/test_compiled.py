@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from checkpoints import official_checkpoint
 from conftest import CONFIGS, FIXTURES, prompts_of, random_model
 from safetensors.torch import load_file, save_file
 from test_sample import same
@@ -339,6 +340,16 @@ def test_a_model_that_only_decodes_leaves_its_weights_in_the_file(tmp_path, monk
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert torch.equal(model(torch.arange(9)[None]), plain(torch.arange(9)[None]))
     generate(model, prompts_of([9, 4]), **settings)
+
+
+@pytest.mark.parametrize("odd", [dict(vocab_size=273), dict(intermediate_size=47)])
+def test_weights_in_the_file_are_not_summed_before_they_are_packed(tmp_path, odd):
+    """Of 16 bits and no multiple of four in number, they could not be; and the whole file would be read once more."""
+    official_checkpoint(tmp_path, "dream", tokenizer=False, dtype=torch.bfloat16, hidden_size=30, num_attention_heads=3,
+                        num_key_value_heads=3, **odd)
+    a, b = (generate(nt_model.load(tmp_path, only_decodes=only), prompts_of([9]), gen_len=16, block_len=8, cache="none")[0]
+            for only in (True, False))
+    assert same(a, b) and torch.equal(a.conf, b.conf)
 
 
 def test_packing_leaves_no_holes_and_decoding_keeps_its_arrays(monkeypatch):
