@@ -1,20 +1,23 @@
-"""A training step on a CPU, measured: rows of BENCH.md. Not part of the suite, which counts and does not measure.
+"""A training step, measured: rows of BENCH.md. The suite only runs it, on a small model.
 
-    python tests/measure_training.py tad ours        # or sft; or plain: the logits of all positions, a copied teacher
+    python tests/measure_training.py tad ours          # or sft; or plain: the logits of all positions, a copied teacher
+    python tests/measure_training.py tad ours --model llada-8b --batch_size 4 --profile     # also where the time goes
 """
+import argparse
 import re
-import sys
 import threading
 import time
 
 import numpy as np
 import torch
 from conftest import ROOT  # noqa: F401, it puts the folders on the path
-import test_gpu
+from torch.profiler import profile
+from test_gpu import lora_step, milliseconds
 
 import bench
 import data
 import lora
+import model as nt_model
 import run
 import trims
 
@@ -31,19 +34,12 @@ class Peak(threading.Thread):
             time.sleep(0.001)
 
 
-def counted(call, device, n, milliseconds=test_gpu.milliseconds):
-    """test_gpu.milliseconds(), and the products of the first call."""
-    print(f"{bench.flop_of(call) / 1e9:.0f} GFLOP", end=", ")
-    return milliseconds(call, device, n)
-
-
-test_gpu.milliseconds = counted
-
-
-def sft_steps(base, batch, length, plain, n):
-    """-> seconds of a LoRA step of random-mask SFT, as trims.py does it or with the logits of all positions."""
+def sft_step(base, device, batch, length, plain):
+    """A step of random-mask SFT, otherwise as lora_step(): as trims.py does it, or with the logits of all positions."""
     torch.manual_seed(0)
     model, half = lora.add(base, 128, 128).train(), length // 2
+    if device == "cuda" and not plain:
+        run.compile_blocks(model)
     texts = torch.randint(0, 250, (batch, length), generator=torch.Generator().manual_seed(0)).tolist()
     examples = [dict(id=i, prompt_ids=text[:half], x0=text[half:]) for i, text in enumerate(texts)]
     cfg = trims.Config(batch_size=batch, trajectory_share=0.0, lr=1e-3)
@@ -55,26 +51,44 @@ def sft_steps(base, batch, length, plain, n):
         b = trims.make_batch(examples, rngs, cfg, model.cfg)
         if plain:
             inputs, cols = data.response_inputs(model.cfg, b["prompts"], b["xt"])
+            inputs = {key: None if t is None else t.to(device) for key, t in inputs.items()}
             row, j = b["masked"].nonzero(as_tuple=True)
-            loss = trims.mdlm_loss(model(**inputs).float()[row, cols[row, j]], b["x0"][row, j], b["loss_w"][row, j])
+            logits = model(**inputs).float()[row.to(device), cols[row, j].to(device)]
+            loss = trims.mdlm_loss(logits, b["x0"][row, j].to(device), b["loss_w"][row, j].to(device))
         else:
             loss = trims.training_loss(model, b, cfg)[0]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return counted(step, "cpu", n) / 1000, losses
+    return step, losses
 
 
-def main(method, kind, n=3):
-    base = bench.random_weights(bench.SHAPES["llada-60m"])
-    steps = dict(tad=lambda *args: test_gpu.lora_steps(base, "cpu", *args), sft=lambda *args: sft_steps(base, *args))[method]
-    peak = Peak(daemon=True)
+def main(words=None):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("method", choices=["tad", "sft"])
+    parser.add_argument("kind", choices=["ours", "plain"])
+    parser.add_argument("--model", default="llada-60m", choices=list(bench.SHAPES))
+    parser.add_argument("--profile", action="store_true")
+    for name, default in dict(batch_size=2, length=512, steps=3).items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    args = parser.parse_args(words)
+    device, dtype = nt_model.default_device()
+    base, peak = bench.random_weights(bench.SHAPES[args.model], device, dtype), Peak(daemon=True)
     peak.start()
-    seconds, losses = steps(2, 512, kind == "plain", int(n))
-    print(f"{method} {kind}: {seconds:.2f} s, grown by {peak.most - peak.before} MiB, losses "
-          f"{[round(loss, 4) for loss in losses]}")
+    make = dict(tad=lora_step, sft=sft_step)[args.method]
+    step, losses = make(base, device, args.batch_size, args.length, args.kind == "plain")
+    if device == "cpu":
+        print(f"{bench.flop_of(step) / 1e9:.0f} GFLOP", end=", ")
+    ms = milliseconds(step, device, args.steps)
+    print(f"{args.method} {args.kind}: {ms / 1000:.3f} s, {1000 * args.batch_size * args.length / ms:.0f} tok/s, grown by "
+          f"{peak.most - peak.before} MiB on the host, losses {[round(loss, 4) for loss in losses]}")
+    if args.profile:
+        with profile() as traced:
+            profiled_ms = milliseconds(step, device, args.steps)  # one more goes first
+        table = traced.key_averages().table(f"self_{device}_time_total", row_limit=40, max_name_column_width=110)
+        print(f"{table}{args.steps + 1} steps, {profiled_ms:.1f} ms each while they were profiled")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

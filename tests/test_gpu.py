@@ -1,9 +1,12 @@
 """Real shapes, random weights, on a GPU. `pytest -m gpu -s tests/test_gpu.py` prints the rows of BENCH.md."""
 import copy
+import importlib
+import os
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,8 +88,8 @@ def tad_micro_batch(model, teacher, examples, cfg, device, plain):
     return tad.tad_loss(ce, kl, b["near"][b["masked"]].to(device), row.to(device), len(examples), cfg)[0]
 
 
-def lora_steps(base, device, batch, length, plain, n=5):
-    """-> seconds of a LoRA step (r = 128, all matrices; AdamW), the losses of n steps."""
+def lora_step(base, device, batch, length, plain):
+    """-> a TAD step (LoRA r = 128, all matrices; AdamW) to call, the list to which it adds its loss."""
     torch.manual_seed(0)
     teacher = copy.deepcopy(base) if plain else None
     model = lora.add(base, 128, 128).train()
@@ -107,13 +110,17 @@ def lora_steps(base, device, batch, length, plain, n=5):
         opt.step()
         opt.zero_grad()
         losses.append(loss.item())
-    return milliseconds(step, device, n) / 1000, losses
+    return step, losses
 
 
 def test_the_chunked_step_is_the_plain_step_on_a_cpu(monkeypatch):
     monkeypatch.setattr(nt_model.by_chunks, "__kwdefaults__", {"chunk_bytes": 4 * 272 * 3})  # three rows
-    chunked, plain = (lora_steps(small_model(), "cpu", 2, 32, plain, n=2)[1] for plain in (False, True))
-    assert len(set(plain)) == 3 and all(abs(a - b) < 1e-4 for a, b in zip(chunked, plain))
+    found = []
+    for plain in (False, True):
+        step, losses = lora_step(small_model(), "cpu", 2, 32, plain)
+        milliseconds(step, "cpu", n=2)
+        found.append(losses)
+    assert len(set(found[1])) == 3 and all(abs(a - b) < 1e-4 for a, b in zip(*found))
 
 
 def error_of_a_block(model):
@@ -162,6 +169,38 @@ def test_the_measurement_itself_on_a_cpu():
     assert finite and forward_ms > 0 and step_ms > 0
 
 
+def test_the_script_for_a_gpu_runs_with_small_models(tmp_path, monkeypatch):
+    """Every Python command of tools/gpu_first.sh; of pytest's, that there is a test for each of its choices."""
+    (tmp_path / "calls").mkdir()
+    for name, line in {"nvidia-smi": "", "python3": 'printf "%s\\0" "$@" > "$(mktemp calls/XXXXXX)"'}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    script, path = ROOT / "tools/gpu_first.sh", f"{tmp_path}:{os.environ['PATH']}"
+    for part in ("first", "more"):
+        subprocess.run(["bash", script, part], check=True, cwd=tmp_path, env=os.environ | dict(PATH=path, OUT="out"))
+    files = sorted((tmp_path / "calls").iterdir(), key=lambda file: file.stat().st_mtime_ns)
+    calls = [file.read_text().split("\0")[:-1] for file in files]
+    assert len(calls) == 2 + 5 + 6  # both parts print versions
+    for name in bench.SHAPES:
+        monkeypatch.setitem(bench.SHAPES, name, small_model(name.split("-")[0]).cfg)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "measure", lambda *args: (dict(n=1), lambda: None))
+    monkeypatch.setattr(sample.Batch, "forward", sample.Batch.forward)  # measure_collection changes it
+    ours = subprocess.run([sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", __file__], check=True,
+                          capture_output=True, text=True).stdout.lower().splitlines()
+    for program, *words in calls:
+        code = words.pop(0).replace('"cuda", torch.bfloat16', '"cpu"') if program == "-c" else ""
+        monkeypatch.setattr(sys, "argv", [program, *words])
+        if program == "-m":
+            for choice in words[words.index("-k") + 1].lower().split(" or "):
+                needed = [word for word in choice.split(" and ") if not word.startswith("not ")]
+                assert any(all(word in name for word in needed) for name in ours), choice
+        elif program == "-c":
+            exec(code, {})
+        else:
+            importlib.import_module(Path(program).stem).main(*(words if "collection" in program else []))
+
+
 def test_the_shapes_have_the_real_parameter_counts():
     for name, n in PARAMETERS.items():
         with torch.device("meta"):
@@ -192,14 +231,14 @@ class TestOnAGpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             base = bench.random_weights(bench.SHAPES["llada-8b"], "cuda", torch.bfloat16)
-            seconds, losses = lora_steps(base, "cuda", batch, length, plain)
-            tok_per_s, peak = batch * length / seconds, torch.cuda.max_memory_allocated() / 2**30
+            step, losses = lora_step(base, "cuda", batch, length, plain)
+            tok_per_s, peak = 1000 * batch * length / milliseconds(step, "cuda"), torch.cuda.max_memory_allocated() / 2**30
             print(f"\n| {'plain' if plain else 'tad.py'} | {torch.cuda.get_device_name()} "
                   f"| {batch} x {length} | {tok_per_s:.0f} tok/s | MFU {tok_per_s * 6 * n / 989e12:.1%} "
                   f"| {peak:.1f} GiB |")
             assert torch.tensor(losses).isfinite().all()
             first.append(losses[0])
-            del base
+            del base, step
         assert abs(first[0] - first[1]) < 0.02 * first[1]  # of the same weights and examples, in bf16
 
     @pytest.mark.parametrize("flags", [["--full"], ["--fsdp"], []])
