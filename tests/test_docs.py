@@ -92,7 +92,7 @@ def dead_links(text, folder):
 def help_of(script, command=""):
     if script.endswith(".sh"):
         return subprocess.run(["bash", str(ROOT / script), "--help"], capture_output=True, text=True).stdout
-    file = next(ROOT / folder / script for folder in ("", "tools") if (ROOT / folder / script).exists())
+    file = next(ROOT / folder / script for folder in ("", "tools", "tests") if (ROOT / folder / script).exists())
     out, before = io.StringIO(), sys.argv
     sys.argv = [script, *([command] if command else []), "--help"]
     try:

@@ -1,4 +1,5 @@
 """Processes that die, checkpoints that are cut: nothing is lost or comes twice, the result is the same."""
+import contextlib
 import ctypes
 import importlib
 import json
@@ -284,7 +285,8 @@ class Processes:
             time.sleep(0.002)
         process.join(after)
         if process.is_alive():
-            os.kill(process.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it may end just now
+                os.kill(process.pid, number)
         process.join(120)
         usual = ("began", "decoding", "8 of 8 ", "saved")
         said = [line for line in log.read_text().splitlines() if not line.startswith(usual)]
