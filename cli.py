@@ -102,10 +102,10 @@ GIVEN = {}  # what the command line says; read_config() takes a block length fro
 CRC = ', "crc": "01234567"}'  # how a line of ours ends
 SUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
 BOUNDS = {name: (least, most) for least, most, names in [  # of every numeric option
-    (1, 2**17, "lora_r gen_len block_len per_step prompt_len max_prompt n_buckets turns"),
-    (1, 10**7, "n batch_size micro_batch score_batch collect_batch save_every log_every epochs limit seeds"),
-    (0, 10**7, "max_steps steps warmup_steps drill_steps eval_problems n_problems points n_examples window "
-               "states_per_trajectory train_block vicinity top_k cache_delay refresh"),
+    (1, 2**17, "lora_r gen_len block_len per_step prompt_len max_prompt n_buckets turns score_batch"),
+    (1, 10**7, "n n_examples batch_size micro_batch collect_batch save_every log_every epochs limit seeds"),
+    (0, 10**7, "max_steps steps warmup_steps drill_steps eval_problems n_problems points window top_k "
+               "states_per_trajectory train_block vicinity cache_delay refresh"),
     (0, 2**31, "seed collect_seed num_fewshot eos_in_loss"),
     (0, 1, "lr_floor warmup_ratio trajectory_share block_share p_context p_future rand_p"),
     (0, 0.999999, "lora_dropout beta2"),
@@ -408,7 +408,7 @@ def package(name, otherwise):
 
 @functools.cache
 def say(text):
-    """On stderr, of every rank's words the first one's, and once."""
+    """Print to stderr, on rank 0 only and each text once."""
     if os.environ.get("RANK", "0") == "0":
         print(text, file=sys.stderr)
 

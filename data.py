@@ -1,5 +1,4 @@
 """What a problem, a prompt and a record are: the tiny task, problems, tokenisers, trajectories, batches.
-
 Wherever a script takes data: tiny or barter; a NAME of the list; NAME=FILE, a local copy of that set
 (.jsonl, .json, .parquet, also .gz; a quoted pattern for several files); your own FILE with prompt, solution
 and answer or tests, or with messages; FILE:prompt=question,answer=target, other names; or joined by +."""
@@ -62,7 +61,7 @@ def game_problems(name, split, n):
 
 @lru_cache
 def avoided(name, split):
-    """The prompts of other splits that a split avoids; the base those that train does."""
+    """Prompts of other splits, which this one must not contain; the base's data avoid what train does."""
     return {p["prompt"] for other in AVOIDED[split]
             for p in game_problems(name, other, game(name).HELD_OUT)}
 
@@ -78,7 +77,8 @@ REFERENCE = dict(  # what the published collector says around a problem (TAD); c
 def privileged_prompt(problem):
     """The user turn with the worked solution in it (TAD's collector); the plain one is problem['prompt']."""
     if not problem["solution"]:
-        raise UserError(f"{problem['source']}: {problem['id']} has no solution, as this asks for: add it")
+        raise UserError(f"{problem['source']}: {problem['id']} has no solution, as this asks for: add it, "
+                        f"or FILE:solution=NAME")
     code = grade.grader_of(problem) in ("code", "parses")
     kind = "tiny" if problem["source"] in GAMES else "code" if code else "math"
     return REFERENCE[kind].format(q=problem.get("question", problem["prompt"]), a=problem["solution"])
@@ -94,7 +94,7 @@ def privileged_ids(tok, cfg, problem, prompt=None, system=""):
 
 
 def game_example(tok, name, index, n, **drills):
-    """Example `index` of n of an embedded task, a seeded game with a right response. drills: of its base."""
+    """Example `index` of n of an embedded task, a seeded game with a right response. drills: its base's."""
     prompt, shown, response, masked = game(name).example(index, **drills)
     if prompt in avoided(name, "train"):
         return game_example(tok, name, index + n, n, **drills)  # that is not drawn otherwise
@@ -179,9 +179,9 @@ def fitting(problems, tok, most, room, asked=None):
     for p in problems:
         n = len(tok.prompt_ids(p | dict(prompt=asked(p)) if asked else p))
         if room < n <= (most or n):
-            way = f", or leave such out by --max_prompt {room}" * (room > 0)
-            raise UserError(f"prompt {p['id']!r} has {n} tokens, of which model and gen_len allow {room}: "
-                            f"shorten it in {p.get('source', 'the text')}, lower gen_len{way}")
+            what, way = " with its solution" * bool(asked), f", or leave such out by --max_prompt {room}"
+            raise UserError(f"prompt {p['id']!r}{what} has {n} tokens, of which model and gen_len allow "
+                            f"{room}: lower gen_len, shorten it{way * (room > 0)}")
         kept += [p] * (n <= (most or n))
     if len(kept) < len(problems):
         say(f"{len(problems) - len(kept)} prompts are longer than --max_prompt {most}: left out")
@@ -417,6 +417,7 @@ def state_at(x0, order, t, mask_id):
 def read_trajectories(path, growing=False):
     """All records of a folder (every rank's shard) or of one .jsonl, checked, in a fixed order (by id)."""
     records, path = {}, Path(path)
+    path = path / "trajectories" if (path / "trajectories").is_dir() else path  # of a run
     for shard in [path] if path.is_file() else sorted(path.glob("*.jsonl")):
         for i, r in enumerate(read_jsonl(shard, ours=True, growing=growing, **RECORD_FIELDS)):
             if r["schema"] != SCHEMA:

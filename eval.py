@@ -1,5 +1,4 @@
 """Evaluation: accuracy against tokens per forward (TPF), as curves over decoding settings.
-
     python eval.py curve --adapter out/tad-tiny/adapter --label TAD --n 500      # without --adapter: the base
     torchrun --nproc_per_node=8 eval.py curve --model llada --task gsm8k --protocol tad     # or my.jsonl"""
 import hashlib
@@ -406,6 +405,8 @@ def along_trajectory(model, record, steps):
     """At each of the steps (N,), of what is masked: log p of its id, forwards to its reveal, all log p."""
     x0 = torch.tensor(record["x0"])
     order = torch.tensor(record["order"])
+    block_len = record["decoding"].get("block_len", model.cfg.block_len)
+    model = nt_model.in_blocks(model, block_len)
     for some in steps.split(16):
         xt, masked = data.state_at(x0, order, some[:, None], model.cfg.mask_id)  # (16, L)
         masked[:, nt_model.n_content(x0, model.cfg.eos_ids):] = False
@@ -435,9 +436,10 @@ def mean_of(measure, model, records, label):
 
 @torch.no_grad()
 def confidence_decay(model, records):
-    """TAD Fig. 3(b): mean p(x0_i | prompt, x_t) by order_i - t, at 8 states of each record: (T,) or NaN."""
+    """TAD Fig. 3(b): mean p(x0_i | prompt, x_t) by order_i - t, at 8 states of 64 records: (T,) or NaN."""
     offsets, values = [], []
-    for r in records[:64]:
+    mixed = sorted(records, key=lambda r: r["id"].removeprefix(r["source"]))  # of every data set
+    for r in mixed[:64]:
         steps = torch.linspace(0, max(r["order"]), 8).long().unique()
         for right, offset, _ in along_trajectory(model, r, steps):
             offsets.append(offset)
@@ -475,7 +477,7 @@ def trajectory_nll(teacher, teacher_tok, tok, problem, out, eos_ids):
 class ProblemOptions(AdaptedModel):
     task: str = "tiny"  # tiny, barter, gsm8k, ... (docs/data.md), or a .jsonl with prompt and answer
     split: Literal["train", "dev", "test"] = "test"  # of the task
-    n: int | None = None  # number of problems [500 of tiny, else all]
+    n: int | None = None  # number of problems [500 of a game, else all]
     max_prompt: int | None = None  # leave out problems with a longer prompt, tokens
     batch_size: int = 64  # problems decoded at once, per rank
     allow_code_execution: bool = False  # run the programs that the model writes, see docs/code-runner.md
@@ -583,7 +585,6 @@ def tds_command(args):
     if not records:
         raise UserError(f"{args.trajectories} holds no trajectory; --ce wants solutions")
     model, tok = load_both(args)
-    model = nt_model.in_blocks(model, records[0]["decoding"].get("block_len", model.cfg.block_len))
     label = args.adapter or args.model
     if any(tok.prompt_ids(r).tolist() != r["prompt_ids"] or max(r["x0"]) >= model.cfg.vocab_size
            for r in records):

@@ -1,5 +1,4 @@
 """LoRA (Hu et al., arXiv 2106.09685), written by hand: y = W x + b + (alpha / r) B A dropout(x).
-
     lora.add(model, r=16, alpha=16, dropout=0.0, targets=lora.ALL)   # freezes the base, adapters stay fp32
     with lora.off(model): ...         # inside, it is the base model: same weights, no second copy
     lora.save(model, dir)    # PEFT's layout, official module names: `peft` loads it on the official model
@@ -153,7 +152,8 @@ def load(model, folder):
     wrong = sorted({name for name, *_ in kinds[0] ^ kinds[1]})
     if wrong:
         merge(model)  # B = 0: this only takes the empty adapters off again
-        raise UserError(f"{folder} does not fit the base (r?) or is quantised: {wrong[:2]}; merge by peft")
+        raise UserError(f"{folder} is of {config.get('base_model_name_or_path')!r}: it does not fit this "
+                        f"model (or its r, or is quantised: merge by peft): {wrong[:2]}")
     for name, t in wanted.items():
         t.copy_(tensors[name])
     return model

@@ -1,8 +1,6 @@
 """One bidirectional (or block-causal) transformer for every masked diffusion LM in this repository.
-
     model = load("tiny")                    # embedded; also a hub id or a checkpoint directory
     logits = model(ids)                     # (B, T) -> (B, T, V); logits[:, i] scores token i
-
 Families differ in their entry of `FAMILIES` only; official names exist in load, save and adapters only."""
 import copy
 import json
@@ -318,7 +316,7 @@ class Block(nn.Module):
         return x + self.down_proj(F.silu(gate) * up)
 
     def forward(self, x, cos, sin, attn_mask, cache=None, out=None):
-        """x (B, T, C) -> (B, T, C). cache: first arguments of store(). out (B, K): columns that go on."""
+        """x (B, T, C) -> (B, T, C). cache: store()'s keys, values, rows, cols. out (B, K): what to return."""
         q, k, v = self.qkv(x, cos, sin)
         if cache is not None:
             k, v = store(*cache, k, v)
@@ -651,13 +649,12 @@ def save_tensors(tensors, file):
     os.replace(part, file)  # a loaded model may have the old one mapped into memory
 
 
-def save(model, folder, dtype=None):
+def save(model, folder):
     """Write config.json and model.safetensors with the official names, and remove another model's shards."""
     folder, state = Path(folder), dict(model.named_parameters())
     if any("lora_" in name for name in state):
         raise UserError("the model carries LoRA adapters: lora.merge(model) first, or lora.save the adapter")
-    tensors = {official_name(model.cfg, name): t.detach().to("cpu", dtype or t.dtype).contiguous()
-               for name, t in state.items()}
+    tensors = {official_name(model.cfg, name): t.detach().cpu().contiguous() for name, t in state.items()}
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(model.cfg.raw, indent=2) + "\n")

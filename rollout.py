@@ -1,9 +1,9 @@
 """Collection: decode every problem, grade, append a record each; and a look at what was collected.
-
     python rollout.py collect gsm8k --model llada --out out/gsm8k --privileged  # the same command continues
     python rollout.py inspect out/tad-tiny/trajectories -n 2  # in the order it was decoded; stats: numbers"""
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,16 +13,16 @@ import numpy as np
 import torch
 
 import grade
-from cli import UserError, option, run_cli
+from cli import UserError, option, run_cli, say
 from data import (CARRIED, SCHEMA, fitting, load_tokenizer, privileged_ids, privileged_prompt,
                   problems_asked_for, read_trajectories, spread)
-from model import ModelOptions, config_of, decoding_defaults, local_weights, n_content
+from model import ModelOptions, config_of, decoding_defaults, in_blocks, local_weights, n_content
 from run import barrier, check_alike, mend_shards, ranks
 from sample import Decoding, load_both, stream
 
 
 class Shard:
-    """This rank's file of rows, alike in every run, and FILE.seconds, of each append; rank 0 shows a bar."""
+    """This rank's file of rows, the same in every run; FILE.seconds times appends. Rank 0 shows a bar."""
     def __init__(self, folder, rank, n_left, unit, what):
         self.file, self.lock = folder / f"rank{rank}.jsonl", cli.lock(folder / f"lock-{rank}")
         self.bar = cli.progress_bar(None, what, n_left, unit=unit, smoothing=0)
@@ -37,9 +37,10 @@ class Shard:
 
 def rollout(model, tok, problems, folder, model_name, privileged=False, batch_size=64, allow_code=False,
             graded=True, max_prompt=None, **decoding):
-    """Decode every problem that no shard in `folder` has, on any number of ranks -> the records of all; every
-    position, unless asked otherwise. privileged: it sees the solution. allow_code: tests may run."""
+    """Decode the problems that `folder` does not hold yet, on any number of ranks -> the records of all.
+    early_stop: as given, else no. privileged: the prompt shows the solution. allow_code: tests may run."""
     settings = vars(Decoding(**{"early_stop": False} | decoding)) | dict(privileged=privileged)
+    model = in_blocks(model, settings["block_len"])  # of which privileged prompts are whole ones
     room = model.cfg.max_len - settings["gen_len"] - privileged * model.cfg.block_len
     problems = fitting(problems, tok, max_prompt, room, privileged and privileged_prompt)
     rank, world = ranks()
@@ -60,7 +61,7 @@ def rollout(model, tok, problems, folder, model_name, privileged=False, batch_si
     if graded and any(r["correct"] is None for r in done.values()):
         raise UserError(f"{folder} holds trajectories that were collected ungraded: choose another folder")
     left = {i: p for i, p in enumerate(problems) if p["id"] not in done}
-    grade.check_gradable(left.values(), allow_code or not graded)  # said before hours of decoding
+    grade.check_gradable([*left.values()] * graded, allow_code)  # said before hours of decoding
     barrier()  # all ranks have read the same shards before one appends; what is left is dealt out anew
     places = range(len(left)) if torch.distributed.is_initialized() else left  # without a barrier: by number
     todo = {i: p for place, (i, p) in zip(places, left.items()) if place % world == rank}
@@ -110,7 +111,7 @@ def decode_into(shard, model, tok, todo, facts, batch_size, allow_code):
     privileged = decoding.pop("privileged")
     prompts = [privileged_ids(tok, model.cfg, p) if privileged else tok.prompt_ids(p) for p in problems]
     outputs = stream(model, prompts, batch_size, streams=list(todo), **decoding)
-    for i, out, n, verdict in graded(outputs, problems, tok, model.cfg.eos_ids, allow_code):
+    for i, out, n, verdict in with_verdicts(outputs, problems, tok, model.cfg.eos_ids, allow_code):
         p, order, rank = problems[i], out.order, out.rank
         if decoding["early_stop"] and n < len(out.ids):
             order, rank = consecutive_tail(out, n)
@@ -125,12 +126,12 @@ def decode_into(shard, model, tok, todo, facts, batch_size, allow_code):
     shard.bar.close()
 
 
-def graded(outputs, problems, tok, eos_ids, allow_code):
+def with_verdicts(outputs, problems, tok, eos_ids, allow_code):
     """(problem index, Output) as they come -> the same, its tokens, and a Future of `correct` or None."""
     waiting = deque()
     for i, out in outputs:
         n, verdict = out.n_tokens(eos_ids), None
-        if grade.grader_of(problems[i]) != "code" or allow_code:
+        with suppress(UserError):  # ungraded: it has no answer or tests, or they may not run
             verdict = grade.submit(problems[i], tok.decode(out.ids[:n].tolist()), allow_code)
         waiting.append((i, out, n, verdict))
         while waiting and (len(waiting) > 64 or not waiting[0][3] or waiting[0][3].done()):
@@ -155,7 +156,7 @@ def consecutive_tail(out, n):
 def only_correct(records):
     """The records whose answer is right. Raises UserError if there is none."""
     kept = [r for r in records if r["correct"]]
-    print(f"{len(kept)} of {len(records)} trajectories are correct")
+    say(f"{len(kept)} of {len(records)} trajectories are correct")
     if not kept:
         raise UserError("no trajectory is correct: nothing to train on; check --data")
     return kept
@@ -172,7 +173,7 @@ class Collect(ModelOptions):
     privileged: bool = False  # show the model the solution, as TAD does
     batch_size: int = 64  # problems decoded at once per rank
     allow_code_execution: bool = False  # run the tests of code problems
-    ungraded: bool = False  # leave code problems ungraded instead
+    ungraded: bool = False  # leave ungraded what cannot be graded: code, problems without an answer
 
 
 @dataclass
@@ -192,13 +193,13 @@ class Inspect(Stats):
 def collect_command(args, given):
     ranks()  # an error before a model is loaded
     problems = problems_asked_for(args)
-    grade.check_gradable(problems, args.allow_code_execution or args.ungraded)  # before a model is loaded
+    grade.check_gradable(problems * (not args.ungraded), args.allow_code_execution)  # before anything long
     model, tok = load_both(args)
     decoding = {"policy": "static", "per_step": 1, **decoding_defaults(model.cfg), **given}
     records = rollout(model, tok, problems, args.out, args.model, args.privileged, args.batch_size,
                       args.allow_code_execution, not args.ungraded, args.max_prompt, **decoding)
     known = [r["correct"] for r in records if r["correct"] is not None]
-    print(f"{args.out}: {len(records)} of {len(problems)} problems decoded, "
+    print(f"{args.out} holds {len(records)} of {len(problems)} problems, "
           f"{sum(known)} of {len(known)} right")
 
 

@@ -99,7 +99,7 @@ def barrier(group=None):
 
 
 def mend_shards(files, rank, world):
-    """Before anyone reads: this rank mends its own of *rankN.jsonl, and those of ranks that are no more."""
+    """Before anyone reads *rankN.jsonl: cut torn lines off this rank's, and its share of a larger run's."""
     for file in files:
         number = re.search(r"rank(\d+)\.jsonl$", file.name)
         if number and int(number[1]) % world == rank:
@@ -273,7 +273,7 @@ class Run:
         if cfg.overwrite and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
             raise UserError("--overwrite on several nodes, which may restart: remove the directory instead")
         now = {k: v for k, v in vars(cfg).items() if k not in FREE}
-        folders = getattr(cfg, "trajectories", "").split("+")  # of one alone every record tells
+        folders = getattr(cfg, "trajectories", "").split("+")  # rollout() compares a single one's
         used = [cfg.model, getattr(cfg, "teacher", ""), *folders[len(folders) < 2:]]
         now["weights"] = list(map(nt_model.local_weights, used))
         now["problems"] = zlib.crc32(json.dumps(data).encode())
@@ -308,7 +308,8 @@ class Run:
     def for_training(self, model, frozen=False):
         """A model as the settings ask for it: adapters, activations computed again, compiled, sharded."""
         cfg = self.cfg
-        model = nt_model.in_blocks(model, getattr(cfg, "train_block", 0) or model.cfg.block_len)
+        block = getattr(cfg, "train_block", getattr(cfg, "block_len", 0))  # where one is given, or collected
+        model = nt_model.in_blocks(model, block or model.cfg.block_len)
         if not self.whole:
             lora.add(model, cfg.lora_r, cfg.lora_alpha, cfg.lora_dropout, cfg.lora_targets)
         elif frozen:  # --full's teacher

@@ -2,11 +2,9 @@
 
     outs = generate(model, prompts, gen_len=48, block_len=16, policy="threshold", threshold=0.9, cache="none")
     python sample.py --model tiny --prompt "..." --show    # or --html a.html; --prompts FILE
-
 A response of L tokens starts as L masks and is filled block by block. Every forward scores the masked
 positions of the current block and the policy decides which of them to reveal: see `POLICIES` below, each with
 the paper's rule above it. A policy of your own is one function and one entry there, nothing else.
-
 The caches are Fast-dLLM's, dInfer's (vicinity) and SDAR's (exact). The first forward of a block runs over the
 whole canvas, refreshes all keys and values, and also reveals. The following forwards recompute
     none        the whole canvas: exact, the oracle
@@ -75,6 +73,8 @@ class Decoding:
             raise UserError(UNKNOWN)
         cli.check_numbers(vars(self))
         policy = POLICIES[self.policy]
+        if self.policy == "threshold" and round(self.threshold, 6) > 1:
+            raise UserError(f"threshold {self.threshold} is a confidence: it must be at most 1")
         if self.cache not in policy.caches:
             raise UserError(f"cache {self.cache!r}: policy {self.policy} takes {' or '.join(policy.caches)}")
         if self.late_eos and policy.by_entropy:

@@ -19,16 +19,16 @@ lower it on the reference's own guesses (fake). The reference is the student of 
     Eq. 10         real + fake + lambda path (t3d_loss); App. C.1: rand_p; App. C.2: beta, refresh
 
 What differs from the published code: ids and order are stored, no text is tokenised again; blocks count from
-position 0 in training as in decoding; the latest-decoded tokens are masked, as the paper says (the code masks
-the earliest: --variant code). Eq. 8 and the log-ratios are means over the masked tokens, so that lambda does
-not depend on the length; alpha is 0.5 as in the code (--alpha 1 --logratio sum is Eq. 7).
+position 0; the latest-decoded tokens are masked, as in the paper (--variant code: the earliest). From the
+paper: Eq. 8 and the log-ratios are means over the masked tokens, alpha is 0.5, as in the code (Eq. 7: --alpha
+1 --beta 1 --logratio sum --fake expected), and random tokens are those that occur in the trajectories.
 
     python t3d.py                                                # tiny model on a laptop CPU
     torchrun --nproc_per_node=8 t3d.py --model sdar-4b         # the paper's math data, by preset"""
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from cli import UserError, run_cli  # first
+from cli import GIVEN, UserError, run_cli  # first
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ import eval as nt_eval
 import run
 from data import (TINY_TRAINING, example_rng, hidden_rows, load_problems, load_tokenizer, stacked,
                   teacher_rows)
-from model import by_chunks, n_content, response_blocks
+from model import by_chunks, config_of, n_content, response_blocks
 from rollout import collect
 
 
@@ -46,7 +46,7 @@ class Config(run.Options):
     seed: int = 0  # of the states, the fakes, the data order and the adapters
     # --- trajectories: the model's own, unfiltered
     data: str = "tiny"  # data set by name, or a .jsonl (answers are not used); see data.py --help
-    n_problems: int = 0  # problems to collect on (0: all; tiny: 1000)
+    n_problems: int = 0  # problems to collect on (0: all; 1000 of a game)
     max_prompt: int = 512  # problems with a longer prompt are left out, tokens
     allow_code_execution: bool = False  # only to record which rollouts on code problems are right
     trajectories: str = ""  # folder to collect into, runs may share it; A+B: finished ones [the run's own]
@@ -83,7 +83,6 @@ class Config(run.Options):
     batch_size: int = 256  # trajectories per optimizer step over all ranks
     micro_batch: int = 4  # trajectories per forward
     epochs: int = 30  # passes over the trajectories, each with new states
-    save_every: int = 100  # steps between checkpoints, a multiple of refresh
 
 
 PRESETS = {
@@ -92,6 +91,7 @@ PRESETS = {
                  eos_in_loss=2),  # (code)
     "others": dict(data="t3d-math", block_len=None, train_block=0, collect_cache=None),  # not in the paper
 }
+CODE = dict(fake="argmax", mask_order="code", state_dist="code", path="code")  # --variant code
 
 
 def t3d_loss(logp, logp_ref, logp_fake, logp_fake_ref, path_w, example, n_examples, cfg):
@@ -128,7 +128,7 @@ def path_weights(pi, size, masked, cfg):
     n, n_early, n_late = (m.sum(1, keepdim=True).float() for m in (masked, early, late))
     share = 3 * (n_early > 0) + (n_late > 0).float()
     w = torch.where(early, 3 / n_early.clamp(min=1), 1 / n_late.clamp(min=1))
-    return w * n / share.clamp(min=1)  # the mean over the masked tokens is the mean over groups
+    return w * n / share  # the mean over the masked tokens is the mean over groups
 
 
 def ranks_in_blocks(rank, block):
@@ -160,7 +160,7 @@ def make_batch(records, rngs, cfg, model_cfg, vocabulary):
     x0, rank, names = stacked(records, "x0", "rank")
     L = x0.shape[1]
     pi, size = ranks_in_blocks(rank, response_blocks(model_cfg, names["prompts"], L))
-    if cfg.eos_in_loss:  # what stands behind them is shown
+    if cfg.eos_in_loss:  # EOS behind the learned ones are neither masked nor learned
         ends = torch.tensor([n_content(x, model_cfg.eos_ids) for x in x0])[:, None]
         behind = torch.arange(L) >= ends + cfg.eos_in_loss
         pi = pi.masked_fill(behind, 0)
@@ -169,8 +169,8 @@ def make_batch(records, rngs, cfg, model_cfg, vocabulary):
     u = np.array([rng.random(L) for rng in rngs])
     swap = np.array([rng.random(L) for rng in rngs])
     random = np.array([rng.choice(vocabulary, L) for rng in rngs])
-    hidden = torch.tensor(np.where(swap < cfg.rand_p, random, model_cfg.mask_id))  # App. C.1
-    xt = torch.where(masked, hidden, x0)
+    shown = torch.tensor(np.where(swap < cfg.rand_p, random, model_cfg.mask_id))  # App. C.1
+    xt = torch.where(masked, shown, x0)
     path_w = path_weights(pi, size, masked, cfg).float()
     return dict(names, xt=xt, x0=x0, masked=masked, path_w=path_w, u=torch.tensor(u).float())
 
@@ -218,15 +218,15 @@ def training_loss(model, ref, b, cfg):
 
 
 def check_config(cfg):
-    """The settings that are used: the code's choices under --variant code."""
-    if not cfg.refresh or cfg.save_every % cfg.refresh:  # a continued run begins with a fresh reference
-        raise UserError(f"--save_every {cfg.save_every} must be a multiple of --refresh {cfg.refresh}")
-    if cfg.variant == "paper":
-        return cfg
-    if cfg.fake == "expected" or cfg.logratio == "sum":
-        raise UserError(f"--variant code has fake argmax and logratio mean, not {cfg.fake} and "
-                        f"{cfg.logratio}: give the switches one by one instead")
-    return replace(cfg, fake="argmax", mask_order="code", state_dist="code", path="code")
+    """The settings that are used: the code's choices under --variant code, unless a switch is given."""
+    if not cfg.refresh:
+        raise UserError("--refresh 0: the reference is refreshed every so many steps: give 1 or more")
+    if cfg.eos_in_loss and not config_of(cfg.model, cfg.revision).block_len:
+        raise UserError(f"--eos_in_loss {cfg.eos_in_loss} is for block-causal models: {cfg.model} would see "
+                        f"the EOS behind, and so the length; leave it at 0")
+    if cfg.variant == "code":
+        cfg = replace(cfg, **{name: value for name, value in CODE.items() if name not in GIVEN})
+    return cfg
 
 
 def main():
@@ -249,10 +249,10 @@ def main():
 
     # 3. training
     n_steps = cfg.max_steps or cfg.epochs * run.steps_per_epoch(len(records), cfg)
-    seen = np.concatenate([r["prompt_ids"] + r["x0"] for r in records])  # other ids may never be trained
+    seen = np.concatenate([x["prompt_ids"] + x["x0"] for x in records])  # other ids may never be trained
     vocabulary = np.setdiff1d(seen, list(tok.special.values()))
 
-    def between_refreshes(step):  # what a checkpoint holds of the reference: it is refreshed first, or saved
+    def between_refreshes(step):  # the reference, for a checkpoint; none where the next step refreshes it
         if ref and step % cfg.refresh:
             return ref.tensors()
 

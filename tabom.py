@@ -43,11 +43,11 @@ class Config(run.Options):
     seed: int = 0  # of the segments drawn, the data order and the adapters
     # --- trajectories
     data: str = "tiny"  # data set by name, or a .jsonl with prompt and answer; see data.py --help
-    n_problems: int = 0  # problems to collect on (0: all; tiny: 1000)
+    n_problems: int = 0  # problems to collect on (0: all; 1000 of a game)
     allow_code_execution: bool = False  # run the tests of code problems on this machine
     trajectories: str = ""  # folder to collect into, runs may share it; A+B: finished ones [the run's own]
     gen_len: int = 256  # response length L, tokens
-    block_len: int = 32  # decoding block, tokens (sdar: the model's own)
+    block_len: int = 32  # decoding block, tokens [block-causal: the model's own]; training has it, too
     collect_score: Literal["confidence", "entropy"] = "confidence"  # what the decoder ranks positions by
     collect_cache: Literal["none", "prefix", "dual", "vicinity", "exact"] = "none"  # of the collector
     collect_temperature: float = 0.0  # of the collector
@@ -90,15 +90,15 @@ def tabom_loss(ce, entropy, in_segment, n_examples, cfg):
     N True. Means over a segment's tokens and its pairs, then over the n_examples of the global batch."""
     zero = torch.zeros(in_segment.shape, device=ce.device)
     ce = zero.masked_scatter(in_segment, ce)  # (B, W)
-    n_tokens = in_segment.sum(1).clamp(min=1)
+    n_tokens = in_segment.sum(1)  # at least one, see draw_segment
     recon = (ce.sum(1) / n_tokens).sum() / n_examples
     h = zero.masked_scatter(in_segment, entropy)
     h_r, h_s = h[:, :, None], h[:, None, :]
     hinge = (h_r - h_s + cfg.gamma).clamp(min=0)  # (B, W, W)
     pair = (in_segment[:, :, None] & in_segment[:, None, :]).triu(1)  # r was revealed before s
     n_pairs = pair.sum((1, 2)).clamp(min=1)
-    rank = ((hinge * pair).sum((1, 2)) / n_pairs).sum() / n_examples  # Eq. 8
-    return recon + cfg.lam * rank, dict(recon=recon.item(), rank=rank.item())  # Eq. 9
+    ranking = ((hinge * pair).sum((1, 2)) / n_pairs).sum() / n_examples  # Eq. 8
+    return recon + cfg.lam * ranking, dict(recon=recon.item(), rank=ranking.item())  # Eq. 9
 
 
 def entropy_of(logits):
@@ -113,8 +113,8 @@ def token_terms(logits, x0):
 
 
 def draw_segment(record, cfg, model_cfg, rng):
-    """The positions of one segment in the order they were revealed: list of ints, at least one. The first is
-    drawn among those that leave a whole window; on block-causal models any; a block ends the segment."""
+    """The positions of one segment in the order they were revealed: list of ints, at least one. Its start is
+    drawn so that a whole window fits; on block-causal models any, and the segment ends with its block."""
     L = len(record["x0"])  # the first EOS belongs to the content here
     n = L if cfg.eos_in_window else min(L, n_content(record["x0"], model_cfg.eos_ids) + 1)
     order = sorted(range(n), key=lambda i: record["rank"][i])
@@ -161,7 +161,7 @@ def training_loss(model, b, cfg):
     x0 = b["x0"][row, position].to(h.device)
     terms = by_chunks(lambda h, x0: token_terms(model.head(h), x0), model.cfg.vocab_size, h, x0)
     ce, entropy = terms.unbind(1)
-    if cfg.entropy_at == "own_step":
+    if cfg.lam and cfg.entropy_at == "own_step":
         entropy = own_step_entropies(model, b, row, position)
     return tabom_loss(ce, entropy, b["in_segment"].to(h.device), cfg.batch_size, cfg)
 
@@ -173,11 +173,11 @@ def main():
     if cfg.segment == "two_steps" and cfg.lam:
         raise UserError(f"--segment two_steps with --lam {cfg.lam}: these are not ranked; give --lam 0")
     problems = load_problems(cfg.data, "train", cfg.n_problems or None)
+    run.steps_per_epoch(len(problems), cfg)  # an error before hours of decoding
     r = run.Run(cfg, problems)  # ranks, device, the folder: new or to be continued
     base, tok = r.load(), load_tokenizer(cfg.model, cfg.revision)
 
     # 1. trajectories of the base model, without privileged information; wrong answers dropped
-    run.steps_per_epoch(len(problems), cfg)  # an error before hours of decoding
     records = only_correct(collect(cfg, base, tok, problems, r.out))
     del base
 

@@ -25,7 +25,7 @@ are divided by accumulation steps; the paper's window rule is built (--window au
 from dataclasses import dataclass
 from typing import Literal
 
-from cli import UserError, run_cli  # first
+from cli import UserError, run_cli, say  # first
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -49,7 +49,7 @@ class Config(run.Options):
     allow_code_execution: bool = False  # run the tests of code problems on this machine
     trajectories: str = ""  # folder to collect into, runs may share it; A+B: finished ones [the run's own]
     gen_len: int = 256  # response length L, tokens
-    block_len: int = 32  # decoding block, tokens (sdar: the model's own)
+    block_len: int = 32  # decoding block, tokens [block-causal: the model's own]; training has it, too
     collect_cache: Literal["none", "prefix", "dual", "vicinity", "exact"] = "none"  # of the collector
     collect_score: Literal["confidence", "entropy"] = "confidence"  # what it ranks positions by
     collect_temperature: float = 0.0  # (code) LLaDA 0.7 for math, 0 for code; Dream 0.2
@@ -151,7 +151,7 @@ def soft_rows(teacher, b, cfg, x0):
     soft = masked & torch.where(near, cfg.near == "kl", cfg.distant == "kl")
     read = soft.any(1)
     if not read.any():
-        if not run.is_sharded(teacher) or "kl" not in (cfg.near, cfg.distant):
+        if not run.is_sharded(teacher) or "teacher_prompts" not in b:
             return []
         read = ~read  # a sharded forward is collective: a rank without such rows takes part
     prompts = [prompt for prompt, some in zip(b["teacher_prompts"], read) if some]
@@ -209,12 +209,12 @@ def trajectories(cfg, model, tok, problems, out):
     solution = {p["id"]: tok.response_ids(p["solution"], cfg.gen_len) for p in problems}  # Table 4, first row
     fits = [k for k in kept if len(solution[k["id"]]) <= cfg.gen_len]
     if len(fits) < len(kept):
-        print(f"{len(kept) - len(fits)} solutions are longer than --gen_len {cfg.gen_len}: left out")
+        say(f"{len(kept) - len(fits)} solutions are longer than --gen_len {cfg.gen_len}: left out")
     return [{**k, "x0": solution[k["id"]]} for k in fits]
 
 
 def training_pairs(records, cfg, epoch):
-    """The (record number, t) pairs of an epoch, shuffled: every state of every trajectory, or a few drawn."""
+    """The (record number, t) pairs of an epoch: every state of every trajectory, or a few drawn."""
     pairs = []
     for n, r in enumerate(records):
         states = np.arange(max(r["order"]) + 1)
@@ -222,7 +222,7 @@ def training_pairs(records, cfg, epoch):
             n_drawn = min(cfg.states_per_trajectory, len(states))
             states = example_rng(cfg.seed, epoch, n).choice(states, n_drawn, False)
         pairs += [(n, int(t)) for t in states]
-    return [pairs[i] for i in run.shuffled(len(pairs), cfg.seed, epoch)]
+    return pairs
 
 
 def main():
@@ -235,7 +235,7 @@ def main():
     n_states = min(cfg.states_per_trajectory or cfg.gen_len, cfg.gen_len)  # at most
     run.steps_per_epoch(len(problems) * n_states, cfg)  # an error before hours of decoding
     r = run.Run(cfg, problems)  # ranks, device, the folder: new or to be continued
-    r.teachers = int("kl" in (cfg.near, cfg.distant))
+    r.teachers = int("kl" in (cfg.near, cfg.source not in RANDOM and cfg.distant))
     base, tok = r.load(), load_tokenizer(cfg.model, cfg.revision)
 
     # 1. trajectories of the base model with privileged information, and the window
@@ -246,14 +246,13 @@ def main():
     # 2. student and soft teacher: the same weights with LoRA off, or a frozen copy under --full
     torch.manual_seed(cfg.seed)
     model = teacher = r.for_training(r.load(to_train=True))
-    if cfg.full:
+    if cfg.full and r.teachers:
         teacher = r.for_training(r.load(to_train=True), frozen=True)
     optimizer = run.adamw(run.trainable(model).values(), cfg)
 
     # 3. training
-    pairs = training_pairs(records, cfg, 0)  # (record number, t)
-    per_epoch = run.steps_per_epoch(len(pairs), cfg)
-    epoch = 0
+    epoch, pairs = 0, training_pairs(records, cfg, 0)  # (record number, t)
+    n_steps = cfg.max_steps or cfg.epochs * run.steps_per_epoch(len(pairs), cfg)
 
     def build(numbers):  # a micro-batch: some of the epoch's pairs
         examples = [(records[n], t) for n, t in (pairs[i] for i in numbers)]
@@ -262,11 +261,11 @@ def main():
         if r.teachers:
             batch["teacher_prompts"] = teacher_prompts([x for x, _ in examples], cfg, tok, model.cfg)
         return batch
-    for step in r.steps(model, [optimizer], cfg.max_steps or cfg.epochs * per_epoch):
-        if step // per_epoch != epoch:
-            epoch = step // per_epoch
+    for step in r.steps(model, [optimizer], n_steps):
+        now, chosen = run.batch_of(step, len(pairs), cfg)
+        if now != epoch:
+            epoch = now
             pairs = training_pairs(records, cfg, epoch)
-        chosen = np.arange(cfg.batch_size) + step % per_epoch * cfg.batch_size
         for batch in r.micro_batches(chosen, lambda i: len(records[pairs[i][0]]["prompt_ids"]), build):
             loss, parts = training_loss(model, teacher, batch, cfg)
             r.backward(loss, parts)

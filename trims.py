@@ -17,7 +17,6 @@ hard tokens visible, easy ones masked. No trajectories are collected, and the lo
                   make_batch divides it by L and the batch size
 
 `--trajectory_share 0` is standard training: SFT on solutions or, with trajectories as --data, on own text.
-
 Ours, since our copy of the paper lost them: trajectory_share 0.5 (0.75 cost the tiny model 9 points of
 accuracy at 4 tokens per forward), LoRA alpha = r = 32 and weight decay 0.01 (neither changed its accuracy).
 
@@ -48,7 +47,7 @@ class Config(run.Options):
     data: str = "tiny"  # data set by name or a .jsonl with solutions, see data.py --help; or trajectories
     only_correct: bool = True  # leave out a folder's wrong trajectories (--no-only_correct: ReDi, SFT-SD)
     with_thinking: bool = False  # s1K: a problem's "thinking" (the reasoning trace) before its solution
-    n_examples: int = 2000  # how many of the tiny examples there are
+    n_examples: int = 2000  # how many examples of a game there are
     gen_len: int = 256  # response length L, tokens, EOS-filled
     train_block: int = 0  # block of training on block-causal models (0: the model's own), tokens
     # --- trajectory-aware masks
@@ -74,13 +73,11 @@ class Config(run.Options):
     batch_size: int = 128  # examples per optimizer step over all ranks
     micro_batch: int = 32  # examples per forward
     epochs: int = 30  # passes over the data
-    save_every: int = 250  # steps between checkpoints
-    eval_problems: int = 200  # problems of the closing evaluation (tiny models only; 0: none)
 
 
 PRESETS = {
     "tiny": dict(gen_len=48, teacher="tiny-ar", lr=1e-3, max_steps=200, batch_size=64, micro_batch=64),
-    **dict.fromkeys(["llada", "dream", "others"], dict(data="s1k", gen_len=1024, warmup_ratio=0.03)),
+    "others": dict(data="s1k", gen_len=1024, warmup_ratio=0.03),  # LLaDA and Dream, too
 }
 
 
@@ -130,7 +127,7 @@ def make_batch(examples, rngs, cfg, model_cfg):
 
 def training_loss(model, b, cfg):
     """Batch -> loss of one micro-batch, and no parts."""
-    at = (b["masked"] & (b["loss_w"] > 0)).nonzero(as_tuple=True)  # (N,) rows, (N,) positions
+    at = (b["masked"] & (b["loss_w"] > 0)).nonzero(as_tuple=True)  # rows, positions; weight 0: only masked
     clean = b["x0"] if model.cfg.block_len else None  # SDAR: every noisy block stands behind clean ones
     h = hidden_rows(model, b["prompts"], b["xt"], at, clean)
     x0, loss_w = b["x0"][at].to(h.device), b["loss_w"][at].to(h.device)
@@ -141,10 +138,12 @@ def training_loss(model, b, cfg):
 
 def load_examples(cfg, tok):
     """The data as a list of {id, prompt_ids, x0}."""
+    room = nt_model.config_of(cfg.model, cfg.revision).max_len - cfg.gen_len
     if cfg.data in GAMES:
         if cfg.gen_len != TINY_LEN:
             raise UserError(f"--gen_len {cfg.gen_len}: responses of {cfg.data} have {TINY_LEN} tokens")
-        return [game_example(tok, cfg.data, i, cfg.n_examples) for i in range(cfg.n_examples)]
+        examples = [game_example(tok, cfg.data, i, cfg.n_examples) for i in range(cfg.n_examples)]
+        return fitting(examples, tok, cfg.max_prompt, room)
     if Path(cfg.data).is_dir():
         records = [r for r in read_trajectories(cfg.data) if r["correct"] or not cfg.only_correct]
         if not records:
@@ -152,8 +151,10 @@ def load_examples(cfg, tok):
         if tok.prompt_ids(records[0]).tolist() != records[0]["prompt_ids"]:
             raise UserError(f"{cfg.data} was collected with {records[0]['model']}, whose tokeniser or chat "
                             f"template is not that of {cfg.model}: collect with this model")
-        return records
-    room = nt_model.config_of(cfg.model, cfg.revision).max_len - cfg.gen_len
+        if any(len(r["x0"]) != cfg.gen_len for r in records):
+            raise UserError(f"--gen_len {cfg.gen_len}: {cfg.data} has responses of other lengths, "
+                            f"{len(records[0]['x0'])} tokens say: give that, or leave such out")
+        return fitting(records, tok, cfg.max_prompt, room)
     problems = fitting(load_problems(cfg.data), tok, cfg.max_prompt, room)
     if cfg.with_thinking and not all("thinking" in p for p in problems):
         raise UserError(f"--with_thinking: not every line of {cfg.data} has the field 'thinking'")
@@ -165,12 +166,13 @@ def load_examples(cfg, tok):
             fits.append(dict(id=p["id"], prompt=p["prompt"], x0=ids, earlier=p.get("earlier", []),
                              **{k: p[k] for k in ["raw"] if k in p}, prompt_ids=tok.prompt_ids(p).tolist()))
     bare = [p["id"] for p in problems if not p["solution"].strip()]
-    if len(fits) < len(problems):
-        say(f"{len(problems) - len(fits)} of {len(problems)} rows are left out: {len(bare)} have no "
-            f"solution {bare[:1]}, the others one of more than {cfg.gen_len} tokens (--gen_len)")
+    n_left = len(problems) - len(fits)
+    if n_left:
+        say(f"{n_left} of {len(problems)} rows are left out: {len(bare)} without a solution {bare[:1]}, "
+            f"{n_left - len(bare)} with one of more than {cfg.gen_len} tokens (--gen_len)")
     if not fits:
         raise UserError(f"{cfg.data} has no solution of at most {cfg.gen_len} tokens, and {len(bare)} rows "
-                        f"without any {bare[:1]}: raise --gen_len, or fill in the field solution")
+                        f"without any {bare[:1]}: raise --gen_len, fill in solution, or FILE:solution=NAME")
     return fits
 
 
@@ -187,7 +189,7 @@ def main():
 
     # 1. how hard the teacher finds the examples' tokens
     n_steps = cfg.max_steps or cfg.epochs * per_epoch
-    cfg.warmup_steps = round(cfg.warmup_ratio * n_steps) or cfg.warmup_steps
+    cfg.warmup_steps = max(1, round(cfg.warmup_ratio * n_steps)) if cfg.warmup_ratio else cfg.warmup_steps
     if cfg.trajectory_share:
         scores = score_examples(examples, tok, teacher_tok, cfg, r)
         ranked = buckets(scores, cfg.n_buckets, cfg.ordering, cfg.seed)

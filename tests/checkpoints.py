@@ -89,7 +89,7 @@ def official_checkpoint(folder, family, seed=0, tokenizer=True, dtype=torch.floa
         for name, p in model.named_parameters():
             if name.endswith("bias"):
                 p.normal_(generator=torch.Generator().manual_seed(seed))
-    nt_model.save(model, folder, dtype)
+    nt_model.save(model.to(dtype), folder)
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = sorted(tensors)

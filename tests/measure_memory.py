@@ -100,7 +100,7 @@ def test_peak_memory_of_decoding(tmp_path):
     peaks = {}
     for name, cfg in {"llada-60m": bench.SHAPES["llada-60m"], "389 M": nt_model.config_from_json(large)}.items():
         for dtype in (torch.float32, torch.bfloat16):
-            nt_model.save(bench.random_weights(cfg), tmp_path, dtype)  # mapped when it is loaded
+            nt_model.save(bench.random_weights(cfg).to(dtype), tmp_path)  # mapped when it is loaded
             for how in ("once", "beside")[:1 + (name == "llada-60m")]:
                 peaks[f"{name}, {how}, of a file of {dtype}"] = measured(DECODING, how, tmp_path, malloc={})
     for how, (first, second, least) in peaks.items():

@@ -322,7 +322,7 @@ def test_a_model_that_only_decodes_holds_its_weights_once(monkeypatch, settings)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_model_that_only_decodes_leaves_its_weights_in_the_file(tmp_path, monkeypatch, family, dtype):
     """Until they are packed, and then they are the same: tied (A2D), with biases (Dream, A2D); where nothing packs, too."""
-    nt_model.save(nt_model.load(FIXTURES / f"{family}_A"), tmp_path, dtype)
+    nt_model.save(nt_model.load(FIXTURES / f"{family}_A").to(dtype), tmp_path)
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
     save_file({"lm_head.weight": tensors.get("model.embed_tokens.weight", torch.empty(0)).clone(), **tensors}

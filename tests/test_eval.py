@@ -306,6 +306,14 @@ def test_a_curve_is_called_as_its_folder(tmp_path, monkeypatch, path, label):
     assert options.label == (label or tmp_path.name)
 
 
+def test_a_threshold_is_no_percentage():
+    for wrong in ([90.0], [0.5, 1.5]):
+        with pytest.raises(UserError, match="is a confidence: it must be at most 1"):
+            nt_eval.protocol_of("thresholds", "llada", thresholds=wrong)
+    nt_eval.protocol_of("thresholds", "llada", thresholds=[1.0, 1 + 2**-52])
+    sample.Decoding(policy="multiblock", cache="prefix", threshold=3.0)  # nats
+
+
 def test_protocols_fix_what_the_papers_say():
     def first(name, family, task=""):
         protocol = nt_eval.protocol_of(name, family, task)
@@ -342,7 +350,7 @@ def test_protocols_fix_what_the_papers_say():
         alike = nt_eval.protocol_of("thresholds", "llada", **own)  # no rule is decoded twice
         assert [nt_eval.rule_name({**alike, **rule}) for rule in alike["rules"]] == names
     for given, left in (([0.9, 0.9000001], 2), ([0.1 + 0.2, 0.3], 2), ([1.0, 1.0 + 2**-52, 1], 2), ([1e-7, 1.0000001e-7], 2),
-                        ([1234567.0, 1234567.5, 1234568.0], 3), ([0.5, 0.50, 5e-1], 1)):  # whatever six digits say
+                        ([0.5, 0.50, 5e-1], 1)):  # whatever six digits say
         rules = nt_eval.protocol_of("thresholds", "llada", thresholds=given)["rules"]
         assert [rule["threshold"] for rule in rules] == list(dict.fromkeys(given)) and len(rules) == left
     for name in {key.split("/")[0] for key in nt_eval.PROTOCOLS}:  # whatever it is for, its settings make sense
@@ -543,7 +551,7 @@ def test_cross_entropy_over_mask_ratios_by_hand(n):
     model = random_model(vocab_size=298, mask_token_id=297, eos_token_id=296, pad_token_id=296)
     rng = np.random.default_rng(n)
     x0 = [*rng.integers(0, 296, n).tolist(), *[296] * (8 - n)]
-    record = dict(x0=x0, prompt_ids=[5, 6, 7], order=[9] * 8)
+    record = dict(x0=x0, prompt_ids=[5, 6, 7], order=[9] * 8, decoding={})
     got = nt_eval.masked_ce(model, record)
     place = np.random.default_rng(0).permutation(n)  # the last places are masked first
     assert len(got) == 11 and math.isnan(got[0])

@@ -1,6 +1,8 @@
 """T3D: every number is worked out by hand here."""
 import itertools
+import json
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -281,16 +283,17 @@ def test_a_run_refreshes_its_reference_at_every_so_many_steps(tmp_path, monkeypa
     assert len(used) == 5 and not torch.equal(then[0][name], then[1][name])
 
 
-def test_interrupted_training_is_bit_identical(tmp_path, monkeypatch):
-    """The reference is rebuilt from the weights: checkpoints fall on the steps that refresh it."""
-    common = ["--n_problems", 8, "--eval_problems", 0, "--max_steps", 6, "--refresh", 2, "--save_every", 2,
+@pytest.mark.parametrize("save_every", [2, 3])
+def test_interrupted_training_is_bit_identical(tmp_path, monkeypatch, save_every):
+    """At a step that refreshes the reference, and between two of them: a checkpoint then holds it."""
+    common = ["--n_problems", 8, "--eval_problems", 0, "--max_steps", 6, "--refresh", 2, "--save_every", save_every,
               "--gen_len", 16, "--batch_size", 4]
     run(monkeypatch, "--out", tmp_path / "whole", *common)
     inner = training.Run.save_checkpoint
 
     def save_and_die(self, step, *args):
         inner(self, step, *args)
-        if step == 4:
+        if step == 6 - save_every:
             raise KeyboardInterrupt
     with monkeypatch.context() as m:
         m.setattr(training.Run, "save_checkpoint", save_and_die)
@@ -330,12 +333,34 @@ def test_a_shared_folder_long_prompts_and_small_data(monkeypatch, tmp_path):
             run(monkeypatch, "--out", tmp_path / "c", *common, *extra)
 
 
+def test_answers_are_not_needed(monkeypatch, tmp_path, capsys):
+    """Rows without one are decoded, and those with one are graded; where grades are asked for, all need one."""
+    rows = [dict(prompt=f"ball under red . {n}", **more) for n, more in enumerate(
+        [{}, dict(answer="red"), dict(solution="red ."), dict(answer=""), dict(tests="assert f(1)"), dict(answer="blue")])]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(monkeypatch, "--data", tmp_path / "p.jsonl", "--out", tmp_path / "run", "--gen_len", 16, "--batch_size", 6,
+        "--micro_batch", 6, "--max_steps", 1, "--eval_problems", 0)
+    graded = [type(r["correct"]) for r in data.read_trajectories(tmp_path / "run")]
+    assert graded == [type(None), bool, type(None), type(None), type(None), bool]
+    collect = ["rollout.py", "collect", str(tmp_path / "p.jsonl"), "--gen_len", "16", "--out", str(tmp_path / "c")]
+    for more, code in (([], 2), (["--ungraded"], 0)):
+        monkeypatch.setattr(sys, "argv", collect + more)
+        if code:
+            with pytest.raises(nt_model.UserError, match="no answer"):
+                rollout.cli.run_command("", rollout.COMMANDS)
+        else:
+            rollout.cli.run_command("", rollout.COMMANDS)
+            assert "holds 6 of 6 problems" in capsys.readouterr().out
+
+
 def test_variants_and_bad_settings(monkeypatch, tmp_path):
-    cfg = t3d.check_config(Config(variant="code", save_every=100))
+    cfg = t3d.check_config(Config(variant="code"))
     assert (cfg.fake, cfg.mask_order, cfg.state_dist, cfg.path) == ("argmax", "code", "code", "code")
-    for args, words in ((["--save_every", "15"], "multiple of"), (["--rand_p", "2"], "rand_p is 2.0: it must be at most 1"),
-                        (["--variant", "code", "--fake", "expected"], "one by one"),
-                        (["--batch_size", "0"], "at least 1")):
+    monkeypatch.setattr(sys, "argv", "t3d.py --variant code --path paper --fake expected --logratio sum".split())
+    cfg = t3d.check_config(training.parse(Config, t3d.PRESETS, ""))  # what is given goes before the variant's
+    assert (cfg.fake, cfg.mask_order, cfg.state_dist, cfg.path, cfg.logratio) == ("expected", "code", "code", "paper", "sum")
+    for args, words in ((["--refresh", "0"], "give 1 or more"), (["--rand_p", "2"], "rand_p is 2.0: it must be at most 1"),
+                        (["--eos_in_loss", "2"], "for block-causal models"), (["--batch_size", "0"], "at least 1")):
         with pytest.raises(nt_model.UserError, match=words):
             run(monkeypatch, "--out", tmp_path / "x", *args)
 

@@ -178,7 +178,7 @@ def test_tds_by_hand():
                 e = -p * p.log() - (1 - p) * ((1 - p) / 7).log()
                 lo, hi = torch.where(e > h, p, lo), torch.where(e > h, hi, p)
             return torch.cat([p, ((1 - p) / 7).expand(-1, 7)], 1).log()
-    r = record([0, 1, 0, 2], [1, 0, 3, 2])
+    r = record([0, 1, 0, 2], [1, 0, 3, 2]) | dict(decoding={})
     curve = nt_eval.tds(Fixed(), r)
     assert np.isnan(curve[2:]).all()
     assert np.allclose(curve[:2], [np.var([.2, .5, 1.1]), np.var([.2, 1.1])], atol=1e-4)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import ranks
 import torch
+from checkpoints import official_checkpoint
 from conftest import CONFIGS, ROOT, command, random_model
 from safetensors.torch import load_file
 
@@ -14,6 +15,7 @@ import data
 import eval as nt_eval
 import lora
 import model as nt_model
+import run as training
 import tad
 from cli import UserError
 from rollout import rollout
@@ -198,7 +200,6 @@ def test_an_epoch_is_every_state_once():
     records = [record(0), record(1)]
     pairs = tad.training_pairs(records, config(), 0)
     assert sorted(pairs) == [(n, t) for n in (0, 1) for t in range(8)]
-    assert pairs != tad.training_pairs(records, config(), 1)
     few = tad.training_pairs(records, config(states_per_trajectory=3), 0)
     assert len(few) == len(set(few)) == 6
 
@@ -249,7 +250,7 @@ def test_auto_window_by_hand():
 
 def test_confidence_decay_by_hand():
     """Against a plain loop over single states, EOS tail excluded."""
-    model, r = random_model(**VOCAB), record(3)
+    model, r = random_model(**VOCAB), record(3) | dict(id="own-3", source="own", decoding={})
     r["x0"][5:] = [296, 296, 296]
     got = nt_eval.confidence_decay(model, [r])
     sums = {}
@@ -403,6 +404,61 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, graded_right):
     run = command(tmp_path, "tad.py", *tad_args(model_dir, out))
     assert run.returncode == 0 and "line 1 is not valid JSON or is damaged" in run.stderr
     assert (out / "adapter/adapter_model.safetensors").read_bytes() == want
+
+
+def test_the_window_is_measured_on_every_data_set(monkeypatch):
+    """Records come sorted by id, one data set behind the other; of one alone it is the first 64, as ever."""
+    seen = []
+    monkeypatch.setattr(nt_eval, "along_trajectory", lambda model, r, steps: seen.append(r["id"]) or [
+        (torch.zeros(1), torch.zeros(1, dtype=torch.long), None)])
+    for sources, most in ((["gsm8k"], 64), (["gsm8k", "prm12k"], 32), (["gsm8k", "kodcode", "prm12k"], 22)):
+        records = sorted((dict(id=f"{name}-{i}", source=name, order=[0, 1]) for name in sources for i in range(100)),
+                         key=lambda r: r["id"])
+        seen.clear()
+        nt_eval.confidence_decay(None, records)
+        counts = [sum(id.startswith(name) for id in seen) for name in sources]
+        assert sum(counts) == 64 and max(counts) == most
+        assert len(sources) > 1 or seen == [r["id"] for r in records[:64]]
+
+
+@pytest.mark.parametrize("block_len", [None, 8, 16])
+def test_a_block_causal_model_trains_in_the_blocks_that_it_decoded(tmp_path, monkeypatch, block_len):
+    """Before the first block with a mask all is revealed, behind it nothing: states that decoding visits."""
+    folder = official_checkpoint(tmp_path / "base", "sdar")
+    rows = [dict(prompt=f"{n}?" + "." * n, solution="so" * n, answer="x") for n in range(1, 5)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seen, inner = [], tad.training_loss
+
+    def noted(model, teacher, b, cfg):
+        K = block_len or 4
+        assert model.cfg.block_len == K
+        block = nt_model.response_blocks(model.cfg, b["prompts"], b["xt"].shape[1])
+        for number, masked, plain, shown in zip(block, b["masked"], b["prompts"], b["teacher_prompts"]):
+            now = int(number[masked].min())
+            assert masked[number > now].all() and not masked[number < now].any() and (len(shown) - len(plain)) % K == 0
+            seen.append(now)
+        return inner(model, teacher, b, cfg)
+    monkeypatch.setattr(tad, "training_loss", noted)
+    monkeypatch.setattr(tad, "only_correct", lambda records: records)
+    monkeypatch.setattr("sys.argv", [*map(str, (
+        "tad.py", "--model", folder, "--data", tmp_path / "p.jsonl", "--out", tmp_path / "run", "--gen_len", 32, "--max_steps", 8,
+        "--batch_size", 8, "--micro_batch", 8, "--lora_r", 2)), *(["--block_len", str(block_len)] if block_len else [])])
+    tad.main()
+    assert len(set(seen)) > 1 and len(seen) == 64
+
+
+@pytest.mark.parametrize("words, n_loaded, teachers", [
+    ("--full", 3, 1), ("--full --distant none", 2, 0), ("--full --source traj_random", 2, 0), ("--source gt_random", 2, 0),
+    ("--full --near kl --source traj_random", 3, 1)])
+def test_a_teacher_that_no_term_asks_for_is_not_loaded(tmp_path, monkeypatch, words, n_loaded, teachers):
+    loaded, ran, inner = [], [], nt_model.load
+    monkeypatch.setattr(nt_model, "load", lambda *args, **kw: loaded.append(1) or inner(*args, **kw))
+    steps = training.Run.steps
+    monkeypatch.setattr(training.Run, "steps", lambda r, *args: ran.append(r.teachers) or steps(r, *args))
+    monkeypatch.setattr("sys.argv", ["tad.py", "--n_problems", "2", "--batch_size", "2", "--micro_batch", "2", "--max_steps", "1",
+                                     "--eval_problems", "0", "--lora_dropout", "0", "--out", str(tmp_path / "run"), *words.split()])
+    tad.main()
+    assert len(loaded) == n_loaded and ran == [teachers]
 
 
 def test_several_finished_folders_are_read_together(tmp_path):

@@ -307,10 +307,46 @@ def test_trims_trains_two_steps_on_every_family_with_another_tokeniser(tmp_path,
 def test_bad_settings_are_one_line(monkeypatch, tmp_path):
     for args, words in ((["--trajectory_share", "2"], "trajectory_share is 2.0: it must be at most 1"),
                         (["--n_buckets", "0"], "at least 1"),
-                        (["--n_examples", "0"], "exceeds the data")):
+                        (["--n_examples", "9"], "exceeds the data"), (["--gen_len", "20"], "have 48 tokens"),
+                        (["--max_prompt", "3"], "raise --max_prompt")):
         monkeypatch.setattr("sys.argv", ["trims.py", "--out", str(tmp_path / "x"), *args])
         with pytest.raises(nt_model.UserError, match=words):
             trims.main()
+
+
+def test_trajectories_obey_the_lengths_that_are_asked_for(tmp_path):
+    tok, problems = data.load_tokenizer("tiny"), data.load_problems("tiny", "train", 4)
+    def records(n, L):
+        return [dict(id=f"{L}-{p['id']}", source="tiny", prompt=p["prompt"], prompt_ids=tok.prompt_ids(p).tolist(), x0=[1] * L,
+                     order=[*range(L)], rank=[*range(L)], nfe=L, solution="", answer="", correct=True, model="tiny", decoding={},
+                     schema=1) for p in problems[:n]]
+    for name, rows in dict(one=records(4, 48), mixed=records(2, 48) + records(2, 50), other=records(1, 50)).items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rank0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/log.jsonl").write_text("{}\n")
+    (tmp_path / "run/trajectories").symlink_to(tmp_path / "one")  # a run's own folder will do, too
+    for name in ("one", "run"):
+        assert len(trims.load_examples(Config(data=str(tmp_path / name), gen_len=48), tok)) == 4
+    lengths = sorted(len(tok.prompt_ids(p)) for p in problems)
+    short = trims.load_examples(Config(data=str(tmp_path / "one"), gen_len=48, max_prompt=lengths[0]), tok)
+    assert [len(e["prompt_ids"]) for e in short] == [n for n in lengths if n == lengths[0]]
+    for name, gen_len in (("one", 20), ("mixed", 48), ("mixed", 50), ("other", 48)):
+        with pytest.raises(nt_model.UserError, match=f"--gen_len {gen_len}: .* of other lengths"):
+            trims.load_examples(Config(data=str(tmp_path / name), gen_len=gen_len), tok)
+
+
+@pytest.mark.parametrize("words, steps", [("--warmup_ratio 0.03 --max_steps 10", 1), ("--warmup_ratio 0.03 --max_steps 1", 1),
+                                          ("--warmup_ratio 0.5 --max_steps 10", 5), ("--max_steps 10", 20)])
+def test_a_share_of_few_steps_is_one_step_of_warm_up(monkeypatch, tmp_path, words, steps):
+    def stop(run, *_):
+        raise StopIteration(run.cfg.warmup_steps)
+    monkeypatch.setattr(training.Run, "steps", stop)
+    monkeypatch.setattr("sys.argv", ["trims.py", "--trajectory_share", "0", "--n_examples", "64", "--out", str(tmp_path / "x"),
+                                     *words.split()])
+    with pytest.raises(StopIteration) as stopped:
+        trims.main()
+    assert stopped.value.value == steps
 
 
 def test_data_of_another_tokeniser_and_thinking_that_is_absent(tmp_path):

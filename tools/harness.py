@@ -1,5 +1,4 @@
 """Tasks of lm_eval, decoded by one rule of a protocol; lm_eval asks and grades. The same command continues.
-
     python tools/harness.py --model dream --tasks gsm8k_cot_zeroshot --protocol tad --apply_chat_template"""
 import json
 import os
