@@ -179,9 +179,9 @@ def fitting(problems, tok, most, room, asked=None):
     for p in problems:
         n = len(tok.prompt_ids(p | dict(prompt=asked(p)) if asked else p))
         if room < n <= (most or n):
-            what, way = " with its solution" * bool(asked), f", or leave such out by --max_prompt {room}"
-            raise UserError(f"prompt {p['id']!r}{what} has {n} tokens, of which model and gen_len allow "
-                            f"{room}: lower gen_len, shorten it{way * (room > 0)}")
+            way = f", shorten it, or leave such out by --max_prompt {room}" * (room > 0)
+            raise UserError(f"prompt {p['id']!r} has {n} tokens, of which model and gen_len allow {room}: "
+                            f"lower gen_len{way}")
         kept += [p] * (n <= (most or n))
     if len(kept) < len(problems):
         say(f"{len(problems) - len(kept)} prompts are longer than --max_prompt {most}: left out")

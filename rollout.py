@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import grade
-from cli import UserError, option, run_cli, say
+from cli import UserError, option, run_cli
 from data import (CARRIED, SCHEMA, fitting, load_tokenizer, privileged_ids, privileged_prompt,
                   problems_asked_for, read_trajectories, spread)
 from model import ModelOptions, config_of, decoding_defaults, in_blocks, local_weights, n_content
@@ -156,7 +156,7 @@ def consecutive_tail(out, n):
 def only_correct(records):
     """The records whose answer is right. Raises UserError if there is none."""
     kept = [r for r in records if r["correct"]]
-    say(f"{len(kept)} of {len(records)} trajectories are correct")
+    print(f"{len(kept)} of {len(records)} trajectories are correct")
     if not kept:
         raise UserError("no trajectory is correct: nothing to train on; check --data")
     return kept
