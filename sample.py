@@ -73,7 +73,7 @@ class Decoding:
             raise UserError(UNKNOWN)
         cli.check_numbers(vars(self))
         policy = POLICIES[self.policy]
-        if self.policy == "threshold" and round(self.threshold, 6) > 1:
+        if self.policy == "threshold" and self.threshold >= 2:  # between 1 and 2: token by token
             raise UserError(f"threshold {self.threshold} is a confidence: it must be at most 1")
         if self.cache not in policy.caches:
             raise UserError(f"cache {self.cache!r}: policy {self.policy} takes {' or '.join(policy.caches)}")

@@ -221,9 +221,6 @@ def check_config(cfg):
     """The settings that are used: the code's choices under --variant code, unless a switch is given."""
     if not cfg.refresh:
         raise UserError("--refresh 0: the reference is refreshed every so many steps: give 1 or more")
-    if cfg.eos_in_loss and not config_of(cfg.model, cfg.revision).block_len:
-        raise UserError(f"--eos_in_loss {cfg.eos_in_loss} is for block-causal models: {cfg.model} would see "
-                        f"the EOS behind, and so the length; leave it at 0")
     if cfg.variant == "code":
         cfg = replace(cfg, **{name: value for name, value in CODE.items() if name not in GIVEN})
     return cfg
@@ -231,6 +228,9 @@ def check_config(cfg):
 
 def main():
     cfg = check_config(run.parse(Config, PRESETS, __doc__))
+    if cfg.eos_in_loss and not config_of(cfg.model, cfg.revision).block_len:
+        raise UserError(f"--eos_in_loss {cfg.eos_in_loss} is for block-causal models: {cfg.model} would see "
+                        f"the EOS behind, and so the length; leave it at 0")
     problems = load_problems(cfg.data, "train", cfg.n_problems or None)
     run.steps_per_epoch(len(problems), cfg)  # an error before hours of decoding
     r = run.Run(cfg, problems)  # ranks, device, the folder: new or to be continued

@@ -48,7 +48,7 @@ class Config(run.Options):
     only_correct: bool = True  # leave out a folder's wrong trajectories (--no-only_correct: ReDi, SFT-SD)
     with_thinking: bool = False  # s1K: a problem's "thinking" (the reasoning trace) before its solution
     n_examples: int = 2000  # how many examples of a game there are
-    gen_len: int = 256  # response length L, tokens, EOS-filled
+    gen_len: int = 256  # response length L, tokens, EOS-filled; trajectories have their own, up to this one
     train_block: int = 0  # block of training on block-causal models (0: the model's own), tokens
     # --- trajectory-aware masks
     trajectory_share: float = 0.5  # share of samples with such a mask (0 = standard MDLM); not published
@@ -138,12 +138,12 @@ def training_loss(model, b, cfg):
 
 def load_examples(cfg, tok):
     """The data as a list of {id, prompt_ids, x0}."""
-    room = nt_model.config_of(cfg.model, cfg.revision).max_len - cfg.gen_len
+    most = nt_model.config_of(cfg.model, cfg.revision).max_len
     if cfg.data in GAMES:
         if cfg.gen_len != TINY_LEN:
             raise UserError(f"--gen_len {cfg.gen_len}: responses of {cfg.data} have {TINY_LEN} tokens")
         examples = [game_example(tok, cfg.data, i, cfg.n_examples) for i in range(cfg.n_examples)]
-        return fitting(examples, tok, cfg.max_prompt, room)
+        return fitting(examples, tok, cfg.max_prompt, most - cfg.gen_len)
     if Path(cfg.data).is_dir():
         records = [r for r in read_trajectories(cfg.data) if r["correct"] or not cfg.only_correct]
         if not records:
@@ -151,11 +151,12 @@ def load_examples(cfg, tok):
         if tok.prompt_ids(records[0]).tolist() != records[0]["prompt_ids"]:
             raise UserError(f"{cfg.data} was collected with {records[0]['model']}, whose tokeniser or chat "
                             f"template is not that of {cfg.model}: collect with this model")
-        if any(len(r["x0"]) != cfg.gen_len for r in records):
-            raise UserError(f"--gen_len {cfg.gen_len}: {cfg.data} has responses of other lengths, "
-                            f"{len(records[0]['x0'])} tokens say: give that, or leave such out")
-        return fitting(records, tok, cfg.max_prompt, room)
-    problems = fitting(load_problems(cfg.data), tok, cfg.max_prompt, room)
+        lengths = sorted({len(r["x0"]) for r in records})
+        if lengths[1:] or lengths[0] > cfg.gen_len:
+            raise UserError(f"{cfg.data} has responses of {lengths} tokens: one length is needed, at most "
+                            f"--gen_len {cfg.gen_len}; choose another folder, or raise --gen_len")
+        return fitting(records, tok, cfg.max_prompt, most - lengths[0])
+    problems = fitting(load_problems(cfg.data), tok, cfg.max_prompt, most - cfg.gen_len)
     if cfg.with_thinking and not all("thinking" in p for p in problems):
         raise UserError(f"--with_thinking: not every line of {cfg.data} has the field 'thinking'")
     fits = []
@@ -166,8 +167,7 @@ def load_examples(cfg, tok):
             fits.append(dict(id=p["id"], prompt=p["prompt"], x0=ids, earlier=p.get("earlier", []),
                              **{k: p[k] for k in ["raw"] if k in p}, prompt_ids=tok.prompt_ids(p).tolist()))
     bare = [p["id"] for p in problems if not p["solution"].strip()]
-    n_left = len(problems) - len(fits)
-    if n_left:
+    if n_left := len(problems) - len(fits):
         say(f"{n_left} of {len(problems)} rows are left out: {len(bare)} without a solution {bare[:1]}, "
             f"{n_left - len(bare)} with one of more than {cfg.gen_len} tokens (--gen_len)")
     if not fits:

@@ -434,7 +434,7 @@ def test_rollout_inspect_and_stats_of_trajectories(tmp_path, monkeypatch, capsys
         return command(monkeypatch, capsys, rollout, *args)
     folder = tmp_path / "t"
     args = ("collect", "tiny", "-n", "2", "--out", folder, "--privileged", "--seed", "1")
-    assert run(*args)[:2] == (0, f"{folder}: 2 of 2 problems decoded, 2 of 2 right\n")
+    assert run(*args)[:2] == (0, f"{folder} holds 2 of 2 problems, 2 of 2 right\n")
     raw = (folder / "rank0.jsonl").read_bytes()
     assert run(*args)[0] == 0 and (folder / "rank0.jsonl").read_bytes() == raw  # finished: nothing is added
     record = json.loads(raw.splitlines()[0])

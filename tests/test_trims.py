@@ -331,8 +331,9 @@ def test_trajectories_obey_the_lengths_that_are_asked_for(tmp_path):
     lengths = sorted(len(tok.prompt_ids(p)) for p in problems)
     short = trims.load_examples(Config(data=str(tmp_path / "one"), gen_len=48, max_prompt=lengths[0]), tok)
     assert [len(e["prompt_ids"]) for e in short] == [n for n in lengths if n == lengths[0]]
+    assert len(trims.load_examples(Config(data=str(tmp_path / "one"), gen_len=100), tok)[0]["x0"]) == 48
     for name, gen_len in (("one", 20), ("mixed", 48), ("mixed", 50), ("other", 48)):
-        with pytest.raises(nt_model.UserError, match=f"--gen_len {gen_len}: .* of other lengths"):
+        with pytest.raises(nt_model.UserError, match="responses of .* one length is needed"):
             trims.load_examples(Config(data=str(tmp_path / name), gen_len=gen_len), tok)
 
 
