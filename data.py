@@ -179,7 +179,7 @@ def fitting(problems, tok, most, room, asked=None):
     for p in problems:
         n = len(tok.prompt_ids(p | dict(prompt=asked(p)) if asked else p))
         if room < n <= (most or n):
-            way = f", shorten it, or leave such out by --max_prompt {room}" * (room > 0)
+            way = f", shorten the prompt, or leave such out by --max_prompt {room}" * (room > 0)
             raise UserError(f"prompt {p['id']!r} has {n} tokens, of which model and gen_len allow {room}: "
                             f"lower gen_len{way}")
         kept += [p] * (n <= (most or n))
@@ -417,7 +417,8 @@ def state_at(x0, order, t, mask_id):
 def read_trajectories(path, growing=False):
     """All records of a folder (every rank's shard) or of one .jsonl, checked, in a fixed order (by id)."""
     records, path = {}, Path(path)
-    path = path / "trajectories" if (path / "trajectories").is_dir() else path  # of a run
+    if (path / "trajectories").is_dir():
+        raise UserError(f"{path} is a run's folder: give {path / 'trajectories'}")
     for shard in [path] if path.is_file() else sorted(path.glob("*.jsonl")):
         for i, r in enumerate(read_jsonl(shard, ours=True, growing=growing, **RECORD_FIELDS)):
             if r["schema"] != SCHEMA:

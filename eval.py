@@ -438,7 +438,8 @@ def mean_of(measure, model, records, label):
 def confidence_decay(model, records):
     """TAD Fig. 3(b): mean p(x0_i | prompt, x_t) by order_i - t, at 8 states of 64 records: (T,) or NaN."""
     offsets, values = [], []
-    mixed = sorted(records, key=lambda r: r["id"].removeprefix(r["source"]))  # of every data set
+    seen = Counter()  # the first of every data set, then the second of every one
+    mixed = sorted(records, key=lambda r: seen.update([r["source"]]) or seen[r["source"]])
     for r in mixed[:64]:
         steps = torch.linspace(0, max(r["order"]), 8).long().unique()
         for right, offset, _ in along_trajectory(model, r, steps):

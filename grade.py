@@ -1,6 +1,5 @@
 """Is a response right? One function per kind of answer, which problem["grader"] names; without one it is
 "code" where the problem has `tests`, else "final":
-
     final    the line behind the last '####', or the last \\boxed{}, or the last number: same text or number
     number   the last number of the response is the last number of the answer (GSM8K's flexible-extract)
     math     math-verify compares the whole response with the answer (LaTeX or plain text)

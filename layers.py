@@ -83,7 +83,7 @@ def with_linear(module, kind):
 
 
 def state_of(model):
-    """What a decoder is made from. Sums of weights' bits: fused optimizers and .data keep versions."""
+    """What a decoder is made from. Bits are summed: fused optimizers and .data leave versions as is."""
     adapters = [(m.enabled, m.alpha, m.r) for m in model.modules() if hasattr(m, "merged")]
     sums = torch.stack([p.flatten().view(torch.int64).sum() for p in model.parameters()])
     return model.cfg, adapters, sums.tolist()

@@ -40,8 +40,8 @@ def rollout(model, tok, problems, folder, model_name, privileged=False, batch_si
     """Decode the problems that `folder` does not hold yet, on any number of ranks -> the records of all.
     early_stop: as given, else no. privileged: the prompt shows the solution. allow_code: tests may run."""
     settings = vars(Decoding(**{"early_stop": False} | decoding)) | dict(privileged=privileged)
-    model = in_blocks(model, settings["block_len"])  # of which privileged prompts are whole ones
-    room = model.cfg.max_len - settings["gen_len"] - privileged * model.cfg.block_len
+    cfg = in_blocks(model, settings["block_len"]).cfg
+    room = cfg.max_len - settings["gen_len"] - privileged * cfg.block_len
     problems = fitting(problems, tok, max_prompt, room, privileged and privileged_prompt)
     rank, world = ranks()
     folder = Path(folder)
@@ -81,6 +81,7 @@ def finished(folders, cfg, ids):
         found = read_trajectories(folder)
         if not found or any(r["model"] != cfg.model or len(r["x0"]) != cfg.gen_len for r in found):
             raise UserError(f"{folder} has none of {cfg.model} with gen_len {cfg.gen_len}: collect them")
+        cfg.block_len = cfg.block_len or found[0]["decoding"].get("block_len")
         most = cfg.max_prompt or np.inf
         records += [r for r in found if r["id"] in ids and len(r["prompt_ids"]) <= most]
     ids = [r["id"] for r in records]
@@ -109,7 +110,8 @@ def decode_into(shard, model, tok, todo, facts, batch_size, allow_code):
     problems = list(todo.values())
     decoding = dict(facts["decoding"])
     privileged = decoding.pop("privileged")
-    prompts = [privileged_ids(tok, model.cfg, p) if privileged else tok.prompt_ids(p) for p in problems]
+    cfg = in_blocks(model, decoding["block_len"]).cfg  # privileged prompts are shifted by whole blocks
+    prompts = [privileged_ids(tok, cfg, p) if privileged else tok.prompt_ids(p) for p in problems]
     outputs = stream(model, prompts, batch_size, streams=list(todo), **decoding)
     for i, out, n, verdict in with_verdicts(outputs, problems, tok, model.cfg.eos_ids, allow_code):
         p, order, rank = problems[i], out.order, out.rank

@@ -1,5 +1,4 @@
 """Run a program that a model wrote, and its tests, in a contained child process.
-
 Run as a script this file is that child: it imports nothing of ours. What contains it: docs/code-runner.md.
 A pass is exit code 0 and a random word that the child says after the last test. While the program runs it is
 only on the value stack of a suspended expression (see `run`), in no file, argument, descriptor, module or

@@ -1,5 +1,4 @@
 """Decoding: a short reference that reads like the papers, and the fast decoder that everything runs on.
-
     outs = generate(model, prompts, gen_len=48, block_len=16, policy="threshold", threshold=0.9, cache="none")
     python sample.py --model tiny --prompt "..." --show    # or --html a.html; --prompts FILE
 A response of L tokens starts as L masks and is filled block by block. Every forward scores the masked

@@ -218,7 +218,7 @@ def training_loss(model, ref, b, cfg):
 
 
 def check_config(cfg):
-    """The settings that are used: the code's choices under --variant code, unless a switch is given."""
+    """The settings that are used: the code's under --variant code, but what the command line gives."""
     if not cfg.refresh:
         raise UserError("--refresh 0: the reference is refreshed every so many steps: give 1 or more")
     if cfg.variant == "code":

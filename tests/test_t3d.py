@@ -340,7 +340,7 @@ def test_answers_are_not_needed(monkeypatch, tmp_path, capsys):
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run(monkeypatch, "--data", tmp_path / "p.jsonl", "--out", tmp_path / "run", "--gen_len", 16, "--batch_size", 6,
         "--micro_batch", 6, "--max_steps", 1, "--eval_problems", 0)
-    graded = [type(r["correct"]) for r in data.read_trajectories(tmp_path / "run")]
+    graded = [type(r["correct"]) for r in data.read_trajectories(tmp_path / "run/trajectories")]
     assert graded == [type(None), bool, type(None), type(None), type(None), bool]
     collect = ["rollout.py", "collect", str(tmp_path / "p.jsonl"), "--gen_len", "16", "--out", str(tmp_path / "c")]
     for more, code in (([], 2), (["--ungraded"], 0)):

@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import time
@@ -412,8 +413,9 @@ def test_the_window_is_measured_on_every_data_set(monkeypatch):
     monkeypatch.setattr(nt_eval, "along_trajectory", lambda model, r, steps: seen.append(r["id"]) or [
         (torch.zeros(1), torch.zeros(1, dtype=torch.long), None)])
     for sources, most in ((["gsm8k"], 64), (["gsm8k", "prm12k"], 32), (["gsm8k", "kodcode", "prm12k"], 22)):
-        records = sorted((dict(id=f"{name}-{i}", source=name, order=[0, 1]) for name in sources for i in range(100)),
-                         key=lambda r: r["id"])
+        kinds = itertools.cycle(["train-{}", "local-{}", "test/algebra/{}"])  # each source names its rows otherwise
+        records = sorted((dict(id=f"{name}-{kind.format(i)}", source=name, order=[0, 1])
+                          for name, kind in zip(sources, kinds) for i in range(100)), key=lambda r: r["id"])
         seen.clear()
         nt_eval.confidence_decay(None, records)
         counts = [sum(id.startswith(name) for id in seen) for name in sources]
@@ -421,8 +423,8 @@ def test_the_window_is_measured_on_every_data_set(monkeypatch):
         assert len(sources) > 1 or seen == [r["id"] for r in records[:64]]
 
 
-@pytest.mark.parametrize("block_len", [None, 8, 16])
-def test_a_block_causal_model_trains_in_the_blocks_that_it_decoded(tmp_path, monkeypatch, block_len):
+@pytest.mark.parametrize("block_len, joined", [(None, False), (8, False), (16, False), (16, True), (None, True)])
+def test_a_block_causal_model_trains_in_the_blocks_that_it_decoded(tmp_path, monkeypatch, block_len, joined):
     """Before the first block with a mask all is revealed, behind it nothing: states that decoding visits."""
     folder = official_checkpoint(tmp_path / "base", "sdar")
     rows = [dict(prompt=f"{n}?" + "." * n, solution="so" * n, answer="x") for n in range(1, 5)]
@@ -440,9 +442,19 @@ def test_a_block_causal_model_trains_in_the_blocks_that_it_decoded(tmp_path, mon
         return inner(model, teacher, b, cfg)
     monkeypatch.setattr(tad, "training_loss", noted)
     monkeypatch.setattr(tad, "only_correct", lambda records: records)
-    monkeypatch.setattr("sys.argv", [*map(str, (
-        "tad.py", "--model", folder, "--data", tmp_path / "p.jsonl", "--out", tmp_path / "run", "--gen_len", 32, "--max_steps", 8,
-        "--batch_size", 8, "--micro_batch", 8, "--lora_r", 2)), *(["--block_len", str(block_len)] if block_len else [])])
+    words = [*map(str, ("tad.py", "--model", folder, "--data", tmp_path / "p.jsonl", "--gen_len", 32, "--max_steps", 8,
+                        "--batch_size", 8, "--micro_batch", 8, "--lora_r", 2, "--out", tmp_path / "run"))]
+    given = ["--block_len", str(block_len)] if block_len else []
+    if joined:  # finished folders, collected before; nothing says now in which blocks
+        both = [str(tmp_path / name) for name in "ab"]
+        for name, n in zip(both, (0, 2)):
+            (tmp_path / "half.jsonl").write_text("".join(json.dumps(row | dict(id=row["prompt"])) + "\n" for row in rows[n:n + 2]))
+            model, tok = nt_model.load(folder), data.load_tokenizer(folder)
+            rollout(model, tok, data.load_problems(str(tmp_path / "half.jsonl")), name, str(folder), privileged=True, gen_len=32,
+                    block_len=block_len or 4, cache="exact", policy="static", per_step=1)
+        (tmp_path / "p.jsonl").write_text("".join(json.dumps(row | dict(id=row["prompt"])) + "\n" for row in rows))
+        given = ["--trajectories", "+".join(both)]
+    monkeypatch.setattr("sys.argv", words + given)
     tad.main()
     assert len(set(seen)) > 1 and len(seen) == 64
 

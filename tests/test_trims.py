@@ -316,6 +316,7 @@ def test_bad_settings_are_one_line(monkeypatch, tmp_path):
 
 def test_trajectories_obey_the_lengths_that_are_asked_for(tmp_path):
     tok, problems = data.load_tokenizer("tiny"), data.load_problems("tiny", "train", 4)
+    problems[2]["prompt"] = problems[2]["prompt"][:40]
     def records(n, L):
         return [dict(id=f"{L}-{p['id']}", source="tiny", prompt=p["prompt"], prompt_ids=tok.prompt_ids(p).tolist(), x0=[1] * L,
                      order=[*range(L)], rank=[*range(L)], nfe=L, solution="", answer="", correct=True, model="tiny", decoding={},
@@ -325,12 +326,13 @@ def test_trajectories_obey_the_lengths_that_are_asked_for(tmp_path):
         (tmp_path / name / "rank0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "run").mkdir()
     (tmp_path / "run/log.jsonl").write_text("{}\n")
-    (tmp_path / "run/trajectories").symlink_to(tmp_path / "one")  # a run's own folder will do, too
-    for name in ("one", "run"):
-        assert len(trims.load_examples(Config(data=str(tmp_path / name), gen_len=48), tok)) == 4
+    (tmp_path / "run/trajectories").symlink_to(tmp_path / "one")
+    with pytest.raises(nt_model.UserError, match="run is a run's folder: give .*run/trajectories"):
+        trims.load_examples(Config(data=str(tmp_path / "run"), gen_len=48), tok)
+    assert len(trims.load_examples(Config(data=str(tmp_path / "one"), gen_len=48), tok)) == 4
     lengths = sorted(len(tok.prompt_ids(p)) for p in problems)
     short = trims.load_examples(Config(data=str(tmp_path / "one"), gen_len=48, max_prompt=lengths[0]), tok)
-    assert [len(e["prompt_ids"]) for e in short] == [n for n in lengths if n == lengths[0]]
+    assert len(short) == 1 and len(short[0]["prompt_ids"]) == lengths[0] < lengths[1]
     assert len(trims.load_examples(Config(data=str(tmp_path / "one"), gen_len=100), tok)[0]["x0"]) == 48
     for name, gen_len in (("one", 20), ("mixed", 48), ("mixed", 50), ("other", 48)):
         with pytest.raises(nt_model.UserError, match="responses of .* one length is needed"):

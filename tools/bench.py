@@ -1,5 +1,4 @@
 """What decoding costs, measured in turns with what a user would take instead, on the same weights.
-
     python tools/bench.py --model llada-8b --batch_size 32           # random weights of a real shape
 `uncached` is the reference decoder, `fast_dllm_X` a plain loop with a cache of Fast-dLLM's: all eager, one
 prompt, the layers as they are. All reveal --per_step tokens per forward, and none stops at an EOS."""
