@@ -459,6 +459,18 @@ def test_a_block_causal_model_trains_in_the_blocks_that_it_decoded(tmp_path, mon
     assert len(set(seen)) > 1 and len(seen) == 64
 
 
+def test_a_model_that_only_decodes_collects_twice_in_other_blocks(tmp_path):
+    """Its weights are packed once, of the model itself and not of its twin in blocks of 8."""
+    folder = official_checkpoint(tmp_path / "base", "sdar")
+    model, tok = nt_model.load(folder, only_decodes=True), data.load_tokenizer(folder)
+    rows = [dict(id=f"r{n}", source="own", prompt="?" * n, solution="so", answer="x") for n in range(1, 6)]
+    for n in (2, 3, 5):
+        records = rollout(model, tok, rows[:n], tmp_path / "records", str(folder), privileged=True, gen_len=16, block_len=8,
+                          cache="exact", policy="static", per_step=1)
+        assert len(records) == n
+        assert all((len(r["privileged_prompt_ids"]) - len(r["prompt_ids"])) % 8 == 0 for r in records)
+
+
 @pytest.mark.parametrize("words, n_loaded, teachers", [
     ("--full", 3, 1), ("--full --distant none", 2, 0), ("--full --source traj_random", 2, 0), ("--source gt_random", 2, 0),
     ("--full --near kl --source traj_random", 3, 1)])
