@@ -173,11 +173,11 @@ def main():
     if cfg.segment == "two_steps" and cfg.lam:
         raise UserError(f"--segment two_steps with --lam {cfg.lam}: these are not ranked; give --lam 0")
     problems = load_problems(cfg.data, "train", cfg.n_problems or None)
-    run.steps_per_epoch(len(problems), cfg)  # an error before hours of decoding
     r = run.Run(cfg, problems)  # ranks, device, the folder: new or to be continued
     base, tok = r.load(), load_tokenizer(cfg.model, cfg.revision)
 
     # 1. trajectories of the base model, without privileged information; wrong answers dropped
+    run.steps_per_epoch(len(problems), cfg)  # an error before hours of decoding
     records = only_correct(collect(cfg, base, tok, problems, r.out))
     del base
 
