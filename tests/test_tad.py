@@ -201,8 +201,10 @@ def test_an_epoch_is_every_state_once():
     records = [record(0), record(1)]
     pairs = tad.training_pairs(records, config(), 0)
     assert sorted(pairs) == [(n, t) for n in (0, 1) for t in range(8)]
-    few = tad.training_pairs(records, config(states_per_trajectory=3), 0)
-    assert len(few) == len(set(few)) == 6
+    few, later = (tad.training_pairs(records, config(states_per_trajectory=3), epoch) for epoch in (0, 1))
+    assert len(few) == len(set(few)) == 6 and few != later
+    orders = [training.batch_of(step, len(pairs), config(batch_size=16))[1].tolist() for step in (0, 1)]
+    assert orders[0] != orders[1] and all(sorted(order) == [*range(16)] for order in orders)
 
 
 # ---------------------------------------------------------------------------------- teacher, window, families
