@@ -103,14 +103,14 @@ CRC = ', "crc": "01234567"}'  # how a line of ours ends
 SUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
 BOUNDS = {name: (least, most) for least, most, names in [  # of every numeric option
     (1, 2**17, "lora_r gen_len block_len per_step prompt_len max_prompt n_buckets turns score_batch"),
-    (1, 10**7, "n n_examples batch_size micro_batch collect_batch save_every log_every epochs limit seeds"),
+    (1, 10**7, "n batch_size micro_batch collect_batch save_every log_every epochs limit seeds"),
     (0, 10**7, "max_steps steps warmup_steps drill_steps eval_problems n_problems points window top_k "
-               "states_per_trajectory train_block vicinity cache_delay refresh"),
+               "n_examples states_per_trajectory train_block vicinity cache_delay refresh"),
     (0, 2**31, "seed collect_seed num_fewshot eos_in_loss"),
     (0, 1, "lr_floor warmup_ratio trajectory_share block_share p_context p_future rand_p"),
     (0, 0.999999, "lora_dropout beta2"),
     (1e-9, 1, "top_p collect_top_p t_min eps"),
-    (0, 1e9, "temperature collect_temperature threshold thresholds block_add decoded lam alpha gamma muon_lr "
+    (0, 1e9, "temperature collect_temperature threshold thresholds block_add lam alpha gamma muon_lr "
              "weight_decay"),
     (1e-12, 1e9, "lr clip lora_alpha tau beta"),
 ] for name in names.split()}
@@ -171,6 +171,13 @@ def new_parser(doc):
     return Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
 
+def refuse_if(useless, names, why):
+    """UserError for an option of these names, in one text, that is given though it changes nothing."""
+    for name in names.split() * bool(useless):
+        if name in GIVEN:
+            raise UserError(f"--{name} {GIVEN[name]} {why}: leave it out")
+
+
 def given_to(parser):
     """What the command line says, {name: value}, its numbers checked."""
     given = vars(parser.parse_args())
@@ -178,6 +185,7 @@ def given_to(parser):
         if value in ("", [], [""]):
             raise UserError(f"--{name} is empty (an unset variable?): give a value, or leave it out")
     check_numbers(given)
+    GIVEN.clear()
     GIVEN.update(given)
     return given
 
@@ -241,10 +249,10 @@ def read_object(path, optional=True):
     return table
 
 
-def read_jsonl(path, ours=False, mend=False, growing=False, **kinds):
-    """Objects of a .jsonl. ours: of line_of(); mend: cut damaged lines off; growing: the last may be torn."""
+def read_jsonl(path, ours=False, mend=False, growing=False, sealed=False, **kinds):
+    """Objects of a .jsonl. ours: of line_of(); mend: cut damaged lines off; growing: the last may be torn;
+    sealed: all have checksums, else those behind the first one."""
     text, rows, whole = read_text(path, "replace" if ours else "strict"), [], ""
-    sealed = False  # lines of before checksums do not stand behind those with one
     for i, line in enumerate(text.split("\n"), 1):
         try:
             rows += [row_of(line, kinds, sealed) if ours else json.loads(line)] if line.strip() else []
@@ -264,17 +272,6 @@ def read_jsonl(path, ours=False, mend=False, growing=False, **kinds):
     if mend and whole != text:
         write_whole(path, whole)
     return rows
-
-
-def continued(path, ours):
-    """The ids that a .jsonl has already; UserError if a line says other things than `ours`, {id: facts}."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-    there = read_jsonl(path, ours=True, growing=True)
-    if not all(row.get("id") in ours and row | ours[row["id"]] == row for row in there):
-        raise UserError(f"{path} is of another model, settings or prompts: choose another --to or remove it")
-    read_jsonl(path, ours=True, mend=True)
-    return {row["id"] for row in there}
 
 
 def line_of(row):
@@ -351,15 +348,10 @@ def whole_folder(path):
     sync(path.parent)
 
 
-def sums_of(folder):
-    """{file name: checksum} of what whole_folder() wrote there; {} if it did not."""
-    lines = read_text(folder / SUMS).splitlines() if (folder / SUMS).is_file() else []
-    return {line[66:]: line[:64] for line in lines}
-
-
 def check_sums(folder):
     """UserError if a file that whole_folder() wrote is not as it was."""
-    for name, checksum in sums_of(folder).items():
+    lines = read_text(folder / SUMS).splitlines() if (folder / SUMS).is_file() else []
+    for checksum, name in ((line[:64], line[66:]) for line in lines):
         if not (folder / name).is_file() or sha256(folder / name) != checksum:
             raise UserError(f"{folder / name} is not as it was written: make it again; or remove "
                             f"{folder / SUMS} if you changed it")

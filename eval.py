@@ -63,7 +63,7 @@ def protocol_of(name, family, task="", points=None, thresholds=None, **own):
             raise UserError(f"--points {points}: protocol {name} has 0 to {len(rules) - 1}")
         rules = [rules[i] for i in points]
     if thresholds:
-        if not any("threshold" in rule for rule in rules):
+        if not any("threshold" in rule for rule in rules) or own.get("policy") in ("static", "dream"):
             raise UserError(f"--thresholds: no chosen point of protocol {name} has one")
         rules = [dict(threshold=value) for value in thresholds]
     rules = {rule_name(chosen | own | rule): rule for rule in rules}  # what is out of range is refused
@@ -273,37 +273,15 @@ def write_results(curves, out, task=""):
 
 def read_points(source):
     """The points of a folder and those in it, or of a file that pack() wrote, which names their folders."""
-    source = Path(source)
-    rows = []
+    source, rows = Path(source), []
     for file in [source] if source.is_file() else sorted(source.rglob("results.jsonl")):
-        rows += read_jsonl(file, ours=True, label=str, rule=str, seconds=float, ids=list)
-    if not (rows and all(map(is_point, rows))):
-        raise UserError(f"{source} has no results, or odd ids, counts, seconds, provenance: make it again")
+        rows += read_jsonl(file, ours=True, sealed=True)
+    if not rows:
+        raise UserError(f"{source} has no results: make them, or correct the path")
     for row in rows:
         row["task"] = row.get("provenance", {}).get("task", "")
         row.setdefault("folder", f"{source.name} {row['task']}")
     return rows
-
-
-def is_point(row):
-    """Whether a row has what is compared: COUNTS of every id, and numbers and words where they belong."""
-    made, cost = row.get("provenance", {}), row.get("run", {})
-    counts = numbers_in(list(map(row.get, COUNTS)))  # (3, problems)
-    if {type(made), type(cost)} != {dict} or counts.shape != (3, len(row["ids"])) or counts.dtype != int:
-        return False
-    words = made.get("task", ""), row.get("folder", ""), *row["ids"]
-    if set(map(type, words)) != {str} or numbers_in([*cost.values()]).ndim != 1:
-        return False
-    return counts.min() >= 0 and counts[0].max() < 2 and counts[2].min() > 0 and row["seconds"] > 0
-
-
-def numbers_in(values):
-    """An array of what a JSON file holds; one without a dimension where that is no list of numbers."""
-    try:
-        found = np.array(values)
-    except ValueError:  # lists of several lengths
-        return np.array(None)
-    return found if found.dtype.kind in "if" else np.array(None)
 
 
 def show(curves, out):
@@ -383,14 +361,13 @@ def mean_by_step(rows):
 
 
 def report(lines, x, y, path):
-    """Draw lines {label: values (T,)} over those of before, which a .json beside the PNG keeps."""
+    """Draw lines {label: values (T,)} over those of before, which a .jsonl beside the PNG keeps."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = path.with_suffix(".json")
-    every = cli.read_object(kept)
-    if not all(values and numbers_in(values).ndim == 1 for values in every.values()):
-        raise UserError(f"{kept} holds something else than lines of this picture: remove it")
+    kept, every = path.with_suffix(".jsonl"), {}
+    for row in read_jsonl(kept, ours=True, sealed=True, label=str, values=list) if kept.exists() else ():
+        every[row["label"]] = row["values"]
     every |= {label: list(map(float, values)) for label, values in lines.items()}
-    write_whole(kept, json.dumps(every) + "\n")
+    write_whole(kept, "".join(cli.line_of(dict(label=label, values=every[label])) for label in every))
     draw({"": {label: enumerate(values) for label, values in every.items()}}, x, y, path)
 
 
@@ -540,6 +517,7 @@ def settle(args, tasks, given):
         cli.say(f"warning: TAD and TABOM train on PRM12K. {recipes.IN_MATH} (lm_eval: minerva_math500)")
     if any(other != protocol for other in others):
         raise UserError(f"protocol {args.protocol} differs between these tasks: run them one at a time")
+    sample.check_used(*(decoding_of(protocol | rule) for rule in protocol["rules"]))
     return protocol
 
 
@@ -573,7 +551,9 @@ def nll_command(args, given):
     label = args.adapter or args.model
     settings = dict(cache="none", policy="static", per_step=1, early_stop=False)
     settings |= nt_model.decoding_defaults(model.cfg) | given
-    problems = data.fitting(problems, tok, args.max_prompt, model.cfg.max_len - decoding_of(settings).gen_len)
+    s = decoding_of(settings)
+    sample.check_used(s)
+    problems = data.fitting(problems, tok, args.max_prompt, model.cfg.max_len - s.gen_len)
     outs = sample.generate(model.eval(), [tok.prompt_ids(p) for p in problems], args.batch_size, **settings)
     bar = cli.progress_bar(problems, f"teacher NLL {label}", unit="decoding")
     rows = [trajectory_nll(teacher, teacher_tok, tok, *pair, model.cfg.eos_ids) for pair in zip(bar, outs)]

@@ -164,16 +164,13 @@ class Merge(nt_model.ModelOptions):
     """merge an adapter into its base model (fp32, official names)"""
     adapter: str = option()  # adapter directory
     to: str = option()  # directory to write
-    overwrite: bool = False  # replace what an earlier merge wrote, and nothing else
 
 
 def merge_command(args):
     to = Path(os.path.realpath(args.to))  # what a link leads to
     cli.check_apart([args.adapter, args.model], [to])
-    sums = cli.sums_of(to) if args.overwrite else {}
-    made = {cli.SUMS, *sums} if "model.safetensors" in sums else set()  # what is ours
-    if to.exists() and (not to.is_dir() or {file.name for file in to.iterdir()} - made):
-        raise UserError(f"--to {args.to!r} is there and not empty: choose another, or --overwrite a merge")
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UserError(f"--to {args.to!r} is there and not empty: choose another, or remove it")
     model = merge(load(nt_model.load(args.model, revision=args.revision), args.adapter))
     with whole_folder(to) as folder:
         nt_model.save(model, folder)

@@ -650,7 +650,7 @@ def save_tensors(tensors, file):
 
 
 def save(model, folder):
-    """Write config.json and model.safetensors with the official names, and remove another model's shards."""
+    """Write config.json and model.safetensors, which load() takes before shards, with the official names."""
     folder, state = Path(folder), dict(model.named_parameters())
     if any("lora_" in name for name in state):
         raise UserError("the model carries LoRA adapters: lora.merge(model) first, or lora.save the adapter")
@@ -658,8 +658,6 @@ def save(model, folder):
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(model.cfg.raw, indent=2) + "\n")
-    for old in (folder / "model.safetensors.index.json", *folder.glob("model-*-of-*.safetensors")):
-        old.unlink(missing_ok=True)
 
 
 def copy_tokenizer(name, folder, revision=None):

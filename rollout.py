@@ -18,7 +18,7 @@ from data import (CARRIED, SCHEMA, fitting, load_tokenizer, privileged_ids, priv
                   problems_asked_for, read_trajectories, spread)
 from model import ModelOptions, config_of, decoding_defaults, in_blocks, local_weights, n_content
 from run import barrier, check_alike, mend_shards, ranks
-from sample import Decoding, load_both, stream
+from sample import Decoding, check_used, load_both, stream
 
 
 class Shard:
@@ -198,6 +198,7 @@ def collect_command(args, given):
     grade.check_gradable(problems * (not args.ungraded), args.allow_code_execution)  # before anything long
     model, tok = load_both(args)
     decoding = {"policy": "static", "per_step": 1, **decoding_defaults(model.cfg), **given}
+    check_used(Decoding(**decoding))
     records = rollout(model, tok, problems, args.out, args.model, args.privileged, args.batch_size,
                       args.allow_code_execution, not args.ungraded, args.max_prompt, **decoding)
     known = [r["correct"] for r in records if r["correct"] is not None]

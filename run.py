@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 import cli
 import lora
 import model as nt_model
-from cli import UserError, sha256, sync, whole_folder
+from cli import UserError, refuse_if, sha256, sync, whole_folder
 from model import save_tensors
 
 
@@ -58,7 +58,7 @@ class Options(nt_model.ModelOptions):
 ALONE = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_PORT="", MASTER_ADDR="")  # without torchrun
 STEP_TIMEOUT = timedelta(minutes=4)  # within which all ranks come to the same place of a step
 MADE = ("adapter model checkpoints results.jsonl epoch-[0-9]* log.jsonl adapter.unfinished-nanotraj "
-        "model.unfinished-nanotraj trajectories difficulty log.jsonl.damaged log.png curve.png window.json "
+        "model.unfinished-nanotraj trajectories difficulty log.jsonl.damaged log.png curve.png window.jsonl "
         "window.png nonfinite-rank[0-9]*.json").split()
 OURS = set("model seed micro_batch batch_size lr full clip lr_schedule".split())  # in config.json
 FREE = [f.name for f in fields(Options)][8:]
@@ -77,6 +77,10 @@ def parse(Config, presets, doc):
         if mine in given:  # which the preset's would overrule
             preset.pop(theirs, None)
     cfg = Config(**preset | {k: v for k, v in own.items() if hasattr(Config, k)} | given)
+    refuse_if(cfg.full, "lora_r lora_alpha lora_dropout lora_targets", "is for adapters, not for --full")
+    refuse_if(cfg.lr_schedule == "constant", "lr_floor", "is for an --lr_schedule that falls")
+    refuse_if(not getattr(cfg, "collect_temperature", 0), "collect_top_p", "is for a --collect_temperature")
+    refuse_if(getattr(cfg, "warmup_ratio", 0), "warmup_steps", "is not for a --warmup_ratio")
     lora.named(cfg.lora_targets)  # an error before anything long
     return cfg
 

@@ -50,7 +50,6 @@ class Decoding:
     steps: int = 0          # static: forwards per block, instead of per_step; dream: in all (0: gen_len)
     eps: float = 1e-3       # dream: the last time
     block_add: float = 0.1  # multiblock: revealed share of the last block at which the next one joins
-    decoded: float = 0.95   # multiblock: revealed share of its predecessor at which a block must progress
     cache_delay: int = 0    # multiblock, prefix cache: forwards between a block's end and its being cached
     refresh: int = 0        # multiblock, prefix cache: forwards between refreshes (0: when a block is cached)
     cache: str = option("dual", choices=CACHES)  # what a forward recomputes
@@ -76,8 +75,6 @@ class Decoding:
             raise UserError(f"threshold {self.threshold} is a confidence: it must be at most 1")
         if self.cache not in policy.caches:
             raise UserError(f"cache {self.cache!r}: policy {self.policy} takes {' or '.join(policy.caches)}")
-        if self.late_eos and policy.by_entropy:
-            raise UserError(f"late_eos with policy {self.policy}, which asks entropies: leave it out")
         if policy.one_block:  # by vars(), since this class is frozen
             vars(self).update(block_len=self.gen_len)
         if not policy.whole_response:
@@ -178,13 +175,12 @@ class Forward:
 @dataclass(frozen=True)
 class Policy:
     """A function that chooses, and what the decoders must know about it."""
-    choose: Callable              # (Forward, Decoding) -> (R, W) bool: what to reveal, of the masked ones
+    choose: Callable  # (Forward, Decoding) -> (R, W) bool: what to reveal; see check_used() for what it reads
     memory: int = 0               # numbers that it keeps for a row between forwards; they begin as 0
     one_block: bool = False       # the response is one block
     whole_response: bool = False  # it chooses in all blocks that are not cached, not in one block only
     caches: tuple = CACHES        # those that it works with
     block_causal: bool = True     # it also works where earlier blocks do not see later ones
-    by_entropy: bool = False      # it asks entropies, in which late_eos holds nothing back
     known: Callable = lambda s, n_masked: None  # forwards that n_masked masks of a block take, where known
 
 
@@ -249,16 +245,13 @@ def multiblock_policy(now, s):  # D2F, d3LLM, TAD: several blocks at once; memor
     revealed = (size - masks) / size
     last = (now.memory - 1).clamp(min=0)  # first one block, and one more when it is `block_add` revealed
     joins = revealed.gather(1, last) >= min(s.block_add, 1.0)
-    n_blocks = now.memory + (joins | (now.memory == 0))
-    now.memory = n_blocks.clamp(max=masks.shape[1])
+    now.memory = (now.memory.clamp(min=1) + joins).clamp(max=masks.shape[1])
     block = (now.index // s.block_len).clamp(max=masks.shape[1] - 1)  # (R, W)
     candidates = now.masked & (block < now.memory)  # of them all with H < threshold, or the lowest one
     reveal = candidates & (now.entropy < now.threshold)
     reveal = at_least_one(reveal, -now.entropy, candidates)
-    predecessor = F.pad(revealed[:, :-1], (1, 0), value=1.0)  # where it is `decoded` revealed, one at least
-    ready = candidates & (predecessor.gather(1, block) >= s.decoded)
-    first = block.masked_fill(~ready, s.gen_len).amin(1, keepdim=True)
-    return at_least_one(reveal, -now.entropy, ready & (block == first))
+    first = block.masked_fill(~candidates, s.gen_len).amin(1, keepdim=True)  # in which one is revealed, too
+    return at_least_one(reveal, -now.entropy, candidates & (block == first))
 
 
 def by_block(x, s):
@@ -271,11 +264,31 @@ POLICIES = {
     "static": Policy(static_policy, known=static_forwards),
     "threshold": Policy(threshold_policy),  # above 1: one position per forward
     "factor": Policy(factor_policy),
-    "entropy": Policy(entropy_policy, by_entropy=True),
+    "entropy": Policy(entropy_policy),
     "dream": Policy(dream_policy, one_block=True, block_causal=False),
     "multiblock": Policy(multiblock_policy, memory=1, whole_response=True,
-                         caches=("none", "prefix"), block_causal=False, by_entropy=True),
+                         caches=("none", "prefix"), block_causal=False),
 }
+
+
+def check_used(*decodings):
+    """UserError for an option of the command line that none of the decodings reads."""
+    used = {*"gen_len policy cache temperature seed no_eos early_stop".split()}
+    for s in decodings:
+        policy = POLICIES[s.policy]
+        reads = {*policy.choose.__code__.co_names, s.cache}  # now.threshold, s.eps; `vicinity` is both
+        used |= reads - {"per_step" if s.steps else ""}
+        if not policy.one_block:
+            used.add("block_len")
+        if "entropy" not in reads:
+            used.add("late_eos")
+        if policy.whole_response and s.cache == "prefix":
+            used |= {"cache_delay", "refresh"}
+        if s.temperature > 0:
+            used |= {"top_p", "top_k"}
+    unused = [name for name in Decoding.__annotations__ if name not in used]
+    cli.refuse_if(True, " ".join(unused), f"has no use with policy {s.policy}, cache {s.cache}, "
+                                          f"temperature {s.temperature:g}")
 
 
 def choose(model, h, s, key, nfe, positions, *state):
@@ -809,7 +822,13 @@ def decode_file(model, tok, args, settings):
     rows = [{key: row[key] for key in row if key not in written} for row in rows]
     ours = {r["id"]: r | made_by for r in rows}  # what a line of this run says
     cli.check_apart([args.prompts], [to])
-    done = cli.continued(to, ours)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    to.touch()
+    there = cli.read_jsonl(to, ours=True, growing=True)
+    if not all(row.get("id") in ours and row | ours[row["id"]] == row for row in there):
+        raise UserError(f"{to} is of another model, settings or prompts: choose another --to or remove it")
+    cli.read_jsonl(to, ours=True, mend=True)
+    done = {row["id"] for row in there}
     todo = [i for i, r in enumerate(rows) if r["id"] not in done]
     prompts = [tok.prompt_ids(rows[i]) for i in todo]
     for i, out in stream(model, prompts, args.batch_size, True, todo, args.compiled, **settings):
@@ -819,21 +838,21 @@ def decode_file(model, tok, args, settings):
 
 def main():
     args, given = cli.parse(__doc__, Options, Decoding)
-    for name in ("prompt infill show html" if args.prompts else "to max_prompt").split():
-        if getattr(args, name):
-            raise UserError(f"--{name} is for {'one prompt' if args.prompts else '--prompts'}: leave it out")
+    cli.refuse_if(args.prompts, "prompt infill show html", "is for one prompt")
+    cli.refuse_if(not args.prompts, "to max_prompt batch_size", "is for --prompts")
     if args.html and Path(args.html).is_dir():
         raise UserError(f"--html {args.html} is a directory: name a file")
     defaults = decoding_defaults(config_of(args.model, args.revision))
     defaults["no_eos"] = bool(args.infill)  # behind a hole the text goes on
-    settings = vars(Decoding(**defaults | given))
+    decoding = Decoding(**defaults | given)
+    check_used(decoding)
     model, tok = load_both(args)
     tok.system, tok.raw = args.system, args.raw
     if args.prompts:
-        return decode_file(model, tok, args, settings)
+        return decode_file(model, tok, args, vars(decoding))
     prompt = args.prompt or data.load_problems("tiny", "test", 1)[0]["prompt"]
     print(f"prompt   {prompt}")
-    decode_one(model, tok, prompt, args, settings)
+    decode_one(model, tok, prompt, args, vars(decoding))
 
 
 if __name__ == "__main__":

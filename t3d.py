@@ -28,7 +28,7 @@ paper: Eq. 8 and the log-ratios are means over the masked tokens, alpha is 0.5, 
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from cli import GIVEN, UserError, run_cli  # first
+from cli import GIVEN, UserError, refuse_if, run_cli  # first
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -228,9 +228,9 @@ def check_config(cfg):
 
 def main():
     cfg = check_config(run.parse(Config, PRESETS, __doc__))
-    if cfg.eos_in_loss and not config_of(cfg.model, cfg.revision).block_len:
-        raise UserError(f"--eos_in_loss {cfg.eos_in_loss} is for block-causal models: {cfg.model} would see "
-                        f"the EOS behind, and so the length; leave it at 0")
+    refuse_if(cfg.loss == "naive_td", "alpha beta logratio fake refresh", "is for --loss t3d")
+    refuse_if(not config_of(cfg.model, cfg.revision).block_len, "eos_in_loss",
+              f"is for block-causal models: {cfg.model} would see the EOS behind, and so the length")
     problems = load_problems(cfg.data, "train", cfg.n_problems or None)
     run.steps_per_epoch(len(problems), cfg)  # an error before hours of decoding
     r = run.Run(cfg, problems)  # ranks, device, the folder: new or to be continued

@@ -27,7 +27,7 @@ be taken at each token's own step, as Eq. 5 has it. TDS, Eq. 10 and 11, is `pyth
 from dataclasses import dataclass
 from typing import Literal
 
-from cli import UserError, run_cli  # first
+from cli import UserError, refuse_if, run_cli  # first
 import torch
 import torch.nn.functional as F
 
@@ -168,10 +168,10 @@ def training_loss(model, b, cfg):
 
 def main():
     cfg = run.parse(Config, PRESETS, __doc__)
-    if cfg.window == 1 and cfg.lam:
-        raise UserError(f"--window {cfg.window}: ranking needs two tokens or more (0: all that is left)")
-    if cfg.segment == "two_steps" and cfg.lam:
-        raise UserError(f"--segment two_steps with --lam {cfg.lam}: these are not ranked; give --lam 0")
+    if cfg.lam and (cfg.window == 1 or cfg.segment == "two_steps"):
+        raise UserError(f"--window {cfg.window} --segment {cfg.segment}: nothing to rank here; give --lam 0")
+    refuse_if(cfg.segment == "two_steps", "window", "is not for --segment two_steps")
+    refuse_if(not cfg.lam, "gamma entropy_at", "is for a ranking, with --lam above 0")
     problems = load_problems(cfg.data, "train", cfg.n_problems or None)
     r = run.Run(cfg, problems)  # ranks, device, the folder: new or to be continued
     base, tok = r.load(), load_tokenizer(cfg.model, cfg.revision)

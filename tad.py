@@ -25,7 +25,7 @@ are divided by accumulation steps; the paper's window rule is built (--window au
 from dataclasses import dataclass
 from typing import Literal
 
-from cli import UserError, run_cli, say  # first
+from cli import UserError, refuse_if, run_cli, say  # first
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -231,11 +231,14 @@ def main():
         raise UserError(f"--window {cfg.window!r}: a positive number of forwards, {' or '.join(LEVEL)}")
     if cfg.near == "none" and (cfg.distant == "none" or cfg.source in RANDOM):
         raise UserError(f"--near none --distant {cfg.distant}: nothing is left to learn from")
+    soft = "kl" in (cfg.near, cfg.source not in RANDOM and cfg.distant)
+    refuse_if(not soft, "tau teacher_prompt", "is for a kl term")
+    refuse_if(cfg.source in RANDOM, "distant lam", f"is for distant tokens: --source {cfg.source} has none")
     problems = load_problems(cfg.data, "train", cfg.n_problems or None)
     n_states = min(cfg.states_per_trajectory or cfg.gen_len, cfg.gen_len)  # at most
     run.steps_per_epoch(len(problems) * n_states, cfg)  # an error before hours of decoding
     r = run.Run(cfg, problems)  # ranks, device, the folder: new or to be continued
-    r.teachers = int("kl" in (cfg.near, cfg.source not in RANDOM and cfg.distant))
+    r.teachers = int(soft)
     base, tok = r.load(), load_tokenizer(cfg.model, cfg.revision)
 
     # 1. trajectories of the base model with privileged information, and the window

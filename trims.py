@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cli import UserError, run_cli, say  # first
+from cli import UserError, refuse_if, run_cli, say  # first
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -47,7 +47,7 @@ class Config(run.Options):
     data: str = "tiny"  # data set by name or a .jsonl with solutions, see data.py --help; or trajectories
     only_correct: bool = True  # leave out a folder's wrong trajectories (--no-only_correct: ReDi, SFT-SD)
     with_thinking: bool = False  # s1K: a problem's "thinking" (the reasoning trace) before its solution
-    n_examples: int = 2000  # how many examples of a game there are
+    n_examples: int = 0  # examples to train on, the first ones (0: all; 2000 of a game)
     gen_len: int = 256  # response length L, tokens, EOS-filled; trajectories have their own, up to this one
     train_block: int = 0  # block of training on block-causal models (0: the model's own), tokens
     # --- trajectory-aware masks
@@ -139,12 +139,16 @@ def training_loss(model, b, cfg):
 def load_examples(cfg, tok):
     """The data as a list of {id, prompt_ids, x0}."""
     most = nt_model.config_of(cfg.model, cfg.revision).max_len
+    folder = Path(cfg.data).is_dir()
+    refuse_if(not folder, "only_correct", "is for a folder of trajectories")
+    refuse_if(folder or cfg.data in GAMES, "with_thinking", "is for data with the field 'thinking'")
     if cfg.data in GAMES:
         if cfg.gen_len != TINY_LEN:
             raise UserError(f"--gen_len {cfg.gen_len}: responses of {cfg.data} have {TINY_LEN} tokens")
-        examples = [game_example(tok, cfg.data, i, cfg.n_examples) for i in range(cfg.n_examples)]
+        n = cfg.n_examples or 2000
+        examples = [game_example(tok, cfg.data, i, n) for i in range(n)]
         return fitting(examples, tok, cfg.max_prompt, most - cfg.gen_len)
-    if Path(cfg.data).is_dir():
+    if folder:
         records = [r for r in read_trajectories(cfg.data) if r["correct"] or not cfg.only_correct]
         if not records:
             raise UserError(f"{cfg.data} holds no correct trajectory: --no-only_correct takes the others too")
@@ -155,7 +159,7 @@ def load_examples(cfg, tok):
         if lengths[1:] or lengths[0] > cfg.gen_len:
             raise UserError(f"{cfg.data} has responses of {lengths} tokens: one length is needed, at most "
                             f"--gen_len {cfg.gen_len}; choose another folder, or raise --gen_len")
-        return fitting(records, tok, cfg.max_prompt, most - lengths[0])
+        return fitting(records, tok, cfg.max_prompt, most - lengths[0])[:cfg.n_examples or None]
     problems = fitting(load_problems(cfg.data), tok, cfg.max_prompt, most - cfg.gen_len)
     if cfg.with_thinking and not all("thinking" in p for p in problems):
         raise UserError(f"--with_thinking: not every line of {cfg.data} has the field 'thinking'")
@@ -173,11 +177,13 @@ def load_examples(cfg, tok):
     if not fits:
         raise UserError(f"{cfg.data} has no solution of at most {cfg.gen_len} tokens, and {len(bare)} rows "
                         f"without any {bare[:1]}: raise --gen_len, fill in solution, or FILE:solution=NAME")
-    return fits
+    return fits[:cfg.n_examples or None]
 
 
 def main():
     cfg = run.parse(Config, PRESETS, __doc__)
+    refuse_if(not cfg.trajectory_share, "teacher metric n_buckets ordering p_context p_future "
+              "trajectory_weight score_batch", "is for a --trajectory_share above 0")
     tok = load_tokenizer(cfg.model, cfg.revision)
     teacher_tok = load_teacher_tokenizer(cfg.teacher) if cfg.trajectory_share else None
     examples = load_examples(cfg, tok)

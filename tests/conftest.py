@@ -135,6 +135,12 @@ def command(cwd, script, *args, **env):
     return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
 
 
+def all_weights(words):
+    """The words of a command with --full in the place of options for adapters, which are not for it."""
+    lora = [i for i, word in enumerate(words) if str(word).startswith("--lora")]
+    return [word for i, word in enumerate(words) if i not in lora and i - 1 not in lora] + ["--full"]
+
+
 def prompts_of(lengths, vocab=38, seed=0):
     g = torch.Generator().manual_seed(seed)
     return [torch.randint(0, vocab, (n,), generator=g) for n in lengths]

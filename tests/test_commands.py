@@ -185,10 +185,10 @@ def test_a_changed_command_line(command, called):
     ("tad", "--near none --distant none", "nothing is left"), ("tad", "--window 9223372036854775807", "positive number"),
     ("tad", "--window 1000000000", "positive number"), ("tad", "--window 000", "positive number"),
     *((method, "--lora_targets q_proj,q_proj", "LoRA targets") for method in METHODS),
-    ("tad", "--near none --source gt_random", "nothing is left"), ("tabom", "--window 1", "two tokens"),
-    ("tabom", "--segment two_steps", "not ranked"), ("t3d", "--refresh 0", "give 1 or more"),
+    ("tad", "--near none --source gt_random", "nothing is left"), ("tabom", "--window 1", "nothing to rank"),
+    ("tabom", "--segment two_steps", "nothing to rank"), ("t3d", "--refresh 0", "give 1 or more"),
     ("t3d", "--eos_in_loss 2", "for block-causal models"), ("sample", "--threshold 90", "at most 1"),
-    ("trims", "--n_examples 0", "at least 1"), ("trims", "--n_examples 7", "exceeds the data"),
+    ("trims", "--n_examples 7", "exceeds the data"),
     ("trims", "--n_examples 1 --trajectory_share 0 --max_steps 0", "exceeds the data"),
     ("sample", "--html a.html --prompts rows.jsonl", "is for one prompt"),
     ("eval curve", "--points 99", "has 0 to"),
@@ -200,3 +200,32 @@ def test_a_changed_command_line(command, called):
 def test_options_that_contradict(command, words, why, called):
     code, said = called(command, *GIVEN.get(command, []), *words.split())
     assert code == 2 and len(said) == 1 and said[0].startswith("error: ") and why in said[0], said
+
+
+@pytest.mark.parametrize("command, words, more", [
+    *((method, "--full", more) for method in METHODS for more in (
+        "--lora_r 8", "--lora_alpha 8", "--lora_dropout 0.1", "--lora_targets all")),
+    *((method, "--lr_schedule constant", "--lr_floor 0.1") for method in METHODS),
+    ("tad", "", "--collect_top_p 0.9"), ("tabom", "", "--collect_top_p 0.9"),
+    ("trims", "--warmup_ratio 0.1", "--warmup_steps 3"), ("trims", "", "--with_thinking"), ("trims", "", "--no-only_correct"),
+    ("trims", "--data rows.jsonl --batch_size 1", "--no-only_correct"),
+    ("trims", "--data records --model base --gen_len 8 --batch_size 1 --no-only_correct", "--with_thinking"),
+    *(("trims", "--trajectory_share 0", more) for more in (
+        "--teacher tiny-ar", "--metric entropy", "--n_buckets 4", "--ordering random", "--p_context 0.1", "--p_future 0.9",
+        "--trajectory_weight none", "--score_batch 2")),
+    *(("tad", "--distant ce", more) for more in ("--tau 2", "--teacher_prompt plain")),
+    *(("tad", f"--source {source}", more) for source in ("traj_random", "gt_random") for more in (
+        "--tau 2", "--teacher_prompt plain", "--distant ce", "--lam 2")),
+    *(("t3d", "--loss naive_td", more) for more in ("--alpha 1", "--beta 1", "--logratio sum", "--fake argmax", "--refresh 3")),
+    *(("tabom", "--lam 0", more) for more in ("--gamma 0.1", "--entropy_at own_step")),
+    ("tabom", "--lam 0 --segment two_steps", "--window 8"), ("sample", "", "--batch_size 2"), ("sample", "", "--per_step 2"),
+    ("sample", "--policy static", "--threshold 0.9"), ("sample", "", "--top_p 0.9"), ("sample", "", "--vicinity 4"),
+    ("rollout collect", "", "--threshold 0.9"), ("eval curve", "", "--vicinity 3"), ("eval curve", "--policy static --out b", "--threshold 0.5"),
+    ("harness", "--protocol tiny", "--block_add 0.5"), ("bench", "", "--threshold 0.9")])
+def test_an_option_that_changes_nothing_is_named(command, words, more, called):
+    """Alone, the words are taken; with the option behind them they are refused, and it is named."""
+    given = [*GIVEN.get(command, []), *words.split()]
+    assert called(command, *given) == (0, [])
+    code, said = called(command, *given, *more.split())
+    name = more.split()[0].replace("--no-", "--")
+    assert code == 2 and len(said) == 1 and said[0].startswith(f"error: {name} ") and said[0].endswith(": leave it out"), said

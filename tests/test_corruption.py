@@ -1,6 +1,7 @@
 """Random flips and cuts over every kind of file a run reads: made again, or refused in one line; and what
 --overwrite and merge leave alone.
 """
+import gzip
 import importlib
 import json
 import random
@@ -184,7 +185,7 @@ def test_trajectories_of_several_folders(runs):
 
 def test_what_is_only_shown(tmp_path, monkeypatch):
     """Results to compare, the log to draw, the seconds of a collection: as written, or refused in one line."""
-    points = [GOOD, GOOD | dict(rule="1 per forward", run=dict(tds=0.5), provenance=dict(task="tiny"))]
+    points = [POINT, POINT | dict(rule="1 per forward", run=dict(tds=0.5), provenance=dict(task="tiny"))]
     rows = [dict(step=i, loss=1.5, tok_per_s=2.0) for i in range(5)]
     drawn = []
     monkeypatch.setattr(nt_eval, "draw", lambda panels, *_: drawn.append(panels["loss"]))
@@ -251,7 +252,7 @@ def test_overwrite_loses_nothing(runs, wrong):
     assert (out / "overwritten-1/adapter").is_dir() and contents(out / "overwritten-0") == before
 
 
-@pytest.mark.parametrize("name", ["trajectories/thesis.txt", "difficulty/mine.txt", "curve.png", "window.json", "log.png"])
+@pytest.mark.parametrize("name", ["trajectories/thesis.txt", "difficulty/mine.txt", "curve.png", "window.jsonl", "log.png"])
 def test_a_new_run_writes_over_nothing(runs, name):
     """A folder may hold other files, a job's own log say, but none of a name that a run writes."""
     out = runs.folder / "run"
@@ -417,8 +418,8 @@ def test_what_only_looks_like_ours_stays(runs):
     base, adapter = str(runs.folder / "base"), str(runs.folder / "run/adapter")
     shutil.copytree(adapter, runs.folder / "other")
     for to in ("sums", "other"):
-        with pytest.raises(UserError, match="choose another, or --overwrite a merge"):
-            lora.merge_command(lora.Merge(model=base, adapter=adapter, to=str(runs.folder / to), overwrite=True))
+        with pytest.raises(UserError, match="is there and not empty: choose another"):
+            lora.merge_command(lora.Merge(model=base, adapter=adapter, to=str(runs.folder / to)))
     assert before == {f: f.read_bytes() for f in before}
 
 
@@ -492,14 +493,21 @@ def test_a_last_line_without_its_end_is_not_lost(tmp_path, theirs):
     assert cli.read_jsonl(file, ours=True, mend=True) == [{"id": "x"}] and file.read_text() == '{"id": "x"}\n'
 
 
-@pytest.mark.parametrize("theirs", ['{"base": 3}', '{"base": ["x"]}', '{"base": [[1], 2]}', '{"base": null}', "[1]", "null",
-                                    '{"base": []}', '{"base": ["1.5"]}', '{"base": "123"}', '{"base": {"1": 2}}', '{"base": [null]}',
-                                    f'{{"base": [{10**400}]}}', '{"base": [[1], [2]]}', '{"base": [1], "TAD": true}'])
+OWN_LINE = cli.line_of(dict(label="base", values=[1.0, float("nan")]))
+
+
+@pytest.mark.parametrize("theirs", ['{"base": 3}', "[1]", "null", '{"label": "base", "values": [1.0]}', OWN_LINE.replace("1.0", "2.0"),
+                                    OWN_LINE[:-5], cli.line_of(dict(label="base", x0=[1])), cli.line_of(dict(label=1, values=[1])),
+                                    cli.line_of(dict(label="base", values="123")), OWN_LINE + '{"label": "TAD", "values": [1]}'])
 def test_a_picture_beside_numbers_of_another_program(tmp_path, theirs):
-    (tmp_path / "window.json").write_text(theirs)
-    with pytest.raises(UserError, match="window.json (holds something else|must hold an object)"):
+    file = tmp_path / "window.jsonl"
+    file.write_text(theirs)
+    with pytest.raises(UserError, match="window.jsonl line [12] is not valid JSON or is damaged"):
         nt_eval.report({"TAD": [1.0]}, "x", "y", tmp_path / "window.png")
-    assert (tmp_path / "window.json").read_text() == theirs
+    assert file.read_text() == theirs
+    file.write_text(OWN_LINE)
+    nt_eval.report({"TAD": [1.0]}, "x", "y", tmp_path / "window.png")
+    assert [row["label"] for row in cli.read_jsonl(file, ours=True)] == ["base", "TAD"]
 
 
 def test_half_characters_in_ids_and_labels(tmp_path):
@@ -571,7 +579,7 @@ def test_merge_replaces_nothing(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
     for to in ("base", "adapter", "", ".", "base/config.json"):
-        with pytest.raises(UserError, match="choose another, or --overwrite|lies in what this command would replace"):
+        with pytest.raises(UserError, match="choose another, or remove it|lies in what this command would replace"):
             lora.merge_command(lora.Merge(model="base", adapter="adapter", to=to))
     assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     (tmp_path / "linked").mkdir()
@@ -607,21 +615,19 @@ def test_a_line_that_does_not_fit_on_the_disk_is_an_error(tmp_path):
     assert cli.read_jsonl(tmp_path / "rank0.jsonl", ours=True, mend=True) in ([], ROWS[:1])
 
 
-GOOD = dict(label="base", rule="threshold 0.9", ids=["a", "b"], correct=[1, 0], tokens=[5, 6], nfe=[4, 4], seconds=1.0)
+POINT = dict(label="base", rule="threshold 0.9", ids=["a", "b"], correct=[1, 0], tokens=[5, 6], nfe=[4, 4], seconds=1.0)
+GOOD = cli.line_of(POINT)
+BARE = GOOD[:GOOD.index(', "crc"')] + "}\n"
 
 
-@pytest.mark.parametrize("change", [
-    None, {"ids": []}, {"ids": ["a"]}, {"ids": [[1], "b"]}, {"correct": []}, {"correct": ["x", "y"]}, {"nfe": [None, 1]},
-    {"tokens": 5}, {"tokens": [5, 6, 7]}, {"label": None}, {"rule": 3}, {"seconds": "x"}, {"nfe": [[4], 4]},
-    {"run": [1]}, {"run": "x"}, {"run": None}, {"provenance": 3}, {"correct": [2, 0]}, {"correct": [-1, 1]}, {"nfe": [0, 4]},
-    {"tokens": [-1, 6]}, {"tokens": [5, float("nan")]}, {"tokens": [5, 10**400]}, {"tokens": ["5", "6"]}, {"nfe": [4, 4.5]},
-    {"seconds": 0.0}, {"seconds": -1.0}, {"seconds": float("nan")}, {"run": {"tds": "0.5"}}, {"run": {"train_s": None}},
-    {"run": {"collect_s": [1]}}, {"run": {"tds": 10**400}}, {"provenance": {"task": ["tiny"]}}, {"provenance": {"task": None}},
-    {"folder": ["x"]}, {"folder": None}])
-def test_results_that_compare_cannot_read(tmp_path, change):
-    (tmp_path / "results.jsonl").write_text("" if change is None else json.dumps(GOOD | change) + "\n")
-    with pytest.raises(UserError) as refused:
-        compare.read_runs([tmp_path])
-    assert "\n" not in str(refused.value) and str(tmp_path) in str(refused.value)
-    (tmp_path / "results.jsonl").write_text(json.dumps(GOOD) + "\n")
+@pytest.mark.parametrize("text", ["", BARE, BARE + GOOD, GOOD + BARE, GOOD[:-20], GOOD.replace("[1, 0]", "[1, 1]"), "null\n", "[]\n",
+                                  GOOD.replace('"crc": "', '"crc": 1, "x": "'), GOOD + "{}\n", GOOD[1:]])
+def test_results_that_compare_cannot_read(tmp_path, text):
+    """Only lines that a command here wrote, each with its checksum; also in a packed file."""
+    for file, content in (("results.jsonl", text.encode()), ("runs.jsonl.gz", gzip.compress(text.encode()))):
+        (tmp_path / file).write_bytes(content)
+        with pytest.raises(UserError) as refused:
+            compare.read_runs([tmp_path / file])
+        assert "\n" not in str(refused.value) and str(tmp_path / file) in str(refused.value)
+    (tmp_path / "results.jsonl").write_text(GOOD)
     assert list(compare.read_runs([tmp_path])) == ["base"]

@@ -47,6 +47,7 @@ def test_splits_are_disjoint_and_deterministic():
 
 
 def test_training_examples_avoid_held_out_prompts(monkeypatch):
+    data.avoided.cache_clear()  # another test may have kept it small
     for name in ("tiny", "barter"):
         def drawn():
             example = data.game_example(data.load_tokenizer(name), name, 20, 50, n_drill=5)

@@ -11,7 +11,7 @@ import time
 import pytest
 import ranks
 import torch
-from conftest import CONFIGS, ROOT, random_model
+from conftest import CONFIGS, ROOT, all_weights, random_model
 
 import model as nt_model
 
@@ -34,13 +34,13 @@ def jobs(root):
     for name, options in methods.items():
         options = [name, *COMMON, "--micro_batch", "8", "--model", str(root / MODELS[name]), *options]
         out[f"{name}-lora"] = [*options, "--no-full"]
-        out[f"{name}-full"] = [*options, "--full"]
+        out[f"{name}-full"] = all_weights(options)
         out[f"{name}-fsdp"] = [*options, "--no-full", "--fsdp", "--micro_batch", "1", "--checkpoint_blocks"]
-        out[f"{name}-full-accumulated"] = [*options, "--full", "--micro_batch", "1", "--batch_size", "6",
+        out[f"{name}-full-accumulated"] = [*all_weights(options), "--micro_batch", "1", "--batch_size", "6",
                                            "--checkpoint_blocks"]
         out[f"{name}-lora-accumulated"] = [*options, "--no-full", "--micro_batch", "1", "--batch_size", "6"]
-    for kind, flag in (("lora", "--no-full"), ("full", "--full")):
-        out[f"trims-{kind}-empty"] = [*out["trims-lora"], "--trajectory_share", "0", flag]
+    for kind, of in (("lora", list), ("full", all_weights)):
+        out[f"trims-{kind}-empty"] = [*of(out["trims-lora"]), "--trajectory_share", "0"]
     return out
 
 

@@ -17,7 +17,7 @@ import eval as nt_eval
 import model as nt_model
 import sample
 import teacher
-from cli import UserError, run_command, say
+from cli import UserError, append_line, read_jsonl, run_command, say
 
 
 @pytest.mark.parametrize("pairs, y_max, want", [  # EVAL.md's check values
@@ -68,7 +68,7 @@ def test_compare_is_paired_and_refuses_other_problems(tmp_path):
         (tmp_path / name).mkdir()
         points = [point(label, "1 per forward", [1] * 50, [8] * 50, [8] * 50),
                   point(label, "threshold 0.9", good, [8] * 50, [4] * 50)]
-        (tmp_path / name / "results.jsonl").write_text("\n".join(json.dumps(p) for p in points) + "\n")
+        append_line(tmp_path / name / "results.jsonl", *points)
     write("b", "base", [1] * 47 + [0] * 3)
     write("s", "SFT", [1] * 48 + [0] * 2)
     write("t", "TAD", [1] * 50)
@@ -81,7 +81,7 @@ def test_compare_is_paired_and_refuses_other_problems(tmp_path):
     assert "at 0.9, %, TAD - SFT: 4.00" in text
     p = point("odd", "threshold 0.9", [1], [8], [4])
     (tmp_path / "odd").mkdir()
-    (tmp_path / "odd" / "results.jsonl").write_text(json.dumps(p) + "\n")
+    append_line(tmp_path / "odd" / "results.jsonl", p)
     with pytest.raises(UserError, match="same problems"):
         compare.read_runs([tmp_path / "b", tmp_path / "odd"])
     compare.pack([tmp_path / x for x in "bst"], tmp_path / "all.jsonl.gz")  # as folders, and without responses
@@ -247,7 +247,7 @@ def test_a_table_over_tasks_is_their_average():
 def test_half_a_character_in_a_label_is_drawn_as_a_question(tmp_path, label):
     """From a name of a file that is not UTF-8, or from somebody's JSON."""
     nt_eval.report({label: [1.0, 2.0]}, "x", "y", tmp_path / "a.png")
-    assert (tmp_path / "a.png").stat().st_size > 5000 and label in json.loads((tmp_path / "a.json").read_text())
+    assert (tmp_path / "a.png").stat().st_size > 5000 and json.loads((tmp_path / "a.jsonl").read_text())["label"] == label
 
 
 def test_the_tasks_of_a_table_are_sections_and_panels(tmp_path, monkeypatch):
@@ -258,7 +258,7 @@ def test_the_tasks_of_a_table_are_sections_and_panels(tmp_path, monkeypatch):
             ids=[f"{task}-{i}" for i in range(10)], provenance=dict(task=task))
             for n, rule, nfe in zip(counts, ("multiblock 0.5", "TPF 1"), (4, 16))]
         (tmp_path / f"{label}-{task}").mkdir()
-        (tmp_path / f"{label}-{task}/results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        append_line(tmp_path / f"{label}-{task}/results.jsonl", *rows)
     folders, panels = [str(tmp_path / f"{label}-{task}") for label, task in right], {}
     monkeypatch.setattr(compare.compare, "__defaults__", (3, ""))
     monkeypatch.setattr(nt_eval, "draw", lambda drawn, *_: panels.update(drawn))
@@ -320,8 +320,8 @@ def test_protocols_fix_what_the_papers_say():
         return nt_eval.decoding_of({**protocol, **protocol["rules"][0]})
     tad = first("tad", "llada")
     assert (tad.policy, tad.threshold, tad.gen_len, tad.block_len) == ("multiblock", 0.5, 256, 32)
-    assert (tad.block_add, tad.decoded, tad.cache, tad.temperature) == (0.1, 0.95, "none", 0)
-    assert first("tad-code", "llada").decoded == 0.5 and first("tad-code", "dream").threshold == 0.4
+    assert (tad.block_add, tad.cache, tad.temperature) == (0.1, "none", 0)
+    assert first("tad-code", "llada").block_add == 0.5 and first("tad-code", "dream").threshold == 0.4
     assert tad.early_stop and not first("tad-code", "llada").early_stop
     lengths = [(first("tabom", "llada", t).gen_len, first("tabom", "llada", t).block_len)
                for t in ("gsm8k", "math500", "mbpp", "humaneval")]
@@ -574,7 +574,7 @@ def test_cross_entropy_of_own_text_and_solutions(tmp_path, monkeypatch, capsys):
     (tmp_path / "t").mkdir()
     (tmp_path / "t/rank0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     cli(monkeypatch, "tds", "--ce", "--trajectories", tmp_path / "t", "--out", tmp_path / "o")
-    said = json.loads((tmp_path / "o/ce.json").read_text())
+    said = {row["label"]: row["values"] for row in read_jsonl(tmp_path / "o/ce.jsonl", ours=True)}
     assert list(said) == ["own text, tiny", "solutions, tiny"] and (tmp_path / "o/ce.png").exists()
     own, solutions = ([v for v in values if v == v] for values in said.values())
     assert len(own) == len(solutions) == 10 and solutions[-1] < 1 < own[-1]  # the wrong text is unlikely

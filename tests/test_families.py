@@ -11,7 +11,7 @@ import pytest
 import torch
 from checkpoints import (BYTES, SPECIALS, VOCAB, official_checkpoint, raw_config, tokenizer_config, write_bpe,
                          write_tokenizer)
-from conftest import FIXTURES, ROOT, command, prompts_of, random_model
+from conftest import FIXTURES, ROOT, all_weights, command, prompts_of, random_model
 from safetensors.torch import load_file, save_file
 from test_model import LLADA_NAMES, llada_name
 
@@ -464,7 +464,7 @@ def test_an_sdar_that_does_not_say_its_blocks_is_asked_for_them(tmp_path):
         assert done.returncode == 0, done.stderr
     with pytest.raises(UserError, match="lacks block_size"):
         nt_model.load(tmp_path / "merged")(torch.tensor([[1, 2]]))
-    done = command(tmp_path, "trims.py", *train, "--trajectory_share", 0, "--full", "--train_block", 4, "--out", "blocks")
+    done = command(tmp_path, "trims.py", *all_weights(train), "--trajectory_share", 0, "--train_block", 4, "--out", "blocks")
     assert done.returncode == 0 and nt_model.read_config(tmp_path / "blocks/model").block_len == 4, done.stderr
 
 
@@ -786,7 +786,7 @@ def test_tad_trains_two_steps_on_every_family(tmp_path, monkeypatch, family, ful
     monkeypatch.setattr("grade.is_correct", lambda *_: True)  # a random model is never right
     args = ["--model", str(folder), "--data", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "run"),
             "--gen_len", "8", "--block_len", "4", "--window", "2", "--batch_size", "8", "--micro_batch", "4",
-            "--max_steps", "2", "--lr", "1e-2", "--lora_r", "4", "--full" if full else "--no-full"]
+            "--max_steps", "2", "--lr", "1e-2", *(["--full"] if full else ["--lora_r", "4"])]
     monkeypatch.setattr("sys.argv", ["tad.py", *args])
     tad.main()
     rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]

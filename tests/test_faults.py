@@ -32,12 +32,13 @@ nt_eval = importlib.import_module("eval")
 VOCAB = dict(vocab_size=300, mask_token_id=297, eos_token_id=296, pad_token_id=296)
 OPTIONS = ["--n_problems", "8", "--gen_len", "8", "--block_len", "4", "--batch_size", "4", "--micro_batch",
            "1", "--collect_batch", "2", "--max_steps", "10", "--refresh", "5", "--save_every", "5", "--lr",
-           "1e-2", "--log_every", "1", "--eval_problems", "0", "--lora_r", "4", "--lora_dropout", "0"]
+           "1e-2", "--log_every", "1", "--eval_problems", "0"]
+LORA = ["--lora_r", "4", "--lora_dropout", "0"]
 
 
 def launch(world, out, *options, faults=(), attempts=None, torchrun=False):
     """Restarted as often as there are faults -> whether it ended well, and what it said."""
-    driver = [ROOT / "tests/faults_driver.py", "--out", out, *OPTIONS, *options]
+    driver = [ROOT / "tests/faults_driver.py", "--out", out, *OPTIONS, *([] if "--full" in options else LORA), *options]
     log, env = out.with_suffix(".log"), dict(FAULTS=json.dumps(faults))
     log.unlink(missing_ok=True)
     if torchrun:

@@ -153,7 +153,7 @@ def check_trained(folder):
 
 @pytest.mark.parametrize("flags", [["--full"], []])
 def test_a_trained_folder_is_told_from_one_that_is_not(tmp_path, flags):
-    words = "--n_problems 2 --batch_size 2 --micro_batch 2 --max_steps 1 --eval_problems 0 --lora_dropout 0 --out run".split()
+    words = "--n_problems 2 --batch_size 2 --micro_batch 2 --max_steps 1 --eval_problems 0 --out run".split()
     done = command(tmp_path, "tad.py", *words, *flags)
     assert done.returncode == 0, done.stderr
     check_trained(tmp_path / ("run/model" if flags else "run/adapter"))
@@ -172,14 +172,13 @@ def test_the_measurement_itself_on_a_cpu():
 def test_the_script_for_a_gpu_runs_with_small_models(tmp_path, monkeypatch):
     """Every Python command of tools/gpu_first.sh; of pytest's, that there is a test for each of its choices."""
     (tmp_path / "calls").mkdir()
-    for name, line in {"nvidia-smi": "", "python3": 'printf "%s\\0" "$@" > "$(mktemp calls/XXXXXX)"'}.items():
+    for name, line in {"nvidia-smi": "", "python3": 'printf "%s\\0" "$@" > "$(mktemp calls/$(date +%s%N)-XXX)"'}.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
         (tmp_path / name).chmod(0o755)
     script, path = ROOT / "tools/gpu_first.sh", f"{tmp_path}:{os.environ['PATH']}"
     for part in ("first", "more"):
         subprocess.run(["bash", script, part], check=True, cwd=tmp_path, env=os.environ | dict(PATH=path, OUT="out"))
-    files = sorted((tmp_path / "calls").iterdir(), key=lambda file: file.stat().st_mtime_ns)
-    calls = [file.read_text().split("\0")[:-1] for file in files]
+    calls = [file.read_text().split("\0")[:-1] for file in sorted((tmp_path / "calls").iterdir())]
     assert len(calls) == 2 + 5 + 6  # both parts print versions
     for name in bench.SHAPES:
         monkeypatch.setitem(bench.SHAPES, name, small_model(name.split("-")[0]).cfg)

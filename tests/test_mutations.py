@@ -141,17 +141,21 @@ def test_mutated_results(tmp_path, monkeypatch):
     """What compare.py reads, and the lines of a picture of before; now and then the picture is drawn."""
     point = dict(label="base", rule="threshold 0.9", ids=["a", "b"], correct=[1, 0], tokens=[5, 6], nfe=[4, 4], seconds=1.0,
                  run=dict(tds=0.5, train_s=3.0, collect_s=2), provenance=dict(task="tiny"), folder="x")
-    lines, rng, drawn = dict(TAD=[1.0, 0.5, float("nan")], base=[0, 1, 2]), random.Random(3), []
+    lines, rng, drawn = [1.0, 0.5, float("nan")], random.Random(3), []
     draw = nt_eval.draw
     monkeypatch.setattr(nt_eval, "draw", lambda *picture: drawn.append(1) or len(drawn) % 20 or draw(*picture))
     monkeypatch.setattr(compare, "__defaults__", (5, ""))  # redraws
     for number in range(300):
-        rows = [point, point | dict(rule="1 per forward"), mutated(point | dict(label=rng.choice(["base", "TAD"])), rng)]
+        rows = [point, point | dict(rule="1 per forward"), point | dict(label=rng.choice(["base", "TAD"]))]
+        rows = [json.loads(cli.line_of(row)) for row in rows]  # with their checksums
+        rows[2] = mutated(rows[2], rng)
         rng.shuffle(rows)
+        rows = rows[:rng.randint(1, 3)]
         (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         survives(lambda: runs_command(RunsOptions([tmp_path], out=tmp_path / "out")), f"results {number}: {rows}")
-        write(tmp_path / "window.json", mutated(lines, rng), rng)
-        what = f"picture {number}: {(tmp_path / 'window.json').read_bytes()}"
+        line = json.loads(cli.line_of(dict(label="TAD", values=lines)))
+        write(tmp_path / "window.jsonl", mutated(line, rng) if number % 3 else line, rng)
+        what = f"picture {number}: {(tmp_path / 'window.jsonl').read_bytes()}"
         survives(lambda: nt_eval.report({"new": [1.0]}, "x", "y", tmp_path / "window.png"), what)
     assert len(drawn) > 100
 

@@ -389,7 +389,7 @@ def test_tad_trains_on_a_local_copy(tmp_path, monkeypatch):
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     records = data.read_trajectories(tmp_path / "run/trajectories")
     assert log[-1]["step"] == 2 and len(records) == 6
-    decay = json.loads((tmp_path / "run/window.json").read_text())
+    decay = {row["label"]: row["values"] for row in map(json.loads, (tmp_path / "run/window.jsonl").read_text().splitlines())}
     assert list(decay)[:2] == ["student, W = 2", "teacher, shown the solution"]
     asked = [records[3] | {"prompt_ids": records[3]["privileged_prompt_ids"]}]
     assert decay["teacher, shown the solution"] == pytest.approx(nt_eval.confidence_decay(nt_model.load(folder), asked))

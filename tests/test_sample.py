@@ -1,4 +1,5 @@
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -27,6 +28,47 @@ POLICIES = {"static1": dict(policy="static", per_step=1), "static3": dict(policy
 def same(a, b):
     return (torch.equal(a.ids, b.ids) and torch.equal(a.order, b.order) and torch.equal(a.rank, b.rank)
             and a.nfe == b.nfe)
+
+
+# ---------------------------------------------------------------------------- options that change nothing
+OTHER = dict(threshold=0.9, per_step=2, steps=2, eps=0.4, block_add=0.9, cache_delay=2, refresh=2, vicinity=1,
+             score="entropy", top_p=0.3, top_k=1, late_eos=True, block_len=6)
+
+
+@pytest.mark.parametrize("policy", sample.POLICIES)
+def test_an_option_is_refused_exactly_where_it_changes_nothing(monkeypatch, policy):
+    """What the decoder itself makes of another value, over caches and temperatures, is the oracle."""
+    always = {"gen_len", "policy", "cache", "temperature", "seed", "no_eos", "early_stop"}
+    assert {*Decoding.__annotations__} == always | {*OTHER}
+    models = [random_model(seed=seed, scale=4.0, eos_token_id=[38, *range(0, 38, 3)]) for seed in range(12)]
+    prompts = [p // 3 * 3 + 1 for p in prompts_of([2, 9, 5])]
+    outs = functools.cache(lambda number, *settings: generate(models[number], prompts, **dict(settings)))
+
+    def differ(number, before, after):
+        return not all(map(same, outs(number, *before.items()), outs(number, *after.items())))
+    for cache, temperature, steps in [("none", 0.0, 3), ("none", 1.5, 0), ("prefix", 0.0, 0), ("vicinity", 0.0, 0)]:
+        if cache not in sample.POLICIES[policy].caches:
+            continue
+        settings = dict(policy=policy, cache=cache, temperature=temperature, gen_len=10, block_len=4, steps=steps,
+                        threshold=0.02 if policy == "multiblock" else 0.4, early_stop=False)
+        for name, value in OTHER.items():
+            changed = settings | {name: value}
+            monkeypatch.setattr(cli, "GIVEN", {name: value})
+            try:
+                sample.check_used(Decoding(**changed))
+            except UserError as e:
+                assert str(e).startswith(f"--{name} {value} has no use with policy {policy}, cache {cache}")
+                assert not differ(0, settings, changed), (name, settings)
+            else:
+                assert any(differ(number, settings, changed) for number in range(len(models))), (name, settings)
+
+
+def test_options_of_a_curve_count_where_any_point_reads_them(monkeypatch):
+    monkeypatch.setattr(cli, "GIVEN", dict(per_step=2, threshold=0.5, label="x"))
+    sample.check_used(Decoding(policy="static"), Decoding(policy="threshold"))
+    for policy, name in (("static", "threshold"), ("threshold", "per_step")):
+        with pytest.raises(UserError, match=f"--{name} "):
+            sample.check_used(Decoding(policy=policy))
 
 
 # ------------------------------------------------------------------------ the choice of positions, by hand
@@ -140,8 +182,8 @@ def test_more_caches_and_schedules(name):
 @pytest.mark.parametrize("name", ["plain", "shift", "grouped"])
 def test_multiblock(name):
     model, prompts = random_model(**CONFIGS[name]), prompts_of([2, 9, 5])
-    for more in (dict(threshold=1.0), dict(threshold=0.3, block_add=0.5, decoded=0.5),
-                 dict(threshold=1.5, block_add=0.0), dict(threshold=1.0, block_add=1.0, decoded=1.0)):
+    for more in (dict(threshold=1.0), dict(threshold=0.3, block_add=0.5),
+                 dict(threshold=1.5, block_add=0.0), dict(threshold=1.0, block_add=1.0)):
         reuse = dict(cache="prefix"), dict(cache="prefix", cache_delay=2, refresh=2)
         for cached, early_stop in itertools.product((dict(cache="none"), *reuse), (True, False)):
             settings = dict(gen_len=14, block_len=4, policy="multiblock", early_stop=early_stop,
@@ -161,12 +203,68 @@ def test_multiblock(name):
         generate(model, prompts, policy="multiblock", cache="dual")
 
 
+def published_multiblock(model, prompt, s, decoded):
+    """What TAD's evaluation code does, without its early stop, in blocks that it keeps a state of: when a block may be
+    revealed in, and when it must be (its predecessor is `decoded` revealed) -> ids, order.
+    """
+    P, L, K = len(prompt), s.gen_len, s.block_len
+    x = torch.cat([prompt, torch.full((L,), model.cfg.mask_id)])
+    order, blocks, nfe = torch.full((L,), -1), [], 0
+
+    def progress(b):
+        return 1 - blocks[b]["masks"] / K if b >= 0 else 1.0
+
+    def begin():
+        blocks.append(dict(masks=K, must=progress(len(blocks) - 1) >= decoded))
+    begin()
+    while (x == model.cfg.mask_id).any():
+        for b, block in enumerate(blocks):
+            block["must"] = block["must"] or progress(b - 1) >= decoded
+        if len(blocks) * K < L and progress(len(blocks) - 1) >= s.block_add:
+            begin()
+        masked = (x == model.cfg.mask_id)[P:]
+        masked[len(blocks) * K:] = False
+        token, _, entropy, _ = pick_tokens(model(x[None])[0, P:], model.cfg, s)
+        entropy = entropy.masked_fill(~masked, math.inf)
+        chosen = entropy < s.threshold
+        chosen[entropy.argmin()] = True
+        for b, block in enumerate(blocks):
+            if block["must"] and block["masks"]:  # the first of these
+                part = slice(b * K, (b + 1) * K)
+                if not chosen[part].any():
+                    chosen[b * K + entropy[part].argmin()] = True
+                break
+        x[P:][chosen] = token[chosen]
+        order[chosen] = nfe
+        for b, block in enumerate(blocks):
+            block["masks"] -= int(chosen[b * K:(b + 1) * K].sum())
+        nfe += 1
+    return x[P:], order
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("threshold, block_add", [(0.0, 0.1), (0.3, 0.1), (1.0, 0.5), (1.0, 0.0), (2.0, 1.0), (0.5, 0.3)])
+def test_multiblock_is_the_published_one(threshold, block_add):
+    """Whose second number, the share of a block at which the next one must progress, changes nothing: the first block
+    with a mask stands behind full ones.
+    """
+    for seed in range(3):
+        model = random_model(seed=seed)
+        s = Decoding(gen_len=16, block_len=4, policy="multiblock", threshold=threshold, block_add=block_add, cache="none",
+                     early_stop=False)
+        for prompt in prompts_of([5, 2], seed=seed):
+            [out] = generate(model, [prompt], **vars(s))
+            for decoded in (0.0, 0.5, 0.95, 1.0):
+                ids, order = published_multiblock(model, prompt, s, decoded)
+                assert torch.equal(out.ids, ids) and torch.equal(out.order, order), (seed, decoded)
+
+
 def test_multiblock_by_hand():
     """Three blocks of 2. Who joins: block 2 when half of block 1 is revealed. Who must progress: block 1."""
-    s = Decoding(gen_len=6, block_len=2, policy="multiblock", threshold=0.5, block_add=0.5, decoded=1.0,
+    s = Decoding(gen_len=6, block_len=2, policy="multiblock", threshold=0.5, block_add=0.5,
                  cache="none")
     masked, entropy = [False, True, True, True, True, True], [.1] * 6
-    assert choose(s, masked, None, entropy, memory=[0])[1] == [1]  # the first forward
+    assert choose(s, [True] * 6, None, entropy, memory=[0])[1] == [1]  # the first forward
     assert choose(s, masked, None, entropy, memory=[1])[1] == [2]
     assert choose(s, masked, None, entropy, memory=[2])[1] == [2]
 

@@ -406,7 +406,7 @@ def test_a_figure_runs_end_to_end(tmp_path, monkeypatch, small_tables):
     """TRIMS-fig7: the teacher's likelihood of the base and of a trained model, in one picture and one file."""
     in_process(monkeypatch)
     paper(monkeypatch, "TRIMS-fig7", "--quick", "--out", tmp_path)
-    lines = json.loads((tmp_path / "trajectory_nll.json").read_text())
+    lines = {row["label"]: row["values"] for row in read_jsonl(tmp_path / "trajectory_nll.jsonl", ours=True)}
     assert list(lines) == ["tiny", f"{tmp_path}/descending/adapter"]
     assert all(len(values) == 48 for values in lines.values())
     assert (tmp_path / "trajectory_nll.png").stat().st_size > 5000

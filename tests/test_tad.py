@@ -9,7 +9,7 @@ import pytest
 import ranks
 import torch
 from checkpoints import official_checkpoint
-from conftest import CONFIGS, ROOT, command, random_model
+from conftest import CONFIGS, ROOT, all_weights, command, random_model
 from safetensors.torch import load_file
 
 import data
@@ -327,13 +327,13 @@ def graded_right(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("full", [False, True])
 def test_sigkill_during_training_is_bit_identical(tmp_path, graded_right, full):
-    model_dir, extra = checkpoint(tmp_path), ["--full"] if full else []
+    model_dir, words = checkpoint(tmp_path), all_weights if full else list
     final = "model/model.safetensors" if full else "adapter/adapter_model.safetensors"
-    whole = command(tmp_path, "tad.py", *tad_args(model_dir, tmp_path / "whole", *extra))
+    whole = command(tmp_path, "tad.py", *words(tad_args(model_dir, tmp_path / "whole")))
     assert whole.returncode == 0, whole.stderr
     out, kills = tmp_path / "killed", 0
     for seen in (4, 8):
-        [run] = ranks.start(1, graded_right, *tad_args(model_dir, out, *extra), log=tmp_path / "said")
+        [run] = ranks.start(1, graded_right, *words(tad_args(model_dir, out)), log=tmp_path / "said")
         deadline = time.time() + 120
         while time.time() < deadline and run.is_alive():  # kill it after `seen` logged steps
             if (out / "log.jsonl").exists() and (out / "log.jsonl").read_text().count("\n") >= seen:
@@ -343,14 +343,14 @@ def test_sigkill_during_training_is_bit_identical(tmp_path, graded_right, full):
         run.kill()
         run.join()
     assert kills >= 1
-    assert command(tmp_path, "tad.py", *tad_args(model_dir, out, *extra)).returncode == 0
+    assert command(tmp_path, "tad.py", *words(tad_args(model_dir, out))).returncode == 0
     a, b = load_file(tmp_path / "whole" / final), load_file(out / final)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 13))
-    done = command(tmp_path, "tad.py", *tad_args(model_dir, out, *extra))
+    done = command(tmp_path, "tad.py", *words(tad_args(model_dir, out)))
     assert done.returncode == 0 and "finished already" in done.stderr
-    again = command(tmp_path, "tad.py", *tad_args(model_dir, out, *extra), "--eval_problems", "2")
+    again = command(tmp_path, "tad.py", *words(tad_args(model_dir, out)), "--eval_problems", "2")
     assert again.returncode == 0, again.stderr  # saved before; only the closing evaluation is left
 
 
@@ -482,7 +482,7 @@ def test_a_teacher_that_no_term_asks_for_is_not_loaded(tmp_path, monkeypatch, wo
     steps = training.Run.steps
     monkeypatch.setattr(training.Run, "steps", lambda r, *args: ran.append(r.teachers) or steps(r, *args))
     monkeypatch.setattr("sys.argv", ["tad.py", "--n_problems", "2", "--batch_size", "2", "--micro_batch", "2", "--max_steps", "1",
-                                     "--eval_problems", "0", "--lora_dropout", "0", "--out", str(tmp_path / "run"), *words.split()])
+                                     "--eval_problems", "0", "--out", str(tmp_path / "run"), *words.split()])
     tad.main()
     assert len(loaded) == n_loaded and ran == [teachers]
 

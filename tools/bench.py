@@ -153,6 +153,7 @@ def main():
     s = sample.Decoding(**decoding_defaults(model.cfg) | dict(policy="static", early_stop=False) | given)
     if s.policy != "static" or s.steps or s.early_stop:
         raise UserError("--policy, --steps, --early_stop: all decoders here reveal --per_step per forward")
+    sample.check_used(s)
     facts, forward = measure(model, list(prompts), args, s)
     for key, value in facts.items():
         print(f"{key:>26} ", f"{value:.4g}" if isinstance(value, float) else value)

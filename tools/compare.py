@@ -1,7 +1,6 @@
 """One table and one picture over several runs, seeds and tasks. The papers' numbers: docs/papers.md.
     python tools/compare.py runs assets/comparison.jsonl.gz --control SFT-SD     # docs/results.md"""
 import gzip
-import json
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -25,10 +24,8 @@ ACCURACY_AT = dict(zip("1 per forward|2 per forward|4 per forward|threshold 0.9"
 
 def pack(folders, file):
     """The results of run folders in one compressed file: the points without their responses."""
-    lines = []
-    for point in sum(map(read_points, folders), []):
-        point.pop("responses", None)
-        lines.append(json.dumps(point) + "\n")
+    lines = [cli.line_of({key: point[key] for key in point if key != "responses"})
+             for point in sum(map(read_points, folders), [])]
     Path(file).write_bytes(gzip.compress("".join(lines).encode(), mtime=0))  # equal results, equal bytes
 
 
