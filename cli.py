@@ -250,8 +250,7 @@ def read_object(path, optional=True):
 
 
 def read_jsonl(path, ours=False, mend=False, growing=False, sealed=False, **kinds):
-    """Objects of a .jsonl. ours: of line_of(); mend: cut damaged lines off; growing: the last may be torn;
-    sealed: all have checksums, else those behind the first one."""
+    """Objects of a .jsonl. ours: of line_of(), all if sealed; mend: cut bad lines; growing: the last may be."""
     text, rows, whole = read_text(path, "replace" if ours else "strict"), [], ""
     for i, line in enumerate(text.split("\n"), 1):
         try:

@@ -317,7 +317,8 @@ def reference(model, prompt, **settings):
     memory = torch.zeros(1, policy.memory).long()
     positions = (torch.arange(total) + first_position(cfg, P))[None]
     start = P - in_first_block(cfg, P)
-    nfe, tries, refreshed = 0, 0, None
+    nfe = tries = 0
+    refreshed = None
     while masked.any():
         end = total if policy.whole_response else min(start + s.block_len, total)
         if s.cache in ("none", "exact") or refreshed is None:
@@ -338,9 +339,10 @@ def reference(model, prompt, **settings):
         masked[at] = False
         revealed += at[now.entropy[chosen].argsort(stable=True)].tolist()  # the lowest first
         first_eos = P + n_content(x[P:], cfg.eos_ids)
-        if s.early_stop and not masked[:first_eos].any():  # the rest becomes EOS
-            at = masked.nonzero()[:, 0]
-            x[at] = cfg.eos_ids[0]
+        if s.early_stop and (policy.whole_response or not masked[:first_eos].any()):
+            tail = (torch.arange(total) > first_eos) & (masked | policy.whole_response) & (order >= 0)
+            x[tail] = cfg.eos_ids[0]
+            at = (tail & masked).nonzero()[:, 0]
             order[at] = nfe
             masked[at] = False
             revealed += at.tolist()
@@ -520,11 +522,13 @@ def reveal(model, x, s, columns, h):
         return
     is_eos = ~x.masked & sum(x.canvas == i for i in model.cfg.eos_ids).bool()
     is_eos[:, :P] = False
-    behind = is_eos.cumsum(1) > 0  # an EOS, or behind one
-    open_before = (x.masked & ~behind).any(1, keepdim=True)
-    fill = x.masked & behind & ~open_before  # where all before the first EOS is revealed
+    behind = is_eos.cumsum(1) > is_eos  # the first one
+    fill = behind & (x.order >= 0)  # d3LLM: at once, and what was revealed there, too
+    if not POLICIES[s.policy].whole_response:  # when all before it is revealed
+        open_before = (x.masked & ~behind).any(1, keepdim=True)
+        fill = x.masked & behind & ~open_before
     x.canvas = torch.where(fill, model.cfg.eos_ids[0], x.canvas)
-    x.order = torch.where(fill, x.nfe, x.order)
+    x.order = torch.where(fill & x.masked, x.nfe, x.order)
     x.masked = x.masked & ~fill
 
 
@@ -719,12 +723,9 @@ def show(out, tokens):
 
 def page(outs, tok, eos_ids, prompt, path):
     """Decodings {name: Output} of a prompt -> one HTML file to step through, which needs no network."""
-    sides = [dict(
-        name=name,
-        nfe=out.nfe,
-        n=out.n_tokens(eos_ids),
-        order=out.order.tolist(), conf=out.conf.tolist(),
-        tokens=[tok.decode([i]) for i in out.ids.tolist()]) for name, out in outs.items()]
+    sides = [dict(name=name, nfe=out.nfe, n=out.n_tokens(eos_ids), order=out.order.tolist(),
+                  conf=out.conf.tolist(), tokens=[tok.decode([i]) for i in out.ids.tolist()])
+             for name, out in outs.items()]
     held = json.dumps(dict(prompt=prompt, sides=sides)).replace("<", "\\u003c")  # no text ends the script
     template = cli.read_text(Path(__file__).with_name("assets") / "decoding.html")
     cli.write_whole(path, template.replace("DECODINGS", held))
@@ -824,10 +825,10 @@ def decode_file(model, tok, args, settings):
     cli.check_apart([args.prompts], [to])
     to.parent.mkdir(parents=True, exist_ok=True)
     to.touch()
-    there = cli.read_jsonl(to, ours=True, growing=True)
+    there = cli.read_jsonl(to, True, growing=True)
     if not all(row.get("id") in ours and row | ours[row["id"]] == row for row in there):
         raise UserError(f"{to} is of another model, settings or prompts: choose another --to or remove it")
-    cli.read_jsonl(to, ours=True, mend=True)
+    cli.read_jsonl(to, True, mend=True)
     done = {row["id"] for row in there}
     todo = [i for i, r in enumerate(rows) if r["id"] not in done]
     prompts = [tok.prompt_ids(rows[i]) for i in todo]

@@ -244,7 +244,7 @@ def main():
     torch.manual_seed(cfg.seed)
     model = r.for_training(r.load(to_train=True))
     ref = None if cfg.loss == "naive_td" else run.Reference(r, model)
-    r.teachers = int(ref is not None)
+    r.teachers = ref is not None
     optimizer = run.adamw(run.trainable(model).values(), cfg)
 
     # 3. training

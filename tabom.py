@@ -168,8 +168,10 @@ def training_loss(model, b, cfg):
 
 def main():
     cfg = run.parse(Config, PRESETS, __doc__)
-    if cfg.lam and (cfg.window == 1 or cfg.segment == "two_steps"):
-        raise UserError(f"--window {cfg.window} --segment {cfg.segment}: nothing to rank here; give --lam 0")
+    if cfg.window == 1 and cfg.lam:
+        raise UserError(f"--window {cfg.window}: ranking needs two tokens or more (0: all that is left)")
+    if cfg.segment == "two_steps" and cfg.lam:
+        raise UserError(f"--segment two_steps with --lam {cfg.lam}: these are not ranked; give --lam 0")
     refuse_if(cfg.segment == "two_steps", "window", "is not for --segment two_steps")
     refuse_if(not cfg.lam, "gamma entropy_at", "is for a ranking, with --lam above 0")
     problems = load_problems(cfg.data, "train", cfg.n_problems or None)

@@ -238,7 +238,7 @@ def main():
     n_states = min(cfg.states_per_trajectory or cfg.gen_len, cfg.gen_len)  # at most
     run.steps_per_epoch(len(problems) * n_states, cfg)  # an error before hours of decoding
     r = run.Run(cfg, problems)  # ranks, device, the folder: new or to be continued
-    r.teachers = int(soft)
+    r.teachers = soft
     base, tok = r.load(), load_tokenizer(cfg.model, cfg.revision)
 
     # 1. trajectories of the base model with privileged information, and the window

@@ -204,8 +204,8 @@ def test_multiblock(name):
 
 
 def published_multiblock(model, prompt, s, decoded):
-    """What TAD's evaluation code does, without its early stop, in blocks that it keeps a state of: when a block may be
-    revealed in, and when it must be (its predecessor is `decoded` revealed) -> ids, order.
+    """What TAD's evaluation code does, in blocks that it keeps a state of: when a block may be revealed in, and when it
+    must be (its predecessor is `decoded` revealed); with the early stop of d3LLM's -> ids, order, forwards.
     """
     P, L, K = len(prompt), s.gen_len, s.block_len
     x = torch.cat([prompt, torch.full((L,), model.cfg.mask_id)])
@@ -236,10 +236,14 @@ def published_multiblock(model, prompt, s, decoded):
                 break
         x[P:][chosen] = token[chosen]
         order[chosen] = nfe
+        ends = [i for i in range(L) if x[P + i] in model.cfg.eos_ids]
+        if s.early_stop and ends:
+            x[P + ends[0] + 1:] = model.cfg.eos_ids[0]
+            order[ends[0] + 1:] = order[ends[0] + 1:].where(order[ends[0] + 1:] >= 0, nfe)
         for b, block in enumerate(blocks):
-            block["masks"] -= int(chosen[b * K:(b + 1) * K].sum())
+            block["masks"] = int((x[P + b * K:P + (b + 1) * K] == model.cfg.mask_id).sum())
         nfe += 1
-    return x[P:], order
+    return x[P:], order, nfe
 
 
 @torch.no_grad()
@@ -248,15 +252,21 @@ def test_multiblock_is_the_published_one(threshold, block_add):
     """Whose second number, the share of a block at which the next one must progress, changes nothing: the first block
     with a mask stands behind full ones.
     """
-    for seed in range(3):
-        model = random_model(seed=seed)
-        s = Decoding(gen_len=16, block_len=4, policy="multiblock", threshold=threshold, block_add=block_add, cache="none",
-                     early_stop=False)
-        for prompt in prompts_of([5, 2], seed=seed):
+    stopped = 0
+    for seed, prompt in itertools.product(range(2, 5), prompts_of([5, 2])):
+        ids, end = [], 38
+        for early_stop in (False, True):  # then at a token of which the first stands far behind
+            model = random_model(seed=seed, eos_token_id=[38, end])
+            s = Decoding(gen_len=16, block_len=4, policy="multiblock", threshold=threshold, block_add=block_add, cache="none",
+                         early_stop=early_stop)
             [out] = generate(model, [prompt], **vars(s))
-            for decoded in (0.0, 0.5, 0.95, 1.0):
-                ids, order = published_multiblock(model, prompt, s, decoded)
-                assert torch.equal(out.ids, ids) and torch.equal(out.order, order), (seed, decoded)
+            assert same(out, reference(model, prompt, **vars(s)))
+            for decoded in (0.0, 0.95, 1.0):
+                ids, order, nfe = published_multiblock(model, prompt, s, decoded)
+                assert torch.equal(out.ids, ids) and torch.equal(out.order, order) and out.nfe == nfe, (seed, decoded)
+            end = max(set(ids.tolist()), key=ids.tolist().index)
+            stopped += early_stop and int(out.order[-1]) < out.nfe - 1
+    assert stopped
 
 
 def test_multiblock_by_hand():

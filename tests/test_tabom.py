@@ -205,7 +205,7 @@ def test_tabom_trains_two_steps_on_every_family(tmp_path, monkeypatch, family):
 
 
 def test_bad_settings_are_one_line(monkeypatch, tmp_path):
-    for args, words in ((["--window", "1"], "nothing to rank"), (["--segment", "two_steps"], "give --lam 0")):
+    for args, words in ((["--window", "1"], "two tokens"), (["--segment", "two_steps"], "--lam 0")):
         monkeypatch.setattr("sys.argv", ["tabom.py", "--out", str(tmp_path / "x"), *args])
         with pytest.raises(nt_model.UserError, match=words):
             tabom.main()
