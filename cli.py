@@ -175,7 +175,7 @@ def refuse_if(useless, names, why):
     """UserError for an option of these names, in one text, that is given though it changes nothing."""
     for name in names.split() * bool(useless):
         if name in GIVEN:
-            raise UserError(f"--{name} {GIVEN[name]} {why}: leave it out")
+            raise UserError(f"--{name} {why}: leave it out")
 
 
 def given_to(parser):
@@ -250,7 +250,7 @@ def read_object(path, optional=True):
 
 
 def read_jsonl(path, ours=False, mend=False, growing=False, sealed=False, **kinds):
-    """Objects of a .jsonl. ours: of line_of(), all if sealed; mend: cut bad lines; growing: the last may be."""
+    """Objects of a .jsonl. ours: line_of()'s, all if sealed; mend: cut bad ones; growing: the last may be."""
     text, rows, whole = read_text(path, "replace" if ours else "strict"), [], ""
     for i, line in enumerate(text.split("\n"), 1):
         try:

@@ -58,7 +58,7 @@ def test_every_method_trains_two_steps(tmp_path, monkeypatch, family):
     monkeypatch.chdir(tmp_path)
     for method, options in METHODS.items():
         args = ["--model", base, "--data", "gsm-symbolic", "--gen_len", 8, "--batch_size", 2, "--micro_batch", 2,
-                "--max_steps", 2, "--lora_r", 4, "--out", tmp_path / method, *options]
+                "--max_steps", 2, "--out", tmp_path / method, *options]
         args += [] if method == "trims" else ["--block_len", 4]
         monkeypatch.setattr(sys, "argv", [f"{method}.py", *map(str, args)])
         importlib.import_module(method).main()
