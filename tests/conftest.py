@@ -74,6 +74,11 @@ SLOW_TESTS = {
     "test_a_run_ends_in_the_same_bytes_or_is_refused"}
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    return os.cpu_count() + 1  # a sixth of the time tests wait: for a timeout, a disk, the end of a process
+
+
 def pytest_collection_finish():
     quick.sources_are_read_once()
     quick.what_is_there_stays()

@@ -44,6 +44,7 @@ TEXTS = ["", " ", "é∅𝄞", "\udcff", "a\nb", "x" * 300, "/dev/null", "/proc/
 NUMBERS = ["", "nan", "inf", "-inf", "1e309", "-1e309", "x", "²", "0x10", "1e", "10**3", "1,5", "9" * 40,
            "-" + "9" * 40, "None", "True", "[1]", "١", "--", "0", "-1", "1", "0.5"]
 N = 34  # command lines of each of 25 commands
+TAKEN = set()  # (command, words) that were tried without an option that changes nothing
 
 
 class Begun(BaseException):
@@ -225,7 +226,9 @@ def test_options_that_contradict(command, words, why, called):
 def test_an_option_that_changes_nothing_is_named(command, words, more, called):
     """Alone, the words are taken; with the option behind them they are refused, and it is named."""
     given = [*GIVEN.get(command, []), *words.split()]
-    assert called(command, *given) == (0, [])
+    if (command, words) not in TAKEN:
+        assert called(command, *given) == (0, [])
+    TAKEN.add((command, words))
     code, said = called(command, *given, *more.split())
     name = more.split()[0].replace("--no-", "--")
     assert code == 2 and len(said) == 1 and said[0].startswith(f"error: {name} ") and said[0].endswith(": leave it out"), said

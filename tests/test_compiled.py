@@ -56,9 +56,9 @@ def test_compiled_equals_the_reference(graphs, name, rules):
             assert same(out, reference(model, prompt, **settings)), case
 
 
-@pytest.mark.parametrize("name, cache", [("plain", "none"), ("shift", "dual"), ("block", "exact")])
+@pytest.mark.parametrize("name, cache", [("shift", "dual"), ("block", "exact")])
 def test_inductor_equals_the_reference(name, cache):
-    """The real compiler, one model of each attention pattern, one layer: compiling takes long."""
+    """The real compiler, a model of each attention pattern, one layer: compiling takes long."""
     torch._dynamo.reset()
     model, prompts = random_model(**CONFIGS[name], num_hidden_layers=1), prompts_of([2, 9, 5])
     settings = {**SETTINGS, "cache": cache}
