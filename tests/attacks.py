@@ -6,6 +6,7 @@ Every program solves nothing (`f` is wrong), so a pass is a forgery. An attack i
 pass, ends in time, is stopped by what should stop it, and leaves no mark: no process, no file outside its
 folder, no connection, no harm to the bystander, a process of the same user.
 """
+import importlib.util
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -319,7 +320,11 @@ NEEDS = {
 
 
 class Scene:
-    """A folder anyone may write to, listeners, and a bystander; `marks` says what an attack has left."""
+    """A folder anyone may write to, listeners, and a bystander; `marks` says what an attack on the copied() runner
+    `module` has left.
+    """
+    def __init__(self, module):
+        self.module = module
 
     def __enter__(self):
         self.folder = tempfile.TemporaryDirectory()
@@ -385,14 +390,36 @@ class Scene:
                 pass
         if self.bystander.poll() is not None:
             found.append("a dead bystander")
-        if left := survivors():
+        end = time.monotonic() + 1  # what was killed may take a moment to die
+        while (left := survivors(self.module)) and time.monotonic() < end:
+            time.sleep(0.02)
+        if left:
             found.append(f"processes {left}")
         return ", ".join(found)
 
 
-def survivors(script=None):
-    """Processes of the runner that are still there -> pids (Linux)."""
-    script, found = str(script or Path(runner.__file__).resolve()).encode(), []
+@contextmanager
+def copied(changes=()):
+    """runner.py with some text replaced, from a folder of its own: whose processes are its is told by the path, while
+    other tests run programs, too.
+    """
+    source = Path(runner.__file__).read_text()
+    for good, bad in changes:
+        assert source.count(good) == 1, good
+        source = source.replace(good, bad)
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        file = Path(os.path.realpath(folder)) / "copied_runner.py"
+        file.write_text(source)
+        spec = importlib.util.spec_from_file_location("copied_runner", file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield module
+
+
+def survivors(module):
+    """Processes of a copied() runner that are still there -> pids (Linux)."""
+    script, found = module.__file__.encode(), []
     for line in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             if script in line.read_bytes().split(b"\0"):
@@ -403,7 +430,7 @@ def survivors(script=None):
 
 
 def attack(module, name, scene):
-    """-> (contained, what was seen). module: runner, or a broken copy of it."""
+    """-> (contained, what was seen). module: a copied() runner."""
     program, expected = ATTACKS[name]
     timeout = 1 if expected == SLOW else 5
     began = time.perf_counter()
@@ -418,8 +445,8 @@ def attack_all():
     """-> {uid, containment, attacks: {name: (contained, what was seen)}}; not what nothing would stop."""
     active = runner.containment()
     names = [n for n in ATTACKS if n not in NEEDS or any(active[measure] for measure in NEEDS[n])]
-    with Scene() as scene:
-        return dict(uid=os.getuid(), containment=active, attacks={n: attack(runner, n, scene) for n in names})
+    with copied() as module, Scene(module) as scene:
+        return dict(uid=os.getuid(), containment=active, attacks={n: attack(module, n, scene) for n in names})
 
 
 if __name__ == "__main__":
