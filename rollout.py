@@ -158,7 +158,7 @@ def consecutive_tail(out, n):
 def only_correct(records):
     """The records whose answer is right. Raises UserError if there is none."""
     kept = [r for r in records if r["correct"]]
-    print(f"{len(kept)} of {len(records)} trajectories are correct")
+    cli.say(f"{len(kept)} of {len(records)} trajectories are correct")
     if not kept:
         raise UserError("no trajectory is correct: nothing to train on; check --data")
     return kept

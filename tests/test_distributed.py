@@ -36,9 +36,11 @@ def jobs(root):
         out[f"{name}-lora"] = [*options, "--no-full"]
         out[f"{name}-full"] = all_weights(options)
         out[f"{name}-fsdp"] = [*options, "--no-full", "--fsdp", "--micro_batch", "1", "--checkpoint_blocks"]
-        out[f"{name}-full-accumulated"] = [*all_weights(options), "--micro_batch", "1", "--batch_size", "6",
-                                           "--checkpoint_blocks"]
-        out[f"{name}-lora-accumulated"] = [*options, "--no-full", "--micro_batch", "1", "--batch_size", "6"]
+        accumulated = ["--micro_batch", "1", "--batch_size", "6"]
+        if name in ("tad", "trims"):
+            out[f"{name}-full-accumulated"] = [*all_weights(options), *accumulated, "--checkpoint_blocks"]
+        else:
+            out[f"{name}-lora-accumulated"] = [*options, "--no-full", *accumulated]
     for kind, of in (("lora", list), ("full", all_weights)):
         out[f"trims-{kind}-empty"] = [*of(out["trims-lora"]), "--trajectory_share", "0"]
     return out
