@@ -221,7 +221,7 @@ class Kept:
         self.lock, rows = cli.lock(self.out / f"lock-{self.rank}"), []
         if self.rank == 0:
             write_whole(file, json.dumps(config, indent=1) + "\n")
-            rows = read_jsonl(self.results, True, mend=True, key=str) if self.results.exists() else []
+            rows = read_jsonl(self.results, True, True, sealed=True, key=str) if self.results.exists() else []
         self.points = agreed({row["key"]: row for row in rows})  # key: a hash of all that it depends on
 
     def rows(self, name):
@@ -275,7 +275,7 @@ def read_points(source):
     """The points of a folder and those in it, or of a file that pack() wrote, which names their folders."""
     source, rows = Path(source), []
     for file in [source] if source.is_file() else sorted(source.rglob("results.jsonl")):
-        rows += read_jsonl(file, ours=True, sealed=True)
+        rows += read_jsonl(file, True, sealed=True, label=str, rule=str)
     if not rows:
         raise UserError(f"{source} has no results: make them, or correct the path")
     for row in rows:
@@ -364,9 +364,9 @@ def report(lines, x, y, path):
     """Draw lines {label: values (T,)} over those of before, which a .jsonl beside the PNG keeps."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kept, every = path.with_suffix(".jsonl"), {}
-    for row in read_jsonl(kept, ours=True, sealed=True, label=str, values=list) if kept.exists() else ():
+    for row in read_jsonl(kept, True, sealed=True, label=str, values=list) if kept.exists() else ():
         every[row["label"]] = row["values"]
-    every |= {label: list(map(float, values)) for label, values in lines.items()}
+    every |= {label: [*map(float, values)] for label, values in lines.items()}
     write_whole(kept, "".join(cli.line_of(dict(label=label, values=every[label])) for label in every))
     draw({"": {label: enumerate(values) for label, values in every.items()}}, x, y, path)
 

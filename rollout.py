@@ -54,7 +54,7 @@ def rollout(model, tok, problems, folder, model_name, privileged=False, batch_si
                         {"answer": p.get("answer", "")} for p in problems}
     for r in done.values():  # none may be of another model, of other settings or prompts
         now, then = settings | facts | prompts.get(r["id"], {}), r["decoding"] | r
-        differ = [k for k in now | r["decoding"] if k != "decoding" and now.get(k) != then.get(k)]
+        differ = [k for k in now if k != "decoding" and now[k] != then.get(k)]
         if differ:
             raise UserError(f"{folder} holds trajectories of other settings ({', '.join(differ)}): "
                             f"choose another folder or remove it")
@@ -95,6 +95,7 @@ def collect(cfg, model, tok, problems, out, **changes):
     """A method's trajectories, a token per forward; cfg.collect_X is field X of Decoding, under `changes`."""
     folder = cfg.trajectories or out / "trajectories"
     if "+" in cfg.trajectories and not Path(folder).exists():  # --trajectories A+B
+        cli.refuse_if(True, " ".join(k for k in vars(cfg) if "collect_" in k), "is for collecting")
         return finished(folder.split("+"), cfg, {p["id"] for p in problems})
     how = {key.removeprefix("collect_"): value for key, value in vars(cfg).items()
            if key.startswith("collect_")}
@@ -158,7 +159,7 @@ def consecutive_tail(out, n):
 def only_correct(records):
     """The records whose answer is right. Raises UserError if there is none."""
     kept = [r for r in records if r["correct"]]
-    cli.say(f"{len(kept)} of {len(records)} trajectories are correct")
+    print(f"{len(kept)} of {len(records)} trajectories are correct")
     if not kept:
         raise UserError("no trajectory is correct: nothing to train on; check --data")
     return kept
@@ -196,9 +197,10 @@ def collect_command(args, given):
     ranks()  # an error before a model is loaded
     problems = problems_asked_for(args)
     grade.check_gradable(problems * (not args.ungraded), args.allow_code_execution)  # before anything long
+    defaults = decoding_defaults(config_of(args.model, args.revision))
+    decoding = {"policy": "static", "per_step": 1, **defaults, **given}
+    check_used(Decoding(**decoding))  # before weights are loaded
     model, tok = load_both(args)
-    decoding = {"policy": "static", "per_step": 1, **decoding_defaults(model.cfg), **given}
-    check_used(Decoding(**decoding))
     records = rollout(model, tok, problems, args.out, args.model, args.privileged, args.batch_size,
                       args.allow_code_execution, not args.ungraded, args.max_prompt, **decoding)
     known = [r["correct"] for r in records if r["correct"] is not None]

@@ -75,6 +75,8 @@ class Decoding:
             raise UserError(f"threshold {self.threshold} is a confidence: it must be at most 1")
         if self.cache not in policy.caches:
             raise UserError(f"cache {self.cache!r}: policy {self.policy} takes {' or '.join(policy.caches)}")
+        if self.late_eos and "late_eos" not in policy.reads:
+            raise UserError(f"late_eos with policy {self.policy}, which asks entropies: leave it out")
         if policy.one_block:  # by vars(), since this class is frozen
             vars(self).update(block_len=self.gen_len)
         if not policy.whole_response:
@@ -175,7 +177,8 @@ class Forward:
 @dataclass(frozen=True)
 class Policy:
     """A function that chooses, and what the decoders must know about it."""
-    choose: Callable  # (Forward, Decoding) -> (R, W) bool: what to reveal; see check_used() for what it reads
+    choose: Callable              # (Forward, Decoding) -> (R, W) bool: what to reveal, of the masked ones
+    reads: str = " ".join(Decoding.__annotations__)  # fields of Decoding that it, or its score, depends on
     memory: int = 0               # numbers that it keeps for a row between forwards; they begin as 0
     one_block: bool = False       # the response is one block
     whole_response: bool = False  # it chooses in all blocks that are not cached, not in one block only
@@ -261,34 +264,30 @@ def by_block(x, s):
 
 
 POLICIES = {
-    "static": Policy(static_policy, known=static_forwards),
-    "threshold": Policy(threshold_policy),  # above 1: one position per forward
-    "factor": Policy(factor_policy),
-    "entropy": Policy(entropy_policy),
-    "dream": Policy(dream_policy, one_block=True, block_causal=False),
-    "multiblock": Policy(multiblock_policy, memory=1, whole_response=True,
-                         caches=("none", "prefix"), block_causal=False),
+    "static": Policy(static_policy, "block_len per_step steps score late_eos", known=static_forwards),
+    "threshold": Policy(threshold_policy, "block_len threshold late_eos"),  # above 1: one per forward
+    "factor": Policy(factor_policy, "block_len threshold late_eos"),
+    "entropy": Policy(entropy_policy, "block_len threshold"),
+    "dream": Policy(dream_policy, "steps eps score late_eos", one_block=True, block_causal=False),
+    "multiblock": Policy(multiblock_policy, "block_len threshold block_add cache_delay refresh", memory=1,
+                         whole_response=True, caches=("none", "prefix"), block_causal=False),
 }
 
 
 def check_used(*decodings):
-    """UserError for an option of the command line that none of the decodings reads."""
+    """UserError for an option of the command line that none of the decodings depends on."""
     used = {*"gen_len policy cache temperature seed no_eos early_stop".split()}
     for s in decodings:
-        policy = POLICIES[s.policy]
-        reads = {*policy.choose.__code__.co_names, s.cache}  # now.threshold, s.eps; `vicinity` is both
-        used |= reads - {"per_step" if s.steps else ""}
-        if not policy.one_block:
-            used.add("block_len")
-        if "entropy" not in reads:
-            used.add("late_eos")
-        if policy.whole_response and s.cache == "prefix":
-            used |= {"cache_delay", "refresh"}
-        if s.temperature > 0:
-            used |= {"top_p", "top_k"}
-    unused = [name for name in Decoding.__annotations__ if name not in used]
-    cli.refuse_if(True, " ".join(unused), f"has no use with policy {s.policy}, cache {s.cache}, "
-                                          f"temperature {s.temperature:g}")
+        reads = {*POLICIES[s.policy].reads.split(), s.cache}  # a cache's width has its name: vicinity
+        if s.steps:
+            reads -= {"per_step"}
+        if s.cache == "none":
+            reads -= {"cache_delay", "refresh"}
+        if s.temperature:
+            reads |= {"top_p", "top_k"}
+        used |= reads
+    cli.refuse_if(True, " ".join(name for name in Decoding.__annotations__ if name not in used),
+                  f"has no use with policy {s.policy}, cache {s.cache}, temperature {s.temperature:g}")
 
 
 def choose(model, h, s, key, nfe, positions, *state):
@@ -340,9 +339,8 @@ def reference(model, prompt, **settings):
         revealed += at[now.entropy[chosen].argsort(stable=True)].tolist()  # the lowest first
         first_eos = P + n_content(x[P:], cfg.eos_ids)
         if s.early_stop and (policy.whole_response or not masked[:first_eos].any()):
-            tail = (torch.arange(total) > first_eos) & (masked | policy.whole_response) & (order >= 0)
-            x[tail] = cfg.eos_ids[0]
-            at = (tail & masked).nonzero()[:, 0]
+            at = first_eos + masked[first_eos:].nonzero()[:, 0]  # they become EOS
+            x[at] = cfg.eos_ids[0]
             order[at] = nfe
             masked[at] = False
             revealed += at.tolist()
@@ -522,13 +520,12 @@ def reveal(model, x, s, columns, h):
         return
     is_eos = ~x.masked & sum(x.canvas == i for i in model.cfg.eos_ids).bool()
     is_eos[:, :P] = False
-    behind = is_eos.cumsum(1) > is_eos  # the first one
-    fill = behind & (x.order >= 0)  # d3LLM: at once, and what was revealed there, too
-    if not POLICIES[s.policy].whole_response:  # when all before it is revealed
-        open_before = (x.masked & ~behind).any(1, keepdim=True)
-        fill = x.masked & behind & ~open_before
+    behind = is_eos.cumsum(1) > 0  # an EOS, or behind one
+    fill = x.masked & behind
+    if not POLICIES[s.policy].whole_response:  # else at once, as d3LLM does
+        fill &= ~(x.masked & ~behind).any(1, keepdim=True)  # where all before the first EOS is revealed
     x.canvas = torch.where(fill, model.cfg.eos_ids[0], x.canvas)
-    x.order = torch.where(fill & x.masked, x.nfe, x.order)
+    x.order = torch.where(fill, x.nfe, x.order)
     x.masked = x.masked & ~fill
 
 

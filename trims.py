@@ -140,7 +140,7 @@ def load_examples(cfg, tok):
     """The data as a list of {id, prompt_ids, x0}."""
     most = nt_model.config_of(cfg.model, cfg.revision).max_len
     folder = Path(cfg.data).is_dir()
-    refuse_if(not folder, "only_correct", "is for a folder of trajectories")
+    refuse_if(not folder, "only_correct", f"is for trajectories, a folder, and {cfg.data} is none")
     refuse_if(folder or cfg.data in GAMES, "with_thinking", "is for data with the field 'thinking'")
     if cfg.data in GAMES:
         if cfg.gen_len != TINY_LEN:

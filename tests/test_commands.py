@@ -192,7 +192,11 @@ def test_a_changed_command_line(command, called):
     ("trims", "--n_examples 7", "exceeds the data"),
     ("trims", "--n_examples 1 --trajectory_share 0 --max_steps 0", "exceeds the data"),
     ("sample", "--html a.html --prompts rows.jsonl", "is for one prompt"),
-    ("eval curve", "--points 99", "has 0 to"),
+    *((method, "--trajectories records+records --collect_seed 1", "is for collecting") for method in ("tad", "tabom", "t3d")),
+    ("eval curve", "--points 99", "has 0 to"), ("bench", "--temperature 1", "the --per_step best"),
+    ("eval curve", "--thresholds 0.5 0.7 --policy static", "has one"),
+    ("trims", "--data no/such --no-only_correct", "no/such is none"),
+    ("compare runs", "a_run/log.jsonl", "absent or of another type"),
     ("eval curve", "--protocol tiny-static --thresholds 0.5", "has one"),
     *(("compare runs", f"--control {label}", f"'{label}': there are") for label in ("SFT-X", "TAD", "SFT-SD")),
     ("lora merge", "--to base", "not empty"),
@@ -221,6 +225,7 @@ def test_options_that_contradict(command, words, why, called):
     *(("tabom", "--lam 0", more) for more in ("--gamma 0.1", "--entropy_at own_step")),
     ("tabom", "--lam 0 --segment two_steps", "--window 8"), ("sample", "", "--batch_size 2"), ("sample", "", "--per_step 2"),
     ("sample", "--policy static", "--threshold 0.9"), ("sample", "", "--top_p 0.9"), ("sample", "", "--vicinity 4"),
+    ("harness", "--protocol tiny", "--threshold 0.5"), ("bench", "", "--vicinity 3"),
     ("rollout collect", "", "--threshold 0.9"), ("eval curve", "", "--vicinity 3"), ("eval curve", "--policy static --out b", "--threshold 0.5"),
     ("harness", "--protocol tiny", "--block_add 0.5"), ("bench", "", "--threshold 0.9")])
 def test_an_option_that_changes_nothing_is_named(command, words, more, called):

@@ -57,10 +57,21 @@ def test_an_option_is_refused_exactly_where_it_changes_nothing(monkeypatch, poli
             try:
                 sample.check_used(Decoding(**changed))
             except UserError as e:
+                if name == "late_eos":  # in Python, too
+                    assert str(e).startswith(f"late_eos with policy {policy}, which asks entropies")
+                    continue
                 assert str(e).startswith(f"--{name} has no use with policy {policy}, cache {cache}")
                 assert not differ(0, settings, changed), (name, settings)
             else:
                 assert any(differ(number, settings, changed) for number in range(len(models))), (name, settings)
+
+
+def test_an_own_policy_may_read_any_option(monkeypatch):
+    """Also through a helper, or as functools.partial: nothing is told of it, so nothing is refused."""
+    for choose in (lambda now, s: sample.static_policy(now, s), functools.partial(sample.static_policy)):
+        monkeypatch.setitem(sample.POLICIES, "mine", sample.Policy(choose))
+        monkeypatch.setattr(cli, "GIVEN", dict(per_step=4, threshold=0.2, late_eos=True))
+        sample.check_used(Decoding(policy="mine", per_step=4, late_eos=True))
 
 
 def test_options_of_a_curve_count_where_any_point_reads_them(monkeypatch):
@@ -238,8 +249,8 @@ def published_multiblock(model, prompt, s, decoded):
         order[chosen] = nfe
         ends = [i for i in range(L) if x[P + i] in model.cfg.eos_ids]
         if s.early_stop and ends:
-            x[P + ends[0] + 1:] = model.cfg.eos_ids[0]
-            order[ends[0] + 1:] = order[ends[0] + 1:].where(order[ends[0] + 1:] >= 0, nfe)
+            behind = (x[P:] == model.cfg.mask_id) & (torch.arange(L) > ends[0])  # it also replaces what was revealed there
+            x[P:][behind], order[behind] = model.cfg.eos_ids[0], nfe
         for b, block in enumerate(blocks):
             block["masks"] = int((x[P + b * K:P + (b + 1) * K] == model.cfg.mask_id).sum())
         nfe += 1

@@ -12,6 +12,7 @@ from checkpoints import official_checkpoint
 from conftest import CONFIGS, ROOT, all_weights, command, random_model
 from safetensors.torch import load_file
 
+import cli
 import data
 import eval as nt_eval
 import lora
@@ -485,6 +486,19 @@ def test_a_teacher_that_no_term_asks_for_is_not_loaded(tmp_path, monkeypatch, wo
                                      "--eval_problems", "0", "--out", str(tmp_path / "run"), *words.split()])
     tad.main()
     assert len(loaded) == n_loaded and ran == [teachers]
+
+
+def test_records_of_an_option_that_is_no_more_are_continued(tmp_path):
+    """Of a changed one they are not."""
+    tiny, problems = nt_model.load("tiny"), data.load_problems("tiny", "train", 3)
+    how = dict(policy="static", per_step=1, **data.TINY_DECODING)
+    rollout(tiny, TOK, problems[:2], tmp_path, "tiny", **how)
+    rows = cli.read_jsonl(tmp_path / "rank0.jsonl", ours=True)
+    lines = [cli.line_of(row | dict(decoding=row["decoding"] | dict(decoded=0.95))) for row in rows]
+    (tmp_path / "rank0.jsonl").write_text("".join(lines))
+    assert len(rollout(tiny, TOK, problems, tmp_path, "tiny", **how)) == 3
+    with pytest.raises(UserError, match=r"other settings \(top_k\)"):
+        rollout(tiny, TOK, problems, tmp_path, "tiny", **how, top_k=2)
 
 
 def test_several_finished_folders_are_read_together(tmp_path):

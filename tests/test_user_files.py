@@ -703,7 +703,7 @@ def test_a_mask_id_that_prompts_hold_is_refused(tmp_path):
 def test_late_eos_is_for_policies_of_confidence(tmp_path):
     for policy in ("entropy", "multiblock"):
         done = command(tmp_path, "sample.py", "--late_eos", "--policy", policy, "--cache", "none")
-        assert done.returncode == 2 and f"--late_eos has no use with policy {policy}" in done.stderr
+        assert done.returncode == 2 and f"late_eos with policy {policy}" in done.stderr
 
 
 @pytest.mark.parametrize("family", ["illada", "a2d", "dream"])

@@ -151,8 +151,8 @@ def main():
     torch.manual_seed(0)
     prompts = torch.randint(model.cfg.mask_id, (args.batch_size, args.prompt_len))
     s = sample.Decoding(**decoding_defaults(model.cfg) | dict(policy="static", early_stop=False) | given)
-    if s.policy != "static" or s.steps or s.early_stop:
-        raise UserError("--policy, --steps, --early_stop: all decoders here reveal --per_step per forward")
+    if s.policy != "static" or s.steps or s.early_stop or s.temperature:
+        raise UserError("--policy, --steps, --early_stop, --temperature: all here reveal the --per_step best")
     sample.check_used(s)
     facts, forward = measure(model, list(prompts), args, s)
     for key, value in facts.items():

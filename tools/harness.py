@@ -13,7 +13,7 @@ import cli
 import data
 import eval as nt_eval
 from cli import UserError, option, package, run_cli, write_whole
-from sample import Decoding
+from sample import Decoding, check_used
 
 UNSAFE = "would run code here: `eval.py curve --task humaneval` contains it, --allow_code_execution insists"
 
@@ -104,6 +104,7 @@ def main():
     if len(args.points or args.thresholds or [0]) > 1:
         raise UserError("lm_eval takes one point at a time: a single --points or --thresholds")
     settings = protocol | protocol["rules"][0]
+    check_used(nt_eval.decoding_of(settings))
     manager = load_tasks(names, args.include_path, args.allow_code_execution)  # before 8B parameters
     model, tok = nt_eval.load_both(args)
     decoding = vars(nt_eval.decoding_of(settings))
