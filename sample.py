@@ -76,7 +76,7 @@ class Decoding:
         if self.cache not in policy.caches:
             raise UserError(f"cache {self.cache!r}: policy {self.policy} takes {' or '.join(policy.caches)}")
         if self.late_eos and "late_eos" not in policy.reads:
-            raise UserError(f"late_eos with policy {self.policy}, which asks entropies: leave it out")
+            raise UserError(f"late_eos with policy {self.policy}, which asks entropies: --no-late_eos")
         if policy.one_block:  # by vars(), since this class is frozen
             vars(self).update(block_len=self.gen_len)
         if not policy.whole_response:
@@ -276,7 +276,7 @@ POLICIES = {
 
 def check_used(*decodings):
     """UserError for an option of the command line that none of the decodings depends on."""
-    used = {*"gen_len policy cache temperature seed no_eos early_stop".split()}
+    used = {*"gen_len policy cache temperature seed no_eos late_eos early_stop".split()}
     for s in decodings:
         reads = {*POLICIES[s.policy].reads.split(), s.cache}  # a cache's width has its name: vicinity
         if s.steps:
@@ -287,7 +287,7 @@ def check_used(*decodings):
             reads |= {"top_p", "top_k"}
         used |= reads
     cli.refuse_if(True, " ".join(name for name in Decoding.__annotations__ if name not in used),
-                  f"has no use with policy {s.policy}, cache {s.cache}, temperature {s.temperature:g}")
+                  f"is unused by {s.policy}, cache {s.cache}, {s.steps} steps, temperature {s.temperature:g}")
 
 
 def choose(model, h, s, key, nfe, positions, *state):

@@ -60,7 +60,7 @@ def test_an_option_is_refused_exactly_where_it_changes_nothing(monkeypatch, poli
                 if name == "late_eos":  # in Python, too
                     assert str(e).startswith(f"late_eos with policy {policy}, which asks entropies")
                     continue
-                assert str(e).startswith(f"--{name} has no use with policy {policy}, cache {cache}")
+                assert str(e).startswith(f"--{name} is unused by {policy}, cache {cache}, ")
                 assert not differ(0, settings, changed), (name, settings)
             else:
                 assert any(differ(number, settings, changed) for number in range(len(models))), (name, settings)

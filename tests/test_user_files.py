@@ -704,6 +704,8 @@ def test_late_eos_is_for_policies_of_confidence(tmp_path):
     for policy in ("entropy", "multiblock"):
         done = command(tmp_path, "sample.py", "--late_eos", "--policy", policy, "--cache", "none")
         assert done.returncode == 2 and f"late_eos with policy {policy}" in done.stderr
+        done = command(tmp_path, "sample.py", "--no-late_eos", "--policy", policy, "--cache", "none", "--gen_len", 8, "--block_len", 8)
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("family", ["illada", "a2d", "dream"])
