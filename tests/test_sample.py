@@ -258,7 +258,7 @@ def published_multiblock(model, prompt, s, decoded):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("threshold, block_add", [(0.0, 0.1), (0.3, 0.1), (1.0, 0.5), (1.0, 0.0), (2.0, 1.0), (0.5, 0.3)])
+@pytest.mark.parametrize("threshold, block_add", [(0.0, 0.1), (0.3, 0.1), (1.0, 0.0), (0.5, 0.3)])
 def test_multiblock_is_the_published_one(threshold, block_add):
     """Whose second number, the share of a block at which the next one must progress, changes nothing: the first block
     with a mask stands behind full ones.
@@ -272,7 +272,7 @@ def test_multiblock_is_the_published_one(threshold, block_add):
                          early_stop=early_stop)
             [out] = generate(model, [prompt], **vars(s))
             assert same(out, reference(model, prompt, **vars(s)))
-            for decoded in (0.0, 0.95, 1.0):
+            for decoded in (0.0, 0.95):
                 ids, order, nfe = published_multiblock(model, prompt, s, decoded)
                 assert torch.equal(out.ids, ids) and torch.equal(out.order, order) and out.nfe == nfe, (seed, decoded)
             end = max(set(ids.tolist()), key=ids.tolist().index)
