@@ -63,7 +63,8 @@ def protocol_of(name, family, task="", points=None, thresholds=None, **own):
             raise UserError(f"--points {points}: protocol {name} has 0 to {len(rules) - 1}")
         rules = [rules[i] for i in points]
     if thresholds:
-        if not any("threshold" in rule for rule in rules) or own.get("policy") in ("static", "dream"):
+        policy = sample.POLICIES[own.get("policy", "threshold")]
+        if "threshold" not in policy.reads or not any("threshold" in rule for rule in rules):
             raise UserError(f"--thresholds: no chosen point of protocol {name} has one")
         rules = [dict(threshold=value) for value in thresholds]
     rules = {rule_name(chosen | own | rule): rule for rule in rules}  # what is out of range is refused
@@ -517,13 +518,13 @@ def settle(args, tasks, given):
         cli.say(f"warning: TAD and TABOM train on PRM12K. {recipes.IN_MATH} (lm_eval: minerva_math500)")
     if any(other != protocol for other in others):
         raise UserError(f"protocol {args.protocol} differs between these tasks: run them one at a time")
-    sample.check_used(*(decoding_of(protocol | rule) for rule in protocol["rules"]))
     return protocol
 
 
 def curve_command(args, given):
     """results.jsonl and curve.png in the folder, and the table in print."""
     protocol = settle(args, [args.task], given)
+    sample.check_used(*(decoding_of(protocol | rule) for rule in protocol["rules"]))
     problems = problems_of(args)
     grade.check_gradable(problems, args.allow_code_execution)  # before anything is loaded or decoded
     model, tok = load_both(args)

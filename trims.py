@@ -138,8 +138,7 @@ def training_loss(model, b, cfg):
 
 def load_examples(cfg, tok):
     """The data as a list of {id, prompt_ids, x0}."""
-    most = nt_model.config_of(cfg.model, cfg.revision).max_len
-    folder = Path(cfg.data).is_dir()
+    most, folder = nt_model.config_of(cfg.model, cfg.revision).max_len, Path(cfg.data).is_dir()
     refuse_if(not folder, "only_correct", f"is for trajectories, a folder, and {cfg.data} is none")
     refuse_if(folder or cfg.data in GAMES, "with_thinking", "is for data with the field 'thinking'")
     if cfg.data in GAMES:
@@ -159,7 +158,7 @@ def load_examples(cfg, tok):
         if lengths[1:] or lengths[0] > cfg.gen_len:
             raise UserError(f"{cfg.data} has responses of {lengths} tokens: one length is needed, at most "
                             f"--gen_len {cfg.gen_len}; choose another folder, or raise --gen_len")
-        return fitting(records, tok, cfg.max_prompt, most - lengths[0])[:cfg.n_examples or None]
+        return fitting(records, tok, cfg.max_prompt, most - lengths[0])
     problems = fitting(load_problems(cfg.data), tok, cfg.max_prompt, most - cfg.gen_len)
     if cfg.with_thinking and not all("thinking" in p for p in problems):
         raise UserError(f"--with_thinking: not every line of {cfg.data} has the field 'thinking'")
@@ -177,7 +176,7 @@ def load_examples(cfg, tok):
     if not fits:
         raise UserError(f"{cfg.data} has no solution of at most {cfg.gen_len} tokens, and {len(bare)} rows "
                         f"without any {bare[:1]}: raise --gen_len, fill in solution, or FILE:solution=NAME")
-    return fits[:cfg.n_examples or None]
+    return fits
 
 
 def main():
@@ -186,7 +185,7 @@ def main():
               "trajectory_weight score_batch", "is for a --trajectory_share above 0")
     tok = load_tokenizer(cfg.model, cfg.revision)
     teacher_tok = load_teacher_tokenizer(cfg.teacher) if cfg.trajectory_share else None
-    examples = load_examples(cfg, tok)
+    examples = load_examples(cfg, tok)[:cfg.n_examples or None]
     [teacher_tok.prompt_ids(e) for e in examples * bool(teacher_tok)]  # an error before weights are loaded
     per_epoch = run.steps_per_epoch(len(examples), cfg)  # an error before hours of scoring
     r = run.Run(cfg, examples)  # ranks, device, the folder: new or to be continued

@@ -104,11 +104,11 @@ def main():
     if len(args.points or args.thresholds or [0]) > 1:
         raise UserError("lm_eval takes one point at a time: a single --points or --thresholds")
     settings = protocol | protocol["rules"][0]
-    check_used(nt_eval.decoding_of(settings))
+    decoding = nt_eval.decoding_of(settings)
+    check_used(decoding)
     manager = load_tasks(names, args.include_path, args.allow_code_execution)  # before 8B parameters
     model, tok = nt_eval.load_both(args)
-    decoding = vars(nt_eval.decoding_of(settings))
-    config = nt_eval.made_of(args, model, chat=args.apply_chat_template, decoding=decoding)
+    config = nt_eval.made_of(args, model, chat=args.apply_chat_template, decoding=vars(decoding))
     out = args.out or f"out/lm_eval-{args.label}-{'-'.join(Path(name).stem for name in names)[:60]}"
     kept = nt_eval.Kept(out, config)
     asking = bridge(model, tok, settings, args.batch_size, kept)
