@@ -105,7 +105,7 @@ BOUNDS = {name: (least, most) for least, most, names in [  # of every numeric op
     (1, 2**17, "lora_r gen_len block_len per_step prompt_len max_prompt n_buckets turns score_batch"),
     (1, 10**7, "n batch_size micro_batch collect_batch save_every log_every epochs limit seeds"),
     (0, 10**7, "max_steps steps warmup_steps drill_steps eval_problems n_problems points window top_k "
-               "n_examples states_per_trajectory train_block vicinity cache_delay refresh"),
+               "states_per_trajectory train_block vicinity cache_delay refresh"),
     (0, 2**31, "seed collect_seed num_fewshot eos_in_loss"),
     (0, 1, "lr_floor warmup_ratio trajectory_share block_share p_context p_future rand_p"),
     (0, 0.999999, "lora_dropout beta2"),
@@ -182,7 +182,7 @@ def given_to(parser):
     """What the command line says, {name: value}, its numbers checked."""
     given = vars(parser.parse_args())
     for name, value in given.items():  # "--" is none for argparse
-        if value in ("", [], [""]):
+        if value in ("", [], [""], "--", ["--"]):
             raise UserError(f"--{name} is empty (an unset variable?): give a value, or leave it out")
     check_numbers(given)
     GIVEN.clear()
@@ -226,7 +226,9 @@ def read_text(path, errors="strict"):
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as f:
             return f.read().decode("utf-8", errors).removeprefix("\ufeff").replace("\r\n", "\n")
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"no file {path}: correct the path, or copy the file there") from None
+        below = [d for d in sorted(Path(path).parent.glob("*")) if (d / Path(path).name).exists()]
+        fix = f"there is one in {below[0]}" if below else "correct the path, or copy the file there"
+        raise UserError(f"no file {path}: {fix}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text: convert it") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
@@ -261,11 +263,11 @@ def read_jsonl(path, ours=False, mend=False, growing=False, sealed=False, **kind
             torn = i > text.count("\n")  # the last one, which is no news
             if growing and torn:
                 break
-            fault = f"{path} line {i} is not valid JSON or is damaged ({e}): {line[:60]!r}"
+            fault = f"{path} line {i} is not valid JSON or is damaged ({e}): {line[:60]!r}; it"
             if not mend:
-                raise UserError(f"{fault}; repair that line, or make the file a .jsonl") from None
+                raise UserError(f"{fault} must hold a list of objects, or one per line: repair it") from None
             if not torn:
-                print(f"warning: {fault}; it is made again, and kept in {path}.damaged", file=sys.stderr)
+                print(f"warning: {fault} is made again, and kept in {path}.damaged", file=sys.stderr)
             with open(f"{path}.damaged", "ab") as f:
                 f.write(f"{line}\n".encode())
     if mend and whole != text:
@@ -303,10 +305,8 @@ def read_rows(path):
         except (ValueError, OSError) as e:  # pyarrow's own are kinds of these
             raise UserError(f"{path} is not a whole .parquet file ({e}): copy it again") from None
         return
-    one = str(path).endswith((".json", ".json.gz")) and not re.match(r"\s*{.*}\s*?$", read_text(path), re.M)
-    rows = read_json(path) if one else read_jsonl(path)  # many a .json has a row per line
-    if not isinstance(rows, list):
-        raise UserError(f"{path} must hold a list of objects, or one per line: repair it")
+    is_list = read_text(path).lstrip().startswith("[")  # many a .json has a row per line
+    rows = read_json(path) if is_list else read_jsonl(path)
     for i, row in enumerate(rows):
         if not isinstance(row, dict):
             raise UserError(f"{path} row {i + 1} is not an object: {str(row)[:60]!r}; repair it")

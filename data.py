@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 import grade
 from model import (FAMILIES, LENGTHS, ModelOptions, block_diffusion_layout, checkpoint_dir,
                    first_position, listed, read_config, token_positions)
-from recipes import RECIPES, TEST, TEXTS, check_fields, recipe_problems
+from recipes import RECIPES, TEXTS, check_fields, recipe_problems
 
 TINY_DECODING = FAMILIES["tiny"].decoding
 TINY_LEN, TINY_BLOCK = TINY_DECODING["gen_len"], TINY_DECODING["block_len"]  # of a response, tokens
@@ -248,8 +248,8 @@ class OwnChat:
         self.special = re.compile("|".join(map(re.escape, longest_first)))
         answered = self.render([("user", "a"), ("assistant", " OK ")]) if hf.chat_template else " OK "
         self.trims = " OK " not in answered  # white space around a text is dropped
-        behind = answered.rpartition("OK")[2].encode(errors="replace").decode()  # half a character, say
-        ends = [i for i in hf.encode(behind, add_special_tokens=False) if i in special]
+        ends = hf.encode(answered.rpartition("OK")[2], add_special_tokens=False)
+        ends = [i for i in ends if i in special]
         self.end_id = (ends + [eos_id])[0]  # behind an answer
 
     def render(self, turns, **settings):
@@ -444,11 +444,11 @@ class Show:
     """problems as the model and its privileged teacher see them"""
     path: str = option("tiny", positional=True)  # data, see above
     n: int = 3  # how many
-    split: Literal["train", "dev", "test"] | None = None  # of a data set [train; test where it is alone]
+    split: Literal["train", "dev", "test"] = "train"  # of a data set
 
 
 def show(args):
-    for p in problems_asked_for(args):
+    for p in load_problems(args.path, args.split, args.n):
         privileged = privileged_prompt(p) if p["solution"] else "(there is no solution)"
         for name, value in (p | dict(grader=grade.grader_of(p), privileged=privileged)).items():
             print(f"  {name:<10} " + "\n".join(map(str, listed(value))).replace("\n", "\n" + 13 * " "))
@@ -462,7 +462,8 @@ class Stats(ModelOptions, Show):
 
 
 def stats(args):
-    problems, tok = problems_asked_for(args), load_tokenizer(args.model, args.revision)
+    problems = load_problems(args.path, args.split, args.n)
+    tok = load_tokenizer(args.model, args.revision)
     kinds = Counter(grade.grader_of(p) for p in problems)
     print(f"{'problems':<16} {len(problems)}: " + ", ".join(f"{k} graded by {g}" for g, k in kinds.items()))
     spread("prompt tokens", [len(tok.prompt_ids(p)) for p in problems])
@@ -474,11 +475,6 @@ def spread(name, values):
         low, q5, median, q95, high = np.quantile(values, [0, 0.05, 0.5, 0.95, 1])
         print(f"{name:<16} mean {np.mean(values):.1f}, least {low:.0f}, 5% {q5:.0f}, half {median:.0f}, "
               f"95% {q95:.0f}, most {high:.0f}")
-
-
-def problems_asked_for(args):
-    test_only = getattr(RECIPES.get(args.path), "splits", None) == TEST
-    return load_problems(args.path, args.split or ("test" if test_only else "train"), args.n)
 
 
 COMMANDS = {"list": (list_sets,), "show": (show, Show), "stats": (stats, Stats)}

@@ -130,7 +130,6 @@ def rule_name(settings):
     return settings.get("name", name)
 
 
-@torch.no_grad()
 def decode_rows(model, tok, prompts, settings, batch_size, streams=None, progress=False):
     """Decode prompts (list of (P,) int64) and yield (prompt index, row) as they finish."""
     if not prompts:
@@ -323,9 +322,8 @@ def draw(panels, x, y, path):
             dashes = "- -- : -.".split()[used[color] % 4]
             used[color] += 1
             xs, ys, *errors = zip(*points)
-            name = label.encode(errors="replace").decode()  # half a character cannot be drawn
-            ax.errorbar(xs, ys, *errors, label=name, color=color, linestyle=dashes, marker="o",
-                        markersize=4 if errors else 2, capsize=2)
+            ax.errorbar(xs, ys, *errors, label=data.whole(label), color=color, linestyle=dashes,
+                        marker="o", markersize=4 if errors else 2, capsize=2)
         ax.set(xlabel=x, title=title, ylim=(0, None))
         ax.grid(alpha=0.3)
     axes[0, 0].set(ylabel=y)
@@ -374,8 +372,10 @@ def report(lines, x, y, path):
 
 def report_by_step(label, values, what, unit, path, x="forward"):
     """values (T,), one per forward: their mean is printed, and they are drawn over those of before."""
-    print(f"{what} {label}: {np.nanmean(values):.4f} {unit}, mean over the {x}s; "
-          f"{values[np.isfinite(values)][-1]:.4f} at the end")
+    known = values[~np.isnan(values)]
+    if not len(known):
+        raise UserError(f"{what} {label}: no response is long enough to have a value: choose longer ones")
+    print(f"{what} {label}: {known.mean():.4f} {unit}, mean over the {x}s; {known[-1]:.4f} at the end")
     report({label: values}, x, f"{what}, {unit}", path)
 
 
@@ -583,7 +583,8 @@ def tds_command(args):
 
 
 def log_command(args):
-    panels, path = {"loss": {}, "tok_per_s": {}}, Path(args.runs[0]) / "log.png"
+    panels = {"loss": {}, "tok_per_s": {}}
+    path = Path(args.runs[0]) / "log.png"
     for run in args.runs:
         rows = read_jsonl(Path(run) / "log.jsonl", True, growing=True, step=int, loss=float, tok_per_s=float)
         if not rows:

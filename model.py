@@ -584,13 +584,16 @@ def checkpoint_dir(name, revision=None, weights=True):
     if os.path.isdir(name):
         if revision:
             raise UserError(f"--revision {revision}: {name} is a local directory; a revision pins a hub id")
+        if os.path.exists(f"{name}/lock"):
+            raise UserError(f"{name} is a run's folder: give {name}/model, or --adapter {name}/adapter")
         return Path(name)
     if os.path.isabs(name) or name.startswith(".") or name.count("/") != 1:
         raise UserError(f"no model {name!r}: give {', '.join(presets())}, a hub id owner/name or a directory")
     from huggingface_hub import constants, snapshot_download
     files = ["*.json", "*.txt", "*.jinja"] + ["*.safetensors"] * weights
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=files))
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=files,
+                                      local_files_only=constants.HF_HUB_OFFLINE))
     except Exception as e:  # of a different type for each of: offline, no such repository, gated
         why = "HF_HUB_OFFLINE is set, not in the cache" if constants.HF_HUB_OFFLINE else type(e).__name__
         raise UserError(f"cannot download {name!r} ({why}): check the name, the revision and the network, or "

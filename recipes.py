@@ -40,12 +40,11 @@ def gsm_symbolic_row(row):
 
 
 def kodcode_row(row):
-    """test (test_code in the first version): pytest functions that import from `solution`, or left out."""
-    tests = row["test"] if "test" in row else row["test_code"]
+    """test: pytest functions that import from `solution`, or left out."""
     about = (row.get("test_info") or [{}])[0]
-    problem = dict(prompt=row["question"], solution=row["solution"], tests=tests,
+    problem = dict(prompt=row["question"], solution=row["solution"], tests=row["test"],
                    entry_point=about.get("function_name") or "")
-    return problem if "def test" in tests else None
+    return problem if "def test" in row["test"] else None
 
 
 def ling_coder_row(row):
@@ -100,13 +99,11 @@ def humaneval_row(row):
 
 
 def mbpp_row(row):
-    """full: text, test_setup_code; sanitized: prompt, test_imports. The turn is lm_eval's mbpp_instruct."""
-    question = row["text"] if "text" in row else row["prompt"]
-    turn = "\n".join(["You are an expert Python programmer, and here is your task:", question,
+    """text, code, test_list, test_setup_code (the full set's). The turn is lm_eval's mbpp_instruct."""
+    turn = "\n".join(["You are an expert Python programmer, and here is your task:", row["text"],
                       "Your code should pass these tests:", *row["test_list"]])
-    setup = row.get("test_setup_code") or "\n".join(row.get("test_imports") or [])
-    return dict(id=str(row["task_id"]), question=question, prompt=turn, solution=row["code"],
-                tests=row["test_list"], setup=setup)
+    return dict(id=str(row["task_id"]), question=row["text"], prompt=turn, solution=row["code"],
+                tests=row["test_list"], setup=row["test_setup_code"])
 
 
 @dataclass(frozen=True)

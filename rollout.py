@@ -14,8 +14,8 @@ import torch
 
 import grade
 from cli import UserError, option, run_cli
-from data import (CARRIED, SCHEMA, fitting, load_tokenizer, privileged_ids, privileged_prompt,
-                  problems_asked_for, read_trajectories, spread)
+from data import (CARRIED, SCHEMA, fitting, load_problems, load_tokenizer, privileged_ids, privileged_prompt,
+                  read_trajectories, spread)
 from model import ModelOptions, config_of, decoding_defaults, in_blocks, local_weights, n_content
 from run import barrier, check_alike, mend_shards, ranks
 from sample import Decoding, check_used, load_both, stream
@@ -45,6 +45,8 @@ def rollout(model, tok, problems, folder, model_name, privileged=False, batch_si
     problems = fitting(problems, tok, max_prompt, room, privileged and privileged_prompt)
     rank, world = ranks()
     folder = Path(folder)
+    for other in folder.glob("[!.lr]*"):  # neither lock nor rank
+        raise UserError(f"{folder} also holds {other.name}: choose a folder for trajectories alone")
     folder.mkdir(parents=True, exist_ok=True)
     mend_shards(folder.glob("rank*.jsonl"), rank, world)
     done = {r["id"]: r for r in read_trajectories(folder, growing=True)}
@@ -62,9 +64,9 @@ def rollout(model, tok, problems, folder, model_name, privileged=False, batch_si
         raise UserError(f"{folder} holds trajectories that were collected ungraded: choose another folder")
     left = {i: p for i, p in enumerate(problems) if p["id"] not in done}
     grade.check_gradable([*left.values()] * graded, allow_code)  # said before hours of decoding
-    barrier()  # all ranks have read the same shards before one appends; what is left is dealt out anew
-    places = range(len(left)) if torch.distributed.is_initialized() else left  # without a barrier: by number
-    todo = {i: p for place, (i, p) in zip(places, left.items()) if place % world == rank}
+    if done and left:
+        cli.say(f"{folder} holds {len(done)} trajectories: {len(left)} more are collected")
+    todo = {i: p for i, p in left.items() if i % world == rank}  # also right if others append already
     if todo:
         shard = Shard(folder, rank, len(todo), "sample", "collect")
         decode_into(shard, model, tok, todo, facts, batch_size, allow_code)
@@ -171,7 +173,7 @@ class Collect(ModelOptions):
     path: str = option("tiny", positional=True)  # data, see python data.py --help
     out: str = option()  # folder to collect into
     n: int | None = None  # the first n only
-    split: Literal["train", "dev", "test"] | None = None  # of a data set [train; test where it is alone]
+    split: Literal["train", "dev", "test"] = "train"  # of a data set
     max_prompt: int | None = None  # leave out problems with a longer prompt, tokens
     privileged: bool = False  # show the model the solution, as TAD does
     batch_size: int = 64  # problems decoded at once per rank
@@ -194,8 +196,8 @@ class Inspect(Stats):
 
 
 def collect_command(args, given):
-    ranks()  # an error before a model is loaded
-    problems = problems_asked_for(args)
+    rank, _ = ranks()  # an error before a model is loaded
+    problems = load_problems(args.path, args.split, args.n)
     grade.check_gradable(problems * (not args.ungraded), args.allow_code_execution)  # before anything long
     defaults = decoding_defaults(config_of(args.model, args.revision))
     decoding = {"policy": "static", "per_step": 1, **defaults, **given}
@@ -204,8 +206,9 @@ def collect_command(args, given):
     records = rollout(model, tok, problems, args.out, args.model, args.privileged, args.batch_size,
                       args.allow_code_execution, not args.ungraded, args.max_prompt, **decoding)
     known = [r["correct"] for r in records if r["correct"] is not None]
-    print(f"{args.out} holds {len(records)} of {len(problems)} problems, "
-          f"{sum(known)} of {len(known)} right")
+    if rank == 0:
+        print(f"{args.out} holds {len(records)} of {len(problems)} problems, "
+              f"{sum(known)} of {len(known)} right")
 
 
 def records_asked_for(args):

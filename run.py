@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -129,8 +130,7 @@ def agreed(value):
 
 def check_alike(what, names):
     """UserError on a rank that has read other things than rank 0. names: what they are called."""
-    digest = zlib.crc32("\n".join(names).encode())
-    if agreed(digest) != digest:
+    if agreed(names) != names:
         raise UserError(f"{what}: this rank reads others than rank 0: all machines must see the same files")
 
 
@@ -165,16 +165,12 @@ def shard(model, device, train=False, group=None):
 
 
 @torch.no_grad()
-def unsharded(model, keep=True):
-    """A plain copy, on the CPU, of a model that is spread over ranks, which all call it; None if not keep."""
+def unsharded(model):
+    """Of a model that is spread over ranks, which all call it: a plain copy on rank 0's CPU, or None."""
     if not is_sharded(model):
         return model
-    state = {}
-    for name, p in model.named_parameters(remove_duplicate=False):  # a tied head under both of its names
-        whole = p.full_tensor() if isinstance(p, DTensor) else p
-        if keep:
-            state[name] = whole.detach().to("cpu", copy=True)
-    if not keep:
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if not state:
         return None
     with torch.device("meta"):
         plain, pairs = nt_model.Transformer(model.cfg), lora.adapters(model)
@@ -491,7 +487,7 @@ class Run:
     def save(self, model, final=None):
         """Write what was trained. Every rank calls it; rank 0 gets a plain copy of the model, others None."""
         self.finish_writing(self.group)
-        plain, final = unsharded(model, keep=self.rank == 0), final or self.final
+        plain, final = unsharded(model), final or self.final
         if self.rank != 0:
             return None
         with whole_folder(final) as folder:  # it is there if the closing evaluation was killed

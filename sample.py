@@ -42,8 +42,8 @@ STALE = 2**40  # forwards that no row has
 
 @dataclass(frozen=True)
 class Decoding:
-    gen_len: int = 256      # response length L, tokens
-    block_len: int = 32     # block size K, tokens
+    gen_len: int = 256      # response length L, tokens [256; tiny 48]
+    block_len: int = 32     # block size K, tokens [32; tiny 16; SDAR: its own]
     policy: str = option("threshold", choices=lambda: POLICIES)  # what a forward reveals
     threshold: float = 0.9  # confidence (threshold), f (factor) or nats (entropy, multiblock)
     per_step: int = 1       # positions per forward of the static policy
@@ -52,7 +52,7 @@ class Decoding:
     block_add: float = 0.1  # multiblock: revealed share of the last block at which the next one joins
     cache_delay: int = 0    # multiblock, prefix cache: forwards between a block's end and its being cached
     refresh: int = 0        # multiblock, prefix cache: forwards between refreshes (0: when a block is cached)
-    cache: str = option("dual", choices=CACHES)  # what a forward recomputes
+    cache: str = option("dual", choices=CACHES)  # what a forward recomputes [dual; tiny none; SDAR exact]
     vicinity: int = 16      # tokens on either side of the block that the vicinity cache recomputes
     score: str = option("confidence", choices=SCORES)  # how static and dream rank positions
     temperature: float = 0.0  # of the token choice; 0 = greedy. Confidence is always taken at temperature 1
@@ -286,8 +286,12 @@ def check_used(*decodings):
         if s.temperature:
             reads |= {"top_p", "top_k"}
         used |= reads
-    cli.refuse_if(True, " ".join(name for name in Decoding.__annotations__ if name not in used),
-                  f"is unused by {s.policy}, cache {s.cache}, {s.steps} steps, temperature {s.temperature:g}")
+    needs = dict.fromkeys(("top_p", "top_k"), "a temperature above 0")
+    needs |= dict(vicinity="cache vicinity", per_step="policy static without --steps")
+    for name in Decoding.__annotations__:
+        readers = [policy for policy, entry in POLICIES.items() if name in entry.reads.split()]
+        wanted = needs.get(name, f"policy {' or '.join(readers)}")
+        cli.refuse_if(name not in used, name, f"is for {wanted}; here policy {s.policy}, cache {s.cache}")
 
 
 def choose(model, h, s, key, nfe, positions, *state):
@@ -329,8 +333,9 @@ def reference(model, prompt, **settings):
             h = stale_hidden(model, refreshed, x, positions, slice(start - left, stop))
             h = h[:, left:left + end - start]
         window = torch.arange(start, end)[None]
-        token, now, chosen = choose(model, h, s, key, torch.tensor([[nfe]]), window, masked[window],
-                                    window - P, masked[None, P:], threshold, torch.tensor([[tries]]), memory)
+        token, now, chosen = choose(model, h, s, key, torch.tensor([[nfe]]), positions[:, start:end],
+                                    masked[window], window - P, masked[None, P:], threshold,
+                                    torch.tensor([[tries]]), memory)
         memory, at = now.memory, window[chosen]
         x[at] = token[chosen]
         conf[at] = now.confidence[chosen]
@@ -368,7 +373,6 @@ def generate(model, prompts, batch_size=32, **options):
     return [out for _, out in sorted(stream(model, prompts, batch_size, **options))]
 
 
-@torch.no_grad()
 def stream(model, prompts, batch_size=32, progress=False, streams=None, compiled=None, sync_every=0,
            **settings):
     """Like generate, but yields (prompt index, Output) as rows finish; waiting prompts take their places.
@@ -564,9 +568,8 @@ class Batch:
         lean = n_rows == 1 and model.only_decodes
         mallopt(M_MMAP_THRESHOLD, 1 << (19 if lean else 25))  # large arrays of one prompt are given back
         self.P = T - s.gen_len - 1  # where the responses begin
-        empty = Rows.new([(0, [0] * s.gen_len, 0)] * n_rows, s, self.model.cfg, T)
+        empty = Rows.new([(0, model.cfg.eos_ids[:1] * s.gen_len, 0)] * n_rows, s, self.model.cfg, T)
         self.rows = Rows(*(t.to(self.dev).clone() for t in vars(empty).values()))
-        self.rows.masked.fill_(False)
         self.cache = None
         if s.cache != "none":
             dtype = model.embed.weight.dtype
@@ -579,7 +582,8 @@ class Batch:
         self.capture = self.compiled and self.dev.type == "cuda"
         whole, end = step, conclude
         if self.compiled:  # a graph for every shape and setting; beyond the limit fullgraph=True raises
-            torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
+            limits = torch._dynamo.config
+            limits.recompile_limit = limits.accumulated_recompile_limit = 1000
         if self.capture:  # its parts, in seconds instead of minutes; a CUDA graph holds the whole step
             end = torch.compile(conclude, **COMPILE)
             self.model = with_linear(self.model, linear)  # a copy: others may decode eagerly
@@ -745,7 +749,7 @@ class Options(AdaptedModel):
     html: str = ""  # page to write in which you step through the forwards; with --adapter also the base's
     prompts: str = ""  # file of prompts: .jsonl, or text with one per line
     max_prompt: int | None = None  # leave out --prompts that are longer, tokens
-    to: str = ""  # responses of --prompts [FILE.responses.jsonl]
+    to: str = ""  # where the responses of --prompts FILE.txt go [FILE.responses.jsonl]
     batch_size: int = 32  # prompts decoded at once
     compiled: bool | None = None  # torch.compile [on a GPU]
 

@@ -234,6 +234,7 @@ def main():
     soft = "kl" in (cfg.near, cfg.source not in RANDOM and cfg.distant)
     refuse_if(not soft, "tau teacher_prompt", "is for a kl term")
     refuse_if(cfg.source in RANDOM, "distant lam", f"is for distant tokens: --source {cfg.source} has none")
+    refuse_if(cfg.distant == "none", "lam", "is for distant tokens, which --distant none leaves out")
     problems = load_problems(cfg.data, "train", cfg.n_problems or None)
     n_states = min(cfg.states_per_trajectory or cfg.gen_len, cfg.gen_len)  # at most
     run.steps_per_epoch(len(problems) * n_states, cfg)  # an error before hours of decoding

@@ -40,15 +40,15 @@ def load_teacher_tokenizer(name):
     tokens = tiny_tokens(folder)
     if tokens:
         return Tokenizer(*tokens, tokens[-1].end_id)
-    try:
-        hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as e:  # of a different type for each kind of file
-        raise UserError(f"--teacher {name}: copy or install what its tokeniser needs: {reason(e)}") from None
     def encode(text):  # SentencePiece may write a space before it
         return hf.encode(text, add_special_tokens=False, split_special_tokens=True)
-    tables = (byte_table(hf, level) for level in (True, False))
+    try:
+        hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tables, ids = [byte_table(hf, level) for level in (True, False)], encode(PROBE)
+        fits = [t for t in tables if b"".join(t[i] for i in ids).removeprefix(b" ") == PROBE.encode()]
+    except Exception as e:  # of a different type for each kind of file
+        raise UserError(f"--teacher {name}: copy or install what its tokeniser needs: {reason(e)}") from None
     chat = OwnChat(f"--teacher {name}", hf, encode, False, hf.eos_token_id)  # without a thought
-    fits = [t for t in tables if b"".join(t[i] for i in encode(PROBE)).removeprefix(b" ") == PROBE.encode()]
     if not fits or chat.end_id is None:
         raise UserError(f"--teacher {name}: what its {type(hf).__name__} makes of a text cannot be told, "
                         f"byte by byte, or not how an answer ends: choose another teacher")
@@ -100,7 +100,6 @@ def teacher_pieces(example, tok, teacher_tok):
     return teacher_tok.prompt_ids(example).tolist(), ids, teacher_bytes, list(map(len, pieces))
 
 
-@torch.no_grad()
 def difficulty(examples, tok, teacher, teacher_tok, metric):
     """Every example's L scores in nats; the first EOS has that of the teacher's end token, the rest NaN."""
     pieces = [teacher_pieces(e, tok, teacher_tok) for e in examples]

@@ -47,7 +47,7 @@ class Config(run.Options):
     data: str = "tiny"  # data set by name or a .jsonl with solutions, see data.py --help; or trajectories
     only_correct: bool = True  # leave out a folder's wrong trajectories (--no-only_correct: ReDi, SFT-SD)
     with_thinking: bool = False  # s1K: a problem's "thinking" (the reasoning trace) before its solution
-    n_examples: int = 0  # examples to train on, the first ones (0: all; 2000 of a game)
+    n_problems: int = 0  # examples to train on, the first ones (0: all; 2000 of a game)
     gen_len: int = 256  # response length L, tokens, EOS-filled; trajectories have their own, up to this one
     train_block: int = 0  # block of training on block-causal models (0: the model's own), tokens
     # --- trajectory-aware masks
@@ -144,7 +144,7 @@ def load_examples(cfg, tok):
     if cfg.data in GAMES:
         if cfg.gen_len != TINY_LEN:
             raise UserError(f"--gen_len {cfg.gen_len}: responses of {cfg.data} have {TINY_LEN} tokens")
-        n = cfg.n_examples or 2000
+        n = cfg.n_problems or 2000
         examples = [game_example(tok, cfg.data, i, n) for i in range(n)]
         return fitting(examples, tok, cfg.max_prompt, most - cfg.gen_len)
     if folder:
@@ -185,7 +185,7 @@ def main():
               "trajectory_weight score_batch", "is for a --trajectory_share above 0")
     tok = load_tokenizer(cfg.model, cfg.revision)
     teacher_tok = load_teacher_tokenizer(cfg.teacher) if cfg.trajectory_share else None
-    examples = load_examples(cfg, tok)[:cfg.n_examples or None]
+    examples = load_examples(cfg, tok)[:cfg.n_problems or None]
     [teacher_tok.prompt_ids(e) for e in examples * bool(teacher_tok)]  # an error before weights are loaded
     per_epoch = run.steps_per_epoch(len(examples), cfg)  # an error before hours of scoring
     r = run.Run(cfg, examples)  # ranks, device, the folder: new or to be continued

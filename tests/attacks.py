@@ -97,7 +97,7 @@ def walk(x, depth, seen, texts):
     elif isinstance(x, types.ModuleType):
         inner = [vars(x)]
     elif isinstance(x, types.FrameType):
-        inner = [x.f_locals, x.f_globals, x.f_builtins, x.f_code.co_consts]
+        inner = [dict(x.f_locals), x.f_globals, x.f_builtins, x.f_code.co_consts]  # from 3.13 on no dict
     elif isinstance(x, types.FunctionType):
         inner = [x.__globals__, x.__code__.co_consts, x.__defaults__]
     for y in list(inner):

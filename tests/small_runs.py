@@ -19,7 +19,7 @@ COMMON = ["--data", "tiny", "--batch_size", "4", "--micro_batch", "2", "--max_st
           "0.1", "--eval_problems", "0"]
 COLLECTED = ["--n_problems", "8", "--gen_len", "8", "--block_len", "4"]
 METHODS = {"tad": [*COLLECTED, "--window", "2"], "tabom": COLLECTED, "t3d": [*COLLECTED, "--refresh", "1"],
-           "trims": ["--n_examples", "8", "--gen_len", "48"]}
+           "trims": ["--n_problems", "8", "--gen_len", "48"]}
 
 
 class Writer(training.ThreadPoolExecutor):

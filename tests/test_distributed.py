@@ -29,7 +29,7 @@ def jobs(root):
     methods = {"tad": [*own, "--window", "6", "--trajectories", str(root / "privileged")],
                "t3d": [*own, "--trajectories", str(root / "rollouts")],
                "tabom": [*own, "--trajectories", str(root / "own"), "--lora_targets", "all"],
-               "trims": ["--n_examples", "24", "--gen_len", "48"]}
+               "trims": ["--n_problems", "24", "--gen_len", "48"]}
     out = {}
     for name, options in methods.items():
         options = [name, *COMMON, "--micro_batch", "8", "--model", str(root / MODELS[name]), *options]
@@ -127,7 +127,7 @@ def test_a_rank_that_hangs_ends_the_training(tmp_path, full, at):
                   tmp_path / "base")
     nt_model.copy_tokenizer("tiny", tmp_path / "base")
     (tmp_path / "hang.py").write_text(HANG)
-    options = ["--model", tmp_path / "base", "--out", tmp_path / "run", "--n_examples", "64",
+    options = ["--model", tmp_path / "base", "--out", tmp_path / "run", "--n_problems", "64",
                "--trajectory_share", "0", "--batch_size", "4", "--epochs", "10000", "--log_every", "1",
                "--eval_problems", "0", "--full" if full else "--no-full", "--save_every", "3" if at else "100"]
     pair = ranks.start(2, tmp_path / "hang.py", *options, log=tmp_path / "said", AT=at)

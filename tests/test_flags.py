@@ -120,7 +120,7 @@ LAUNCHED = {"RANK": NUMBERS, "LOCAL_RANK": NUMBERS, "WORLD_SIZE": NUMBERS,
 IGNORED = ["GROUP_WORLD_SIZE", "GROUP_RANK", "LOCAL_WORLD_SIZE", "ROLE_RANK", "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT",
            "TORCHELASTIC_MAX_RESTARTS", "SLURM_PROCID", "NODE_RANK"]  # without --overwrite
 SMALL = ["--batch_size", "4", "--gen_len", "48", "--eval_problems", "0", "--out", "run"]
-STARTED = {**{name: (name, [*SMALL, "--n_examples" if name == "trims" else "--n_problems", "8"]) for name in METHODS},
+STARTED = {**{name: (name, [*SMALL, "--n_problems", "8"]) for name in METHODS},
            "eval curve": ("eval curve", ["-n", "2"]), "rollout collect": ("rollout collect", ["-n", "2"]), "harness": ("harness", []),
            "sample": ("sample", ["--prompt", "1 2"])}  # the last one has no ranks
 

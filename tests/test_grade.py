@@ -218,7 +218,7 @@ def test_human_eval():
 
 
 def test_importing_needs_neither_torch_nor_posix():
-    code = ("import sys; sys.platform = 'win32'; sys.modules.update(resource=None, fcntl=None, pwd=None)\n"
+    code = ("import shutil, subprocess, sys; sys.platform = 'win32'; sys.modules.update(resource=None, fcntl=None, pwd=None)\n"
             "import grade; assert not {'torch', 'model', 'numpy'} & set(sys.modules)\n"
             "assert grade.is_correct({'answer': 3}, '#### 3')")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

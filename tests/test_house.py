@@ -16,6 +16,7 @@ METHODS = {"tad", "t3d", "tabom", "trims"}
 FLOORS = [{"cli", "runner"}, {"grade", "recipes", "model", "layers"}, {"lora", "data"}, {"run"}, {"sample"},
           {"rollout"}, {"teacher"}, {"eval"}, METHODS, {"tools"}]
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")])
+FSTRING = getattr(tokenize, "FSTRING_START", None), getattr(tokenize, "FSTRING_END", None)  # Python 3.12
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
           tokenize.ENCODING, tokenize.ENDMARKER}
 
@@ -30,9 +31,12 @@ def docstring_lines(tree):
 
 def code_of(text):
     """-> tokens and code lines, without comments and docstrings."""
-    docs = docstring_lines(ast.parse(text))
-    found = [t for t in tokenize.generate_tokens(io.StringIO(text).readline)
-             if t.type not in LAYOUT and t.start[0] not in docs]
+    docs, found, depth = docstring_lines(ast.parse(text)), [], 0
+    for t in tokenize.generate_tokens(io.StringIO(text).readline):
+        depth -= t.type == FSTRING[1]
+        if not depth and t.type != FSTRING[0] and t.type not in LAYOUT and t.start[0] not in docs:
+            found.append(t)  # of an f-string only its end: one token, as Python 3.11 counts
+        depth += t.type == FSTRING[0]
     return len(found), len({t.start[0] for t in found})
 
 

@@ -58,7 +58,7 @@ ROWS = {
                               parameter_list="(x)")]),
          dict(prompt="Write inc.", solution="def inc(x):\n    return x + 1", tests=TEST_INC,
               entry_point="inc", grader="code")),
-        (dict(question="Again.", solution="inc = lambda x: x + 1", test_code=TEST_INC, test_info=[]),
+        (dict(question="Again.", solution="inc = lambda x: x + 1", test=TEST_INC, test_info=[]),
          dict(prompt="Again.", solution="inc = lambda x: x + 1", tests=TEST_INC, entry_point="",
               grader="code")),
         (dict(question="Read two numbers.", solution="print(1)", test='{"stdin": ["1 2"]}', test_info=[]),
@@ -140,11 +140,7 @@ ROWS = {
               prompt=MBPP + "Write a function to add." + PASS
               + "assert add(1, 2) == 3\nassert add(0, 0) == 0",
               tests=["assert add(1, 2) == 3", "assert add(0, 0) == 0"], setup="import math", grader="code")),
-        (dict(source_file="x.ipynb", task_id=12, prompt="Negate.", code="neg = lambda x: -x",
-              test_imports=["import math", "import re"], test_list=["assert neg(1) == -1"]),
-         dict(id="mbpp-12", question="Negate.", prompt=MBPP + "Negate." + PASS + "assert neg(1) == -1",
-              solution="neg = lambda x: -x", tests=["assert neg(1) == -1"], setup="import math\nimport re",
-              grader="code"))],
+        ],
 }
 
 

@@ -60,7 +60,7 @@ def test_an_option_is_refused_exactly_where_it_changes_nothing(monkeypatch, poli
                 if name == "late_eos":  # in Python, too
                     assert str(e).startswith(f"late_eos with policy {policy}, which asks entropies")
                     continue
-                assert str(e).startswith(f"--{name} is unused by {policy}, cache {cache}, ")
+                assert str(e).startswith(f"--{name} is for ") and str(e).endswith(f"; here policy {policy}, cache {cache}: leave it out")
                 assert not differ(0, settings, changed), (name, settings)
             else:
                 assert any(differ(number, settings, changed) for number in range(len(models))), (name, settings)
@@ -381,6 +381,19 @@ def test_sampling_draws_the_same_in_any_batch():
     rest = dict(sample.stream(model, prompts[1:], streams=[1, 2], **settings))  # a continued run
     assert all(same(rest[i], outs[i + 1]) for i in range(2))
     assert same(outs[0], reference(model, prompts[0], **settings))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_sampling_draws_what_the_reference_draws(name):
+    """Also where prompts do not fill their last block, whose positions then begin elsewhere (whole)."""
+    model, prompts = random_model(scale=1.0, **CONFIGS[name]), prompts_of([5, 6, 7, 8, 9])
+    settings = dict(gen_len=8, block_len=model.cfg.block_len or 4, threshold=0.5, cache="none", temperature=1.0)
+    outs = generate(model, prompts, batch_size=3, **settings)
+    for i, (prompt, out) in enumerate(zip(prompts, outs)):
+        (alone,) = [out for _, out in sample.stream(model, [prompt], streams=[i], **settings)]
+        assert same(alone, out)
+        (first,) = generate(model, [prompt], **settings)  # its stream is 0, as the reference's
+        assert same(first, reference(model, prompt, **settings))
 
 
 def test_top_k_draws_among_the_k_best():

@@ -107,8 +107,8 @@ def test_a_sweep_is_resumed_and_makes_the_table(small, started, monkeypatch, cap
 
 
 def test_what_a_run_cost_is_read_from_its_folder(monkeypatch, tmp_path, started):
-    monkeypatch.setitem(sweep.METHODS, "tiny", {"TRIMS": "trims.py --n_examples 8",
-                                                "SFT-GT": "trims.py --trajectory_share 0 --n_examples 8"})
+    monkeypatch.setitem(sweep.METHODS, "tiny", {"TRIMS": "trims.py --n_problems 8",
+                                                "SFT-GT": "trims.py --trajectory_share 0 --n_problems 8"})
     monkeypatch.setattr(sweep, "COMMON", "--max_steps 1 --batch_size 4 --micro_batch 4")
     for label, scores in (("TRIMS", True), ("SFT-GT", False)):  # the teacher's pass stands for collecting
         sweep.run_script(sweep.command(label, 0, tmp_path / label))

@@ -281,7 +281,7 @@ def test_how_the_tiny_models_were_made_and_a_baseline_in_small(tmp_path, monkeyp
     assert again.returncode == 0 and "finished already" in again.stderr
     monkeypatch.undo()
     tuned = command(tmp_path, "trims.py", "--model", "base/model", "--max_steps", "2", "--batch_size", "8",
-                "--n_examples", "16", "--eval_problems", "0", "--out", "sft")
+                "--n_problems", "16", "--eval_problems", "0", "--out", "sft")
     assert tuned.returncode == 0 and (tmp_path / "sft/adapter/adapter_config.json").exists(), tuned.stderr
     refused = command(tmp_path, "trims.py", "--trajectory_share", "1.5", "--out", "x")
     assert refused.returncode == 2 and "trajectory_share is 1.5: it must be at most 1" in refused.stderr

@@ -307,7 +307,7 @@ def test_trims_trains_two_steps_on_every_family_with_another_tokeniser(tmp_path,
 def test_bad_settings_are_one_line(monkeypatch, tmp_path):
     for args, words in ((["--trajectory_share", "2"], "trajectory_share is 2.0: it must be at most 1"),
                         (["--n_buckets", "0"], "at least 1"),
-                        (["--n_examples", "9"], "exceeds the data"), (["--gen_len", "20"], "have 48 tokens"),
+                        (["--n_problems", "9"], "exceeds the data"), (["--gen_len", "20"], "have 48 tokens"),
                         (["--max_prompt", "3"], "raise --max_prompt")):
         monkeypatch.setattr("sys.argv", ["trims.py", "--out", str(tmp_path / "x"), *args])
         with pytest.raises(nt_model.UserError, match=words):
@@ -345,7 +345,7 @@ def test_a_share_of_few_steps_is_one_step_of_warm_up(monkeypatch, tmp_path, word
     def stop(run, *_):
         raise StopIteration(run.cfg.warmup_steps)
     monkeypatch.setattr(training.Run, "steps", stop)
-    monkeypatch.setattr("sys.argv", ["trims.py", "--trajectory_share", "0", "--n_examples", "64", "--out", str(tmp_path / "x"),
+    monkeypatch.setattr("sys.argv", ["trims.py", "--trajectory_share", "0", "--n_problems", "64", "--out", str(tmp_path / "x"),
                                      *words.split()])
     with pytest.raises(StopIteration) as stopped:
         trims.main()

@@ -570,14 +570,14 @@ def test_prompts_are_rows_whatever_the_file(tmp_path, name):
     assert row["id"] == "a" and row["prompt"] == "x" and row["note"] == "kept" and row["model"] == "tiny" and row["response"] != "old"
 
 
-@pytest.mark.parametrize("name", ["q.json", "q.json.gz", "train_0.json"])
+@pytest.mark.parametrize("name", ["q.json", "q.json.gz", "train_0.json", "list.jsonl", "list.ndjson.gz"])
 def test_a_json_may_have_a_row_per_line(tmp_path, name):
     """As many sets on the hub do."""
     rows = [dict(id=str(i), prompt=f"p{i}", answer="1") for i in range(3)]
     for text in ("".join(json.dumps(row) + "\n" for row in rows), json.dumps(rows), f"\n {json.dumps(rows, indent=1)}\n"):
         (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
         assert [p["prompt"] for p in data.load_problems(str(tmp_path / name))] == ["p0", "p1", "p2"]
-    for text, words in (('{"rows": [\n1]}\n', "must hold a list of objects, or one per line: repair it"), ('{\n "data": [{"prompt": "x"}]\n}', "must hold a list"), ("3", "must hold a list"),
+    for text, words in (('{"rows": [\n1]}\n', "must hold a list of objects, or one per line: repair it"), ('{\n "data": [{"prompt": "x"}]\n}', "must hold a list"), ("3", "row 1 is not an object"),
                         ('{"prompt": "a"}\n{"prompt": \n', "line 2 is not valid JSON"), ('[{"prompt": "a"}\n', "is not valid JSON"), ('{"data": [{"prompt": "x"}]}', "row 1: 'prompt' is absent")):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(UserError, match="bad.json.*" + words):

@@ -41,7 +41,7 @@ METHODS = {task: dict(re.findall(r"# (.+)\n(?:python )?([^#\n]*)", block_of(task
 TINY = nt_model.pairs("--task=tiny --data=tiny --protocol=tiny collect=tiny --teacher=tiny-ar --gen_len=48")
 RANKED = set("tad.py t3d.py tabom.py trims.py curve collect".split())  # what torchrun may start
 FEW = "--max_steps 2 --batch_size 4 --micro_batch 4 --eval_problems 0"
-QUICK = {"trims.py": "--n_examples 8", "tools/sweep.py": "--quick", "tools/harness.py": "--limit 8"}
+QUICK = {"tools/sweep.py": "--quick", "tools/harness.py": "--limit 8"}
 
 
 def paper_commands(table, model, out, quick=False):
