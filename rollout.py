@@ -64,8 +64,8 @@ def rollout(model, tok, problems, folder, model_name, privileged=False, batch_si
         raise UserError(f"{folder} holds trajectories that were collected ungraded: choose another folder")
     left = {i: p for i, p in enumerate(problems) if p["id"] not in done}
     grade.check_gradable([*left.values()] * graded, allow_code)  # said before hours of decoding
-    if done and left:
-        cli.say(f"{folder} holds {len(done)} trajectories: {len(left)} more are collected")
+    if done and left and rank == 0:
+        print(f"{folder} holds {len(done)} trajectories: {len(left)} more are collected")
     todo = {i: p for i, p in left.items() if i % world == rank}  # also right if others append already
     if todo:
         shard = Shard(folder, rank, len(todo), "sample", "collect")

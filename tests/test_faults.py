@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -291,7 +292,7 @@ class Processes:
         process.join(120)
         usual = ("began", "decoding", "8 of 8 ", "saved")
         said = [line for line in log.read_text().splitlines() if not line.startswith(usual)]
-        return process.exitcode, [line for line in said if "is finished already" not in line]
+        return process.exitcode, [line for line in said if not re.search("is finished already|more are collected", line)]
 
     def adapter(self, name):
         file = self.folder / name / "adapter/adapter_model.safetensors"

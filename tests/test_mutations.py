@@ -240,7 +240,7 @@ def test_refusals_of_tensors_name_file_tensor_and_what_to_do(tmp_path):
     (dict(prompt="a", answer="x", grader="number"), "mine: problem mine-0", "answer 'x': mend it"), (dict(prompt="a", tests="assert f()"), "mine: problem mine-0", "give --allow_code_execution"),
     (dict(prompt=3), "mine.jsonl row 1", "prompt must be text (a chat: messages), not '3'"), (dict(question="a"), "mine.jsonl row 1", "FILE:prompt=NAME takes one: ['question']"),
     (dict(prompt="a", raw="yes"), "mine.jsonl row 1", "raw must be true or false, not 'yes'"), (dict(prompt="a", messages=[3]), "mine.jsonl row 1", "messages must be turns"),
-    (dict(prompt="a", answer=1, tests=[3]), "mine.jsonl row 1", "lists of texts, not [3]"), ([3], "mine.jsonl row 1", "is not an object: '[3]'; repair it")])
+    (dict(prompt="a", answer=1, tests=[3]), "mine.jsonl row 1", "lists of texts, not [3]"), ([3], "mine.jsonl row 1", "is not an object: '3'; repair it")])
 def test_refusals_of_rows_name_file_row_and_what_to_do(tmp_path, row, source, words):
     (tmp_path / "mine.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(UserError) as refused:

@@ -378,7 +378,7 @@ def small_tables(monkeypatch):
 
     def few(*args):
         for words in commands(*args):
-            at = "--n_problems" in words and words[0] not in ("t3d.py", "tabom.py")
+            at = "--n_problems" in words and words[0] not in ("t3d.py", "tabom.py", "trims.py")
             yield [*words, "--n_problems", "2"] if at else words
     monkeypatch.setattr(sweep, "block_of", block_of)
     monkeypatch.setattr(sweep, "paper_commands", few)
