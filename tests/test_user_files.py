@@ -765,3 +765,31 @@ def test_a_spreadsheet_is_refused_and_not_read_as_lines_of_text(tmp_path, name, 
 def test_a_text_has_a_prompt_per_line(tmp_path, name):
     (tmp_path / name).write_text("one\n\ntwo.three: x\n")
     assert [row["prompt"] for row in read_prompts(tmp_path / name)] == ["one", "two.three: x"]
+
+
+def test_a_folder_in_another_ones_place_is_told(tmp_path):
+    """A run's folder as model or adapter, an adapter or a model as the folder to collect into: nothing is written there."""
+    run = tmp_path / "run"
+    lora.save(lora.add(nt_model.load("tiny"), 2, 2), run / "adapter")
+    (run / "lock").touch()
+    (run / "config.json").write_text(json.dumps(dict(model="tiny", lora_r=2)))
+    for args, words in (
+            (["sample.py", "--model", run], f"run is a run's folder: give {run}/model, or --adapter {run}/adapter"),
+            (["tad.py", "--model", run], "run is a run's folder: give "),
+            (["sample.py", "--adapter", run], f"no file {run}/adapter_config.json: there is one in {run}/adapter"),
+            (["eval.py", "curve", "--adapter", run], f"there is one in {run}/adapter"),
+            (["eval.py", "log", run / "adapter"], f"no file {run}/adapter/log.jsonl: correct the path"),
+            (["rollout.py", "collect", "--n", "2", "--out", run / "adapter"], "choose a folder for trajectories alone"),
+            (["tad.py", "--n_problems", "2", "--batch_size", "2", "--trajectories", run / "adapter"], "adapter also holds "),
+            (["rollout.py", "collect", "--n", "2", "--out", ROOT / "weights/tiny"], "tiny also holds ")):
+        done = command(tmp_path, *args)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and words in done.stderr, done.stderr
+    assert {f.name for f in (run / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_what_a_folder_lacks_is_said(tmp_path):
+    """Before it is collected: someone may have wanted only what is there."""
+    for n, said in ((2, ""), (2, ""), (3, "t holds 2 trajectories: 1 more are collected"), (2, "")):
+        done = command(tmp_path, "rollout.py", "collect", "--n", n, "--out", "t", "--policy", "threshold")
+        assert done.returncode == 0 and f"t holds {n} of {n} problems" in done.stdout
+        assert ("more are collected" in done.stdout) == bool(said) and said in done.stdout
