@@ -226,7 +226,7 @@ def read_text(path, errors="strict"):
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as f:
             return f.read().decode("utf-8", errors).removeprefix("\ufeff").replace("\r\n", "\n")
     except (FileNotFoundError, NotADirectoryError):
-        below = [d for d in sorted(Path(path).parent.glob("*")) if (d / Path(path).name).exists()]
+        below = [d for d in sorted(Path(path).parent.glob("*")) if os.path.exists(d / Path(path).name)]
         fix = f"there is one in {below[0]}" if below else "correct the path, or copy the file there"
         raise UserError(f"no file {path}: {fix}") from None
     except UnicodeDecodeError:
@@ -263,11 +263,11 @@ def read_jsonl(path, ours=False, mend=False, growing=False, sealed=False, **kind
             torn = i > text.count("\n")  # the last one, which is no news
             if growing and torn:
                 break
-            fault = f"{path} line {i} is not valid JSON or is damaged ({e}): {line[:60]!r}; it"
+            fault = f"{path} line {i} is not valid JSON or is damaged ({e}): {line[:60]!r}"
             if not mend:
-                raise UserError(f"{fault} must hold a list of objects, or one per line: repair it") from None
+                raise UserError(f"{fault}; repair it: a file has objects, one per line or a list") from None
             if not torn:
-                print(f"warning: {fault} is made again, and kept in {path}.damaged", file=sys.stderr)
+                print(f"warning: {fault}; it is made again, and kept in {path}.damaged", file=sys.stderr)
             with open(f"{path}.damaged", "ab") as f:
                 f.write(f"{line}\n".encode())
     if mend and whole != text:
@@ -305,7 +305,7 @@ def read_rows(path):
         except (ValueError, OSError) as e:  # pyarrow's own are kinds of these
             raise UserError(f"{path} is not a whole .parquet file ({e}): copy it again") from None
         return
-    is_list = read_text(path).lstrip().startswith("[")  # many a .json has a row per line
+    is_list = Path(path).is_file() and read_text(path).lstrip().startswith("[")  # a pipe is read once
     rows = read_json(path) if is_list else read_jsonl(path)
     for i, row in enumerate(rows):
         if not isinstance(row, dict):

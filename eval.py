@@ -374,7 +374,7 @@ def report_by_step(label, values, what, unit, path, x="forward"):
     """values (T,), one per forward: their mean is printed, and they are drawn over those of before."""
     known = values[~np.isnan(values)]
     if not len(known):
-        raise UserError(f"{what} {label}: no response is long enough to have a value: choose longer ones")
+        raise UserError(f"{what} {label}: no value: the responses are too short, or the weights hold NaN")
     print(f"{what} {label}: {known.mean():.4f} {unit}, mean over the {x}s; {known[-1]:.4f} at the end")
     report({label: values}, x, f"{what}, {unit}", path)
 

@@ -585,7 +585,7 @@ def checkpoint_dir(name, revision=None, weights=True):
         if revision:
             raise UserError(f"--revision {revision}: {name} is a local directory; a revision pins a hub id")
         if os.path.exists(f"{name}/lock"):
-            raise UserError(f"{name} is a run's folder: give {name}/model, or --adapter {name}/adapter")
+            raise UserError(f"{name} is a run's folder: give its model, or its adapter by --adapter")
         return Path(name)
     if os.path.isabs(name) or name.startswith(".") or name.count("/") != 1:
         raise UserError(f"no model {name!r}: give {', '.join(presets())}, a hub id owner/name or a directory")

@@ -45,11 +45,11 @@ def rollout(model, tok, problems, folder, model_name, privileged=False, batch_si
     problems = fitting(problems, tok, max_prompt, room, privileged and privileged_prompt)
     rank, world = ranks()
     folder = Path(folder)
-    for other in folder.glob("[!.lr]*"):  # neither lock nor rank
-        raise UserError(f"{folder} also holds {other.name}: choose a folder for trajectories alone")
     folder.mkdir(parents=True, exist_ok=True)
     mend_shards(folder.glob("rank*.jsonl"), rank, world)
     done = {r["id"]: r for r in read_trajectories(folder, growing=True)}
+    for other in folder.glob("*config.json"):
+        raise UserError(f"{folder} holds {other.name}: choose a folder of trajectories, or a new one")
     facts = dict(model=str(model_name), revision=model.revision, weights=local_weights(model_name),
                  decoding=settings, schema=SCHEMA)
     prompts = {p["id"]: {k: p.get(k) for k in ("prompt", "solution", *CARRIED)} |
@@ -196,7 +196,7 @@ class Inspect(Stats):
 
 
 def collect_command(args, given):
-    rank, _ = ranks()  # an error before a model is loaded
+    ranks()  # an error before a model is loaded
     problems = load_problems(args.path, args.split, args.n)
     grade.check_gradable(problems * (not args.ungraded), args.allow_code_execution)  # before anything long
     defaults = decoding_defaults(config_of(args.model, args.revision))
@@ -206,9 +206,8 @@ def collect_command(args, given):
     records = rollout(model, tok, problems, args.out, args.model, args.privileged, args.batch_size,
                       args.allow_code_execution, not args.ungraded, args.max_prompt, **decoding)
     known = [r["correct"] for r in records if r["correct"] is not None]
-    if rank == 0:
-        print(f"{args.out} holds {len(records)} of {len(problems)} problems, "
-              f"{sum(known)} of {len(known)} right")
+    print(f"{args.out} holds {len(records)} of {len(problems)} problems, "
+          f"{sum(known)} of {len(known)} right")  # on every rank, since none waits for the others
 
 
 def records_asked_for(args):

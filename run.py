@@ -166,7 +166,7 @@ def shard(model, device, train=False, group=None):
 
 @torch.no_grad()
 def unsharded(model):
-    """Of a model that is spread over ranks, which all call it: a plain copy on rank 0's CPU, or None."""
+    """Of a model that is spread over ranks, which all call it: a plain one on rank 0's CPU, or None."""
     if not is_sharded(model):
         return model
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

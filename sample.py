@@ -286,8 +286,9 @@ def check_used(*decodings):
         if s.temperature:
             reads |= {"top_p", "top_k"}
         used |= reads
-    needs = dict.fromkeys(("top_p", "top_k"), "a temperature above 0")
-    needs |= dict(vicinity="cache vicinity", per_step="policy static without --steps")
+    needs = dict(vicinity="cache vicinity", per_step="policy static without --steps",
+                 top_p="a temperature above 0", top_k="a temperature above 0",
+                 refresh="policy multiblock, cache prefix", cache_delay="policy multiblock, cache prefix")
     for name in Decoding.__annotations__:
         readers = [policy for policy, entry in POLICIES.items() if name in entry.reads.split()]
         wanted = needs.get(name, f"policy {' or '.join(readers)}")
@@ -393,11 +394,11 @@ def decode(batch, progress=False):
         free = [row for row, owner in enumerate(batch.owner) if owner is None]
         batch.admit(dict(zip(free, waiting)))
         batch.run()  # the device is busy while the finished ones are looked at
+        bar.update(len(finished))
         for i, out in finished:
             if not out.conf.isfinite().all():
                 raise UserError(f"the model's logits for prompt {i} are not finite: its weights hold NaN or "
                                 f"inf, or overflow in this dtype")
-            bar.update()
             yield i, out
         if not batch.busy():
             break

@@ -187,7 +187,7 @@ def test_a_changed_command_line(command, called):
     ("tad", "--window 1000000000", "positive number"), ("tad", "--window 000", "positive number"),
     *((method, "--lora_targets q_proj,q_proj", "LoRA targets") for method in METHODS),
     ("tad", "--near none --source gt_random", "nothing is left"), ("tabom", "--window 1", "two tokens"),
-    ("tabom", "--segment two_steps", "not ranked"), ("t3d", "--refresh 0", "give 1 or more"), 
+    ("tabom", "--segment two_steps", "not ranked"), ("t3d", "--refresh 0", "give 1 or more"),
     ("t3d", "--eos_in_loss 2", "for block-causal models"), ("sample", "--threshold 90", "at most 1"),
     ("trims", "--n_problems 7", "exceeds the data"),
     ("trims", "--n_problems 1 --trajectory_share 0 --max_steps 0", "exceeds the data"),

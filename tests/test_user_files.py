@@ -577,7 +577,7 @@ def test_a_json_may_have_a_row_per_line(tmp_path, name):
     for text in ("".join(json.dumps(row) + "\n" for row in rows), json.dumps(rows), f"\n {json.dumps(rows, indent=1)}\n"):
         (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
         assert [p["prompt"] for p in data.load_problems(str(tmp_path / name))] == ["p0", "p1", "p2"]
-    for text, words in (('{"rows": [\n1]}\n', "must hold a list of objects, or one per line: repair it"), ('{\n "data": [{"prompt": "x"}]\n}', "must hold a list"), ("3", "row 1 is not an object"),
+    for text, words in (('{"rows": [\n1]}\n', "repair it: a file has objects, one per line or a list"), ('{\n "data": [{"prompt": "x"}]\n}', "one per line or a list"), ("3", "row 1 is not an object"),
                         ('{"prompt": "a"}\n{"prompt": \n', "line 2 is not valid JSON"), ('[{"prompt": "a"}\n', "is not valid JSON"), ('{"data": [{"prompt": "x"}]}', "row 1: 'prompt' is absent")):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(UserError, match="bad.json.*" + words):
@@ -772,16 +772,19 @@ def test_a_folder_in_another_ones_place_is_told(tmp_path):
     run = tmp_path / "run"
     lora.save(lora.add(nt_model.load("tiny"), 2, 2), run / "adapter")
     (run / "lock").touch()
+    (run / "trajectories").mkdir()
     (run / "config.json").write_text(json.dumps(dict(model="tiny", lora_r=2)))
     for args, words in (
-            (["sample.py", "--model", run], f"run is a run's folder: give {run}/model, or --adapter {run}/adapter"),
+            (["sample.py", "--model", run], "run is a run's folder: give its model, or its adapter by --adapter"),
             (["tad.py", "--model", run], "run is a run's folder: give "),
             (["sample.py", "--adapter", run], f"no file {run}/adapter_config.json: there is one in {run}/adapter"),
             (["eval.py", "curve", "--adapter", run], f"there is one in {run}/adapter"),
             (["eval.py", "log", run / "adapter"], f"no file {run}/adapter/log.jsonl: correct the path"),
-            (["rollout.py", "collect", "--n", "2", "--out", run / "adapter"], "choose a folder for trajectories alone"),
-            (["tad.py", "--n_problems", "2", "--batch_size", "2", "--trajectories", run / "adapter"], "adapter also holds "),
-            (["rollout.py", "collect", "--n", "2", "--out", ROOT / "weights/tiny"], "tiny also holds ")):
+            (["rollout.py", "collect", "--n", "2", "--out", run / "adapter"], "choose a folder of trajectories, or a new one"),
+            (["tad.py", "--n_problems", "2", "--batch_size", "2", "--trajectories", run / "adapter"], "adapter holds adapter_config.json"),
+            (["rollout.py", "collect", "--n", "2", "--out", ROOT / "weights/tiny"], "tiny holds config.json"),
+            (["tad.py", "--n_problems", "2", "--batch_size", "2", "--trajectories", run], f"run is a run's folder: give {run}/trajectories"),
+            (["rollout.py", "collect", "--n", "2", "--out", run], f"run is a run's folder: give {run}/trajectories")):
         done = command(tmp_path, *args)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and words in done.stderr, done.stderr
     assert {f.name for f in (run / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
