@@ -84,8 +84,7 @@ def finished(folders, cfg, ids):
         if not found or any(r["model"] != cfg.model or len(r["x0"]) != cfg.gen_len for r in found):
             raise UserError(f"{folder} has none of {cfg.model} with gen_len {cfg.gen_len}: collect them")
         cfg.block_len = cfg.block_len or found[0]["decoding"].get("block_len")
-        most = cfg.max_prompt or np.inf
-        records += [r for r in found if r["id"] in ids and len(r["prompt_ids"]) <= most]
+        records += [r for r in found if r["id"] in ids and len(r["prompt_ids"]) <= (cfg.max_prompt or np.inf)]
     ids = [r["id"] for r in records]
     if len(set(ids)) < len(ids):
         raise UserError(f"{'+'.join(folders)}: two of these folders hold the same problem: leave one out")

@@ -78,7 +78,7 @@ def parse(Config, presets, doc):
         if mine in given:  # which the preset's would overrule
             preset.pop(theirs, None)
     cfg = Config(**preset | {k: v for k, v in own.items() if hasattr(Config, k)} | given)
-    refuse_if(cfg.full, "lora_r lora_alpha lora_dropout lora_targets", "is for adapters, with --no-full")
+    refuse_if(cfg.full, "lora_r lora_alpha lora_dropout lora_targets fsdp", "is for adapters, with --no-full")
     refuse_if(cfg.lr_schedule == "constant", "lr_floor", "is for an --lr_schedule that falls")
     refuse_if(not getattr(cfg, "collect_temperature", 0), "collect_top_p", "is for a --collect_temperature")
     refuse_if(getattr(cfg, "warmup_ratio", 0), "warmup_steps", "is not for a --warmup_ratio")

@@ -229,6 +229,7 @@ def check_config(cfg):
 def main():
     cfg = check_config(run.parse(Config, PRESETS, __doc__))
     refuse_if(cfg.loss == "naive_td", "alpha beta logratio fake refresh", "is for --loss t3d")
+    refuse_if(not cfg.lam, "path", "is for a --lam above 0")
     refuse_if("eos_in_loss" in GIVEN and not config_of(cfg.model, cfg.revision).block_len, "eos_in_loss",
               f"is for block-causal models: {cfg.model} would see the EOS behind, and so the length")
     problems = load_problems(cfg.data, "train", cfg.n_problems or None)

@@ -209,7 +209,7 @@ def test_options_that_contradict(command, words, why, called):
 
 @pytest.mark.parametrize("command, words, more", [
     *((method, "--full", more) for method in METHODS for more in (
-        "--lora_r 8", "--lora_alpha 8", "--lora_dropout 0.1", "--lora_targets all")),
+        "--lora_r 8", "--lora_alpha 8", "--lora_dropout 0.1", "--lora_targets all", "--fsdp")),
     *((method, "--lr_schedule constant", "--lr_floor 0.1") for method in METHODS),
     ("tad", "", "--collect_top_p 0.9"), ("tabom", "", "--collect_top_p 0.9"),
     ("trims", "--warmup_ratio 0.1", "--warmup_steps 3"), ("trims", "", "--with_thinking"), ("trims", "", "--no-only_correct"),
@@ -219,6 +219,7 @@ def test_options_that_contradict(command, words, why, called):
         "--teacher tiny-ar", "--metric entropy", "--n_buckets 4", "--ordering random", "--p_context 0.1", "--p_future 0.9",
         "--trajectory_weight none", "--score_batch 2")),
     *(("tad", "--distant ce", more) for more in ("--tau 2", "--teacher_prompt plain")),
+    ("tad", "--distant none", "--lam 2"), ("t3d", "--lam 0", "--path code"),
     *(("tad", f"--source {source}", more) for source in ("traj_random", "gt_random") for more in (
         "--tau 2", "--teacher_prompt plain", "--distant ce", "--lam 2")),
     *(("t3d", "--loss naive_td", more) for more in ("--alpha 1", "--beta 1", "--logratio sum", "--fake argmax", "--refresh 3")),
