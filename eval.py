@@ -383,7 +383,8 @@ def along_trajectory(model, record, steps):
     """At each of the steps (N,), of what is masked: log p of its id, forwards to its reveal, all log p."""
     x0 = torch.tensor(record["x0"])
     order = torch.tensor(record["order"])
-    model = nt_model.in_blocks(model, record["decoding"].get("block_len", model.cfg.block_len))
+    block_len = record["decoding"].get("block_len", model.cfg.block_len)
+    model = nt_model.in_blocks(model, block_len)
     for some in steps.split(16):
         xt, masked = data.state_at(x0, order, some[:, None], model.cfg.mask_id)  # (16, L)
         masked[:, nt_model.n_content(x0, model.cfg.eos_ids):] = False

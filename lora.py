@@ -153,7 +153,7 @@ def load(model, folder):
     if wrong:
         merge(model)  # B = 0: this only takes the empty adapters off again
         raise UserError(f"{folder} is of {config.get('base_model_name_or_path')!r}: it does not fit this "
-                        f"model (or its r, or is quantised: merge by peft): {wrong[:2]}")
+                        f"model: give that one (or its r, or is quantised: merge by peft): {wrong[:2]}")
     for name, t in wanted.items():
         t.copy_(tensors[name])
     return model

@@ -76,7 +76,7 @@ class Decoding:
         if self.cache not in policy.caches:
             raise UserError(f"cache {self.cache!r}: policy {self.policy} takes {' or '.join(policy.caches)}")
         if self.late_eos and "late_eos" not in policy.reads:
-            raise UserError(f"late_eos with policy {self.policy}, which asks entropies: --no-late_eos")
+            raise UserError(f"late_eos with policy {self.policy}, which does not read it: --no-late_eos")
         if policy.one_block:  # by vars(), since this class is frozen
             vars(self).update(block_len=self.gen_len)
         if not policy.whole_response:
@@ -177,7 +177,7 @@ class Forward:
 @dataclass(frozen=True)
 class Policy:
     """A function that chooses, and what the decoders must know about it."""
-    choose: Callable              # (Forward, Decoding) -> (R, W) bool: what to reveal, of the masked ones
+    choose: Callable              # (Forward, Decoding) -> (R, W) bool: what to reveal; not for ever nothing
     reads: str = " ".join(Decoding.__annotations__)  # fields of Decoding that it, or its score, depends on
     memory: int = 0               # numbers that it keeps for a row between forwards; they begin as 0
     one_block: bool = False       # the response is one block

@@ -38,9 +38,10 @@ REQUIRED = {"nll": ["--teacher", "tiny-ar"], "collect": ["--out", "out"], "inspe
 COMMANDS = {
     **METHODS, "sample": (sample, [], [sample.Options, sample.Decoding]),
     "bench": (BENCH, [], [BENCH.Options, sample.Decoding]), "sweep": (sweep, [], [sweep.Options]),
+    "sweep paper": (sweep, ["paper"], [sweep.PaperOptions]),
     "harness": (harness, ["--tasks", "gsm8k"], [harness.Options, sample.Decoding]),
     **{f"{module.__name__} {name}": (module, [name, *REQUIRED.get(name, ())], classes)
-       for module in (eval_module, ROLLOUT, data, compare, sweep) for name, (_, *classes) in module.COMMANDS.items()}}
+       for module in (eval_module, ROLLOUT, data, compare) for name, (_, *classes) in module.COMMANDS.items()}}
 
 
 def numeric(classes):

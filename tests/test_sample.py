@@ -58,7 +58,7 @@ def test_an_option_is_refused_exactly_where_it_changes_nothing(monkeypatch, poli
                 sample.check_used(Decoding(**changed))
             except UserError as e:
                 if name == "late_eos":  # in Python, too
-                    assert str(e).startswith(f"late_eos with policy {policy}, which asks entropies")
+                    assert str(e).startswith(f"late_eos with policy {policy}, which does not read it")
                     continue
                 assert str(e).startswith(f"--{name} is for ") and str(e).endswith(f"; here policy {policy}, cache {cache}: leave it out")
                 wanted = re.fullmatch(r"--\w+ is for policy ((?:\w+ or )*\w+); .*", str(e))  # without more conditions

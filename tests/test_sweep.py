@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from checkpoints import official_checkpoint
 from conftest import ROOT, command
 
 import cli
@@ -144,9 +145,8 @@ def accepted(words, model, monkeypatch):
         args, given = cli.parse("", module.Options, Decoding)
         nt_eval.protocol_of(args.protocol, nt_model.family_of(model), args.tasks, args.points, **given)
         return args
-    seen = []
-    run_command("", {name: (lambda *args: seen.append(args), *classes)
-                     for name, (_, *classes) in module.COMMANDS.items()})
+    seen, commands = [], getattr(module, "COMMANDS", {"paper": (None, sweep.PaperOptions)})
+    run_command("", {name: (lambda *args: seen.append(args), *classes) for name, (_, *classes) in commands.items()})
     args, *given = seen[0]
     if words[:2] == ["eval.py", "curve"]:
         family = nt_model.family_of(model)
@@ -320,6 +320,22 @@ def test_a_wrong_command_of_a_table_is_seen(monkeypatch, tmp_path, table, model,
     monkeypatch.setattr(sweep, "block_of", lambda name: block.replace(right, wrong) if name == table else inner(name))
     with pytest.raises((UserError, AssertionError, SystemExit), match=message):
         check_commands(monkeypatch, tmp_path, table, model)
+
+
+@pytest.mark.parametrize("family, table, refused", [
+    ("sdar", "TAD-1", True), ("a2d-bd3lm", "TAD-2", True), ("diffcoder", "TAD-4", True), ("sdar", "T3D-1", False),
+    ("llada", "TAD-1", False), ("a2d", "TAD-1", False)])
+def test_a_policy_that_a_model_cannot_have_is_refused_before_the_first_command(tmp_path, monkeypatch, family, table, refused):
+    """multiblock, of TAD's protocol, is for bidirectional models."""
+    folder, ran = official_checkpoint(tmp_path / "base", family), []
+    monkeypatch.setattr(sweep, "run_script", lambda words, launch=(): ran.append(words))
+    args = sweep.PaperOptions(table=table, model=str(folder), out=str(tmp_path / "out"))
+    if refused:
+        with pytest.raises(UserError, match="policy multiblock is for bidirectional models"):
+            sweep.paper_command(args)
+    else:
+        sweep.paper_command(args)
+    assert bool(ran) != refused
 
 
 @pytest.mark.parametrize("table, model, right", [("T3D-1", "llada", "sdar"), ("TABOM-3", "sdar-4b", "dream, llada"),

@@ -81,7 +81,10 @@ def paper_command(args):
         told = re.search(r"--protocol (\S+)(?:.* --points)?([\d ]*)", " ".join(words))
         if told:
             family, points = nt_model.family_of(args.model), told[2].split()
-            nt_eval.protocol_of(told[1], family, points=list(map(int, points)))
+            protocol = nt_eval.protocol_of(told[1], family, points=list(map(int, points)))
+            for rule in protocol["rules"] * (not args.dry_run):
+                decoding = nt_eval.decoding_of(protocol | rule)
+                nt_eval.sample.check_prompts(nt_model.config_of(args.model), [], decoding)
     weights = nt_model.local_weights(args.model)
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
     for words in commands:
@@ -146,9 +149,6 @@ class PaperOptions:
     dry_run: bool = False  # print the commands and stop
 
 
-COMMANDS = {"paper": (paper_command, PaperOptions)}
-
-
 @dataclass
 class Options:
     seeds: int = 4  # runs of every method
@@ -162,7 +162,7 @@ class Options:
 
 def main():
     if sys.argv[1:2] == ["paper"]:
-        return cli.run_command(__doc__, COMMANDS)
+        return cli.run_command(__doc__, {"paper": (paper_command, PaperOptions)})
     args = cli.parse(__doc__, Options)
     root = Path(args.out)
     rows = METHODS[args.task]
