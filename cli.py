@@ -235,8 +235,8 @@ def read_text(path, errors="strict"):
         raise UserError(f"{path} is not a whole .gz file ({e}): download it again") from None
 
 
-def read_json(path):
-    text = read_text(path)
+def read_json(path, text=None):  # text: of a file that has been read
+    text = read_text(path) if text is None else text
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as e:
@@ -254,6 +254,8 @@ def read_object(path, optional=True):
 def read_jsonl(path, ours=False, mend=False, growing=False, sealed=False, **kinds):
     """Objects of a .jsonl. ours: line_of()'s, all if sealed; mend: cut bad ones; growing: the last may be."""
     text, rows, whole = read_text(path, "replace" if ours else "strict"), [], ""
+    if not ours and re.match(r"\s*\[", text):  # a list, whatever it is called
+        return read_json(path, text)
     for i, line in enumerate(text.split("\n"), 1):
         try:
             rows += [row_of(line, kinds, sealed) if ours else json.loads(line)] if line.strip() else []
@@ -305,9 +307,7 @@ def read_rows(path):
         except (ValueError, OSError) as e:  # pyarrow's own are kinds of these
             raise UserError(f"{path} is not a whole .parquet file ({e}): copy it again") from None
         return
-    is_list = Path(path).is_file() and read_text(path).lstrip().startswith("[")  # a pipe is read once
-    rows = read_json(path) if is_list else read_jsonl(path)
-    for i, row in enumerate(rows):
+    for i, row in enumerate(read_jsonl(path)):
         if not isinstance(row, dict):
             raise UserError(f"{path} row {i + 1} is not an object: {str(row)[:60]!r}; repair it")
         yield row

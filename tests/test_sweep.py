@@ -327,15 +327,16 @@ def test_a_wrong_command_of_a_table_is_seen(monkeypatch, tmp_path, table, model,
     ("llada", "TAD-1", False), ("a2d", "TAD-1", False)])
 def test_a_policy_that_a_model_cannot_have_is_refused_before_the_first_command(tmp_path, monkeypatch, family, table, refused):
     """multiblock, of TAD's protocol, is for bidirectional models."""
-    folder, ran = official_checkpoint(tmp_path / "base", family), []
+    folder, ran, inner, asked = official_checkpoint(tmp_path / "base", family), [], nt_model.config_of, []
     monkeypatch.setattr(sweep, "run_script", lambda words, launch=(): ran.append(words))
+    monkeypatch.setattr(nt_model, "config_of", lambda *words: asked.append(words) or inner(*words))
     args = sweep.PaperOptions(table=table, model=str(folder), out=str(tmp_path / "out"))
     if refused:
         with pytest.raises(UserError, match="policy multiblock is for bidirectional models"):
             sweep.paper_command(args)
     else:
         sweep.paper_command(args)
-    assert bool(ran) != refused
+    assert bool(ran) != refused and len(asked) <= 3  # a hub is asked each time: twice for its family, and here
 
 
 @pytest.mark.parametrize("table, model, right", [("T3D-1", "llada", "sdar"), ("TABOM-3", "sdar-4b", "dream, llada"),

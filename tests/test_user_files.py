@@ -584,6 +584,17 @@ def test_a_json_may_have_a_row_per_line(tmp_path, name):
             data.load_problems(str(tmp_path / "bad.json"))
 
 
+@pytest.mark.parametrize("name", ["q.json", "q.jsonl", "q.jsonl.gz"])
+@pytest.mark.parametrize("as_list", [False, True])
+def test_rows_are_read_once(tmp_path, monkeypatch, name, as_list):
+    """A set may be large, and a pipe is empty when it comes again."""
+    rows, inner, read = [dict(prompt="a"), dict(prompt="b")], cli.read_text, []
+    text = json.dumps(rows) if as_list else "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    monkeypatch.setattr(cli, "read_text", lambda path, *how: read.append(path) or inner(path, *how))
+    assert list(cli.read_rows(tmp_path / name)) == rows and read == [tmp_path / name]
+
+
 @pytest.mark.parametrize("text", ["", "\n", " \n\t\n"])
 def test_a_file_without_a_prompt_is_refused(tmp_path, text):
     (tmp_path / "blank.txt").write_text(text)

@@ -77,14 +77,14 @@ def paper_command(args):
     done, gpus = root / "done.jsonl", torch.cuda.device_count()
     ended = read_jsonl(done, ours=True, mend=True) if done.exists() else []
     commands = list(paper_commands(args.table, args.model, root, args.quick))
+    family, cfg = nt_model.family_of(args.model), None
     for words in commands:  # said before hours of training
         told = re.search(r"--protocol (\S+)(?:.* --points)?([\d ]*)", " ".join(words))
         if told:
-            family, points = nt_model.family_of(args.model), told[2].split()
-            protocol = nt_eval.protocol_of(told[1], family, points=list(map(int, points)))
+            protocol = nt_eval.protocol_of(told[1], family, points=list(map(int, told[2].split())))
             for rule in protocol["rules"] * (not args.dry_run):
-                decoding = nt_eval.decoding_of(protocol | rule)
-                nt_eval.sample.check_prompts(nt_model.config_of(args.model), [], decoding)
+                cfg = cfg or nt_model.config_of(args.model)
+                nt_eval.sample.check_prompts(cfg, [], nt_eval.decoding_of(protocol | rule))
     weights = nt_model.local_weights(args.model)
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
     for words in commands:
