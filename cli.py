@@ -24,6 +24,9 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 sys.stderr = sys.stderr or open(os.devnull, "w")  # `2>&-`
+INTERRUPTED = "interrupted; the same command continues"  # also of a script that still imports
+sys.excepthook = lambda kind, *error: (
+    print(INTERRUPTED, file=sys.stderr) if kind is KeyboardInterrupt else sys.__excepthook__(kind, *error))
 interrupted = []  # what else comes of an interrupt: C code may raise an error of its own in its place
 
 
@@ -54,7 +57,7 @@ def run_cli(main):
         for number in (signal.SIGINT, signal.SIGTERM):  # nothing is left that they could interrupt
             signal.signal(number, signal.SIG_DFL)
     except (KeyboardInterrupt, *interrupted):
-        print("\n" * sys.stderr.isatty() + "interrupted; the same command continues", file=sys.stderr)
+        print("\n" * sys.stderr.isatty() + INTERRUPTED, file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -79,16 +82,6 @@ def run_cli(main):
 def interrupt(*_):
     interrupted.append(Exception)
     raise KeyboardInterrupt
-
-
-def uncaught(kind, *error):
-    """Ctrl-C while a script that imports this first still imports."""
-    if kind is not KeyboardInterrupt:
-        return sys.__excepthook__(kind, *error)
-    print("interrupted; the same command continues", file=sys.stderr)
-
-
-sys.excepthook = uncaught
 
 
 def come_again(lost, usual=sys.unraisablehook):
@@ -226,8 +219,8 @@ def read_text(path, errors="strict"):
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as f:
             return f.read().decode("utf-8", errors).removeprefix("\ufeff").replace("\r\n", "\n")
     except (FileNotFoundError, NotADirectoryError):
-        below = [d for d in sorted(Path(path).parent.glob("*")) if os.path.exists(d / Path(path).name)]
-        fix = f"there is one in {below[0]}" if below else "correct the path, or copy the file there"
+        below = sorted(Path(path).parent.glob(f"*/{Path(path).name}"))
+        fix = f"there is one in {below[0].parent}" if below else "correct the path, or copy the file there"
         raise UserError(f"no file {path}: {fix}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text: convert it") from None

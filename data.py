@@ -173,8 +173,7 @@ def last_exchange(row, where):
 
 
 def fitting(problems, tok, most, room, asked=None):
-    """The problems whose prompt (or asked(problem), which is shown instead) has at most `most` tokens (None:
-    any number). UserError, by its id, for one of more than `room`, what a response leaves of max_len."""
+    """Those whose prompt, or asked(problem), has up to `most` tokens [any]; UserError: one beyond `room`."""
     kept = []
     for p in problems:
         n = len(tok.prompt_ids(p | dict(prompt=asked(p)) if asked else p))

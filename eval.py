@@ -275,7 +275,8 @@ def read_points(source):
     """The points of a folder and those in it, or of a file that pack() wrote, which names their folders."""
     source, rows = Path(source), []
     for file in [source] if source.is_file() else sorted(source.rglob("results.jsonl")):
-        rows += read_jsonl(file, True, sealed=True, label=str, rule=str)
+        if "overwritten-" not in str(file.relative_to(source)):  # by --overwrite
+            rows += read_jsonl(file, True, sealed=True, label=str, rule=str)
     if not rows:
         raise UserError(f"{source} has no results: make them, or correct the path")
     for row in rows:
@@ -318,12 +319,14 @@ def draw(panels, x, y, path):
     for ax, (title, lines) in zip(axes[0], panels.items()):
         used = Counter()
         for label, points in lines.items():
-            color = COLORS[max((name for name in COLORS if name.lower() in label.lower()), key=len)]
-            dashes = "- -- : -.".split()[used[color] % 4]
-            used[color] += 1
+            name = max((name for name in COLORS if name.lower() in label.lower()), key=len)
+            color, n = COLORS[name], used[name]
+            if not name:  # none of METHODS
+                color, n = plt.cm.Dark2(n % 8), n // 8
+            used[name] += 1
             xs, ys, *errors = zip(*points)
-            ax.errorbar(xs, ys, *errors, label=data.whole(label), color=color, linestyle=dashes,
-                        marker="o", markersize=4 if errors else 2, capsize=2)
+            ax.errorbar(xs, ys, *errors, label=data.whole(label), color=color, marker="o", capsize=2,
+                        linestyle="- -- : -.".split()[n % 4], markersize=4 if errors else 2)
         ax.set(xlabel=x, title=title, ylim=(0, None))
         ax.grid(alpha=0.3)
     axes[0, 0].set(ylabel=y)
@@ -454,7 +457,7 @@ def trajectory_nll(teacher, teacher_tok, tok, problem, out, eos_ids):
 
 @dataclass
 class ProblemOptions(AdaptedModel):
-    task: str = "tiny"  # tiny, barter, gsm8k, ... (docs/data.md), or a .jsonl with prompt and answer
+    task: str = ""  # gsm8k, ... (docs/data.md), or a .jsonl with prompt and answer [the model's own game]
     split: Literal["train", "dev", "test"] = "test"  # of the task
     n: int | None = None  # number of problems [500 of a game, else all]
     max_prompt: int | None = None  # leave out problems with a longer prompt, tokens

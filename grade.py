@@ -208,8 +208,7 @@ def programs(problem, text):
 
 
 def tests_of(problem):
-    """A program of setup or test_setup, then tests: assertions (MBPP, T3D), check() with entry_point
-    (HumanEval), pytest's or unittest's functions and classes (KodCode). '' if it checks nothing."""
+    """setup, then tests: assertions, check() of entry_point, test functions, classes; '' if none checks."""
     source = joined(problem.get("setup") or problem.get("test_setup")) + "\n" + joined(problem["tests"])
     body = statements(source) or []
     defined = {n.name: n for n in body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))

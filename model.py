@@ -54,6 +54,7 @@ class Config:
     block_len: int = 0     # > 0: block-causal attention over blocks of this many tokens (SDAR); -1: unknown
     whole_blocks: bool = False  # the prompt's last block ends with it (bd3lm); else its first begins with it
     rope_fp32: bool = False  # rotate q, k in fp32 (LLaDA) instead of in the model's dtype
+    game: str = "tiny"     # the embedded task whose problems are taken where no data are named
     raw: dict = field(default_factory=dict, compare=False, repr=False)  # config.json as it was, for save()
 
 
@@ -225,6 +226,7 @@ def config_from_json(raw, file="config.json"):
             raise UserError(f"{file} has {official.get(ours, ours)} {raw.get(ours, value)!r}: "
                             f"a valid {kind.__name__} is needed")
     facts.setdefault("head_dim", facts["d_model"] // facts["n_head"])
+    facts["game"] = str(raw.get("game", "tiny"))
     eos = listed(facts["eos_ids"])
     more = [i for i in family.extra_eos if i < facts["vocab_size"] and i not in eos]
     cfg = Config(name, raw=raw, **{"pad_id": (eos or [None])[0], **facts, "eos_ids": (*eos, *more)})
@@ -554,13 +556,11 @@ def load(name, device="cpu", dtype=torch.float32, revision=None, only_decodes=Fa
     if cfg.tied and {head, embed} <= tensors.keys() and torch.equal(tensors[head].to(dtype), tensors[embed]):
         del tensors[head]
     missing, extra = sorted(own.keys() - tensors), sorted(tensors.keys() - own)
-    if missing or extra:
-        raise UserError(f"{folder}: its config.json (layers, tie_word_embeddings?) does not fit the weights, "
-                        f"copy both again: missing {missing[:3]} ({len(missing)}), unexpected {extra[:3]}")
-    for key, (_, shape) in own.items():
-        if tensors[key].shape != shape:
-            raise UserError(f"{folder}: tensor {key} has shape {tuple(tensors[key].shape)}, its config.json "
-                            f"(vocab_size, hidden_size, heads) asks for {tuple(shape)}: copy both again")
+    wrong = [key for key, (_, shape) in own.items() if key in tensors and tensors[key].shape != shape]
+    if missing or extra or wrong:
+        raise UserError(f"{folder}: its config.json (layers, sizes, tie_word_embeddings?) does not fit the "
+                        f"weights, copy both again: missing {missing[:3]} ({len(missing)}), unexpected "
+                        f"{extra[:3]}, of another shape {wrong[:3]}")
     state = {name: tensors[key] for key, (name, _) in own.items()}
     model.load_state_dict(state, assign=True, strict=not cfg.tied)
     if cfg.tied:
@@ -675,6 +675,11 @@ def copy_tokenizer(name, folder, revision=None):
 class ModelOptions:
     model: str = "tiny"  # preset name, hub id or directory
     revision: str = ""  # commit, branch or tag of a hub id
+
+    def __post_init__(self):
+        for name, end in dict(data="", task="", path="", teacher="-ar").items():
+            if getattr(self, name, None) == "":
+                setattr(self, name, config_of(self.model, self.revision).game + end)
 
 
 def main():

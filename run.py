@@ -17,6 +17,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
@@ -60,7 +61,7 @@ ALONE = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_PORT="", MASTER_AD
 STEP_TIMEOUT = timedelta(minutes=4)  # within which all ranks come to the same place of a step
 MADE = ("adapter model checkpoints results.jsonl epoch-[0-9]* log.jsonl adapter.unfinished-nanotraj "
         "model.unfinished-nanotraj trajectories difficulty log.jsonl.damaged log.png curve.png window.jsonl "
-        "window.png nonfinite-rank[0-9]*.json").split()
+        "window.png nonfinite-rank[0-9]*.json config.json").split()
 OURS = set("model seed micro_batch batch_size lr full clip lr_schedule".split())  # in config.json
 FREE = [f.name for f in fields(Options)][8:]
 
@@ -72,12 +73,11 @@ def parse(Config, presets, doc):
     given = cli.given_to(parser)
     name = given.get("model", Config.model)
     family = nt_model.family_of(name, given.get("revision"))
-    own = dict(data=name, teacher=f"{name}-ar") if name in nt_model.FAMILIES[family].tasks else {}
     preset = dict(presets.get(family, presets["others"]))
     for mine, theirs in (("warmup_steps", "warmup_ratio"), ("epochs", "max_steps")):
         if mine in given:  # which the preset's would overrule
             preset.pop(theirs, None)
-    cfg = Config(**preset | {k: v for k, v in own.items() if hasattr(Config, k)} | given)
+    cfg = Config(**preset | given)
     refuse_if(cfg.full, "lora_r lora_alpha lora_dropout lora_targets fsdp", "is for adapters, with --no-full")
     refuse_if(cfg.lr_schedule == "constant", "lr_floor", "is for an --lr_schedule that falls")
     refuse_if(not getattr(cfg, "collect_temperature", 0), "collect_top_p", "is for a --collect_temperature")
@@ -288,7 +288,7 @@ class Run:
         restarts = {os.environ.get(f"{by}_RESTART_COUNT", "0") for by in ("TORCHELASTIC", "SLURM")}
         if cfg.overwrite and restarts == {"0"} and file.exists():
             old = now
-            before = out / f"overwritten-{len(list(out.glob('overwritten-*')))}"
+            before = next(p for i in count() if not (p := out / f"overwritten-{i}").exists())
             before.mkdir()
             for path in made:  # nothing that a user has put beside it, or into it, is lost
                 path.rename(before / path.name)
@@ -565,7 +565,8 @@ def file_name(file, rank, n_files):
 
 
 def checkpoints(root):
-    return sorted((f for f in root.glob("step-*") if f.name[5:].isdecimal()), key=lambda f: int(f.name[5:]))
+    found = (f for f in root.glob("step-*") if f.name[5:].isdecimal())
+    return sorted(found, key=lambda f: int(f.name[5:]))
 
 
 def newest_checkpoint(out):

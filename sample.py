@@ -44,7 +44,7 @@ STALE = 2**40  # forwards that no row has
 class Decoding:
     gen_len: int = 256      # response length L, tokens [256; tiny 48]
     block_len: int = 32     # block size K, tokens [32; tiny 16; SDAR: its own]
-    policy: str = option("threshold", choices=lambda: POLICIES)  # what a forward reveals
+    policy: str = option("threshold", choices=lambda: POLICIES)  # rule of reveal [threshold; collect: static]
     threshold: float = 0.9  # confidence (threshold), f (factor) or nats (entropy, multiblock)
     per_step: int = 1       # positions per forward of the static policy
     steps: int = 0          # static: forwards per block, instead of per_step; dream: in all (0: gen_len)
@@ -843,6 +843,8 @@ def main():
     args, given = cli.parse(__doc__, Options, Decoding)
     cli.refuse_if(args.prompts, "prompt infill show html", "is for one prompt")
     cli.refuse_if(not args.prompts, "to max_prompt batch_size", "is for --prompts")
+    if args.prompts and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("--prompts is the work of one process: start it without torchrun")
     if args.html and Path(args.html).is_dir():
         raise UserError(f"--html {args.html} is a directory: name a file")
     defaults = decoding_defaults(config_of(args.model, args.revision))
@@ -853,7 +855,7 @@ def main():
     tok.system, tok.raw = args.system, args.raw
     if args.prompts:
         return decode_file(model, tok, args, vars(decoding))
-    prompt = args.prompt or data.load_problems("tiny", "test", 1)[0]["prompt"]
+    prompt = args.prompt or data.load_problems(model.cfg.game, "test", 1)[0]["prompt"]
     print(f"prompt   {prompt}")
     decode_one(model, tok, prompt, args, vars(decoding))
 

@@ -43,7 +43,7 @@ from rollout import collect, only_correct
 class Config(run.Options):
     seed: int = 0  # of the states drawn, the data order and the adapters
     # --- trajectories
-    data: str = "tiny"  # data set by name, or a .jsonl with prompt, solution and answer; see data.py --help
+    data: str = ""  # data set by name, or a .jsonl with prompt, solution, answer: data.py --help
     n_problems: int = 0  # problems to collect on (0: all; 1000 of a game)
     source: Literal["full", "no_privilege", "traj_random", "gt_random"] = "full"  # Table 4: what to train on
     allow_code_execution: bool = False  # run the tests of code problems on this machine
@@ -167,7 +167,8 @@ def training_loss(model, teacher, b, cfg):
     at = b["masked"].nonzero(as_tuple=True)  # (N,) rows, (N,) positions
     clean = b["x0"] if model.cfg.block_len and cfg.source in RANDOM else None  # SDAR's training layout
     h = hidden_rows(model, b["prompts"], b["xt"], at, clean)
-    x0, near, example = (t.to(h.device) for t in (b["x0"][at], b["near"][at], at[0]))
+    rows = b["x0"][at], b["near"][at], at[0]
+    x0, near, example = (t.to(h.device) for t in rows)
 
     def terms(h, x0, h_teacher=None):
         with torch.no_grad():

@@ -1,5 +1,4 @@
-"""An autoregressive teacher: loading it, its negative log-likelihood per token, and TRIMS's difficulty.
-Teacher and student may have different tokenisers: scores move through UTF-8 bytes (see `spread`)."""
+"""An autoregressive teacher: loading it, its NLL per token, TRIMS's difficulty, whatever its tokeniser."""
 import hashlib
 import json
 import math

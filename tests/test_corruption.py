@@ -238,9 +238,7 @@ def test_overwrite_loses_nothing(runs, wrong):
     assert runs("tabom", "run", "--max_steps", "1") == (0, [])
     for name in mine:
         (out / name).write_text("mine")
-    (out / "config.json").rename(runs.folder / "config.json")  # it alone is written anew
     before = contents(out)
-    (runs.folder / "config.json").rename(out / "config.json")
     wrong = [runs.folder / "other/trajectories" if word == "other" else word for word in wrong]
     code, said = runs("tabom", "run", "--max_steps", "2", "--overwrite", *wrong)
     assert code == (2 if wrong else 0) and not (out / "curve.png").exists()
@@ -250,6 +248,11 @@ def test_overwrite_loses_nothing(runs, wrong):
         assert not (out / "adapter").exists() and runs("tabom", "run", "--max_steps", "2") == (0, [])
     assert runs("tabom", "run", "--max_steps", "1", "--overwrite") == (0, [])
     assert (out / "overwritten-1/adapter").is_dir() and contents(out / "overwritten-0") == before
+    settings = [json.loads((out / f"{folder}config.json").read_text()) for folder in ("overwritten-0/", "overwritten-1/", "")]
+    assert [one["max_steps"] for one in settings] == [1, 2, 1]
+    shutil.rmtree(out / "overwritten-0")  # then the first number that is free is taken, and none twice
+    assert runs("tabom", "run", "--max_steps", "1", "--overwrite") == runs("tabom", "run", "--max_steps", "1", "--overwrite")
+    assert {p.name for p in out.glob("overwritten-*")} == {"overwritten-0", "overwritten-1", "overwritten-2"}
 
 
 @pytest.mark.parametrize("name", ["trajectories/thesis.txt", "difficulty/mine.txt", "curve.png", "window.jsonl", "log.png"])

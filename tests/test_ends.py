@@ -310,11 +310,11 @@ def test_ctrl_c_while_a_script_imports(script, monkeypatch, capsys):
     lines = (ROOT / script).read_text().splitlines()
     names = [line.split()[1] for line in lines if line.startswith(("import ", "from "))]
     assert all(name.split(".")[0] in sys.stdlib_module_names for name in names[:names.index("cli")]), names
-    cli.uncaught(KeyboardInterrupt, KeyboardInterrupt(), None)
+    sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
     assert capsys.readouterr().err == "interrupted; the same command continues\n"
     usual = []
     monkeypatch.setattr(sys, "__excepthook__", lambda *error: usual.append(error))
-    cli.uncaught(ValueError, "x", None)
+    sys.excepthook(ValueError, "x", None)
     assert usual == [(ValueError, "x", None)]
 
 

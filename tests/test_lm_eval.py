@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import ranks
+import torch
 from checkpoints import official_checkpoint
 from conftest import ROOT
 
@@ -164,6 +165,8 @@ def test_only_the_template_makes_special_tokens(tmp_path, family):
 
 def test_the_tiny_model_has_no_chat_template():
     bridge = harness.bridge(nt_model.load("tiny"), data.load_tokenizer("tiny"), {})
+    tok = data.load_tokenizer("tiny")  # a task's text becomes the prompt that it was trained on
+    assert torch.equal(bridge.prompt_ids("ball under pink"), tok.prompt_ids("ball under pink"))
     with pytest.raises(UserError, match="no chat template: leave --apply_chat_template out"):
         bridge.apply_chat_template([dict(role="user", content="a")])
 

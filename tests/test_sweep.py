@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -96,9 +97,11 @@ def test_a_sweep_is_resumed_and_makes_the_table(small, started, monkeypatch, cap
     monkeypatch.setattr(sweep, "prepare", None)  # what is finished is only shown
     sweep.main()
     assert (small / "compare.md").read_text() == text
-    monkeypatch.setattr("sys.argv", ["sweep.py", "--seeds", "2", "--n", "1", "--out", str(small)])
-    with pytest.raises(UserError, match="other problems"):  # never shown as the table of --n 1
-        sweep.main()
+    usual = sys.argv
+    for other in (["--n", "1"], ["--lr", "0.1"], ["--split", "dev"], ["--task", "barter"]):  # never shown as their table
+        monkeypatch.setattr("sys.argv", [*usual, *other])
+        with pytest.raises(UserError, match=rf"holds results already, of another run \({other[0][2:]} differ\)"):
+            sweep.main()
     # disjoint problems per seed, the same for every row; the SFT trained on the shared trajectories
     ids = {p.parent.name: read_jsonl(p)[0]["ids"] for p in small.glob("*/results.jsonl")}
     assert ids["base-0"] == ids["sft-sd-0"] == ids["tad-near_only-0"]
@@ -115,6 +118,14 @@ def test_what_a_run_cost_is_read_from_its_folder(monkeypatch, tmp_path, started)
         sweep.run_script(sweep.command(label, 0, tmp_path / label))
         spent = sweep.costs(tmp_path / label)
         assert (spent["collect_s"] > 0) == scores and spent["train_s"] > 0
+
+
+@pytest.mark.parametrize("task", ["tiny", "barter"])
+def test_the_comparison_is_no_table_of_a_paper(task, monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["sweep.py", "paper", task, "--quick", "--out", str(tmp_path / "out")])
+    with pytest.raises(UserError, match=f"{task} is the comparison: python tools/sweep.py --task {task}"):
+        sweep.main()
+    assert not (tmp_path / "out").exists()
 
 
 def test_only_what_the_rows_share_is_prepared(small, tmp_path):

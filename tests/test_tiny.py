@@ -111,6 +111,14 @@ def test_prompts_from_a_file_continue_where_they_stopped(tmp_path):
         assert refused.returncode == 2 and words in refused.stderr, refused.stderr
 
 
+def test_a_file_of_prompts_is_one_processs_work(tmp_path):
+    """Under torchrun each rank would append every response to the same file; a single prompt is only shown."""
+    (tmp_path / "p.txt").write_text("ball under pink\n")
+    done = command(tmp_path, "sample.py", "--prompts", "p.txt", WORLD_SIZE="2", RANK="1")
+    assert done.returncode == 2 and "start it without torchrun" in done.stderr and [*tmp_path.iterdir()] == [tmp_path / "p.txt"]
+    assert command(tmp_path, "sample.py", "--prompts", "p.txt", WORLD_SIZE="1").returncode == 0
+
+
 @pytest.mark.parametrize("raw", [False, True])
 def test_a_system_turn_stands_before_every_prompt(tmp_path, monkeypatch, capsys, raw):
     """--system, with --prompt and --prompts: the ids are those of both turns, or of both texts with --raw."""

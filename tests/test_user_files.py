@@ -219,12 +219,14 @@ def test_rows_without_a_response_are_never_trained_on(tmp_path, capsys):
     tok, cfg = data.load_tokenizer("tiny"), trims.Config(data=str(tmp_path / "mine.jsonl"), gen_len=64)
     for bare in (dict(prompt="q", answer="1"), dict(prompt="q", solution=""), dict(prompt="q", solution=" \n"), dict(prompt="q", solution=None)):
         problems(tmp_path, bare)
-        with pytest.raises(UserError, match=r"mine.jsonl has no solution of at most 64 tokens, and 1 rows without any \['mine-0'\]"):
+        with pytest.raises(UserError, match=r"mine.jsonl: none is left: raise --gen_len, fill in solution"):
             trims.load_examples(cfg, tok)
         problems(tmp_path, dict(prompt="a", solution="b", masked=[1], bucket=[2]), bare, dict(prompt="c", solution="d " * 70))
         cli.say.cache_clear()
         (example,) = trims.load_examples(cfg, tok)
-        assert example["id"] == "mine-0" and not {"masked", "bucket"} & example.keys()  # columns that mean something here
+        assert example["id"] == "mine-0"
+        masked, weight = trims.mask_response(example, trims.Config(trajectory_share=0), data.example_rng(0, 0, 0))
+        assert masked.shape == weight.shape == (64,) and len(set(weight)) == 1  # whatever a user calls "bucket"
         assert "2 of 3 rows are left out: 1 without a solution ['mine-1'], 1 with one of more" in capsys.readouterr().err
 
 

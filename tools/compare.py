@@ -40,10 +40,10 @@ def read_runs(sources):
     most = max(runs.values(), key=len)
     for label, of_label in runs.items():
         repeated = of_label * len(most) if len(of_label) == 1 else of_label
-        for i, (points, theirs) in enumerate(zip_longest(repeated, most, fillvalue=[{"ids": []}]), 1):
+        for points, theirs in zip_longest(repeated, most, fillvalue=[dict(ids=[], folder="(no run)")]):
             if any(point["ids"] != theirs[0]["ids"] for point in points):
-                raise UserError(f"run {i} of {label!r} was not evaluated on the same problems as the others: "
-                                f"a paired comparison needs that")
+                raise UserError(f"{points[0]['folder']} ({label}) and {theirs[0]['folder']} have other "
+                                f"problems: a paired comparison needs the same ones")
     return runs
 
 
@@ -54,7 +54,7 @@ def on_curve(point):
 
 def summarize(points, y_max, least, pick=slice(None)):
     """A run on the problems `pick` (indices), y_max in percent -> the values of COLUMNS, or NaN. least: the
-    accuracy, percent, of which the highest TPF is sought, between the points of the curve (0: never)."""
+    accuracy, percent, of which the highest TPF is sought, between the curve's points (0: never), or NaN."""
     curve = []
     cost = points[0].get("run", {})
     row = {"TDS, nats^2": cost.get("tds", np.nan),
@@ -78,7 +78,8 @@ def summarize(points, y_max, least, pick=slice(None)):
         tpfs, accuracies = zip(*sorted(curve))
         between = np.linspace(tpfs[0], tpfs[-1], 1000)
         reached = between[np.interp(between, tpfs, accuracies) >= least]
-        row["TPF 5 points below base"] = reached.max(initial=0)
+        if not np.isnan(least):
+            row["TPF 5 points below base"] = reached.max(initial=0)
         row["at TPF 3, %"] = np.interp(3, tpfs, accuracies, np.nan, np.nan)
     return [row.get(column, np.nan) for column in COLUMNS]
 
@@ -149,7 +150,7 @@ def compare(runs, control, n_boot=1000, y_max=""):
         best = max((point["correct"].mean() for _, kept in curves for point in kept), default=0)
         highest = published.get(nt_eval.known_task(task), 100 * best)
         base = [points[0]["correct"].mean() for points in own.get("base", ())]
-        least = 100 * np.mean(base or np.inf) - 5
+        least = 100 * np.mean(base or np.nan) - 5
         every.append(bootstrap(own, highest, least, number, n_boot))
         n = len({i for points in alike for i in points[0]["ids"]})
         if len(tasks) > 1:

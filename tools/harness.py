@@ -40,7 +40,8 @@ def bridge(model, tok, settings, batch_size=32, kept=None):
             if self.chats and context not in self.chats:
                 raise UserError(f"a task changed its rendered chat, so that its special tokens are lost: "
                                 f"{context[-60:]!r}; run it without --apply_chat_template")
-            return torch.tensor(self.chats.get(context) or tok.encode(context), dtype=torch.long)
+            plain = tok.encode if isinstance(tok.chat, data.OwnChat) else tok.prompt_ids  # with its ends
+            return torch.as_tensor(self.chats.get(context) or plain(context)).long()
         def generate_until(self, requests):
             from lm_eval.models.utils import postprocess_generated_text as before_stop
             names, prompts, seen = [], {}, Counter()

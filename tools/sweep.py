@@ -38,7 +38,7 @@ def block_of(table):
 
 
 METHODS = {task: dict(re.findall(r"# (.+)\n(?:python )?([^#\n]*)", block_of(task))) for task in data.GAMES}
-TINY = nt_model.pairs("--task=tiny --data=tiny --protocol=tiny collect=tiny --teacher=tiny-ar --gen_len=48")
+GAME = "--task={0} --data={0} collect={0} --teacher={0}-ar --protocol=tiny --gen_len=48"
 RANKED = set("tad.py t3d.py tabom.py trims.py curve collect".split())  # what torchrun may start
 FEW = "--max_steps 2 --batch_size 4 --micro_batch 4 --eval_problems 0"
 QUICK = {"tools/sweep.py": "--quick", "tools/harness.py": "--limit 8"}
@@ -48,11 +48,13 @@ def paper_commands(table, model, out, quick=False):
     """The commands of a table, lists of words: bash puts in a family and $OUT and unrolls the loops."""
     echo = "python() { printf '%q ' \"$@\"; echo; }\n" + block_of(table)
     family = nt_model.family_of(model)  # what a block asks for
-    settings, tiny = {"MODEL": family, "OUT": "@OUT"}, TINY if family == "tiny" else {}
+    settings, game = {"MODEL": family, "OUT": "@OUT"}, {}
+    if family == "tiny":
+        game = nt_model.pairs(GAME.format(nt_model.config_of(model).game))
     said = subprocess.check_output(["bash", "-euc", echo], env=os.environ | settings, text=True)
     for script, *words in map(shlex.split, said.splitlines()):
         words = [model if (before, word) == ("--model", family) else
-                 word.replace("@OUT", str(out)) if "@OUT" in word else tiny.get(before, word)
+                 word.replace("@OUT", str(out)) if "@OUT" in word else game.get(before, word)
                  for before, word in zip([script, *words], words)]
         if quick and "--model" in words:
             words += f"{QUICK.get(script, '--n_problems 8')} {FEW * (script in RANKED)}".split()
@@ -73,6 +75,8 @@ def run_script(words, launch=()):
 
 def paper_command(args):
     """Each on all GPUs that it can use; done.jsonl names those that have ended."""
+    if args.table in METHODS:
+        raise UserError(f"{args.table} is the comparison: python tools/sweep.py --task {args.table}")
     root = Path(args.out or f"out/papers/{args.table}-{Path(args.model).name}{'-quick' * args.quick}")
     done, gpus = root / "done.jsonl", torch.cuda.device_count()
     ended = read_jsonl(done, ours=True, mend=True) if done.exists() else []
@@ -164,26 +168,20 @@ def main():
     if sys.argv[1:2] == ["paper"]:
         return cli.run_command(__doc__, {"paper": (paper_command, PaperOptions)})
     args = cli.parse(__doc__, Options)
-    root = Path(args.out)
-    rows = METHODS[args.task]
+    root, rows = Path(args.out), METHODS[args.task]
+    nt_eval.Kept(root, dict(task=args.task, split=args.split, n=args.n, lr=args.lr))  # or it is refused
     labels = [label for label in rows if label in {"base", *(args.only or rows)}]
     jobs = [(label, seed, root / f"{label.lower().replace(': ', '-').replace(' ', '_')}-{seed}")
             for seed in range(args.seeds) for label in labels]
-    every, left = data.load_problems(args.task, args.split, args.seeds * args.n), []
-    problems = [every[seed * args.n:(seed + 1) * args.n] for seed in range(args.seeds)]
-    for label, seed, folder in jobs:
-        results = folder / "results.jsonl"
-        if not results.exists():
-            left.append((label, seed, folder))
-        elif nt_eval.read_points(folder)[0]["ids"] != [p["id"] for p in problems[seed]]:
-            raise UserError(f"{results} is of other problems: repeat its --n, or another --out")
+    every = data.load_problems(args.task, args.split, args.seeds * args.n)
+    left = [job for job in jobs if not (job[2] / "results.jsonl").exists()]
     if left:
         tok, model = data.load_tokenizer(args.task), nt_model.load(args.task).requires_grad_(False)
         own = prepare({label for label, *_ in left}, model, tok, root, args.task)
     for label, seed, folder in cli.progress_bar(left, "sweep", unit="run"):
         if rows[label]:
             run_script(command(label, seed, folder, args.task, args.lr))
-        evaluate(label, folder, tok, problems[seed], own[:32], args.task)
+        evaluate(label, folder, tok, every[seed * args.n:][:args.n], own[:32], args.task)
     folders = [folder for *_, folder in jobs]
     compare.pack(folders, root / "comparison.jsonl.gz")
     control = "SFT-SD" if "SFT-SD" in labels else "base"
