@@ -408,14 +408,12 @@ def block_diffusion_layout(cfg, prompts, xt, x0):
     ids = pad_sequence(rows, batch_first=True, padding_value=cfg.pad_id)
     ids = F.pad(ids, (0, -ids.shape[1] % LENGTHS))
     col = torch.arange(ids.shape[1])
-    noisy, valid = (col >= start) & (col < end), col < 2 * end - start
-    positions = first_position(cfg, n) + torch.where(col < end, col, col - end + start)
-    positions = positions.where(valid, 0)  # the clean half has those of the noisy half again
+    noisy = (col >= start) & (col < end)
+    positions = first_position(cfg, n) + torch.where(col < end, col, col - end + start)  # padding: later
     q, k = positions[:, :, None] // K, positions[:, None, :] // K
     sees = torch.where(noisy[:, None, :], noisy[:, :, None] & (q == k),  # noisy keys: their own block only
                        torch.where(noisy[:, :, None], q > k, q >= k))    # clean keys: earlier blocks
-    attn_mask = sees & valid[:, None, :] | (col[:, None] == col)
-    return dict(ids=ids, positions=positions, attn_mask=attn_mask), n + torch.arange(L)
+    return dict(ids=ids, positions=positions, attn_mask=sees), n + torch.arange(L)
 
 
 class Transformer(nn.Module):
@@ -556,11 +554,12 @@ def load(name, device="cpu", dtype=torch.float32, revision=None, only_decodes=Fa
     if cfg.tied and {head, embed} <= tensors.keys() and torch.equal(tensors[head].to(dtype), tensors[embed]):
         del tensors[head]
     missing, extra = sorted(own.keys() - tensors), sorted(tensors.keys() - own)
-    wrong = [key for key, (_, shape) in own.items() if key in tensors and tensors[key].shape != shape]
+    wrong = [f"{key} has shape {tuple(tensors[key].shape)}, config.json asks for {tuple(shape)}"
+             for key, (_, shape) in own.items() if key in tensors and tensors[key].shape != shape]
     if missing or extra or wrong:
-        raise UserError(f"{folder}: its config.json (layers, sizes, tie_word_embeddings?) does not fit the "
-                        f"weights, copy both again: missing {missing[:3]} ({len(missing)}), unexpected "
-                        f"{extra[:3]}, of another shape {wrong[:3]}")
+        raise UserError(f"{folder}: its config.json (layers, hidden_size, tie_word_embeddings?) does not fit "
+                        f"the weights, copy both again: missing {missing[:3]} ({len(missing)}), unexpected "
+                        f"{extra[:3]}; {wrong[:3]}")
     state = {name: tensors[key] for key, (name, _) in own.items()}
     model.load_state_dict(state, assign=True, strict=not cfg.tied)
     if cfg.tied:

@@ -249,7 +249,7 @@ def multiblock_policy(now, s):  # D2F, d3LLM, TAD: several blocks at once; memor
     last = (now.memory - 1).clamp(min=0)  # first one block, and one more when it is `block_add` revealed
     joins = revealed.gather(1, last) >= min(s.block_add, 1.0)
     now.memory = (now.memory.clamp(min=1) + joins).clamp(max=masks.shape[1])
-    block = (now.index // s.block_len).clamp(max=masks.shape[1] - 1)  # (R, W)
+    block = now.index // s.block_len  # (R, W)
     candidates = now.masked & (block < now.memory)  # of them all with H < threshold, or the lowest one
     reveal = candidates & (now.entropy < now.threshold)
     reveal = at_least_one(reveal, -now.entropy, candidates)

@@ -167,7 +167,8 @@ def load_examples(cfg, tok):
         text = f"{p['thinking']}\n{p['solution']}" if cfg.with_thinking else p["solution"]
         ids = tok.response_ids(unicodedata.normalize("NFC", text), cfg.gen_len)
         if p["solution"].strip() and len(ids) <= cfg.gen_len:
-            fits.append(p | dict(x0=ids, prompt_ids=tok.prompt_ids(p).tolist()))
+            fits.append(dict(id=p["id"], prompt=p["prompt"], x0=ids, earlier=p.get("earlier", []),
+                             **{k: p[k] for k in ["raw"] if k in p}, prompt_ids=tok.prompt_ids(p).tolist()))
     bare = [p["id"] for p in problems if not p["solution"].strip()]
     if n_left := len(problems) - len(fits):
         say(f"{n_left} of {len(problems)} rows are left out: {len(bare)} without a solution {bare[:1]}, "
