@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 sys.stderr = sys.stderr or open(os.devnull, "w")  # `2>&-`
-INTERRUPTED = "interrupted; the same command continues"  # also of a script that still imports
-sys.excepthook = lambda kind, *error: (
+INTERRUPTED = "interrupted; the same command continues"
+sys.excepthook = lambda kind, *error: (  # of a script that still imports
     print(INTERRUPTED, file=sys.stderr) if kind is KeyboardInterrupt else sys.__excepthook__(kind, *error))
 interrupted = []  # what else comes of an interrupt: C code may raise an error of its own in its place
 
@@ -219,8 +219,8 @@ def read_text(path, errors="strict"):
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as f:
             return f.read().decode("utf-8", errors).removeprefix("\ufeff").replace("\r\n", "\n")
     except (FileNotFoundError, NotADirectoryError):
-        below = sorted(Path(path).parent.glob(f"*/{Path(path).name}"))
-        fix = f"there is one in {below[0].parent}" if below else "correct the path, or copy the file there"
+        below = [d for d in sorted(Path(path).parent.glob("*")) if os.path.exists(d / Path(path).name)]
+        fix = f"there is one in {below[0]}" if below else "correct the path, or copy the file there"
         raise UserError(f"no file {path}: {fix}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text: convert it") from None

@@ -173,7 +173,7 @@ def last_exchange(row, where):
 
 
 def fitting(problems, tok, most, room, asked=None):
-    """Those whose prompt, or asked(problem), has up to `most` tokens [any]; UserError: one beyond `room`."""
+    """Problems whose prompt, or asked(problem), has at most `most` tokens; UserError for one above `room`."""
     kept = []
     for p in problems:
         n = len(tok.prompt_ids(p | dict(prompt=asked(p)) if asked else p))

@@ -275,7 +275,7 @@ def read_points(source):
     """The points of a folder and those in it, or of a file that pack() wrote, which names their folders."""
     source, rows = Path(source), []
     for file in [source] if source.is_file() else sorted(source.rglob("results.jsonl")):
-        if "overwritten-" not in str(file.relative_to(source)):  # by --overwrite
+        if not re.search(r"(^|/)overwritten-\d+/", str(file.relative_to(source))):  # by --overwrite
             rows += read_jsonl(file, True, sealed=True, label=str, rule=str)
     if not rows:
         raise UserError(f"{source} has no results: make them, or correct the path")
@@ -320,9 +320,8 @@ def draw(panels, x, y, path):
         used = Counter()
         for label, points in lines.items():
             name = max((name for name in COLORS if name.lower() in label.lower()), key=len)
-            color, n = COLORS[name], used[name]
-            if not name:  # none of METHODS
-                color, n = plt.cm.Dark2(n % 8), n // 8
+            n = used[name]
+            color = COLORS[name] if name else plt.cm.Dark2(n % 7)
             used[name] += 1
             xs, ys, *errors = zip(*points)
             ax.errorbar(xs, ys, *errors, label=data.whole(label), color=color, marker="o", capsize=2,
@@ -457,7 +456,7 @@ def trajectory_nll(teacher, teacher_tok, tok, problem, out, eos_ids):
 
 @dataclass
 class ProblemOptions(AdaptedModel):
-    task: str = ""  # gsm8k, ... (docs/data.md), or a .jsonl with prompt and answer [the model's own game]
+    task: str = "tiny"  # tiny, barter, gsm8k, ... (docs/data.md), or a .jsonl with prompt and answer
     split: Literal["train", "dev", "test"] = "test"  # of the task
     n: int | None = None  # number of problems [500 of a game, else all]
     max_prompt: int | None = None  # leave out problems with a longer prompt, tokens

@@ -54,7 +54,6 @@ class Config:
     block_len: int = 0     # > 0: block-causal attention over blocks of this many tokens (SDAR); -1: unknown
     whole_blocks: bool = False  # the prompt's last block ends with it (bd3lm); else its first begins with it
     rope_fp32: bool = False  # rotate q, k in fp32 (LLaDA) instead of in the model's dtype
-    game: str = "tiny"     # the embedded task whose problems are taken where no data are named
     raw: dict = field(default_factory=dict, compare=False, repr=False)  # config.json as it was, for save()
 
 
@@ -226,7 +225,6 @@ def config_from_json(raw, file="config.json"):
             raise UserError(f"{file} has {official.get(ours, ours)} {raw.get(ours, value)!r}: "
                             f"a valid {kind.__name__} is needed")
     facts.setdefault("head_dim", facts["d_model"] // facts["n_head"])
-    facts["game"] = str(raw.get("game", "tiny"))
     eos = listed(facts["eos_ids"])
     more = [i for i in family.extra_eos if i < facts["vocab_size"] and i not in eos]
     cfg = Config(name, raw=raw, **{"pad_id": (eos or [None])[0], **facts, "eos_ids": (*eos, *more)})
@@ -674,11 +672,6 @@ def copy_tokenizer(name, folder, revision=None):
 class ModelOptions:
     model: str = "tiny"  # preset name, hub id or directory
     revision: str = ""  # commit, branch or tag of a hub id
-
-    def __post_init__(self):
-        for name, end in dict(data="", task="", path="", teacher="-ar").items():
-            if getattr(self, name, None) == "":
-                setattr(self, name, config_of(self.model, self.revision).game + end)
 
 
 def main():

@@ -169,7 +169,7 @@ def only_correct(records):
 @dataclass
 class Collect(ModelOptions):
     """decode problems into a folder of trajectories: one token per forward, unless told otherwise"""
-    path: str = option("", positional=True)  # data, see python data.py --help [the model's own game]
+    path: str = option("tiny", positional=True)  # data, see python data.py --help
     out: str = option()  # folder to collect into
     n: int | None = None  # the first n only
     split: Literal["train", "dev", "test"] = "train"  # of a data set

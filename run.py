@@ -73,11 +73,12 @@ def parse(Config, presets, doc):
     given = cli.given_to(parser)
     name = given.get("model", Config.model)
     family = nt_model.family_of(name, given.get("revision"))
+    own = dict(data=name, teacher=f"{name}-ar") if name in nt_model.FAMILIES[family].tasks else {}
     preset = dict(presets.get(family, presets["others"]))
     for mine, theirs in (("warmup_steps", "warmup_ratio"), ("epochs", "max_steps")):
         if mine in given:  # which the preset's would overrule
             preset.pop(theirs, None)
-    cfg = Config(**preset | given)
+    cfg = Config(**preset | {k: v for k, v in own.items() if hasattr(Config, k)} | given)
     refuse_if(cfg.full, "lora_r lora_alpha lora_dropout lora_targets fsdp", "is for adapters, with --no-full")
     refuse_if(cfg.lr_schedule == "constant", "lr_floor", "is for an --lr_schedule that falls")
     refuse_if(not getattr(cfg, "collect_temperature", 0), "collect_top_p", "is for a --collect_temperature")

@@ -771,7 +771,8 @@ def holes(infill, tok, mask_id):
     pieces = re.split(r"\[MASK(?::([1-9]\d{0,3}))?\]", infill)  # text, number of masks, text ...
     if len(pieces) == 1 or "[MASK:" in "".join(pieces[::2]):
         raise UserError(f"--infill {infill!r} needs [MASK], or [MASK:8] for eight tokens")
-    ids = [[mask_id] * int(p or 1) if i % 2 else tok.checked(tok.encode(p), p) for i, p in enumerate(pieces)]
+    ids = [[mask_id] * int(p or 1) if i % 2 else tok.checked(tok.encode(p), p)
+           for i, p in enumerate(pieces)]
     end = tok.eos_id if tok.raw else tok.chat.end_id
     return ids[0], [*sum(ids, []), end]
 
@@ -855,7 +856,7 @@ def main():
     tok.system, tok.raw = args.system, args.raw
     if args.prompts:
         return decode_file(model, tok, args, vars(decoding))
-    prompt = args.prompt or data.load_problems(model.cfg.game, "test", 1)[0]["prompt"]
+    prompt = args.prompt or data.load_problems("tiny", "test", 1)[0]["prompt"]
     print(f"prompt   {prompt}")
     decode_one(model, tok, prompt, args, vars(decoding))
 

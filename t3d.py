@@ -45,7 +45,7 @@ from rollout import collect
 class Config(run.Options):
     seed: int = 0  # of the states, the fakes, the data order and the adapters
     # --- trajectories: the model's own, unfiltered
-    data: str = ""  # data set by name, or a .jsonl (answers are not used); see data.py --help
+    data: str = "tiny"  # data set by name, or a .jsonl (answers are not used); see data.py --help
     n_problems: int = 0  # problems to collect on (0: all; 1000 of a game)
     max_prompt: int = 512  # problems with a longer prompt are left out, tokens
     allow_code_execution: bool = False  # only to record which rollouts on code problems are right

@@ -42,7 +42,7 @@ from rollout import collect, only_correct
 class Config(run.Options):
     seed: int = 0  # of the segments drawn, the data order and the adapters
     # --- trajectories
-    data: str = ""  # data set by name, or a .jsonl with prompt and answer; see data.py --help
+    data: str = "tiny"  # data set by name, or a .jsonl with prompt and answer; see data.py --help
     n_problems: int = 0  # problems to collect on (0: all; 1000 of a game)
     allow_code_execution: bool = False  # run the tests of code problems on this machine
     trajectories: str = ""  # folder to collect into, runs may share it; A+B: finished ones [the run's own]

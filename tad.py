@@ -43,7 +43,7 @@ from rollout import collect, only_correct
 class Config(run.Options):
     seed: int = 0  # of the states drawn, the data order and the adapters
     # --- trajectories
-    data: str = ""  # data set by name, or a .jsonl with prompt, solution, answer: data.py --help
+    data: str = "tiny"  # data set by name, or a .jsonl with prompt, solution and answer; see data.py --help
     n_problems: int = 0  # problems to collect on (0: all; 1000 of a game)
     source: Literal["full", "no_privilege", "traj_random", "gt_random"] = "full"  # Table 4: what to train on
     allow_code_execution: bool = False  # run the tests of code problems on this machine

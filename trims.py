@@ -44,7 +44,7 @@ from teacher import load_teacher_tokenizer, score_examples
 @dataclass
 class Config(run.Options):
     seed: int = 0  # of the masks, the data order and the adapters
-    data: str = ""  # data set by name, .jsonl with solutions (data.py --help), trajectories
+    data: str = "tiny"  # data set by name or a .jsonl with solutions, see data.py --help; or trajectories
     only_correct: bool = True  # leave out a folder's wrong trajectories (--no-only_correct: ReDi, SFT-SD)
     with_thinking: bool = False  # s1K: a problem's "thinking" (the reasoning trace) before its solution
     n_problems: int = 0  # examples to train on, the first ones (0: all; 2000 of a game)
@@ -76,7 +76,7 @@ class Config(run.Options):
 
 
 PRESETS = {
-    "tiny": dict(gen_len=48, teacher="", lr=1e-3, max_steps=200, batch_size=64, micro_batch=64),
+    "tiny": dict(gen_len=48, teacher="tiny-ar", lr=1e-3, max_steps=200, batch_size=64, micro_batch=64),
     "others": dict(data="s1k", gen_len=1024, warmup_ratio=0.03),  # LLaDA and Dream, too
 }
 
@@ -174,7 +174,7 @@ def load_examples(cfg, tok):
         say(f"{n_left} of {len(problems)} rows are left out: {len(bare)} without a solution {bare[:1]}, "
             f"{n_left - len(bare)} with one of more than {cfg.gen_len} tokens (--gen_len)")
     if not fits:
-        raise UserError(f"{cfg.data}: none is left: raise --gen_len, fill in solution or FILE:solution=NAME")
+        raise UserError(f"{cfg.data}: no row is left: raise --gen_len, fill in solution, FILE:solution=NAME")
     return fits
 
 

@@ -1,10 +1,9 @@
 """The barter game of weights/barter: its rules, its problems, and its base as docs/barter.md says."""
 import json
-import shutil
 
 import numpy as np
 import torch
-from conftest import ROOT, command
+from conftest import command
 
 import data
 import grade
@@ -76,28 +75,11 @@ def test_the_base_is_better_with_the_reference():
     assert 0.55 < right[0] < 0.87 and right[1] > 0.95, right
 
 
-def test_its_problems_are_taken_where_no_data_are_named(tmp_path):
-    """By every script, also for a copy of its folder, and for a model of it that a method has trained."""
-    shutil.copytree(ROOT / "weights/barter", tmp_path / "copy")
-    trained = command(tmp_path, "trims.py", "--full", "--model", "copy", "--n_problems", "4", "--max_steps", "1", "--batch_size",
-                      "4", "--micro_batch", "4", "--eval_problems", "2", "--trajectory_share", "0", "--out", "run")
-    assert trained.returncode == 0, trained.stderr
-    config = json.loads((tmp_path / "run/config.json").read_text())
-    assert (config["data"], config["teacher"]) == ("barter", "barter-ar")
-    for name in ("barter", "copy", "run/model"):
-        assert "visit 1" in command(tmp_path, "sample.py", "--model", name).stdout
-        done = command(tmp_path, "eval.py", "curve", "--model", name, "--n", "2", "--points", "0", "--out", f"e/{name}")
-        assert done.returncode == 0, done.stderr
-        (point,) = [json.loads(line) for line in (tmp_path / f"e/{name}/results.jsonl").read_text().splitlines()]
-        assert point["ids"] == ["barter-test-0", "barter-test-1"] and point["provenance"]["task"] == "barter"
-        done = command(tmp_path, "rollout.py", "collect", "--model", name, "-n", "2", "--out", f"c/{name}")
-        assert {r["source"] for r in data.read_trajectories(tmp_path / f"c/{name}")} == {"barter"}, done.stderr
-        words = sum(sweep.paper_commands("TRIMS-3", str(tmp_path / name) if "/" in name or name == "copy" else name, "o"), [])
-        assert "barter" in words and not {"tiny", "tiny-ar"} & set(words)
-    assert nt_model.config_of("tiny").game == "tiny"  # what any other model gets, too
-    (tmp_path / "copy/config.json").write_text((ROOT / "weights/barter/config.json").read_text().replace('"barter"', "7"))
-    (tmp_path / "copy/SHA256SUMS").unlink()
-    assert command(tmp_path, "sample.py", "--model", "copy").stderr.startswith("error: no data '7': give one of tiny, barter")
+def test_a_table_on_it_takes_its_problems_and_teacher():
+    words = sum(sweep.paper_commands("TRIMS-3", "barter", "o"), []) + sum(sweep.paper_commands("TAD-1", "barter", "o"), [])
+    assert {"barter", "--task"} <= set(words) and not {"tiny-ar", "tiny-train"} & set(words)
+    assert all(after == ("tiny" if before == "--protocol" else "barter") for before, after in zip(words, words[1:])
+               if before in ("--task", "--data", "--model", "collect", "--protocol")), words
 
 
 def test_tad_runs_on_it(tmp_path):

@@ -251,7 +251,7 @@ def test_overwrite_loses_nothing(runs, wrong):
     settings = [json.loads((out / f"{folder}config.json").read_text()) for folder in ("overwritten-0/", "overwritten-1/", "")]
     assert [one["max_steps"] for one in settings] == [1, 2, 1]
     shutil.rmtree(out / "overwritten-0")  # then the first number that is free is taken, and none twice
-    assert runs("tabom", "run", "--max_steps", "1", "--overwrite") == runs("tabom", "run", "--max_steps", "1", "--overwrite")
+    assert runs("tabom", "run", "--max_steps", "1", "--overwrite") == runs("tabom", "run", "--max_steps", "1", "--overwrite") == (0, [])
     assert {p.name for p in out.glob("overwritten-*")} == {"overwritten-0", "overwritten-1", "overwritten-2"}
 
 

@@ -89,8 +89,11 @@ def test_compare_is_paired_and_refuses_other_problems(tmp_path):
     (tmp_path / "t/overwritten-0").mkdir()  # what --overwrite put aside is no result of this run
     shutil.copy(tmp_path / "s/results.jsonl", tmp_path / "t/overwritten-0/results.jsonl")
     assert compare.compare(compare.read_runs([tmp_path / x for x in "bst"]), "SFT", n_boot=50) == text
+    shutil.copytree(tmp_path / "s", tmp_path / "mine/x-overwritten-1")  # a name of somebody's own
+    shutil.copytree(tmp_path / "s", tmp_path / "mine/overwritten-lr")
+    assert len(nt_eval.read_points(tmp_path / "mine")) == 4
     assert [p["label"] for p in nt_eval.read_points(tmp_path / "t/overwritten-0")] == ["SFT", "SFT"]  # unless it is asked for
-    with pytest.raises(UserError, match=r"^odd  \(odd\) and b  have other problems"):
+    with pytest.raises(UserError, match=r"^a run of 'odd' \(odd \) has other problems than b "):
         compare.read_runs([tmp_path / "b", tmp_path / "odd"])
     compare.pack([tmp_path / x for x in "bst"], tmp_path / "all.jsonl.gz")  # as folders, and without responses
     packed = compare.read_runs([tmp_path / "all.jsonl.gz"])
@@ -284,7 +287,7 @@ def test_the_tasks_of_a_table_are_sections_and_panels(tmp_path, monkeypatch):
     assert {title: {label: [x for x, *_ in line] for label, line in lines.items()} for title, lines in panels.items()} == {
         f"{task}: thresholds, and token by token": {"base": [1, 2], "TAD": [1, 2]} for task in "ab"}
     assert panels["b: thresholds, and token by token"]["base"][0][1] == 30  # of its task alone
-    with pytest.raises(UserError, match=r"TAD-a a \(TAD\) and base-b b have other problems"):
+    with pytest.raises(UserError, match=r"a run of 'TAD' \(TAD-a a\) has other problems than base-b b"):
         compare.read_runs(folders[:3])  # a label with one of two tasks
 
 
@@ -631,9 +634,9 @@ def test_a_method_has_one_colour_in_every_picture(tmp_path, monkeypatch):
     assert len(set(seen["b.png"].values())) == len(sweep)
     assert seen["c.png"]["TAD: near only"] == ("C0", "--")
     assert len(set(seen["c.png"].values())) == 4
-    nt_eval.draw({"": {f"setting {i}": one for i in range(30)} | {"TAD": one}}, "x", "y", tmp_path / "d.png")
+    nt_eval.draw({"": {f"setting {i}": one for i in range(28)} | {"TAD": one}}, "x", "y", tmp_path / "d.png")
     lines = figures["d.png"].axes[0].containers
-    assert len({(str(c[0].get_color()), c[0].get_linestyle()) for c in lines}) == 31
+    assert len({(str(c[0].get_color()), c[0].get_linestyle()) for c in lines}) == 29
 
 
 def test_the_log_of_runs_is_drawn(tmp_path, monkeypatch, capsys):

@@ -158,8 +158,7 @@ def test_a_family_that_no_paper_trains_has_the_preset_of_others(tmp_path, monkey
         monkeypatch.setattr("sys.argv", [f"{method}.py", "--model", str(name)])
         want = module.PRESETS.get(family, module.PRESETS["others"])
         cfg = training.parse(module.Config, module.PRESETS, "")
-        assert cfg.model == str(name) and {key: getattr(cfg, key) for key in want} == want | (
-            {"teacher": "tiny-ar"} if (method, family) == ("trims", "tiny") else {})
+        assert cfg.model == str(name) and {key: getattr(cfg, key) for key in want} == want
         assert (cfg.data == "tiny") == (family == "tiny")
 
 

@@ -40,10 +40,10 @@ def read_runs(sources):
     most = max(runs.values(), key=len)
     for label, of_label in runs.items():
         repeated = of_label * len(most) if len(of_label) == 1 else of_label
-        for points, theirs in zip_longest(repeated, most, fillvalue=[dict(ids=[], folder="(no run)")]):
+        for points, theirs in zip_longest(repeated, most, fillvalue=[dict(ids=[], folder="absent")]):
             if any(point["ids"] != theirs[0]["ids"] for point in points):
-                raise UserError(f"{points[0]['folder']} ({label}) and {theirs[0]['folder']} have other "
-                                f"problems: a paired comparison needs the same ones")
+                raise UserError(f"a run of {label!r} ({points[0]['folder']}) has other problems than "
+                                f"{theirs[0]['folder']}: a paired comparison needs the same ones")
     return runs
 
 
@@ -105,7 +105,8 @@ def bootstrap(runs, y_max, least, number, n_boot):
             chosen = np.random.default_rng([number, replicate, 1]).integers(n, size=n)
             if not replicate:
                 picks, chosen = dict.fromkeys(sets, slice(None)), range(n)
-            rows = [summarize(of_label[i], y_max, least, picks[tuple(of_label[i][0]["ids"])]) for i in chosen]
+            rows = [summarize(of_label[i], y_max, least, picks[tuple(of_label[i][0]["ids"])])
+                    for i in chosen]
             draws[label].append(np.mean(rows, 0))
     return {label: np.array(rows) for label, rows in draws.items()}
 

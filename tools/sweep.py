@@ -50,7 +50,7 @@ def paper_commands(table, model, out, quick=False):
     family = nt_model.family_of(model)  # what a block asks for
     settings, game = {"MODEL": family, "OUT": "@OUT"}, {}
     if family == "tiny":
-        game = nt_model.pairs(GAME.format(nt_model.config_of(model).game))
+        game = nt_model.pairs(GAME.format(model if model in data.GAMES else "tiny"))
     said = subprocess.check_output(["bash", "-euc", echo], env=os.environ | settings, text=True)
     for script, *words in map(shlex.split, said.splitlines()):
         words = [model if (before, word) == ("--model", family) else
@@ -169,19 +169,23 @@ def main():
         return cli.run_command(__doc__, {"paper": (paper_command, PaperOptions)})
     args = cli.parse(__doc__, Options)
     root, rows = Path(args.out), METHODS[args.task]
-    nt_eval.Kept(root, dict(task=args.task, split=args.split, n=args.n, lr=args.lr))  # or it is refused
+    ending = f"-lr{args.lr}" * bool(args.lr)  # these rows have folders of their own
     labels = [label for label in rows if label in {"base", *(args.only or rows)}]
-    jobs = [(label, seed, root / f"{label.lower().replace(': ', '-').replace(' ', '_')}-{seed}")
+    jobs = [(label, seed, root / f"{label.lower().replace(': ', '-').replace(' ', '_')}-{seed}{ending}")
             for seed in range(args.seeds) for label in labels]
     every = data.load_problems(args.task, args.split, args.seeds * args.n)
+    problems = [every[seed * args.n:(seed + 1) * args.n] for seed in range(args.seeds)]
     left = [job for job in jobs if not (job[2] / "results.jsonl").exists()]
+    for _, seed, folder in sorted(set(jobs) - set(left)):
+        if nt_eval.read_points(folder)[0]["ids"] != [p["id"] for p in problems[seed]]:
+            raise UserError(f"{folder} is of other problems: repeat its --n, or another --out")
     if left:
         tok, model = data.load_tokenizer(args.task), nt_model.load(args.task).requires_grad_(False)
         own = prepare({label for label, *_ in left}, model, tok, root, args.task)
     for label, seed, folder in cli.progress_bar(left, "sweep", unit="run"):
         if rows[label]:
             run_script(command(label, seed, folder, args.task, args.lr))
-        evaluate(label, folder, tok, every[seed * args.n:][:args.n], own[:32], args.task)
+        evaluate(label, folder, tok, problems[seed], own[:32], args.task)
     folders = [folder for *_, folder in jobs]
     compare.pack(folders, root / "comparison.jsonl.gz")
     control = "SFT-SD" if "SFT-SD" in labels else "base"
