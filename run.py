@@ -566,8 +566,7 @@ def file_name(file, rank, n_files):
 
 
 def checkpoints(root):
-    found = (f for f in root.glob("step-*") if f.name[5:].isdecimal())
-    return sorted(found, key=lambda f: int(f.name[5:]))
+    return sorted((f for f in root.glob("step-*") if f.name[5:].isdecimal()), key=lambda f: int(f.name[5:]))
 
 
 def newest_checkpoint(out):

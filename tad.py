@@ -167,8 +167,7 @@ def training_loss(model, teacher, b, cfg):
     at = b["masked"].nonzero(as_tuple=True)  # (N,) rows, (N,) positions
     clean = b["x0"] if model.cfg.block_len and cfg.source in RANDOM else None  # SDAR's training layout
     h = hidden_rows(model, b["prompts"], b["xt"], at, clean)
-    rows = b["x0"][at], b["near"][at], at[0]
-    x0, near, example = (t.to(h.device) for t in rows)
+    x0, near, example = (t.to(h.device) for t in (b["x0"][at], b["near"][at], at[0]))
 
     def terms(h, x0, h_teacher=None):
         with torch.no_grad():

@@ -174,7 +174,8 @@ def load_examples(cfg, tok):
         say(f"{n_left} of {len(problems)} rows are left out: {len(bare)} without a solution {bare[:1]}, "
             f"{n_left - len(bare)} with one of more than {cfg.gen_len} tokens (--gen_len)")
     if not fits:
-        raise UserError(f"{cfg.data}: no row is left: raise --gen_len, fill in solution, FILE:solution=NAME")
+        raise UserError(f"{cfg.data} has no solution of at most {cfg.gen_len} tokens, and {len(bare)} rows "
+                        f"without any {bare[:1]}: raise --gen_len, fill in solution, or FILE:solution=NAME")
     return fits
 
 

@@ -120,8 +120,7 @@ def main():
     if kept.rank:
         return
     groups, pooled = manager.load(names)["groups"], {}
-    wholes = {task.task_name: of.name for of in [*groups.values()][::-1]
-              for task in of.get_all_tasks()}
+    wholes = {task.task_name: of.name for of in [*groups.values()][::-1] for task in of.get_all_tasks()}
     for name, rows in results.pop("samples").items():
         rows.sort(key=lambda row: (row["doc_id"], row["filter"]))
         lines = [json.dumps(row, default=str) + "\n" for row in rows]

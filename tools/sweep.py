@@ -48,13 +48,13 @@ def paper_commands(table, model, out, quick=False):
     """The commands of a table, lists of words: bash puts in a family and $OUT and unrolls the loops."""
     echo = "python() { printf '%q ' \"$@\"; echo; }\n" + block_of(table)
     family = nt_model.family_of(model)  # what a block asks for
-    settings, game = {"MODEL": family, "OUT": "@OUT"}, {}
-    if family == "tiny":
-        game = nt_model.pairs(GAME.format(model if model in data.GAMES else "tiny"))
+    task = model if model in data.GAMES else "tiny"
+    settings = {"MODEL": family, "OUT": "@OUT"}
+    own = nt_model.pairs(GAME.format(task)) if family == "tiny" else {}
     said = subprocess.check_output(["bash", "-euc", echo], env=os.environ | settings, text=True)
     for script, *words in map(shlex.split, said.splitlines()):
         words = [model if (before, word) == ("--model", family) else
-                 word.replace("@OUT", str(out)) if "@OUT" in word else game.get(before, word)
+                 word.replace("@OUT", str(out)) if "@OUT" in word else own.get(before, word)
                  for before, word in zip([script, *words], words)]
         if quick and "--model" in words:
             words += f"{QUICK.get(script, '--n_problems 8')} {FEW * (script in RANKED)}".split()
@@ -173,12 +173,14 @@ def main():
     labels = [label for label in rows if label in {"base", *(args.only or rows)}]
     jobs = [(label, seed, root / f"{label.lower().replace(': ', '-').replace(' ', '_')}-{seed}{ending}")
             for seed in range(args.seeds) for label in labels]
-    every = data.load_problems(args.task, args.split, args.seeds * args.n)
+    every, left = data.load_problems(args.task, args.split, args.seeds * args.n), []
     problems = [every[seed * args.n:(seed + 1) * args.n] for seed in range(args.seeds)]
-    left = [job for job in jobs if not (job[2] / "results.jsonl").exists()]
-    for _, seed, folder in sorted(set(jobs) - set(left)):
-        if nt_eval.read_points(folder)[0]["ids"] != [p["id"] for p in problems[seed]]:
-            raise UserError(f"{folder} is of other problems: repeat its --n, or another --out")
+    for label, seed, folder in jobs:
+        results = folder / "results.jsonl"
+        if not results.exists():
+            left.append((label, seed, folder))
+        elif nt_eval.read_points(folder)[0]["ids"] != [p["id"] for p in problems[seed]]:
+            raise UserError(f"{results} is of other problems: repeat its --n, or another --out")
     if left:
         tok, model = data.load_tokenizer(args.task), nt_model.load(args.task).requires_grad_(False)
         own = prepare({label for label, *_ in left}, model, tok, root, args.task)
